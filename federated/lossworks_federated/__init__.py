@@ -1,0 +1,1 @@
+"""The room for Flower apps, strategies and the splits they learn from."""

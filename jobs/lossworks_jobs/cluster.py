@@ -1,0 +1,97 @@
+"""A Ray cluster to train on: joined, or started on this machine."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from lossworks.errors import UserError
+from lossworks.home import QUIET_ENVIRONMENT
+from lossworks.specs import TrainSpec
+
+# Read by the driver's Ray and passed on to controller and workers. The controller polls this often; the
+# default of 2 s would be added to the end of every run and to the detection of a lost worker.
+_POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+
+
+@contextmanager
+def cluster(spec: TrainSpec, address: str | None) -> Iterator[None]:
+    """Connect to the Ray cluster at ``address``, or to one found running, or start one here.
+
+    What was started is shut down at the end; a cluster that was joined goes on.
+
+    Raises:
+        UserError: There is no cluster at the address, or it can't hold the workers.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in _POLL.items()})
+    import ray
+
+    if ray.is_initialized():
+        require_resources(spec, ray.available_resources())
+        yield
+        return
+    _start(address)
+    try:
+        require_resources(spec, ray.available_resources())
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False,
+            # Workers leave what a person should see in the run's folder; the rest is in Ray's own logs.
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={
+                "env_vars": dict(QUIET_ENVIRONMENT),
+                "worker_process_setup_hook": "lossworks_jobs.cluster.quiet_worker",
+            },
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--address {address}: no Ray cluster answers there: {first_line}") from None
+
+
+def quiet_worker() -> None:
+    """Silence what Ray repeats every second where no dashboard runs; called in each worker process."""
+    for name in (
+        "ray.train.v2._internal.execution.controller.placement_group_cleaner",
+        "ray.train.v2._internal.execution.controller.controller",
+        "ray.train.v2._internal.execution.worker_group.worker_group",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def require_local_resources(spec: TrainSpec) -> None:
+    """Check a spec against this machine, without starting anything.
+
+    Raises:
+        UserError: The workers need more CPUs than this process may use.
+    """
+    require_resources(spec, {"CPU": float(len(os.sched_getaffinity(0)))}, only=("CPU",))
+
+
+def require_resources(spec: TrainSpec, free: Mapping[str, float], only: tuple[str, ...] = ()) -> None:
+    """Check that ``free`` holds all workers.
+
+    Args:
+        spec: The run.
+        free: Amounts by resource, as Ray counts them.
+        only: Check these resources alone; all if empty.
+
+    Raises:
+        UserError: Naming the resource, what is needed and what is free.
+    """
+    for name, each in spec.resources_per_worker.items():
+        needed, there = each * spec.workers, free.get(name, 0.0)
+        if needed > there and (not only or name in only):
+            raise UserError(
+                f"workers={spec.workers} with resources_per_worker.{name}={each:g} need {needed:g} {name}, "
+                f"but {there:g} are free: use fewer workers or less {name} for each"
+            )

@@ -1,0 +1,55 @@
+"""What a person reads at the end of a training run."""
+
+import shlex
+
+from lossworks.home import home
+from lossworks.reporting import print_summary
+from lossworks.specs import TrainSpec
+from lossworks_jobs.train import RunResult
+
+
+def show(spec: TrainSpec, result: RunResult, *, seconds_before: float = 0.0) -> None:
+    """Print losses, speed, where everything is, and the commands that make sense next.
+
+    Args:
+        spec: The run's spec.
+        result: How it ended.
+        seconds_before: Seconds from the start of the command to the call of ``train``.
+    """
+    outcome, folder = result.outcome, result.folder
+    title = f"{spec.name} {outcome.status} after {outcome.step} steps"
+    facts = _figures(outcome.metrics) + _memory(outcome.head_memory)
+    if result.first_step_s is not None:
+        facts.append(("first step done after", f"{seconds_before + result.first_step_s:.1f} s"))
+    facts += [("notice", text) for text in result.notices]
+    facts += [("checkpoint", outcome.best or outcome.checkpoint or "none"), ("picture", str(folder.report))]
+    run = folder.run_id
+    commands = [
+        ("see the run in MLflow", f"lossworks ui{_store(spec)}"),
+        ("write the model", f"lossworks export {run} --to model"),
+    ]
+    if outcome.status == "stopped":
+        commands.insert(0, ("go on", f"lossworks train --resume {run}"))
+    print_summary(title, facts, commands)
+
+
+def _figures(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    known = [
+        ("training loss", "train/loss", "{:.4f} nats a token"),
+        ("held-out loss", "eval/loss", "{:.4f} nats a token"),
+        ("held-out perplexity", "eval/perplexity", "{:.2f}"),
+        ("held-out bits per byte", "eval/bits_per_byte", "{:.4f}"),
+        ("tokens/s", "train/tokens_per_second", "{:,.0f}"),
+    ]
+    return [(label, text.format(metrics[name])) for label, name, text in known if name in metrics]
+
+
+def _memory(head_memory: dict[str, float]) -> list[tuple[str, str]]:
+    values = [f"{size / 2**20:,.0f} MiB {how}" for how, size in head_memory.items()]
+    return [("peak memory of the head", ", ".join(values))] if values else []
+
+
+def _store(spec: TrainSpec) -> str:
+    if spec.tracking.uri is None or spec.tracking.uri == f"sqlite:///{home() / 'mlflow.db'}":
+        return ""
+    return f" --uri {shlex.quote(spec.tracking.uri)}"

@@ -1,0 +1,273 @@
+"""``train(spec)``: a sharded run on Ray, tracked in MLflow."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lossworks.errors import RunError, UserError
+from lossworks.runs import RunFolder
+from lossworks.specs import TrainSpec
+from lossworks.training.outcome import Outcome
+from lossworks_jobs.cluster import cluster, require_local_resources
+from lossworks_jobs.stopping import run_until_done
+
+if TYPE_CHECKING:
+    from lossworks.data import TokenizedCorpus
+    from lossworks.reporting import TrainProgress
+    from lossworks.tracking import Row
+
+# What decides the shape of the parameters or the batches that a checkpoint's position counts.
+_FIXED_ON_RESUME = ("model.", "data.", "seed", "batch_size")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has ended.
+
+    Attributes:
+        folder: Its folder, named after its id in MLflow.
+        outcome: How it ended.
+        notices: Sentences that a person should see.
+        first_step_s: Seconds from the call of ``train`` to the end of the first step; None if there was none.
+    """
+
+    folder: RunFolder
+    outcome: Outcome
+    notices: tuple[str, ...]
+    first_step_s: float | None
+
+
+def train(
+    spec: TrainSpec,
+    *,
+    address: str | None = None,
+    resume: RunFolder | None = None,
+    progress: "TrainProgress | None" = None,
+) -> RunResult:
+    """Train as ``spec`` says and return how it ended; MLflow has the run's right status whatever happens.
+
+    Args:
+        spec: The run.
+        address: A Ray cluster to join; without it the one that runs here, or a new one.
+        resume: Go on with this run from its newest whole checkpoint.
+        progress: Shown while the run goes on.
+
+    Raises:
+        UserError: Something in the spec can't work; no worker was started.
+        RunError: The run failed.
+        KeyboardInterrupt: It was stopped at once, by a second Ctrl-C.
+    """
+    from lossworks.tracking import check_tracking
+
+    started = time.time()
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        require_local_resources(spec)
+    check_tracking(spec.tracking)
+    if resume is not None:
+        _require_resumable(spec, resume)
+    with ThreadPoolExecutor(1) as pool:
+        prepared = pool.submit(_prepare, spec, progress)
+        # Bad input shows within moments and a cluster takes seconds to start: look first, then do both.
+        wait([prepared], timeout=0.5)
+        if prepared.done():
+            prepared.result()
+        with cluster(spec, address):
+            return _Driver(spec, prepared.result(), started, progress).run(resume)
+
+
+def _prepare(spec: TrainSpec, progress: "TrainProgress | None") -> "TokenizedCorpus":
+    """Tokenise the corpus, check that it is long enough, and open the tracking store."""
+    from lossworks.data import prepare
+    from lossworks.tracking.client import connect
+
+    corpus = prepare(spec.text(), on_progress=progress.message if progress else None)
+    corpus.split(spec.text())
+    connect(spec.tracking)
+    return corpus
+
+
+def _require_resumable(spec: TrainSpec, folder: RunFolder) -> None:
+    """Refuse to go on with a run whose parameters or batches would be others.
+
+    Raises:
+        UserError: Naming the field and both values, or that the run is complete.
+    """
+    stored, asked = folder.spec().flat(), spec.flat()
+    for name, value in asked.items():
+        if name.startswith(_FIXED_ON_RESUME) and stored.get(name) != value:
+            raise UserError(
+                f"{name}={value}: the checkpoints of run {folder.run_id} were made with {stored.get(name)}; "
+                "leave it, or start a new run"
+            )
+    if folder.outcome_file.is_file():
+        outcome = Outcome.read(folder.outcome_file)
+        if outcome.status == "finished" and outcome.step >= spec.steps:
+            raise UserError(
+                f"run {folder.run_id}: has finished its {outcome.step} steps; give a larger steps= to go on"
+            )
+
+
+class _Driver:
+    """The driver's part of one run: workers, journal, tracking, report."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        corpus: "TokenizedCorpus",
+        started: float,
+        progress: "TrainProgress | None",
+    ) -> None:
+        self.spec = spec
+        self.corpus = corpus
+        self.started = started
+        self.progress = progress
+        self.first_step_s: float | None = None
+        self.notices: list[str] = []
+
+    def run(self, resume: RunFolder | None) -> RunResult:
+        """Start the workers, follow them to their end, and finish the run in MLflow."""
+        from lossworks.reporting.finish import TRACKED_STATUS
+        from lossworks.tracking import Follower, create_run, open_run
+
+        spec = self.spec
+        if resume is None:
+            run_id = create_run(spec.tracking, name=spec.name, parameters=spec.flat(), tags={})
+            folder = RunFolder.create(spec, run_id)
+        else:
+            folder = resume
+            open_run(spec.tracking, folder.run_id)
+            folder.spec_file.write_text(spec.to_yaml())
+        folder.stop_file.unlink(missing_ok=True)
+        folder.outcome_file.unlink(missing_ok=True)
+        notices = _Notices(folder, self._say)
+        status, reason = "KILLED", "killed before its end"
+        follower = Follower(
+            spec.tracking,
+            folder.run_id,
+            folder.journal,
+            on_row=self._show,
+            system_metrics=spec.tracking.system_metrics,
+            on_message=self._say,
+        )
+        try:
+            with follower:
+                run_until_done(
+                    lambda: self._fit(folder),
+                    stop_file=folder.stop_file,
+                    say=self._say,
+                    look=notices.pass_on,
+                )
+            outcome = _read_outcome(folder)
+            status, reason = TRACKED_STATUS[outcome.status], outcome.reason
+        except RunError as error:
+            status, reason = "FAILED", str(error)
+            raise
+        finally:
+            if follower.undelivered:
+                self._say(f"{follower.undelivered} rows wait for the tracking server: lossworks sync RUN")
+            self._finish(folder, status, reason)
+        if outcome.status in ("diverged", "failed"):
+            raise RunError(f"run {folder.run_id}: {outcome.reason}")
+        return RunResult(folder, outcome, tuple(self.notices), self.first_step_s)
+
+    def _fit(self, folder: RunFolder) -> None:
+        """Run the workers to their end, replacing those that are lost.
+
+        Raises:
+            RunError: More were lost than ``max_failures``, or the training function failed.
+        """
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+
+        from lossworks_jobs.worker import run_worker
+
+        spec = self.spec
+        threads = max(1, int(spec.resources_per_worker.get("CPU", 1)))
+        config = {
+            "spec": spec.model_dump(mode="json"),
+            "folder": str(folder.path),
+            "corpus": str(self.corpus.folder),
+            "threads": threads,
+        }
+        trainer = TorchTrainer(
+            run_worker,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(
+                num_workers=spec.workers,
+                use_gpu=spec.resources_per_worker.get("GPU", 0) > 0,
+                resources_per_worker=spec.resources_per_worker,
+            ),
+            run_config=RunConfig(
+                # A name that storage knows would make Ray resume by itself; resuming is the loop's business.
+                name=f"attempt-{time.time_ns()}",
+                storage_path=str(folder.path / "ray"),
+                failure_config=FailureConfig(max_failures=spec.max_failures),
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise RunError(f"run {folder.run_id}: {_cause(error)}") from error
+
+    def _show(self, row: "Row") -> None:
+        if self.first_step_s is None and "train/loss" in row["metrics"]:
+            self.first_step_s = row["time_ms"] / 1000 - self.started
+        if self.progress:
+            self.progress.update(row)
+
+    def _say(self, text: str) -> None:
+        self.notices.append(text)
+        if self.progress:
+            self.progress.message(text)
+
+    def _finish(self, folder: RunFolder, status: Any, reason: str) -> None:
+        """Draw the report and close the run; a server that is away must not hide how the run ended."""
+        from lossworks.reporting.finish import finish_run_folder
+
+        try:
+            finish_run_folder(folder, self.corpus.vocab_size, status=status, reason=reason or None)
+        except RunError as error:
+            self._say(f"{error}; bring it up to date with: lossworks sync {folder.run_id}")
+
+
+class _Notices:
+    """Passes on what workers write for a person from now on."""
+
+    def __init__(self, folder: RunFolder, say: Callable[[str], None]) -> None:
+        self._path, self._say = folder.notices, say
+        self._seen = self._path.stat().st_size if self._path.exists() else 0
+
+    def pass_on(self) -> None:
+        if not self._path.exists() or self._path.stat().st_size == self._seen:
+            return
+        with self._path.open(encoding="utf-8") as file:
+            file.seek(self._seen)
+            for line in file.read().splitlines():
+                self._say(line)
+            self._seen = file.tell()
+
+
+def _read_outcome(folder: RunFolder) -> Outcome:
+    if not folder.outcome_file.is_file():
+        raise RunError(
+            f"run {folder.run_id}: the workers ended without an outcome; see {folder.path / 'ray'}"
+        )
+    return Outcome.read(folder.outcome_file)
+
+
+def _cause(error: BaseException) -> str:
+    """Return one line: the last line of what the lowest failed rank raised, or of the error itself."""
+    failures = getattr(error, "worker_failures", None) or {}
+    if failures:
+        rank = min(failures)
+        return f"rank {rank} failed: {_last_line(failures[rank])}"
+    return _last_line(error)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

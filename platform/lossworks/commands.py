@@ -1,0 +1,111 @@
+"""The commands about runs that need nothing but the library: export, evaluate, report, sync, ui."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from lossworks.cli import Command
+from lossworks.errors import RunError, UserError
+from lossworks.specs import TrackingSpec
+
+
+def _configure_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_name", metavar="RUN", help="id, beginning of an id, name, or folder of a run")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--newest", action="store_true", help="the newest checkpoint instead of the best by held-out loss"
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from lossworks.runs import RunFolder
+    from lossworks.training.export import export_run
+
+    step = export_run(RunFolder.find(arguments.run_name), Path(arguments.to), best=not arguments.newest)
+    print(f"{arguments.to}: model.safetensors, config.json and tokenizer.json of step {step}")
+    return 0
+
+
+def _configure_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder that `lossworks export` made")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="evaluate on other text")
+    parser.add_argument("--sequences", type=int, metavar="N", help="held-out sequences; default all")
+    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from lossworks.reporting import print_summary
+    from lossworks.training.export import evaluate_folder
+
+    if arguments.sequences is not None and arguments.sequences < 1:
+        raise UserError(f"--sequences {arguments.sequences}: must be at least 1")
+    result = evaluate_folder(Path(arguments.folder), overrides=arguments.overrides, limit=arguments.sequences)
+    print_summary(
+        f"{arguments.folder} on held-out text",
+        [
+            ("loss", f"{result.loss:.4f} nats a token"),
+            ("perplexity", f"{result.perplexity:.2f}"),
+            ("bits per byte", f"{result.bits_per_byte:.4f}"),
+        ],
+    )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result.metrics(), indent=1))
+    return 0
+
+
+def _configure_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_name", metavar="RUN", help="id, beginning of an id, name, or folder of a run")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from lossworks.reporting.finish import draw_report
+    from lossworks.runs import RunFolder
+
+    folder = RunFolder.find(arguments.run_name)
+    if not folder.journal.is_file():
+        raise UserError(f"run {folder.run_id}: has recorded nothing yet")
+    print(draw_report(folder))
+    return 0
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from lossworks.reporting.finish import sync_run
+    from lossworks.runs import RunFolder
+
+    folder = RunFolder.find(arguments.run_name)
+    print(f"run {folder.run_id}: {sync_run(folder)} rows delivered, artifacts and status are up to date")
+    return 0
+
+
+def _configure_ui(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=5000, help="port on this machine (default 5000)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument("--uri", help="a store other than the embedded one")
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from lossworks.tracking import check_tracking, tracking_uri
+
+    spec = TrackingSpec.parse({"uri": arguments.uri})
+    check_tracking(spec)
+    uri = tracking_uri(spec)
+    if uri.startswith("http"):
+        raise UserError(f"--uri {uri}: is a server already; open it in a browser")
+    print(f"MLflow at http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+    command += ["--host", arguments.host, "--port", str(arguments.port)]
+    status = subprocess.call(command)
+    if status not in (0, -2, 130):
+        raise RunError(f"the MLflow server ended with status {status}; is port {arguments.port} taken?")
+    return 0
+
+
+EXPORT = Command("write a run's model as safetensors, config and tokenizer", _configure_export, _export)
+EVALUATE = Command("measure an exported model on held-out text", _configure_evaluate, _evaluate)
+REPORT = Command("draw a run's report.png again", _configure_run, _report)
+SYNC = Command("deliver what a tracking server missed while it was away", _configure_run, _sync)
+UI = Command("open MLflow's pages on the embedded store", _configure_ui, _ui)

@@ -1,0 +1,79 @@
+"""The order in which training visits sequences: endless, seeded, and independent of the workers."""
+
+import numpy as np
+
+
+class SequenceOrder:
+    """A deterministic order of sequences that any number of workers can take up anywhere.
+
+    Epoch e visits the sequences in a permutation drawn from PCG64 with the seed (seed, e). The epochs
+    follow one another without a gap, and a global batch is the next ``batch_size`` entries, so a batch may
+    hold the end of one epoch and the start of the next. A run's place in the order is one integer, the
+    number of sequences consumed so far.
+
+    Example:
+        >>> order = SequenceOrder(sequences=5, batch_size=4, seed=0)
+        >>> whole = order.rows(position=4, rank=0, workers=1)
+        >>> shares = [order.rows(position=4, rank=rank, workers=3) for rank in range(3)]
+        >>> [len(share) for share in shares], (np.concatenate(shares) == whole).all().item()
+        ([1, 1, 2], True)
+
+    Args:
+        sequences: Number of sequences, at least 1.
+        batch_size: Sequences a global batch, over all workers, at least 1.
+        seed: Seed of all permutations, at least 0.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(self, sequences: int, batch_size: int, seed: int) -> None:
+        for name, value, least in (
+            ("sequences", sequences, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        self.sequences = sequences
+        self.batch_size = batch_size
+        self.seed = seed
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def rows(self, position: int, rank: int, workers: int) -> np.ndarray:
+        """Return one worker's share of the global batch that starts at ``position``.
+
+        Args:
+            position: Sequences consumed so far, by all workers together.
+            rank: The worker, 0 to ``workers - 1``.
+            workers: Number of workers. Shares differ by at most one sequence; where ``workers`` is larger
+                than the batch some are empty.
+
+        Returns:
+            Indices of sequences, int64. The shares of ranks 0, 1, … joined are the global batch.
+
+        Raises:
+            ValueError: A number is out of range.
+        """
+        if position < 0 or not 0 <= rank < workers:
+            raise ValueError(
+                f"position={position}, rank={rank}, workers={workers}: "
+                "must be position >= 0 and 0 <= rank < workers"
+            )
+        start = position + rank * self.batch_size // workers
+        stop = position + (rank + 1) * self.batch_size // workers
+        epochs = range(start // self.sequences, -(-stop // self.sequences))
+        # Only what this share needs stays; the next one mostly needs the same epoch again.
+        self._permutations = {epoch: self._permutation(epoch) for epoch in epochs} or self._permutations
+        parts = [self._part(epoch, start, stop) for epoch in epochs]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _part(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the entries of places ``start`` to ``stop - 1`` that lie in one epoch."""
+        first = epoch * self.sequences
+        return self._permutations[epoch][max(start - first, 0) : stop - first]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch in self._permutations:
+            return self._permutations[epoch]
+        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.sequences)

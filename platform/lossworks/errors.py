@@ -1,0 +1,49 @@
+"""The errors that Lossworks raises on purpose.
+
+Whatever a user can cause is a ``UserError``: its message names the setting, the value and what would be
+right, and the command line prints it as one line with exit status 2. A run that started and could not go
+on raises a ``RunError`` (exit status 1).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LossworksError(Exception):
+    """Base of all errors raised on purpose; its message is meant for a person."""
+
+
+class UserError(LossworksError, ValueError):
+    """Something the caller gave can't be used; nothing was started."""
+
+
+class RunError(LossworksError, RuntimeError):
+    """A run that had started could not go on."""
+
+
+class NonFiniteLossError(RunError):
+    """A loss or gradient became NaN or infinite.
+
+    Attributes:
+        step: The optimiser step, counted from 1, at which it was seen.
+        ranks: The ranks that saw it.
+    """
+
+    def __init__(self, message: str, *, step: int, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.ranks = ranks
+
+    def __reduce__(self) -> tuple:
+        """Survive the way from a worker process to the driver."""
+        return (_rebuild_non_finite, (str(self), self.step, self.ranks))
+
+
+def _rebuild_non_finite(message: str, step: int, ranks: tuple[int, ...]) -> NonFiniteLossError:
+    return NonFiniteLossError(message, step=step, ranks=ranks)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name most like ``name``, or None when nothing is alike."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None

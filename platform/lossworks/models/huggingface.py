@@ -1,0 +1,213 @@
+"""Local checkpoints of the transformers library, with their head taken off."""
+
+import textwrap
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lossworks.errors import UserError
+from lossworks.models.interface import Head, LanguageModel
+from lossworks.specs import ModelSpec
+
+# Names under which architectures (Cohere, Granite, Falcon-H1) multiply or divide their logits.
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class HuggingFaceModel(LanguageModel):
+    """A causal language model of the transformers library.
+
+    The features come from its base model and the head from its output embeddings; the library's own loss and
+    logits aren't used. Dropout stays as the checkpoint's configuration has it.
+
+    Args:
+        model: What ``AutoModelForCausalLM`` returns.
+
+    Raises:
+        UserError: The model has no linear head, no list of blocks, or scales its logits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        self._require_usable()
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, *, vocab_size: int) -> Self:
+        """Return the checkpoint of ``spec.source``, ``hf:PATH``.
+
+        A field that was set to its default passes, so that a stored, fully resolved spec can be read again.
+
+        Raises:
+            UserError: ``spec`` sets a size that the checkpoint decides, or ``load`` refuses the folder.
+        """
+        for name in sorted(spec.model_fields_set - {"source"}):
+            if getattr(spec, name) != ModelSpec.model_fields[name].default:
+                raise UserError(f"model.{name} has no effect with model.source={spec.source}: leave it out")
+        return cls.load(local_folder(spec), vocab_size=vocab_size)
+
+    @classmethod
+    def load(cls, folder: Path, *, vocab_size: int) -> Self:
+        """Return the checkpoint in ``folder`` as float32, in eval mode; nothing is downloaded or executed.
+
+        Args:
+            folder: Holds ``config.json`` and weights as safetensors.
+            vocab_size: Entries of the tokenizer; the model's vocabulary must be at least as large.
+
+        Raises:
+            UserError: The folder isn't such a checkpoint, its tensors don't fit its configuration, its
+                vocabulary is too small, or its logits aren't those of a linear head.
+        """
+        _require_checkpoint(folder)
+        model = cls(_from_pretrained(folder)).eval()
+        entries = min(model.head().weight.shape[0], model.model.get_input_embeddings().weight.shape[0])
+        if vocab_size > entries:
+            raise UserError(
+                f"{folder}: the tokenizer has {vocab_size} entries and the model only {entries}; "
+                f"use the tokenizer that the model was trained with"
+            )
+        model._require_own_logits(folder)
+        return model
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Return the features (B, L, D), after the final norm, of ``tokens`` (B, L) int64."""
+        return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def head(self) -> Head:
+        """Return the output embeddings, and the softcap that the configuration gives."""
+        linear = self.model.get_output_embeddings()
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return Head(linear.weight, getattr(linear, "bias", None), softcap)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the modules of the base model's largest list, by parameters."""
+        lists = [module for module in self.model.base_model.modules() if isinstance(module, nn.ModuleList)]
+        largest = max(lists, key=_parameters, default=nn.ModuleList())
+        return list(largest)
+
+    def checkpoint_activations(self) -> None:
+        """Switch on the library's activation checkpointing; it acts in training mode.
+
+        Raises:
+            UserError: The architecture doesn't support it.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise UserError(
+                f"activation_checkpointing=true: {self.config.model_type} models don't support it"
+            )
+        # The library renamed the method, and warns of the old name.
+        name = "activation_checkpointing_enable"
+        enable = getattr(self.model, name, None) or self.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    def depth_and_width(self) -> tuple[int, int] | None:
+        """Return the configuration's ``num_hidden_layers`` and ``hidden_size``, or None without them."""
+        layers = getattr(self.config, "num_hidden_layers", None)
+        width = getattr(self.config, "hidden_size", None)
+        return None if layers is None or width is None else (layers, width)
+
+    def _require_usable(self) -> None:
+        kind = self.config.model_type
+        for name in LOGIT_SCALES:
+            value = getattr(self.config, name, None)
+            if value is not None and value != 1:
+                raise UserError(
+                    f"{kind} model with {name}={value}: models that scale their logits can't be used"
+                )
+        if not isinstance(getattr(self.model.get_output_embeddings(), "weight", None), Tensor):
+            raise UserError(f"{kind} model: has no linear head")
+        if not self.blocks():
+            raise UserError(f"{kind} model: has no list of transformer blocks")
+
+    @torch.no_grad()
+    def _require_own_logits(self, folder: Path) -> None:
+        """Compare with the library's logits, for architectures do more to them than a configuration tells."""
+        tokens = torch.arange(4)[None] % self.head().weight.shape[0]
+        expected = self.model(input_ids=tokens, use_cache=False).logits
+        logits = self.logits(tokens)
+        if logits.shape != expected.shape or not torch.allclose(
+            logits, expected, rtol=1e-3, atol=1e-3, equal_nan=True
+        ):
+            raise UserError(
+                f"{folder}: {self.config.model_type} models compute their logits not by a linear head"
+            )
+
+
+def local_folder(spec: ModelSpec) -> Path:
+    """Return PATH of ``spec.source``, ``hf:PATH``."""
+    return Path(spec.source.removeprefix("hf:")).expanduser()
+
+
+def from_config(folder: Path) -> HuggingFaceModel:
+    """Return the model of ``folder/config.json`` with parameters on the meta device: shapes only.
+
+    Raises:
+        UserError: There is no usable configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _require_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return HuggingFaceModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: has no usable config.json: {_one_line(error)}") from None
+
+
+def _from_pretrained(folder: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # the library would raise without naming the tensor
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: can't be loaded as a causal language model: {_one_line(error)}") from None
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{folder}: a checkpoint of another shape: {name} is {tuple(stored)} in the file and "
+            f"{tuple(expected)} in the model"
+        )
+    if info["missing_keys"]:
+        raise UserError(f"{folder}: the weights lack {', '.join(sorted(info['missing_keys']))}")
+    return model
+
+
+def _require_config(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder; transformers models are read from disk only")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json; it must be a folder that save_pretrained wrote")
+
+
+def _require_checkpoint(folder: Path) -> None:
+    _require_config(folder)
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder}: has its weights only as .bin (pickle), which can run code when loaded; "
+            f"convert them to safetensors"
+        )
+    raise UserError(f"{folder}: has no weights (*.safetensors)")
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _one_line(error: Exception) -> str:
+    """Return the start of a message; the library's run over many lines of advice on downloads."""
+    return textwrap.shorten(str(error), width=240, placeholder=" …")

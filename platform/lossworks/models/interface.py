@@ -1,0 +1,163 @@
+"""What the training code asks of a language model.
+
+Shapes in this package: B sequences, L tokens a sequence, D features a token (the width), V entries of the
+vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lossworks.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no equality that gives one bool
+class Head:
+    """The linear map from features to logits, for losses that never build the logits.
+
+    Attributes:
+        weight: (V, D) floats.
+        bias: (V) floats, or None.
+        softcap: Bound c of the logits z, which become c·tanh(z/c) as in Gemma 2; None for no bound.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the dense logits (..., V) of the features ``hidden`` (..., D)."""
+        logits = functional.linear(hidden, self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+Objective = Callable[[Tensor, Head, Tensor], Tensor]
+"""A loss: called with the features (B, L, D), the head and the targets (B, L)."""
+
+
+class LanguageModel(nn.Module, ABC):
+    """A causal language model that gives out its features and its head instead of its logits."""
+
+    @abstractmethod
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Return the features (B, L, D), after the final norm, of ``tokens`` (B, L) int64."""
+
+    @abstractmethod
+    def head(self) -> Head:
+        """Return the head; its weight is the embedding matrix itself where the two are tied."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks in order: the units of sharding and compilation."""
+
+    @abstractmethod
+    def checkpoint_activations(self) -> None:
+        """Keep only the blocks' inputs from now on, and compute the rest again in the backward pass.
+
+        Raises:
+            UserError: The architecture can't do it.
+        """
+
+    @abstractmethod
+    def depth_and_width(self) -> tuple[int, int] | None:
+        """Return the number of attention layers and their features D, or None if they aren't known."""
+
+    def forward(self, tokens: Tensor, targets: Tensor, objective: Objective) -> Tensor:
+        """Return ``objective(hidden, head, targets)``.
+
+        The objective runs in here, and not after the model, because FSDP gathers the sharded head only
+        while ``forward`` runs; DDP, too, sees only what ``forward`` does.
+
+        Args:
+            tokens: (B, L) int64.
+            targets: (B, L) int64, the token after each position or whatever else the objective takes.
+            objective: Any loss; the model knows none.
+        """
+        return objective(self.hidden(tokens), self.head(), targets)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the dense logits (B, L, V) of ``tokens`` (B, L) int64, for generation and tests.
+
+        FSDP gathers parameters for ``forward`` alone; a sharded model needs
+        ``register_fsdp_forward_method(model, "logits")`` first.
+        """
+        return self.head().logits(self.hidden(tokens))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        new_tokens: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return ``tokens`` with ``new_tokens`` sampled ones behind them.
+
+        Nothing is cached between tokens, so the cost grows with the square of the length.
+
+        Args:
+            tokens: (B, L) int64 prompts of one length, L ≥ 1.
+            new_tokens: How many tokens to add.
+            temperature: Divides the logits; 0 takes the most likely token.
+            generator: Source of the randomness, on the device of ``tokens``; the global one if None.
+
+        Returns:
+            (B, L + new_tokens) int64.
+
+        Raises:
+            UserError: A number is negative, or a prompt is empty.
+        """
+        if new_tokens < 0:
+            raise UserError(f"new_tokens={new_tokens}: must be at least 0")
+        if not temperature >= 0.0:  # so written that NaN is refused, too
+            raise UserError(f"temperature={temperature}: must be at least 0")
+        if tokens.ndim != 2 or not tokens.shape[1]:
+            raise UserError(f"tokens of shape {tuple(tokens.shape)}: must be (B, L) with at least one token")
+        training = self.training
+        self.eval()
+        try:
+            for _ in range(new_tokens):
+                logits = self.head().logits(self.hidden(tokens)[:, -1])
+                tokens = torch.cat((tokens, _sample(logits, temperature, generator)), dim=1)
+        finally:
+            self.train(training)
+        return tokens
+
+    def flops_per_token(self, sequence_length: int) -> float | None:
+        """Return the floating-point operations of one training step per token, or None if not known.
+
+        The convention is that of PaLM (Chowdhery et al. 2022, appendix B): 6 a matrix parameter (2 forward,
+        4 backward) and 12·layers·D·L for attention scores and values, of which a causal mask could save half.
+        The head's product counts, even where it is tied; embedding look-ups, norms and recomputed activations
+        don't. Of a mixture of experts every expert counts, so the number is too high there.
+
+        Args:
+            sequence_length: L.
+        """
+        size = self.depth_and_width()
+        if size is None:
+            return None
+        layers, width = size
+        return 6.0 * self._matrix_parameters() + 12.0 * layers * width * sequence_length
+
+    def _matrix_parameters(self) -> int:
+        head = self.head().weight
+        # By identity: a tied head is the embedding's own parameter, and sharded parameters don't compare.
+        apart = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)} | {
+            id(head)
+        }
+        matrices = (p for p in self.parameters() if p.ndim >= 2 and id(p) not in apart)
+        return head.numel() + sum(matrix.numel() for matrix in matrices)
+
+
+def _sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Return one token (B, 1) int64 for each row of ``logits`` (B, V)."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1, keepdim=True)
+    # Shifted before the division, so that a tiny temperature gives −inf at worst, and never inf − inf.
+    shifted = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    return torch.multinomial((shifted / temperature).softmax(dim=-1), 1, generator=generator)

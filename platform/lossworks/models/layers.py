@@ -1,0 +1,191 @@
+"""The parts of a transformer block.
+
+Shapes: B sequences, L tokens, D features, H query heads, K key-value heads, d = D/H features a head.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lossworks.specs import ModelSpec
+
+RMS_EPSILON = 1e-6
+
+
+def rotation(
+    length: int,
+    features: int,
+    base: float,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of rotary position embeddings.
+
+    Pair i of a head's features turns by the angle position · base^(−2i/d).
+
+    Args:
+        length: L, any number of positions; they count from 0.
+        features: d, even.
+        base: θ of the paper, 10000 there.
+        device: Where to compute.
+        dtype: Precision of the angles; half precision can't tell positions beyond a few hundred apart.
+
+    Returns:
+        Two tensors (L, 1, d/2), to be broadcast over the heads.
+
+    References:
+        Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", equation 15.
+    """
+    exponents = torch.arange(0, features, 2, device=device, dtype=dtype) / features
+    positions = torch.arange(length, device=device, dtype=dtype)
+    angles = (positions[:, None] * base**-exponents)[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(features: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Return ``features`` (B, L, H, d) turned by the angles of ``rotation``, in their own dtype.
+
+    Feature i is paired with i + d/2, not with its neighbour as in the paper: the same up to a fixed order of
+    the features, and both halves stay contiguous.
+    """
+    first, second = features.chunk(2, dim=-1)
+    # Under autocast the features are bfloat16 and the angles float32: the products promote to float32.
+    turned = (first * cosines - second * sines, second * cosines + first * sines)
+    return torch.cat(turned, dim=-1).to(features.dtype)
+
+
+def make_norm(spec: ModelSpec) -> nn.Module:
+    """Return the norm of the residual stream, (..., D) to (..., D), with a gain and without a bias.
+
+    References:
+        Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
+        Ba et al. 2016, "Layer Normalization".
+    """
+    if spec.norm == "rmsnorm":
+        return nn.RMSNorm(spec.width, eps=RMS_EPSILON)
+    return nn.LayerNorm(spec.width, bias=False)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions, grouped key-value heads and optional qk-norm.
+
+    References:
+        Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models".
+        Henry et al. 2020, "Query-Key Normalization for Transformers", and Dehghani et al. 2023, "Scaling
+        Vision Transformers to 22 Billion Parameters": here RMSNorm with a gain for each feature of a head.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.head_features = spec.width // spec.heads
+        self.kv_heads = spec.kv_heads or spec.heads
+        # One product for queries, keys and values: fewer and larger ones are faster.
+        self.sizes = [spec.width, self.kv_heads * self.head_features, self.kv_heads * self.head_features]
+        self.qkv = nn.Linear(spec.width, sum(self.sizes), bias=False)
+        self.output = nn.Linear(spec.width, spec.width, bias=False)
+        self.query_norm = nn.RMSNorm(self.head_features, eps=RMS_EPSILON) if spec.qk_norm else None
+        self.key_norm = nn.RMSNorm(self.head_features, eps=RMS_EPSILON) if spec.qk_norm else None
+
+    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Return what the tokens (B, L, D) read from those before them and themselves."""
+        parts = self.qkv(x).split(self.sizes, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self.head_features)) for part in parts)
+        query = rotate(_norm(self.query_norm, query), cosines, sines)
+        key = rotate(_norm(self.key_norm, key), cosines, sines)
+        read = functional.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=key.shape[2] != query.shape[2],
+        )
+        return self.output(read.transpose(1, 2).flatten(2))
+
+
+def _norm(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
+    """Return ``norm(x)`` in the dtype of ``x``, computed in that of the gain: float32 under autocast."""
+    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer (silu(x·G) ⊙ x·U)·W.
+
+    References:
+        Shazeer 2020, "GLU Variants Improve Transformer", equation 6.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's values (B, L, D) for ``x`` (B, L, D)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(functional.silu(gate) * up)
+
+
+class GELU(nn.Module):
+    """The feed-forward layer gelu(x·U)·W, with the exact Gaussian error function.
+
+    References:
+        Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's values (B, L, D) for ``x`` (B, L, D)."""
+        return self.down(functional.gelu(self.up(x)))
+
+
+def make_feed_forward(spec: ModelSpec) -> SwiGLU | GELU:
+    """Return the feed-forward layer with ``spec.hidden`` features, or as many as is usual for its kind.
+
+    A SwiGLU has three matrices where GELU has two, so 8/3·D features match the 4·D of GELU in parameters;
+    they are rounded up to a multiple of 64, which products like.
+    """
+    if spec.activation == "gelu":
+        return GELU(spec.width, spec.hidden or 4 * spec.width)
+    return SwiGLU(spec.width, spec.hidden or 64 * math.ceil(round(8 * spec.width / 3) / 64))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then a feed-forward layer, each added to its input.
+
+    Attributes:
+        checkpointed: Whether the backward pass computes the activations again. The switch is inside the
+            block, so that FSDP's gathering and ``compile`` stay outside of what is recomputed.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(spec)
+        self.attention = Attention(spec)
+        self.feed_forward_norm = make_norm(spec)
+        self.feed_forward = make_feed_forward(spec)
+        self.checkpointed = False
+
+    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Return the residual stream (B, L, D) after this block."""
+        if self.checkpointed and torch.is_grad_enabled():
+            # The block draws no random numbers, so there is no generator state to keep.
+            return checkpoint(
+                self._apply_layers, x, cosines, sines, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._apply_layers(x, cosines, sines)
+
+    def _apply_layers(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cosines, sines)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+    def residual_projections(self) -> list[nn.Linear]:
+        """Return the layers whose values are added to the residual stream."""
+        return [self.attention.output, self.feed_forward.down]

@@ -1,0 +1,90 @@
+"""Our own decoder-only transformer."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lossworks.models.interface import Head, LanguageModel
+from lossworks.models.layers import Block, make_norm, rotation
+from lossworks.specs import ModelSpec
+
+INIT_STD = 0.02
+
+
+class Transformer(LanguageModel):
+    """A decoder-only, pre-norm transformer with rotary positions and no biases.
+
+    It has no buffers: the rotary angles are computed once a forward pass, for the length at hand. So there is
+    no limit to the length, and nothing that sharding, replicas or a checkpoint would have to carry. Under
+    FSDP with a ``MixedPrecisionPolicy``, set ``cast_forward_inputs=False``: it would round the angles that
+    the blocks are given.
+
+    Args:
+        spec: Shape; ``spec.source`` is ``transformer``.
+        vocab_size: V.
+        generator: Source of the initial parameters; the global one if None.
+    """
+
+    def __init__(self, spec: ModelSpec, *, vocab_size: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Embedding(vocab_size, spec.width)
+        self.layers = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        self.final_norm = make_norm(spec)
+        self.lm_head = None if spec.tied else nn.Linear(spec.width, vocab_size, bias=False)
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all matrices anew from N(0, 0.02²), and set all gains to one.
+
+        The layers that add to the residual stream are drawn 1/√(2·layers) smaller, because there are
+        2·layers of them and the variance of the stream would grow with their number.
+
+        References:
+            Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
+        """
+        residual = {projection for block in self._blocks() for projection in block.residual_projections()}
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                scale = 1.0 / math.sqrt(2 * self.spec.layers) if module in residual else 1.0
+                nn.init.normal_(module.weight, std=INIT_STD * scale, generator=generator)
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                module.reset_parameters()
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Return the features (B, L, D), after the final norm, of ``tokens`` (B, L) int64."""
+        x = self.embedding(tokens)
+        spec = self.spec
+        cosines, sines = rotation(
+            tokens.shape[1],
+            spec.width // spec.heads,
+            spec.rope_base,
+            device=tokens.device,
+            dtype=torch.promote_types(torch.float32, x.dtype),
+        )
+        for layer in self.layers:
+            x = layer(x, cosines, sines)
+        return self.final_norm(x)
+
+    def head(self) -> Head:
+        """Return the head, which has neither bias nor softcap."""
+        return Head(self.embedding.weight if self.lm_head is None else self.lm_head.weight)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks in order."""
+        return list(self.layers)
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the blocks' inputs from now on, and compute the rest again in the backward pass."""
+        for block in self._blocks():
+            block.checkpointed = True
+
+    def depth_and_width(self) -> tuple[int, int]:
+        """Return ``spec.layers`` and ``spec.width``."""
+        return self.spec.layers, self.spec.width
+
+    def _blocks(self) -> list[Block]:
+        """Return the blocks under their own type, which ``ModuleList`` doesn't keep."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]

@@ -1,0 +1,177 @@
+"""The report of a training run: one picture with loss, learning rate, speed and memory of the head."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lossworks.reporting.series import Series, series, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BLUE, _ORANGE, _GREY, _DARK = "#2563a8", "#d9541e", "#9aa3ad", "#2b2f36"
+_STYLE: Any = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _DARK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "text.color": _DARK,
+    "xtick.color": _DARK,
+    "ytick.color": _DARK,
+    "legend.facecolor": "white",
+    "legend.edgecolor": "white",
+    "legend.framealpha": 0.85,
+    "lines.linewidth": 2.0,
+}
+
+
+def train_report(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    head_memory: Mapping[str, float] | None,
+    title: str,
+    path: Path,
+    vocabulary: int | None = None,
+) -> Path:
+    """Draw the report of a run as a PNG of 1600 × 1000 pixels.
+
+    Series that were not measured are named as such; values that are not finite are left out.
+
+    Args:
+        rows: Rows of the run's journal.
+        head_memory: Peak memory of the head in bytes by way of computing it, ours first; None if unknown.
+        title: Heading.
+        path: File to write; its folder is created.
+        vocabulary: Entries V of the vocabulary, to mark ln V, the loss of a uniform guess.
+
+    Returns:
+        ``path``.
+    """
+    # The object interface with its Agg canvas: no display, no global state, safe in a thread.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(16, 10), dpi=100, layout="constrained", facecolor="white")
+        figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2, wspace=0.03, hspace=0.04)  # type: ignore[union-attr,call-arg]
+        figure.suptitle(title, fontsize=19, fontweight="bold", x=0.02, ha="left")
+        loss, rate, speed, memory = figure.subplots(2, 2).flat
+        _draw_loss(loss, rows, vocabulary)
+        _draw_rate(rate, series(rows, "train/lr"))
+        _draw_speed(speed, series(rows, "train/tokens_per_second"))
+        _draw_memory(memory, head_memory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+    return path
+
+
+def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int | None) -> None:
+    train, held_out = series(rows, "train/loss"), series(rows, "eval/loss")
+    axes.set_title("Loss")
+    if train is None and held_out is None:
+        _not_measured(axes)
+        return
+    if train is not None:
+        _draw_smoothed(axes, train, "training")
+    if held_out is not None:
+        marker = "o" if held_out[0].size <= 50 else ""
+        axes.plot(*held_out, color=_ORANGE, marker=marker, markersize=6, label="held-out")
+    if vocabulary is not None:
+        _mark_level(
+            axes, math.log(vocabulary), f"uniform guess, ln {vocabulary:,} = {math.log(vocabulary):.2f}"
+        )
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.88))
+
+
+def _draw_rate(axes: "Axes", points: Series | None) -> None:
+    axes.set_title("Learning rate")
+    if points is None:
+        _not_measured(axes)
+        return
+    axes.plot(*points, color=_BLUE)
+    axes.set(xlabel="step", ylabel="learning rate")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _draw_speed(axes: "Axes", points: Series | None) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
+    axes.set_title("Throughput")
+    if points is None:
+        _not_measured(axes)
+        return
+    _draw_smoothed(axes, points, "tokens/s")
+    median = float(np.median(points[1]))
+    _mark_level(axes, median, f"median {median:,.0f}")
+    axes.set(xlabel="step", ylabel="tokens per second")
+    axes.set_ylim(0, 1.3 * float(np.max(points[1])) or 1.0)  # room for the legend above the curve
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.legend(loc="upper right", ncols=3)
+
+
+def _draw_memory(axes: "Axes", head_memory: Mapping[str, float] | None) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
+    axes.set_title("Peak memory of the head")
+    sizes = {name: size for name, size in (head_memory or {}).items() if math.isfinite(size)}
+    if not sizes:
+        _not_measured(axes)
+        return
+    mib = [size / 2**20 for size in sizes.values()]
+    colours = [_BLUE if index == 0 else _GREY for index in range(len(mib))]
+    bars = axes.bar(list(sizes), mib, width=0.5, color=colours)
+    axes.bar_label(bars, labels=[_mib(size) for size in mib], padding=4, fontsize=14, fontweight="bold")
+    axes.set(ylabel="MiB")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.set_ylim(0, 1.15 * max(mib) or 1.0)
+    axes.set_xlim(-0.7, len(mib) - 0.3)
+    axes.grid(visible=False, axis="x")
+    axes.tick_params(axis="x", length=0)
+
+
+def _draw_smoothed(axes: "Axes", points: Series, label: str) -> None:
+    steps, values = points
+    if values.size < 20:
+        axes.plot(steps, values, color=_BLUE, marker="o", markersize=4, label=label)
+        return
+    axes.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=1.0)
+    axes.plot(steps, smooth(values, max(values.size // 40, 3)), color=_BLUE, label=f"{label}, smoothed")
+
+
+def _mark_level(axes: "Axes", level: float, text: str) -> None:
+    axes.axhline(level, color=_DARK, linestyle="--", linewidth=1.2, zorder=1.5)
+    axes.annotate(
+        text,
+        (0.99, level),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 6),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=12,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.0},
+    )
+    axes.margins(y=0.12)
+
+
+def _not_measured(axes: "Axes") -> None:
+    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="#e4e7eb")
+
+
+def _mib(size: float) -> str:
+    return f"{size:,.0f} MiB" if size >= 100 else f"{size:.3g} MiB"

@@ -1,0 +1,121 @@
+"""The folder of a run: what lies in it, and how one is found again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lossworks.errors import UserError, nearest
+from lossworks.home import runs_folder
+from lossworks.specs import TrainSpec
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Everything a run keeps on storage that its workers share.
+
+    Attributes:
+        path: Absolute; its name is the run's id in MLflow.
+    """
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """Return the run's id in MLflow."""
+        return self.path.name
+
+    @property
+    def spec_file(self) -> Path:
+        """Return the whole resolved spec, as YAML."""
+        return self.path / "spec.yaml"
+
+    @property
+    def journal(self) -> Path:
+        """Return the metrics of every step, as JSON lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def outcome_file(self) -> Path:
+        """Return how the last attempt ended, written by the training loop."""
+        return self.path / "outcome.json"
+
+    @property
+    def report(self) -> Path:
+        """Return the run's picture."""
+        return self.path / "report.png"
+
+    @property
+    def notices(self) -> Path:
+        """Return the sentences that workers leave for the person at the driver, one a line."""
+        return self.path / "notices.txt"
+
+    @property
+    def stop_file(self) -> Path:
+        """Return the file whose presence asks the run to save a checkpoint and end."""
+        return self.path / "stop"
+
+    def notify(self, text: str) -> None:
+        """Append a sentence to the notices."""
+        with self.notices.open("a", encoding="utf-8") as file:
+            file.write(f"{' '.join(text.split())}\n")
+
+    def spec(self) -> TrainSpec:
+        """Return the spec the run was last started with."""
+        return TrainSpec.read(self.spec_file)
+
+    @classmethod
+    def create(cls, spec: TrainSpec, run_id: str) -> "RunFolder":
+        """Make the folder of a new run and store its spec.
+
+        Raises:
+            UserError: The storage can't be written.
+        """
+        folder = cls((Path(spec.storage) if spec.storage else runs_folder()) / run_id)
+        try:
+            folder.path.mkdir(parents=True)
+            folder.spec_file.write_text(spec.to_yaml())
+        except OSError as error:
+            raise UserError(f"storage={folder.path.parent}: can't be written: {error.strerror}") from None
+        return folder
+
+    @classmethod
+    def find(cls, name: str) -> "RunFolder":
+        """Return a run by its folder's path, its id, a unique beginning of its id, or its name (the newest).
+
+        Raises:
+            UserError: No run matches, or several do.
+        """
+        path = Path(name).expanduser()
+        if (path / "spec.yaml").is_file():
+            return cls(path.absolute())
+        known = list(_newest_first(runs_folder()))
+        begins = [folder for folder in known if folder.run_id.startswith(name)]
+        if len(begins) == 1:
+            return begins[0]
+        if len(begins) > 1:
+            ids = ", ".join(folder.run_id for folder in begins[:5])
+            raise UserError(f"run {name}: begins the ids of several runs: {ids}")
+        names = {_name(folder): folder for folder in reversed(known)}
+        if name in names:
+            return names[name]
+        guess = nearest(name, [*names, *(folder.run_id for folder in known)])
+        hint = f"did you mean {guess}?" if guess else "give an id, a name, or the path of a run's folder"
+        raise UserError(f"run {name}: not found in {runs_folder()}; {hint}")
+
+
+def _newest_first(folder: Path) -> Iterator[RunFolder]:
+    files = folder.glob("*/spec.yaml")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        yield RunFolder(file.parent)
+
+
+def _name(folder: RunFolder) -> str:
+    try:
+        return folder.spec().name
+    except UserError:
+        return ""

@@ -1,0 +1,29 @@
+"""Specs: what a run is, checked before anything starts."""
+
+from lossworks.specs.base import Spec, field_paths, read_yaml
+from lossworks.specs.parts import (
+    CheckpointSpec,
+    DataSpec,
+    EvaluationSpec,
+    LossSpec,
+    ModelSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+    TrackingSpec,
+)
+from lossworks.specs.train import TrainSpec
+
+__all__ = [
+    "CheckpointSpec",
+    "DataSpec",
+    "EvaluationSpec",
+    "LossSpec",
+    "ModelSpec",
+    "OptimizerSpec",
+    "ScheduleSpec",
+    "Spec",
+    "TrackingSpec",
+    "TrainSpec",
+    "field_paths",
+    "read_yaml",
+]

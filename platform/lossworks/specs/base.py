@@ -1,0 +1,171 @@
+"""Frozen, checked records read from YAML with ``key.path=value`` overrides."""
+
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lossworks.errors import UserError, nearest
+
+
+class Spec(BaseModel):
+    """Base of all specs: frozen, unknown keys refused, every number with its range."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, source: str = "spec") -> Self:
+        """Return the spec for nested ``values``.
+
+        Raises:
+            UserError: Naming every wrong field by its dotted path, its value and what would be right.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{source}: {_explain(cls, error)}") from None
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Return the spec in the YAML file ``path`` with ``key.path=value`` overrides applied.
+
+        Raises:
+            UserError: The file is missing, is no YAML mapping, or holds a wrong value.
+        """
+        return cls.parse(apply_overrides(cls, read_yaml(path), overrides), source=str(path))
+
+    def override(self, overrides: Sequence[str]) -> Self:
+        """Return a copy with ``key.path=value`` overrides applied and everything checked again.
+
+        Raises:
+            UserError: An override names no field, or its value is out of range.
+        """
+        values = self.model_dump(mode="json", exclude_unset=True)
+        return self.parse(apply_overrides(type(self), values, overrides))
+
+    def to_yaml(self) -> str:
+        """Return the whole resolved spec as YAML; ``parse`` of it gives the same spec."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def flat(self) -> dict[str, Any]:
+        """Return the leaves as ``{"model.layers": 4, ...}``, for parameter tables."""
+        return dict(_leaves(self.model_dump(mode="json")))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file, or raise a UserError that says what is wrong with the file."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such spec file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}; a spec is a mapping of keys to values")
+    return values
+
+
+def apply_overrides(
+    model: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Return ``values`` with each ``key.path=value`` set; values are read as YAML.
+
+    Raises:
+        UserError: An override has no ``=`` or names no field of ``model``.
+    """
+    result = _copy(values)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"override {text!r}: write it as key.path=value")
+        _require_known(model, key)
+        *parents, leaf = key.split(".")
+        node = result
+        for name in parents:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise UserError(f"override {text!r}: {name} is a value, not a group of keys")
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"override {text!r}: the value is not valid YAML") from None
+    return result
+
+
+def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every field, groups included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        group = _group(field.annotation)
+        if group is not None:
+            yield from field_paths(group, f"{prefix}{name}.")
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    """Return the spec class inside an annotation such as ``ModelSpec`` or ``ModelSpec | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((group for part in typing.get_args(annotation) if (group := _group(part))), None)
+    return None
+
+
+def _require_known(model: type[BaseModel], key: str) -> None:
+    known = list(field_paths(model))
+    free = [path for path in known if _is_mapping(model, path)]
+    if key in known or any(key.startswith(f"{path}.") for path in free):
+        return
+    raise UserError(_unknown(key, known))
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    guess = nearest(key, known)
+    hint = f"; did you mean {guess}?" if guess else f"; known keys: {', '.join(known)}"
+    return f"{key}: unknown key{hint}"
+
+
+def _is_mapping(model: type[BaseModel], path: str) -> bool:
+    head, _, rest = path.partition(".")
+    annotation = model.model_fields[head].annotation
+    group = _group(annotation)
+    if rest and group is not None:
+        return _is_mapping(group, rest)
+    return typing.get_origin(annotation) is dict
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    """Return one line that names every wrong field."""
+    known = list(field_paths(model))
+    parts = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(name) for name in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            parts.append(_unknown(path, known))
+        elif item["type"] == "missing":
+            parts.append(f"{path}: is required")
+        elif not path:
+            parts.append(message)
+        else:
+            parts.append(f"{path}={item['input']!r}: {message[0].lower()}{message[1:]}")
+    return "; ".join(parts)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _copy(values: Any) -> Any:
+    return {name: _copy(value) for name, value in values.items()} if isinstance(values, Mapping) else values

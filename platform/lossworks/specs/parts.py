@@ -1,0 +1,147 @@
+"""The parts that specs of every room share: data, model, loss, optimiser, schedule, tracking."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from lossworks.specs.base import Spec
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class DataSpec(Spec):
+    """What text is read, how it becomes tokens, and how long a sequence is."""
+
+    corpus: str = Field(
+        "stdlib",
+        description="stdlib (the interpreter's own sources), text:PATH (a file, folder or glob of .txt, "
+        ".md, .py, .jsonl, .parquet) or hf:NAME (the datasets library; needs a network)",
+    )
+    field: str = Field("text", min_length=1, description="field of .jsonl records, column of .parquet files")
+    tokenizer: str | None = Field(
+        None, description="path of a tokenizer.json; without it a byte-level BPE is trained on the corpus"
+    )
+    vocab_size: int = Field(
+        16384, ge=258, le=2**24, description="entries of the trained tokenizer; 256 bytes + 2 are the least"
+    )
+    tokenizer_bytes: int = Field(
+        16 * 2**20, ge=1024, description="bytes of text that the tokenizer is trained on, from the start"
+    )
+    max_bytes: int | None = Field(None, ge=1, description="read at most so many bytes of text; all if unset")
+    sequence_length: int = Field(256, ge=2, le=2**20, description="tokens a sequence")
+    held_out_fraction: float = Field(
+        0.02, gt=0.0, le=0.5, description="share of the sequences kept for evaluation, from the corpus's end"
+    )
+
+    @field_validator("corpus")
+    @classmethod
+    def _known_corpus(cls, value: str) -> str:
+        kind, colon, name = value.partition(":")
+        if value == "stdlib" or (kind in ("text", "hf") and colon and name):
+            return value
+        raise ValueError("must be stdlib, text:PATH or hf:NAME")
+
+
+class ModelSpec(Spec):
+    """A decoder-only transformer of our own, or a local transformers checkpoint."""
+
+    source: str = Field(
+        "transformer", description="transformer, or hf:PATH for a local causal language model"
+    )
+    layers: int = Field(4, ge=1, le=1024, description="transformer blocks")
+    width: int = Field(256, ge=2, le=65536, description="features a token, D")
+    heads: int = Field(4, ge=1, le=1024, description="attention heads; must divide width")
+    kv_heads: int | None = Field(None, ge=1, description="key-value heads; must divide heads; default heads")
+    hidden: int | None = Field(
+        None, ge=1, description="feed-forward features; default 8/3 width (SwiGLU) or 4 width (GELU)"
+    )
+    norm: Literal["rmsnorm", "layernorm"] = Field(
+        "rmsnorm", description="normalisation of the residual stream"
+    )
+    activation: Literal["swiglu", "gelu"] = Field("swiglu", description="feed-forward activation")
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
+    tied: bool = Field(True, description="the head shares the embedding matrix")
+    rope_base: float = Field(10000.0, gt=1.0, description="base of the rotary frequencies")
+
+    @field_validator("source")
+    @classmethod
+    def _known_source(cls, value: str) -> str:
+        if value == "transformer" or (value.startswith("hf:") and len(value) > 3):
+            return value
+        raise ValueError("must be transformer or hf:PATH")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.source != "transformer":
+            return self
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        if (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width/heads={self.width // self.heads} must be even: rotary embeddings turn pairs"
+            )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        return self
+
+
+class LossSpec(Spec):
+    """The training objective on the model's head."""
+
+    name: Literal["cross-entropy"] = Field("cross-entropy", description="slug of the loss")
+    impl: Literal["auto", "cpu", "reference"] = Field(
+        "auto", description="how the head is computed: auto and cpu never build the logits, reference does"
+    )
+
+
+class OptimizerSpec(Spec):
+    """AdamW with decoupled weight decay on matrices only."""
+
+    lr: float = Field(3e-3, gt=0.0, le=10.0, description="peak learning rate")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="decay of the two moments")
+    eps: float = Field(1e-8, gt=0.0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        0.1, ge=0.0, description="decoupled decay of parameters with two or more axes"
+    )
+    clip_norm: float | None = Field(
+        1.0, gt=0.0, description="largest global gradient norm; null for no limit"
+    )
+
+
+class ScheduleSpec(Spec):
+    """The learning rate over steps, as a factor of its peak."""
+
+    kind: Literal["constant", "cosine", "linear", "wsd"] = Field(
+        "cosine", description="shape after the warm-up; wsd is warm-up, stable, decay"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear growth from 0 to the peak")
+    decay_steps: int = Field(0, ge=0, description="last steps of wsd, in which the rate falls linearly")
+    final_fraction: Fraction = Field(0.0, description="share of the peak that is left at the last step")
+
+
+class EvaluationSpec(Spec):
+    """When and on how much held-out text the model is evaluated."""
+
+    every: int = Field(50, ge=1, description="steps between evaluations; the last step is always evaluated")
+    sequences: int = Field(64, ge=1, description="held-out sequences an evaluation, all of them if fewer")
+
+
+class CheckpointSpec(Spec):
+    """When checkpoints are written and how many stay."""
+
+    every: int = Field(100, ge=1, description="steps between checkpoints; the last step is always saved")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay, besides the best by held-out loss")
+
+
+class TrackingSpec(Spec):
+    """Which MLflow store a run is written to."""
+
+    uri: str | None = Field(
+        None,
+        description="http(s)://HOST:PORT or sqlite:////ABSOLUTE/PATH; default: a file in the home folder",
+    )
+    experiment: str = Field("lossworks", min_length=1, description="name of the MLflow experiment")
+    system_metrics: bool = Field(True, description="record CPU, memory, disk and network of the machine")
+    patience_s: float = Field(
+        300.0, ge=0.0, description="seconds to wait at the end for a tracking server that is away"
+    )

@@ -1,0 +1,77 @@
+"""The spec of one training run."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from lossworks.specs.base import Spec
+from lossworks.specs.parts import (
+    CheckpointSpec,
+    DataSpec,
+    EvaluationSpec,
+    LossSpec,
+    ModelSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+    TrackingSpec,
+)
+
+
+class TrainSpec(Spec):
+    """Everything that decides a training run; the same spec and seed give the same result."""
+
+    name: str = Field("train", min_length=1, max_length=100, description="name of the run in MLflow")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the parameters, the data order and all noise")
+    steps: int = Field(200, ge=1, description="optimiser steps")
+    batch_size: int = Field(32, ge=1, description="sequences a step, over all workers")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="sequences a worker takes at once; gradients accumulate over a step"
+    )
+    workers: int = Field(2, ge=1, le=65536, description="processes that train together")
+    resources_per_worker: dict[str, float] = Field(
+        {"CPU": 1}, description="what each worker gets from Ray, for instance {CPU: 4, GPU: 1}"
+    )
+    sharding: Literal["none", "ddp", "fsdp"] = Field(
+        "ddp", description="none (one worker), ddp (replicas) or fsdp (parameters split over the workers)"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the products under autocast")
+    activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
+    compile: bool = Field(False, description="compile the transformer blocks with torch.compile")
+    max_failures: int = Field(3, ge=0, description="times that lost workers are replaced before giving up")
+    storage: str | None = Field(
+        None, description="absolute folder of runs, shared by all workers; default: runs/ in the home folder"
+    )
+    data: DataSpec = DataSpec()
+    model: ModelSpec = ModelSpec()
+    loss: LossSpec = LossSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    tracking: TrackingSpec = TrackingSpec()
+
+    def text(self) -> DataSpec:
+        """Return the data with the tokenizer settled: a transformers checkpoint brings its own."""
+        if self.data.tokenizer is None and self.model.source.startswith("hf:"):
+            path = Path(self.model.source.removeprefix("hf:")).expanduser() / "tokenizer.json"
+            return self.data.model_copy(update={"tokenizer": str(path)})
+        return self.data
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.sharding == "none" and self.workers != 1:
+            raise ValueError(f"sharding=none is for workers=1, not {self.workers}: use ddp or fsdp")
+        if self.batch_size < self.workers:
+            raise ValueError(f"batch_size={self.batch_size} must be at least workers={self.workers}")
+        for name, amount in self.resources_per_worker.items():
+            if amount < 0:
+                raise ValueError(f"resources_per_worker.{name}={amount} must not be negative")
+        if self.schedule.warmup_steps + self.schedule.decay_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps + schedule.decay_steps = "
+                f"{self.schedule.warmup_steps + self.schedule.decay_steps} must not exceed steps={self.steps}"
+            )
+        if self.storage is not None and not self.storage.startswith("/"):
+            raise ValueError(f"storage={self.storage!r} must be an absolute path")
+        return self

@@ -1,0 +1,32 @@
+"""Run tracking: an append-only journal beside every run, delivered to an MLflow store.
+
+The process that trains appends rows to a journal and knows nothing of MLflow. The driver follows the
+journal and is the only writer of the MLflow run, so a tracking server that is slow or away never holds up a
+step, a killed process loses nothing, and nothing is written twice. Importing this package does not import
+MLflow, which takes over a second.
+"""
+
+from lossworks.tracking.address import check_tracking, redact, tracking_uri
+from lossworks.tracking.delivery import deliver
+from lossworks.tracking.follower import Follower
+from lossworks.tracking.journal import Journal, Row, last_step, read_all, read_rows
+from lossworks.tracking.machine import machine
+from lossworks.tracking.store import create_run, find_run, finish_run, open_run
+
+__all__ = [
+    "Follower",
+    "Journal",
+    "Row",
+    "check_tracking",
+    "create_run",
+    "deliver",
+    "find_run",
+    "finish_run",
+    "last_step",
+    "machine",
+    "open_run",
+    "read_all",
+    "read_rows",
+    "redact",
+    "tracking_uri",
+]

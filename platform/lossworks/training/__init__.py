@@ -1,0 +1,1 @@
+"""Training: one plain-torch loop, its sharding, checkpoints and measures."""

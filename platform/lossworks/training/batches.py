@@ -1,0 +1,49 @@
+"""From a step's rows to micro-batches that every rank has equally many of."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossworks.data import TokenSequences
+from lossworks.training.world import World
+
+IGNORE_INDEX = -100
+
+
+def micro_batches(
+    sequences: TokenSequences, rows: np.ndarray, *, size: int | None, largest_share: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's rows as (tokens, targets) of at most ``size`` sequences, each (B, L) int64.
+
+    Every rank must go through equally many forward passes, or collectives would wait for ever; a rank with a
+    smaller share therefore ends with a row whose targets are all ignored.
+
+    Args:
+        sequences: Where rows are read.
+        rows: This rank's share of the global batch, shape (share,).
+        size: Sequences a micro-batch; None takes the whole share at once.
+        largest_share: The largest share any rank has of this batch.
+    """
+    size = size or largest_share
+    for index in range(math.ceil(largest_share / size)):
+        part = rows[index * size : (index + 1) * size]
+        if len(part):
+            yield sequences.batch(part)
+        else:
+            tokens, targets = sequences.batch(np.zeros(1, dtype=np.int64))
+            yield tokens, torch.full_like(targets, IGNORE_INDEX)
+
+
+def share(total: int, world: World) -> slice:
+    """Return this rank's contiguous part of ``total`` rows; parts differ by at most one."""
+    base, extra = divmod(total, world.size)
+    start = world.rank * base + min(world.rank, extra)
+    return slice(start, start + base + (world.rank < extra))
+
+
+def largest_share(total: int, world: World) -> int:
+    """Return the most rows of ``total`` that any rank gets."""
+    return math.ceil(total / world.size)

@@ -1,0 +1,43 @@
+"""AdamW with decoupled weight decay on matrices only."""
+
+import torch
+from torch import nn
+
+from lossworks.specs import OptimizerSpec
+
+
+def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
+    """Return AdamW (Loshchilov and Hutter 2019) over the parameters that want a gradient.
+
+    Parameters with two or more axes (matrices, embeddings) decay; gains and biases do not, since pulling a
+    normalisation's gain to zero is no regularisation.
+    """
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in wanted if p.dim() >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in wanted if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=spec.lr,
+        betas=spec.betas,
+        eps=spec.eps,
+        fused=True,
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def non_finite_gradients(model: nn.Module) -> list[str]:
+    """Return the names of the parameters whose gradient holds NaN or infinity in this process."""
+    bad = []
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        local = getattr(gradient, "_local_tensor", gradient)  # FSDP: this rank's shard
+        if local is not None and not bool(local.isfinite().all()):
+            bad.append(name.removeprefix("module."))
+    return bad

@@ -1,0 +1,44 @@
+"""How a run ended, as plain data that survives the way to the driver."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Status = Literal["finished", "stopped", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the training loop returns.
+
+    Attributes:
+        status: ``finished`` all steps, ``stopped`` when asked to, ``diverged`` to NaN or infinity, or
+            ``failed`` at something the spec asks for.
+        reason: One sentence for a person, empty if finished.
+        step: Last step done.
+        metrics: Last value of each metric, by its tracked name.
+        checkpoint: Folder of the newest checkpoint, or None.
+        best: Folder of the checkpoint with the least held-out loss, or None.
+        head_memory: Peak bytes of the head, ours and with the logits built; empty if not measured.
+    """
+
+    status: Status
+    reason: str
+    step: int
+    metrics: dict[str, float]
+    checkpoint: str | None
+    best: str | None
+    head_memory: dict[str, float] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write the outcome as JSON, atomically."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1))
+        os.replace(partial, path)  # noqa: PTH105  (Path.replace reads like str.replace)
+
+    @classmethod
+    def read(cls, path: Path) -> "Outcome":
+        """Return the outcome in a JSON file."""
+        return cls(**json.loads(path.read_text()))

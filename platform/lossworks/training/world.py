@@ -1,0 +1,60 @@
+"""The processes that train together, seen from one of them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that train together.
+
+    Attributes:
+        rank: From 0 to size − 1.
+        size: Number of processes.
+        device: Where this process computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def current(cls) -> "World":
+        """Return the place in torch.distributed's default group, or a world of one without a group."""
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if not dist.is_initialized():
+            return cls(0, 1, device)
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.rank == 0
+
+    def gather(self, values: Sequence[float]) -> torch.Tensor:
+        """Return every rank's ``values`` as float64, shape (size, len(values)), on the CPU."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size == 1:
+            return own[None].cpu()
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(rows, own)
+        return torch.stack(rows).cpu()
+
+    def agree(self, value: Any) -> Any:
+        """Return rank 0's ``value`` on every rank; it must be plain data."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            self.gather([0.0])

@@ -1,0 +1,92 @@
+"""What a user can get wrong: one line on standard error, exit status 2, nothing started."""
+
+import pytest
+import yaml
+
+from lossworks.cli import main
+from lossworks_testing.training import write_text
+
+
+@pytest.fixture
+def file(tmp_path, home):
+    """A good spec on a small text, to be broken by overrides."""
+    text = write_text(tmp_path / "text.txt", words=2000)
+    values = {"data": {"corpus": f"text:{text}", "vocab_size": 300, "sequence_length": 16}, "steps": 2}
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def refused(arguments, capsys, monkeypatch):
+    """Run the command, expect exit status 2 and no Ray, and return its one line."""
+
+    def started(*_):
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.setattr("lossworks_jobs.cluster._start", started)
+    status = main(arguments)
+    error = capsys.readouterr().err
+
+    assert status == 2, error
+    assert error.startswith("lossworks: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modle.layers=2", "did you mean model.layers?"),
+        ("model.layers=0", "model.layers=0: input should be greater than or equal to 1"),
+        ("optimizer.lr=fast", "optimizer.lr='fast'"),
+        ("model.heads=3", "width=256 must be a multiple of heads=3"),
+        ("sharding=none", "sharding=none is for workers=1"),
+        ("data.corpus=text:/nowhere", "/nowhere"),
+        ("data.corpus=web:x", "must be stdlib, text:PATH or hf:NAME"),
+        ("data.vocab_size=50000", "data.vocab_size"),
+        ("data.sequence_length=100000", "data.sequence_length"),
+        ("workers=32", "workers=32 with resources_per_worker.CPU=1 need 32 CPU"),
+        ("tracking.uri=http://127.0.0.1:9", "no answer from the server"),
+        ("tracking.uri=file:///tmp/x", "no longer writes to plain folders"),
+        ("storage=relative/path", "must be an absolute path"),
+        ("steps", "write it as key.path=value"),
+    ],
+)
+def test_a_wrong_spec_is_refused_in_one_line(file, override, message, capsys, monkeypatch):
+    """The line names the field, its value and what would be right."""
+    assert message in refused(["train", str(file), override], capsys, monkeypatch)
+
+
+def test_an_empty_corpus_is_refused(file, tmp_path, capsys, monkeypatch):
+    """A file without text can't be trained on."""
+    (tmp_path / "empty.txt").write_text("")
+
+    message = refused(["train", str(file), f"data.corpus=text:{tmp_path / 'empty.txt'}"], capsys, monkeypatch)
+    assert "empty" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "SPEC is missing"),
+        (["train", "nowhere.yaml"], "no such spec file"),
+        (["train", "--resume", "nothing"], "run nothing: not found"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["export", "nothing", "--to", "x"], "run nothing: not found"),
+        (["evaluate", "/nowhere"], "/nowhere"),
+        (["report", "nothing"], "run nothing: not found"),
+        (["sync", "nothing"], "run nothing: not found"),
+        (["bench", "trian"], "did you mean train?"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_line(arguments, message, home, capsys, monkeypatch):
+    """Unknown commands, files and runs, too."""
+    assert message in refused(arguments, capsys, monkeypatch)
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, home, capsys, monkeypatch):
+    """A list, or text that is no YAML, says what a spec is."""
+    path = tmp_path / "spec.yaml"
+    for content, message in (("- 1\n", "holds a list"), ("a: [", "is not valid YAML")):
+        path.write_text(content)
+        assert message in refused(["train", str(path)], capsys, monkeypatch)

@@ -1,0 +1,205 @@
+"""Training on a real Ray instance: results, tracking, lost workers, interruptions, resuming."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from lossworks.errors import RunError
+from lossworks.runs import RunFolder
+from lossworks.tracking import read_all
+from lossworks.tracking.client import connect
+from lossworks_jobs.train import train
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def finished(request, cluster, spec, session_home):
+    """An uninterrupted run, for each way of sharding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOSSWORKS_HOME", str(session_home))
+        return train(spec.override([f"sharding={request.param}"]))
+
+
+def curve(folder: RunFolder):
+    return [(row["step"], row["metrics"]["train/loss"]) for row in read_all(folder.journal)]
+
+
+def tracked(spec, run_id):
+    return connect(spec.tracking).get_run(run_id)
+
+
+def newest(home) -> RunFolder:
+    """Return the run whose folder was made last."""
+    return RunFolder(max((home / "runs").iterdir(), key=lambda path: path.stat().st_ctime_ns))
+
+
+def when_step(home, step, action, seen=frozenset()):
+    """Call ``action`` once the newest run, if not in ``seen``, has journaled ``step``; return the thread."""
+
+    def watch():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            folder = newest(home)
+            if folder.path not in seen and any(at >= step for at, _ in curve(folder)):
+                action(folder)
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def kill_a_worker(_folder=None):
+    workers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [""])[0].startswith("ray::RayTrainWorker")
+    ]
+    workers[-1].send_signal(signal.SIGKILL)
+
+
+def test_a_run_ends_in_mlflow_with_all_it_should_have(finished, home, spec):
+    """MLflow's own client reads back status, parameters, whole curves and artifacts."""
+    run = tracked(spec, finished.folder.run_id)
+    client = connect(spec.tracking)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.width"] == "32"
+    assert run.data.tags["lossworks.folder"] == str(finished.folder.path)
+    assert "lossworks.version.torch" in run.data.tags or any("torch" in tag for tag in run.data.tags)
+    assert sorted((point.step, point.value) for point in history) == curve(finished.folder)
+    assert len(history) == spec.steps
+    assert artifacts >= {"report.png", "spec.yaml", "outcome.json"}
+    assert {
+        "eval/loss",
+        "train/lr",
+        "train/tokens_per_second",
+        "train/step_seconds",
+    } <= run.data.metrics.keys()
+
+
+def test_a_run_learns(finished, spec):
+    """Two workers bring the loss down, and the result says where the checkpoint is."""
+    losses = [loss for _, loss in curve(finished.folder)]
+
+    assert losses[-1] < losses[0] - 2
+    assert finished.outcome.status == "finished"
+    assert finished.outcome.checkpoint.endswith("step-00000120")
+    assert finished.first_step_s > 0
+    assert finished.folder.report.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_worker_is_replaced_and_changes_nothing(finished, home, cluster):
+    """kill -9 in mid-run: the run ends with the very curve of the run that was left alone."""
+    spec = finished.folder.spec()
+    before = set((home / "runs").iterdir())
+    killer = when_step(home, 30, kill_a_worker, seen=before)
+    result = train(spec)
+    killer.join(1)
+
+    assert not killer.is_alive()
+    assert result.outcome.status == "finished"
+    assert any("going on from step" in notice for notice in result.notices)
+    assert curve(result.folder) == curve(finished.folder)
+    assert result.outcome.metrics["eval/loss"] == finished.outcome.metrics["eval/loss"]
+    assert tracked(spec, result.folder.run_id).info.status == "FINISHED"
+
+
+def test_too_many_lost_workers_fail_the_run_and_a_resume_saves_it(finished, home, cluster):
+    """With no replacement allowed the run is FAILED in MLflow; resumed, it ends as if nothing had been."""
+    spec = finished.folder.spec().override(["max_failures=0"])
+    killer = when_step(home, 30, kill_a_worker, seen=set((home / "runs").iterdir()))
+    with pytest.raises(RunError, match="rank"):
+        train(spec)
+    killer.join(1)
+    folder = newest(home)
+    failed = tracked(spec, folder.run_id)
+    result = train(spec.override(["workers=1"]), resume=folder)
+
+    assert failed.info.status == "FAILED"
+    assert "rank" in failed.data.tags["lossworks.reason"]
+    assert tracked(spec, folder.run_id).info.status == "FINISHED"
+    assert [step for step, _ in curve(folder)] == list(range(1, 121))
+    # One worker sums in another order than two.
+    assert result.outcome.metrics["eval/loss"] == pytest.approx(
+        finished.outcome.metrics["eval/loss"], rel=1e-3
+    )
+
+
+def lossworks(*arguments, home, address):
+    """Start the command as a user would, on the tests' Ray instance."""
+    environment = {**os.environ, "LOSSWORKS_HOME": str(home), "RAY_ADDRESS": address}
+    return subprocess.Popen(
+        [sys.executable, "-c", "import sys; from lossworks.cli import main; sys.exit(main())", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_command_is_resumed_to_the_same_end(finished, home, cluster, tmp_path, number):
+    """Ctrl-C saves a checkpoint and ends as KILLED; after that, and after kill -9, --resume ends the run."""
+    file = tmp_path / "spec.yaml"
+    file.write_text(finished.folder.spec().to_yaml())
+    before = set((home / "runs").iterdir())
+    process = lossworks("train", str(file), home=home, address=cluster)
+    killer = when_step(home, 30, lambda _: process.send_signal(number), seen=before)
+    output, _ = process.communicate(timeout=120)
+    killer.join(1)
+    folder = newest(home)
+    status = tracked(folder.spec(), folder.run_id).info.status
+    stopped_at = curve(folder)[-1][0]
+    again = lossworks("train", "--resume", folder.run_id[:12], home=home, address=cluster)
+    text, _ = again.communicate(timeout=120)
+
+    assert 30 <= stopped_at < 120, output
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert status == "KILLED"
+        assert "lossworks train --resume" in output
+    assert again.returncode == 0, text
+    assert curve(folder) == curve(finished.folder)
+    assert tracked(folder.spec(), folder.run_id).info.status == "FINISHED"
+
+
+def test_an_exported_model_evaluates_to_the_runs_own_loss(finished, home, tmp_path):
+    """export, then evaluate on all held-out text that the run's last evaluation read."""
+    from lossworks.cli import main
+
+    run, folder, result = finished.folder.run_id, tmp_path / "model", tmp_path / "result.json"
+
+    assert main(["export", run, "--to", str(folder), "--newest"]) == 0
+    assert main(["evaluate", str(folder), "--sequences", "8", "--json", str(result)]) == 0
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+    assert json.loads(result.read_text())["eval/loss"] == pytest.approx(
+        finished.outcome.metrics["eval/loss"], rel=1e-5
+    )
+
+
+def test_the_stored_spec_starts_the_same_run_again(finished, home):
+    """A run's spec.yaml is the whole resolved spec."""
+    assert finished.folder.spec().to_yaml() == finished.folder.spec_file.read_text()
+
+
+def test_a_resume_with_another_shape_is_refused(finished, home):
+    """The error names the field and both values; so does one that is complete."""
+    from lossworks.errors import UserError
+
+    with pytest.raises(UserError, match=r"model.width=64: the checkpoints of run .* were made with 32"):
+        train(finished.folder.spec().override(["model.width=64"]), resume=finished.folder)
+    with pytest.raises(UserError, match="has finished its 120 steps"):
+        train(finished.folder.spec(), resume=finished.folder)

@@ -1,0 +1,87 @@
+import math
+import struct
+
+import numpy as np
+import pytest
+
+from lossworks.reporting import train_report
+from lossworks.reporting.series import series, smooth
+
+
+def rows(steps=60):
+    for step in range(1, steps + 1):
+        metrics = {"train/loss": 9 / step, "train/lr": 1e-3 / step, "train/tokens_per_second": 2e4 + step}
+        if step % 10 == 0:
+            metrics["eval/loss"] = 10 / step
+        yield {"step": step, "time_ms": step, "metrics": metrics}
+
+
+def size(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    return struct.unpack(">II", data[16:24])
+
+
+MEMORY = {"linear cross-entropy": 21.4 * 2**20, "with logits": 1538 * 2**20}
+
+
+@pytest.mark.parametrize("steps", [1, 12, 60, 3000])
+def test_a_report_is_a_picture_of_1600_by_1000(tmp_path, steps):
+    path = tmp_path / "new" / "report.png"
+
+    assert (
+        train_report(list(rows(steps)), head_memory=MEMORY, title="a [b] $c", path=path, vocabulary=512)
+        == path
+    )
+
+    assert size(path) == (1600, 1000)
+
+
+@pytest.mark.parametrize("missing", ["train/loss", "eval/loss", "train/lr", "train/tokens_per_second", "all"])
+def test_missing_series_are_left_out(tmp_path, missing):
+    kept = [] if missing == "all" else list(rows())
+    for row in kept:
+        row["metrics"].pop(missing, None)
+
+    path = train_report(kept, head_memory=None, title="missing", path=tmp_path / "report.png")
+
+    assert size(path) == (1600, 1000)
+
+
+def test_values_that_are_not_finite_do_not_break_it(tmp_path):
+    diverged = list(rows())
+    for row in diverged[30:]:
+        row["metrics"] = dict.fromkeys(row["metrics"], math.nan) | {"train/loss": math.inf}
+
+    path = train_report(diverged, head_memory={"x": math.nan}, title="diverged", path=tmp_path / "report.png")
+
+    assert size(path) == (1600, 1000)
+
+
+def test_drawing_leaves_matplotlib_settings_and_backend_alone(tmp_path):
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    train_report(list(rows()), head_memory=MEMORY, title="t", path=tmp_path / "report.png")
+
+    assert dict(mpl.rcParams) == before
+
+
+def test_series_leaves_out_what_is_not_finite():
+    found = [{"step": 2, "metrics": {"a": 5.0}}, {"step": 1, "metrics": {"a": math.nan, "b": 1.0}}]
+
+    steps, values = series(found, "a")
+
+    assert (steps.tolist(), values.tolist()) == ([2.0], [5.0])
+    assert series(found, "c") is None
+    assert series(found[1:], "a") is None
+
+
+@pytest.mark.parametrize(("count", "window"), [(1, 5), (4, 9), (50, 1), (50, 7)])
+def test_smoothing_is_the_weighted_mean_of_the_neighbours(count, window):
+    values = np.random.default_rng(0).normal(size=count)
+
+    for index, value in enumerate(smooth(values, window)):
+        weights = [max(0, 1 - abs(index - other) / window) for other in range(count)]
+        assert value == pytest.approx(np.average(values, weights=weights))
+    assert smooth(np.ones(count), window) == pytest.approx(np.ones(count))

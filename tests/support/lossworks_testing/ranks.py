@@ -1,0 +1,43 @@
+"""Run a function in several real processes of torch.distributed over gloo."""
+
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(workers: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
+    """Return ``function(*arguments)`` of every rank, in order; an exception of any rank is raised.
+
+    ``function`` must be importable by name and its result plain data.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (workers, port, function, arguments, str(folder)), nprocs=workers)
+    results = [pickle.loads((folder / f"rank-{rank}").read_bytes()) for rank in range(workers)]  # noqa: S301
+    for kind, value in results:
+        if kind == "error":
+            raise AssertionError(value)
+    return [value for _, value in results]
+
+
+def _rank(rank: int, workers: int, port: int, function: Callable, arguments: tuple, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=workers)
+    try:
+        result = ("value", function(*arguments))
+    except Exception:  # noqa: BLE001  (handed to the test)
+        result = ("error", traceback.format_exc())
+    Path(folder, f"rank-{rank}").write_bytes(pickle.dumps(result))
+    if result[0] == "value":
+        dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,80 @@
+"""Small training runs without Ray, for tests: a corpus, a spec, and one call."""
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lossworks.data import TokenizedCorpus, prepare
+from lossworks.specs import TrainSpec
+from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.loop import Job, train
+
+VOCABULARY = 300
+
+
+def write_text(path: Path, *, words: int = 6000, seed: int = 0) -> Path:
+    """Write a text with some structure to learn, the same for the same seed."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(80)]
+    follows = {word: rng.sample(vocabulary, 4) for word in vocabulary}
+    word, text = vocabulary[0], []
+    for _ in range(words):
+        word = rng.choice(follows[word])
+        text.append(word)
+    path.write_text(" ".join(text))
+    return path
+
+
+def tiny_spec(text: Path, **changes: Any) -> TrainSpec:
+    """Return a spec that trains in about a second; ``changes`` are nested like the YAML."""
+    values: dict[str, Any] = {
+        "steps": 6,
+        "batch_size": 6,
+        "workers": 1,
+        "sharding": "none",
+        "data": {
+            "corpus": f"text:{text}",
+            "vocab_size": VOCABULARY,
+            "sequence_length": 16,
+            "held_out_fraction": 0.1,
+        },
+        "model": {"layers": 2, "width": 16, "heads": 2},
+        "evaluation": {"every": 3, "sequences": 7},
+        "checkpoint": {"every": 3},
+        "schedule": {"kind": "cosine", "warmup_steps": 1},
+    }
+    for name, value in changes.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
+    return TrainSpec.parse(values)
+
+
+def prepared(spec: TrainSpec) -> TokenizedCorpus:
+    """Return the spec's corpus."""
+    return prepare(spec.text())
+
+
+def run_training(
+    spec_values: dict[str, Any], corpus: str, folder: str, stop_after: int | None = None
+) -> dict[str, Any]:
+    """Train in this process, or as one rank, and return rows and outcome as plain data."""
+    rows: list[tuple[int, dict[str, float]]] = []
+    notices: list[str] = []
+    spec = TrainSpec.parse(spec_values)
+    outcome = train(
+        Job(
+            spec=spec,
+            corpus=TokenizedCorpus.open(corpus),
+            checkpoints=CheckpointStore(Path(folder), keep=spec.checkpoint.keep),
+            record=lambda step, metrics: rows.append((step, metrics)),
+            notify=notices.append,
+            # Asked during step n, before its row is recorded.
+            stop_requested=lambda: stop_after is not None and len(rows) + 1 >= stop_after,
+        )
+    )
+    return {"rows": rows, "notices": notices, **asdict(outcome)}
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    """Return the training loss of every recorded step."""
+    return [metrics["train/loss"] for _, metrics in result["rows"]]

@@ -1,0 +1,1 @@
+"""The room for Ray Tune sweeps over the hyperparameters of losses."""
