@@ -1,16 +1,17 @@
 """Sharded checkpoints: written atomically, checked before use, the newest k and the best kept."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -73,11 +74,10 @@ class CheckpointStore:
             partial.mkdir(parents=True)
         world.barrier()
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        alone = not dist.is_initialized()
+        state = {"model": model_state, "optimizer": optimizer_state}
         try:
-            dcp.save(
-                {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=partial, no_dist=alone
-            )
+            with _without_group_warning():
+                dcp.save(state, checkpoint_id=partial)
         except (OSError, dcp.CheckpointException) as error:
             raise RunError(
                 f"step {step}: the checkpoint in {self.folder} can't be written: {error}"
@@ -93,7 +93,7 @@ class CheckpointStore:
         """Restore model and optimiser, whatever the number of ranks that wrote them."""
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-        dcp.load(state, checkpoint_id=checkpoint.folder, no_dist=not dist.is_initialized())
+        load_shards(state, checkpoint.folder)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
@@ -121,6 +121,23 @@ class CheckpointStore:
         for folder in folders[: -self.keep]:
             if best is None or folder != best.folder:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_shards(state: dict[str, Any], folder: Path) -> None:
+    """Fill the tensors of ``state``, sharded or whole, from a checkpoint's files.
+
+    Every rank calls this, or a single process without a group.
+    """
+    with _without_group_warning():
+        dcp.load(state, checkpoint_id=folder)
+
+
+@contextlib.contextmanager
+def _without_group_warning() -> Iterator[None]:
+    """Hide the warning that a process on its own, without a process group, is taken to be alone: it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from lossworks import __version__
 from lossworks.data import TokenizedCorpus, prepare
@@ -14,7 +13,7 @@ from lossworks.errors import UserError
 from lossworks.models import build_model, load_model, save_model
 from lossworks.runs import RunFolder
 from lossworks.specs import DataSpec, LossSpec, TrainSpec
-from lossworks.training.checkpoint import Checkpoint, CheckpointStore, find_damage
+from lossworks.training.checkpoint import Checkpoint, CheckpointStore, find_damage, load_shards
 from lossworks.training.evaluation import Evaluation, evaluate
 from lossworks.training.objective import build_objective
 from lossworks.training.world import World
@@ -36,7 +35,7 @@ def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
     corpus = prepare(spec.text())
     model = build_model(spec.model, vocab_size=corpus.vocab_size, seed=spec.seed)
     state: dict[str, Any] = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=checkpoint.folder, no_dist=True)
+    load_shards(state, checkpoint.folder)
     model.load_state_dict(state["model"])
     save_model(
         to,

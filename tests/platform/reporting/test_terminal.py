@@ -59,13 +59,18 @@ def test_without_a_terminal_slow_runs_print_every_ten_seconds_and_fast_ones_rare
     assert [line.split()[1] for line in fast.file.getvalue().splitlines()] == ["1/100", "100/100"]
 
 
-def test_a_run_that_goes_on_estimates_from_its_own_steps(clock):
+def test_the_time_left_counts_neither_earlier_steps_nor_the_start_of_the_workers(clock):
     out = console()
     with TrainProgress(100, first_step=50, console=out) as shown:
-        clock.now += 10
+        clock.now += 30
+        shown.update(row(51))
+        clock.now += 9
         shown.update(row(60))
 
-    assert out.file.getvalue().splitlines() == ["step 60/100  loss 0.1667  elapsed 0:00:10  left 0:00:40"]
+    assert out.file.getvalue().splitlines() == [
+        "step 51/100  loss 0.1961  elapsed 0:00:30",
+        "step 60/100  loss 0.1667  elapsed 0:00:39  left 0:00:40",
+    ]
 
 
 def test_on_a_terminal_a_bar_is_drawn_and_messages_stand_above_it():
