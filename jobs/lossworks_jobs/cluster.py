@@ -9,10 +9,6 @@ from lossworks.errors import UserError
 from lossworks.home import QUIET_ENVIRONMENT
 from lossworks.specs import TrainSpec
 
-# Read by the driver's Ray and passed on to controller and workers. The controller polls this often; the
-# default of 2 s would be added to the end of every run and to the detection of a lost worker.
-_POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-
 
 @contextmanager
 def cluster(spec: TrainSpec, address: str | None) -> Iterator[None]:
@@ -23,7 +19,9 @@ def cluster(spec: TrainSpec, address: str | None) -> Iterator[None]:
     Raises:
         UserError: There is no cluster at the address, or it can't hold the workers.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in _POLL.items()})
+    # The controller polls this often; the default of 2 s would be added to the end of every run and to the
+    # detection of a lost worker. Ray Train passes its variables on from here.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     import ray
 
     if ray.is_initialized():
@@ -48,24 +46,21 @@ def _start(address: str | None) -> None:
             # Workers leave what a person should see in the run's folder; the rest is in Ray's own logs.
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={
-                "env_vars": dict(QUIET_ENVIRONMENT),
-                "worker_process_setup_hook": "lossworks_jobs.cluster.quiet_worker",
-            },
+            runtime_env={"env_vars": QUIET_ENVIRONMENT},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--address {address}: no Ray cluster answers there: {first_line}") from None
 
 
-def quiet_worker() -> None:
-    """Silence what Ray repeats every second where no dashboard runs; called in each worker process."""
-    for name in (
-        "ray.train.v2._internal.execution.controller.placement_group_cleaner",
-        "ray.train.v2._internal.execution.controller.controller",
-        "ray.train.v2._internal.execution.worker_group.worker_group",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def worker_environment(spec: TrainSpec) -> dict[str, str]:
+    """Return the environment variables of the training workers."""
+    return {"OMP_NUM_THREADS": str(threads(spec))}
+
+
+def threads(spec: TrainSpec) -> int:
+    """Return how many threads a worker computes with: its whole CPUs, at least one."""
+    return max(1, int(spec.resources_per_worker.get("CPU", 1)))
 
 
 def require_local_resources(spec: TrainSpec) -> None:

@@ -11,7 +11,7 @@ from lossworks.errors import RunError, UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import TrainSpec
 from lossworks.training.outcome import Outcome
-from lossworks_jobs.cluster import cluster, require_local_resources
+from lossworks_jobs.cluster import cluster, require_local_resources, threads, worker_environment
 from lossworks_jobs.stopping import run_until_done
 
 if TYPE_CHECKING:
@@ -185,12 +185,11 @@ class _Driver:
         from lossworks_jobs.worker import run_worker
 
         spec = self.spec
-        threads = max(1, int(spec.resources_per_worker.get("CPU", 1)))
         config = {
             "spec": spec.model_dump(mode="json"),
             "folder": str(folder.path),
             "corpus": str(self.corpus.folder),
-            "threads": threads,
+            "threads": threads(spec),
         }
         trainer = TorchTrainer(
             run_worker,
@@ -205,7 +204,7 @@ class _Driver:
                 name=f"attempt-{time.time_ns()}",
                 storage_path=str(folder.path / "ray"),
                 failure_config=FailureConfig(max_failures=spec.max_failures),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+                worker_runtime_env={"env_vars": worker_environment(spec)},
             ),
         )
         try:

@@ -31,7 +31,6 @@ def cluster():
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
-            runtime_env={"worker_process_setup_hook": "lossworks_jobs.cluster.quiet_worker"},
         )
         yield context.address_info["gcs_address"]
         ray.shutdown()

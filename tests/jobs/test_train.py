@@ -19,6 +19,9 @@ from lossworks_jobs.train import train
 
 pytestmark = pytest.mark.timeout(240)
 
+SLOW = pytest.mark.slow
+ONLY_DDP = pytest.mark.parametrize("finished", ["ddp", pytest.param("fsdp", marks=SLOW)], indirect=True)
+
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def finished(request, cluster, spec, session_home):
@@ -116,6 +119,7 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(finished, home, cluster
     assert tracked(spec, result.folder.run_id).info.status == "FINISHED"
 
 
+@ONLY_DDP
 def test_too_many_lost_workers_fail_the_run_and_a_resume_saves_it(finished, home, cluster):
     """With no replacement allowed the run is FAILED in MLflow; resumed, it ends as if nothing had been."""
     spec = finished.folder.spec().override(["max_failures=0"])
@@ -150,7 +154,16 @@ def lossworks(*arguments, home, address):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("finished", "number"),
+    [
+        ("ddp", signal.SIGINT),
+        ("fsdp", signal.SIGKILL),
+        pytest.param("ddp", signal.SIGKILL, marks=SLOW),
+        pytest.param("fsdp", signal.SIGINT, marks=SLOW),
+    ],
+    indirect=["finished"],
+)
 def test_an_interrupted_command_is_resumed_to_the_same_end(finished, home, cluster, tmp_path, number):
     """Ctrl-C saves a checkpoint and ends as KILLED; after that, and after kill -9, --resume ends the run."""
     file = tmp_path / "spec.yaml"
