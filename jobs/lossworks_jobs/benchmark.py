@@ -28,6 +28,7 @@ _SPEC = {
         "sequence_length": 128,
     },
     "model": {"layers": 4, "width": 256, "heads": 4},
+    "schedule": {"kind": "constant"},  # the bare loop has none
     "evaluation": {"every": 1000, "sequences": 1},
     "checkpoint": {"every": 1000},
 }
@@ -38,8 +39,8 @@ def run(overrides: Sequence[str], repeats: int) -> list[Row]:
     """Run both methods in turns, ``repeats`` times each, on the same model and batches.
 
     Returns:
-        Tokens/s of each (the median over steps, then over runs), their ratio, the difference of the last
-        losses, and the seconds from our call to the end of the first step.
+        Tokens/s of each (the median over steps, then over runs), their ratio, how far the
+        first losses differ, and the seconds from our call to the end of the first step.
 
     Raises:
         RunError: One of the methods failed.
@@ -61,11 +62,13 @@ def run(overrides: Sequence[str], repeats: int) -> list[Row]:
         f"{spec.workers} workers, {spec.sharding}, vocabulary {spec.data.vocab_size}, "
         f"width {spec.model.width}, {spec.batch_size} x {spec.data.sequence_length} tokens a step"
     )
-    difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, bare, strict=True))
+    # Later steps grow apart: AdamW's first steps turn rounding errors of tiny gradients into whole steps.
+    pairs = zip(ours[0]["losses"][:5], bare[0]["losses"][:5], strict=True)
+    difference = max(abs(a - b) for a, b in pairs)
     return [
         *(Row(case, name, "throughput", value, "tokens/s") for name, value in speed.items()),
         Row(case, _OURS, "throughput over bare", speed[_OURS] / speed[_BARE], "x"),
-        Row(case, _OURS, "last loss, difference to bare", difference, "nats"),
+        Row(case, _OURS, "largest difference of the first 5 losses", difference, "nats"),
         Row(case, _OURS, "call to first step", statistics.median(r["start"] for r in ours), "s"),
     ]
 
@@ -81,7 +84,7 @@ def _run_ours(spec: TrainSpec) -> dict:
     result = train(spec)
     rows = [row["metrics"] for row in read_all(result.folder.journal)]
     seconds = [row["train/step_seconds"] for row in rows]
-    return {"seconds": seconds, "loss": rows[-1]["train/loss"], "start": result.first_step_s}
+    return {"seconds": seconds, "losses": [row["train/loss"] for row in rows], "start": result.first_step_s}
 
 
 def _run_bare(spec: TrainSpec, corpus: Path) -> dict:

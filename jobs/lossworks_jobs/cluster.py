@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -39,6 +40,8 @@ def cluster(spec: TrainSpec, address: str | None) -> Iterator[None]:
 def _start(address: str | None) -> None:
     import ray
 
+    if address is not None:
+        _require_answer(address)
     try:
         ray.init(
             address=address,
@@ -51,6 +54,21 @@ def _start(address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--address {address}: no Ray cluster answers there: {first_line}") from None
+
+
+def _require_answer(address: str) -> None:
+    """Refuse an address that nothing listens at; Ray itself would try for more than a minute.
+
+    Raises:
+        UserError: No connection within some seconds.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and "local" are Ray's own words
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
 
 
 def worker_environment(spec: TrainSpec) -> dict[str, str]:

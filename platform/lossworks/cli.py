@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "LOSSWORKS_DEBUG=1 shows tracebacks.",
     )
     parser.add_argument("--version", action="version", version=f"lossworks {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_CommandParser)
     for point in sorted(entry_points(group=_GROUP), key=lambda point: point.name):
         command: Command = point.load()
         child = commands.add_parser(point.name, help=command.help, description=command.help)
@@ -75,6 +75,22 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+class _CommandParser(_Parser):
+    """A parser of one command, which takes overrides and options in any order."""
+
+    _intermixing = False
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Parse with positionals between options; argparse would take none after the first option."""
+        if self._intermixing:  # the intermixed parse is built on this very method
+            return super().parse_known_args(args, namespace)
+        self._intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixing = False
 
 
 def require_one(given: str, known: Sequence[str], what: str) -> str:

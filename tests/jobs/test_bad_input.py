@@ -90,3 +90,9 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, home, capsys, monkeypatc
     for content, message in (("- 1\n", "holds a list"), ("a: [", "is not valid YAML")):
         path.write_text(content)
         assert message in refused(["train", str(path)], capsys, monkeypatch)
+
+
+def test_an_address_without_a_cluster_is_refused_within_seconds(file, capsys):
+    """Ray would try for more than a minute; the error names the option and the address."""
+    assert main(["train", str(file), "--address", "127.0.0.1:9"]) == 2
+    assert "--address 127.0.0.1:9: no Ray cluster answers there" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 A script that a person would write by hand and start with torchrun, with the same model, optimiser, batches
 and evaluation-free steps as ours: ``torchrun --nproc-per-node 2 -m lossworks.benchmarks.bare_distributed
-SPEC.yaml CORPUS_FOLDER RESULT.json``. Rank 0 writes the seconds of every step and its last loss.
+SPEC.yaml CORPUS_FOLDER RESULT.json``. Rank 0 writes the seconds and the loss of every step.
 """
 
 import json
@@ -28,7 +28,7 @@ def dense_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Train ``spec.steps`` steps and write ``{"seconds": [...], "loss": last}`` on rank 0."""
+    """Train ``spec.steps`` steps and write ``{"seconds": [...], "losses": [...]}`` on rank 0."""
     spec = TrainSpec.read(sys.argv[1])
     corpus = TokenizedCorpus.open(sys.argv[2])
     dist.init_process_group("gloo")
@@ -38,7 +38,8 @@ def main() -> None:
     order = SequenceOrder(len(text), spec.batch_size, spec.seed)
     model = DistributedDataParallel(build_model(spec.model, vocab_size=corpus.vocab_size, seed=spec.seed))
     optimizer = build_optimizer(model, spec.optimizer)
-    seconds, loss = [], torch.zeros(())
+    seconds: list[float] = []
+    losses: list[Tensor] = []
     for step in range(spec.steps):
         started = time.perf_counter()
         tokens, targets = text.batch(order.rows(step * spec.batch_size, rank, workers))
@@ -48,10 +49,11 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
-    loss = loss.detach() / workers
-    dist.all_reduce(loss)
+        losses.append(loss.detach() / workers)
+    everywhere = torch.stack(losses)
+    dist.all_reduce(everywhere)
     if rank == 0:
-        Path(sys.argv[3]).write_text(json.dumps({"seconds": seconds, "loss": loss.item()}))
+        Path(sys.argv[3]).write_text(json.dumps({"seconds": seconds, "losses": everywhere.tolist()}))
     dist.destroy_process_group()
 
 

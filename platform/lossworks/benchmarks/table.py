@@ -35,11 +35,14 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print the figures as a table."""
+    """Print the figures, one table a case."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("case", "method", "metric", "value", "unit")
-    for row in rows:
-        table.add_row(row.case, row.method, row.metric, f"{row.value:,.3f}", row.unit)
-    Console().print(table)
+    for case in dict.fromkeys(row.case for row in rows):
+        table = Table("method", "metric", "value", "unit", title=case, title_justify="left")
+        table.columns[2].justify = "right"
+        for row in rows:
+            if row.case == case:
+                table.add_row(row.method, row.metric, f"{row.value:,.4g}", row.unit)
+        Console().print(table)
