@@ -11,7 +11,7 @@ from lossworks.tracking.delivery import deliver
 from lossworks.tracking.follower import Follower
 from lossworks.tracking.journal import Journal, Row, last_step, read_all, read_rows
 from lossworks.tracking.machine import machine
-from lossworks.tracking.store import create_run, find_run, finish_run, open_run
+from lossworks.tracking.store import create_run, finish_run, open_run
 
 __all__ = [
     "Follower",
@@ -20,7 +20,6 @@ __all__ = [
     "check_tracking",
     "create_run",
     "deliver",
-    "find_run",
     "finish_run",
     "last_step",
     "machine",

@@ -1,10 +1,8 @@
 """Runs in an MLflow store: created, opened again, found and finished."""
 
 import contextlib
-import difflib
 import getpass
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +23,6 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 _PARAMETER_LENGTH = 6000
 _TAG_LENGTH = 5000
 _BATCH = 100
-_PREFIX = re.compile(r"[0-9a-f]{4,31}")
-_LISTED = 1000
 _REASON = "lossworks.reason"
 
 
@@ -79,33 +75,6 @@ def open_run(spec: TrackingSpec, run_id: str) -> None:
         client.update_run(run_id, status="RUNNING")
         if _REASON in run.data.tags:
             client.delete_tag(run_id, _REASON)  # it told why the last attempt ended
-
-
-def find_run(spec: TrackingSpec, name_or_id: str) -> str:
-    """Return the id of a run given by its id, its name (the newest) or a unique beginning of its id.
-
-    Names and beginnings are looked up in the spec's experiment, the latter among its newest 1000 runs.
-
-    Raises:
-        UserError: No run or several match; the message lists what is there.
-        RunError: The store can't be reached or refuses.
-    """
-    client = _connect_existing(spec)
-    if re.fullmatch(r"[0-9a-f]{32}", name_or_id) and _get_run(client, spec, name_or_id) is not None:
-        return name_or_id
-    with store_errors(spec):
-        runs = _newest_runs(client, spec)
-    named = [run.info.run_id for run in runs if run.info.run_name == name_or_id]
-    if named:
-        return str(named[0])
-    matches = [
-        run for run in runs if _PREFIX.fullmatch(name_or_id) and run.info.run_id.startswith(name_or_id)
-    ]
-    if len(matches) == 1:
-        return str(matches[0].info.run_id)
-    if matches:
-        raise UserError(f"run {name_or_id}: begins the ids of several runs: {_listing(matches)}")
-    raise UserError(f"run {name_or_id}: is not in {_shown(spec)}; {_alike(name_or_id, runs)}")
 
 
 def finish_run(
@@ -213,27 +182,6 @@ def _get_run(client: "MlflowClient", spec: TrackingSpec, run_id: str) -> "Run | 
                 return None
             raise
     return run if run.info.lifecycle_stage == "active" else None
-
-
-def _newest_runs(client: "MlflowClient", spec: TrackingSpec) -> "Sequence[Run]":
-    experiment = client.get_experiment_by_name(spec.experiment)
-    if experiment is None:
-        return []
-    return client.search_runs(
-        [experiment.experiment_id], order_by=["attributes.start_time DESC"], max_results=_LISTED
-    )
-
-
-def _alike(name: str, runs: "Sequence[Run]") -> str:
-    if not runs:
-        return "the experiment holds no runs"
-    names = {str(run.info.run_name): run for run in reversed(runs)}
-    close = [names[match] for match in difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)]
-    return f"did you mean {_listing(close)}?" if close else f"the newest are {_listing(runs[:3])}"
-
-
-def _listing(runs: "Sequence[Run]") -> str:
-    return ", ".join(f"{run.info.run_name} ({run.info.run_id[:8]})" for run in runs[:5])
 
 
 def _shown(spec: TrackingSpec) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from lossworks.errors import RunError, UserError
 from lossworks.specs import TrackingSpec
-from lossworks.tracking import create_run, find_run, finish_run, machine, open_run
+from lossworks.tracking import create_run, finish_run, machine, open_run
 from lossworks.tracking.client import connect
 
 CREATE = """
@@ -123,40 +123,9 @@ def test_opening_a_run_that_is_not_there_names_run_and_store(spec, home):
         open_run(spec, "no id at all")
 
 
-def test_runs_are_found_by_id_name_and_beginning(spec):
-    first, second, other = new_run(spec, "a"), new_run(spec, "a"), new_run(spec, "small-model")
-
-    assert find_run(spec, first) == first
-    assert find_run(spec, "a") == second
-    assert find_run(spec, other[:12]) == other
-    with pytest.raises(UserError, match=r"did you mean small-model \(") as caught:
-        find_run(spec, "smal-model")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="the newest are"):
-        find_run(spec, "zzzzzzzzzzzz")
-
-
-def test_an_ambiguous_beginning_lists_its_runs(spec, monkeypatch):
-    class Info:
-        run_name = "twin"
-
-        def __init__(self, run_id):
-            self.run_id = run_id
-
-    class Run:
-        def __init__(self, run_id):
-            self.info = Info(run_id)
-
-    runs = [Run("abcd1" + "0" * 27), Run("abcd2" + "0" * 27)]
-    monkeypatch.setattr("lossworks.tracking.store._newest_runs", lambda client, spec: runs)
-
-    with pytest.raises(UserError, match=r"several runs: twin \(abcd1000\), twin \(abcd2000\)"):
-        find_run(spec, "abcd")
-
-
-def test_nothing_is_created_by_looking(home):
+def test_nothing_is_created_by_opening(home):
     with pytest.raises(UserError, match="holds no runs yet"):
-        find_run(TrackingSpec(), "a")
+        open_run(TrackingSpec(), "0" * 32)
 
     assert list(home.iterdir()) == []
 

@@ -1,0 +1,46 @@
+"""Training a local transformers checkpoint with our head."""
+
+import pytest
+
+from lossworks.errors import UserError
+from lossworks_testing.training import VOCABULARY, losses, prepared, run_training, tiny_spec
+
+
+@pytest.fixture
+def llama(tmp_path, text):
+    """A tiny random Llama with a tokenizer of its own, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    folder = tmp_path / "llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = prepared(tiny_spec(text)).tokenizer_path
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    return folder
+
+
+def test_a_transformers_checkpoint_trains_with_its_own_tokenizer(llama, text, tmp_path):
+    """model.source=hf:PATH needs nothing else; the loss falls and both heads give the same curve."""
+    spec = tiny_spec(text).override([f"model={{source: 'hf:{llama}'}}", "steps=20", "optimizer.lr=0.02"])
+    corpus = str(prepared(spec).folder)
+    ours = run_training(spec.model_dump(mode="json"), corpus, str(tmp_path / "ours"))
+    dense = spec.override(["loss.impl=reference"])
+    theirs = run_training(dense.model_dump(mode="json"), corpus, str(tmp_path / "theirs"))
+
+    assert len(ours["rows"]) == 20
+    assert losses(ours)[-1] < losses(ours)[0] - 0.5
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
+
+
+def test_a_missing_checkpoint_is_refused(text):
+    """The error names the path."""
+    spec = tiny_spec(text).override(["model={source: 'hf:/nowhere'}"])
+
+    with pytest.raises(UserError, match="/nowhere"):
+        prepared(spec)
