@@ -87,7 +87,8 @@ def require_local_resources(spec: TrainSpec) -> None:
     Raises:
         UserError: The workers need more CPUs than this process may use.
     """
-    require_resources(spec, {"CPU": float(len(os.sched_getaffinity(0)))}, only=("CPU",))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    require_resources(spec, {"CPU": float(usable)}, only=("CPU",))
 
 
 def require_resources(spec: TrainSpec, free: Mapping[str, float], only: tuple[str, ...] = ()) -> None:

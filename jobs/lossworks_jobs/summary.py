@@ -2,6 +2,7 @@
 
 import shlex
 
+from lossworks.cli import program
 from lossworks.home import home
 from lossworks.reporting import print_summary
 from lossworks.specs import TrainSpec
@@ -25,11 +26,11 @@ def show(spec: TrainSpec, result: RunResult, *, seconds_before: float = 0.0) -> 
     facts += [("checkpoint", outcome.best or outcome.checkpoint or "none"), ("picture", str(folder.report))]
     run = folder.run_id
     commands = [
-        ("see the run in MLflow", f"lossworks ui{_store(spec)}"),
-        ("write the model", f"lossworks export {run} --to model"),
+        ("see the run in MLflow", f"{program()} ui{_store(spec)}"),
+        ("write the model", f"{program()} export {run} --to model"),
     ]
     if outcome.status == "stopped":
-        commands.insert(0, ("go on", f"lossworks train --resume {run}"))
+        commands.insert(0, ("go on", f"{program()} train --resume {run}"))
     print_summary(title, facts, commands)
 
 

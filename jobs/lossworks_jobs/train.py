@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lossworks.cli import program
 from lossworks.errors import RunError, UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import TrainSpec
@@ -66,27 +67,38 @@ def train(
     if address is None and "RAY_ADDRESS" not in os.environ:
         require_local_resources(spec)
     check_tracking(spec.tracking)
+    RunFolder.check_storage(spec)
     if resume is not None:
         _require_resumable(spec, resume)
     with ThreadPoolExecutor(1) as pool:
-        prepared = pool.submit(_prepare, spec, progress)
-        # Bad input shows within moments and a cluster takes seconds to start: look first, then do both.
-        wait([prepared], timeout=0.5)
+        prepared = pool.submit(_prepare_text, spec, progress)
+        # Bad or cached text shows within moments: look first. Otherwise Ray starts meanwhile.
+        wait([prepared], timeout=2.0)
         if prepared.done():
             prepared.result()
+        opened = pool.submit(_open_store, spec)
+        if progress:
+            progress.message(f"starting {spec.workers} worker{'s' * (spec.workers > 1)} on Ray")
         with cluster(spec, address):
-            return _Driver(spec, prepared.result(), started, progress).run(resume)
+            corpus = prepared.result()
+            opened.result()
+            return _Driver(spec, corpus, started, progress).run(resume)
 
 
-def _prepare(spec: TrainSpec, progress: "TrainProgress | None") -> "TokenizedCorpus":
-    """Tokenise the corpus, check that it is long enough, and open the tracking store."""
+def _prepare_text(spec: TrainSpec, progress: "TrainProgress | None") -> "TokenizedCorpus":
+    """Tokenise the corpus and check that it is long enough."""
     from lossworks.data import prepare
-    from lossworks.tracking.client import connect
 
     corpus = prepare(spec.text(), on_progress=progress.message if progress else None)
     corpus.split(spec.text())
-    connect(spec.tracking)
     return corpus
+
+
+def _open_store(spec: TrainSpec) -> None:
+    """Import MLflow and open the tracking store, which takes seconds the first time."""
+    from lossworks.tracking.client import connect
+
+    connect(spec.tracking)
 
 
 def _require_resumable(spec: TrainSpec, folder: RunFolder) -> None:
@@ -128,22 +140,56 @@ class _Driver:
         self.notices: list[str] = []
 
     def run(self, resume: RunFolder | None) -> RunResult:
-        """Start the workers, follow them to their end, and finish the run in MLflow."""
+        """Start the workers, follow them to their end, and finish the run in MLflow.
+
+        Raises:
+            UserError: Another process works on the run, or the workers can't do what the spec asks for.
+            RunError: The run failed.
+            KeyboardInterrupt: It was stopped at once.
+        """
         from lossworks.reporting.finish import TRACKED_STATUS
-        from lossworks.tracking import Follower, create_run, open_run
+
+        folder = self._open(resume)
+        with folder.hold():
+            status, reason = "FAILED", "the driver failed"
+            try:
+                self._follow(folder)
+                outcome = _read_outcome(folder)
+                status, reason = TRACKED_STATUS[outcome.status], outcome.reason
+            except KeyboardInterrupt:
+                status, reason = "KILLED", "stopped at once, without a checkpoint"
+                raise
+            except Exception as error:
+                reason = _last_line(error)
+                raise
+            finally:
+                self._finish(folder, status, reason)
+        if outcome.status == "diverged":
+            raise RunError(f"run {folder.run_id}: {outcome.reason}")
+        if outcome.status == "failed":
+            raise UserError(f"run {folder.run_id}: {outcome.reason}")
+        return RunResult(folder, outcome, tuple(self.notices), self.first_step_s)
+
+    def _open(self, resume: RunFolder | None) -> RunFolder:
+        """Return the folder of a new run, or of the one to go on with, entered in MLflow."""
+        from lossworks.tracking import create_run, open_run
 
         spec = self.spec
         if resume is None:
             run_id = create_run(spec.tracking, name=spec.name, parameters=spec.flat(), tags={})
-            folder = RunFolder.create(spec, run_id)
-        else:
-            folder = resume
-            open_run(spec.tracking, folder.run_id)
-            folder.spec_file.write_text(spec.to_yaml())
+            return RunFolder.create(spec, run_id)
+        open_run(spec.tracking, resume.run_id)
+        return resume
+
+    def _follow(self, folder: RunFolder) -> None:
+        """Run the workers to their end while their journal goes to MLflow and to the terminal."""
+        from lossworks.tracking import Follower
+
+        spec = self.spec
+        folder.spec_file.write_text(spec.to_yaml())
         folder.stop_file.unlink(missing_ok=True)
         folder.outcome_file.unlink(missing_ok=True)
         notices = _Notices(folder, self._say)
-        status, reason = "KILLED", "killed before its end"
         follower = Follower(
             spec.tracking,
             folder.run_id,
@@ -152,26 +198,17 @@ class _Driver:
             system_metrics=spec.tracking.system_metrics,
             on_message=self._say,
         )
-        try:
-            with follower:
-                run_until_done(
-                    lambda: self._fit(folder),
-                    stop_file=folder.stop_file,
-                    say=self._say,
-                    look=notices.pass_on,
-                )
-            outcome = _read_outcome(folder)
-            status, reason = TRACKED_STATUS[outcome.status], outcome.reason
-        except RunError as error:
-            status, reason = "FAILED", str(error)
-            raise
-        finally:
-            if follower.undelivered:
-                self._say(f"{follower.undelivered} rows wait for the tracking server: lossworks sync RUN")
-            self._finish(folder, status, reason)
-        if outcome.status in ("diverged", "failed"):
-            raise RunError(f"run {folder.run_id}: {outcome.reason}")
-        return RunResult(folder, outcome, tuple(self.notices), self.first_step_s)
+        with follower:
+            run_until_done(
+                lambda: self._fit(folder),
+                stop_file=folder.stop_file,
+                say=self._say,
+                look=notices.pass_on,
+            )
+        if follower.undelivered:
+            self._say(
+                f"{follower.undelivered} rows wait for the tracking server: {program()} sync {folder.run_id}"
+            )
 
     def _fit(self, folder: RunFolder) -> None:
         """Run the workers to their end, replacing those that are lost.
@@ -230,7 +267,7 @@ class _Driver:
         try:
             finish_run_folder(folder, self.corpus.vocab_size, status=status, reason=reason or None)
         except RunError as error:
-            self._say(f"{error}; bring it up to date with: lossworks sync {folder.run_id}")
+            self._say(f"{error}; bring it up to date with: {program()} sync {folder.run_id}")
 
 
 class _Notices:

@@ -6,10 +6,12 @@ modules that hold commands import little at their top, so that ``lossworks --hel
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import NoReturn
 
 from lossworks import __version__
@@ -91,6 +93,12 @@ class _CommandParser(_Parser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._intermixing = False
+
+
+def program() -> str:
+    """Return how this user can call the command: by name, or by its path where that is not on PATH."""
+    path = Path(sys.argv[0])
+    return "lossworks" if shutil.which("lossworks") or path.name != "lossworks" else str(path)
 
 
 def require_one(given: str, known: Sequence[str], what: str) -> str:

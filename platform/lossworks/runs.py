@@ -1,6 +1,9 @@
 """The folder of a run: what lies in it, and how one is found again."""
 
+import fcntl
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,19 +71,41 @@ class RunFolder:
         """Return the spec the run was last started with."""
         return TrainSpec.read(self.spec_file)
 
-    @classmethod
-    def create(cls, spec: TrainSpec, run_id: str) -> "RunFolder":
-        """Make the folder of a new run and store its spec.
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep other processes from working on the run; two would write over each other.
 
         Raises:
-            UserError: The storage can't be written.
+            UserError: Another process does.
         """
-        folder = cls((Path(spec.storage) if spec.storage else runs_folder()) / run_id)
+        with (self.path / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"run {self.run_id}: another process is working on it") from None
+            yield
+
+    @staticmethod
+    def check_storage(spec: TrainSpec) -> None:
+        """Check that folders of runs can be made.
+
+        Raises:
+            UserError: Naming the folder.
+        """
+        folder = Path(spec.storage) if spec.storage else runs_folder()
         try:
-            folder.path.mkdir(parents=True)
-            folder.spec_file.write_text(spec.to_yaml())
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
-            raise UserError(f"storage={folder.path.parent}: can't be written: {error.strerror}") from None
+            raise UserError(f"storage={folder}: can't be written: {error.strerror}") from None
+
+    @classmethod
+    def create(cls, spec: TrainSpec, run_id: str) -> "RunFolder":
+        """Make the folder of a new run and store its spec."""
+        folder = cls((Path(spec.storage) if spec.storage else runs_folder()) / run_id)
+        folder.path.mkdir(parents=True)
+        folder.spec_file.write_text(spec.to_yaml())
         return folder
 
     @classmethod

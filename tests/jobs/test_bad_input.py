@@ -49,6 +49,7 @@ def refused(arguments, capsys, monkeypatch):
         ("tracking.uri=http://127.0.0.1:9", "no answer from the server"),
         ("tracking.uri=file:///tmp/x", "no longer writes to plain folders"),
         ("storage=relative/path", "must be an absolute path"),
+        ("storage=/proc/runs", "storage=/proc/runs: can't be written"),
         ("steps", "write it as key.path=value"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from lossworks.cli import main
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.tracking import read_all
@@ -23,12 +25,18 @@ SLOW = pytest.mark.slow
 ONLY_DDP = pytest.mark.parametrize("finished", ["ddp", pytest.param("fsdp", marks=SLOW)], indirect=True)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def finished(request, cluster, spec, session_home):
+@pytest.fixture(scope="module")
+def finished_runs():
+    """Uninterrupted runs by sharding; pytest would make one anew for each change of the parameter."""
+    return {}
+
+
+@pytest.fixture(params=["ddp", "fsdp"])
+def finished(request, cluster, spec, home, finished_runs):
     """An uninterrupted run, for each way of sharding."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOSSWORKS_HOME", str(session_home))
-        return train(spec.override([f"sharding={request.param}"]))
+    if request.param not in finished_runs:
+        finished_runs[request.param] = train(spec.override([f"sharding={request.param}"]))
+    return finished_runs[request.param]
 
 
 def curve(folder: RunFolder):
@@ -189,10 +197,28 @@ def test_an_interrupted_command_is_resumed_to_the_same_end(finished, home, clust
     assert tracked(folder.spec(), folder.run_id).info.status == "FINISHED"
 
 
+def test_a_run_that_diverges_fails_and_names_step_rank_and_checkpoint(spec, cluster, home, tmp_path, capsys):
+    """A decay that blows the parameters up is reported in one line, with exit status 1 and in MLflow."""
+    file = tmp_path / "spec.yaml"
+    changes = ["optimizer.lr=1", "optimizer.weight_decay=1e6", "checkpoint.every=1", "steps=50"]
+    file.write_text(spec.override(changes).to_yaml())
+    status = main(["train", str(file)])
+    error = capsys.readouterr().err
+    folder = newest(home)
+    run = tracked(folder.spec(), folder.run_id)
+
+    assert status == 1
+    assert re.fullmatch(
+        rf"lossworks: error: run {folder.run_id}: the .* became NaN or infinite at step \d+ on rank 0, 1; "
+        rf"the last good checkpoint is {folder.checkpoints}/step-\d+\n",
+        error,
+    )
+    assert run.info.status == "FAILED"
+    assert "NaN or infinite" in run.data.tags["lossworks.reason"]
+
+
 def test_an_exported_model_evaluates_to_the_runs_own_loss(finished, home, tmp_path):
     """export, then evaluate on all held-out text that the run's last evaluation read."""
-    from lossworks.cli import main
-
     run, folder, result = finished.folder.run_id, tmp_path / "model", tmp_path / "result.json"
 
     assert main(["export", run, "--to", str(folder), "--newest"]) == 0

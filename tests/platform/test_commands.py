@@ -117,6 +117,14 @@ def test_runs_are_found_by_path_id_and_name(run):
         RunFolder.find("quite")
 
 
+def test_a_run_is_held_by_one_process(run):
+    """A second driver on the same run is refused as long as the first holds it."""
+    with run.hold(), pytest.raises(UserError, match="another process"), run.hold():
+        pass
+    with run.hold():
+        pass
+
+
 def test_options_and_overrides_mix_in_any_order(run, capsys):
     """An override behind an option is an override."""
     assert main(["train", "steps=7", "--from-run", "quiet", "--print-spec", "model.layers=3"]) == 0

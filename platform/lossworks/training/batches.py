@@ -39,9 +39,7 @@ def micro_batches(
 
 def share(total: int, world: World) -> slice:
     """Return this rank's contiguous part of ``total`` rows; parts differ by at most one."""
-    base, extra = divmod(total, world.size)
-    start = world.rank * base + min(world.rank, extra)
-    return slice(start, start + base + (world.rank < extra))
+    return slice(world.rank * total // world.size, (world.rank + 1) * total // world.size)
 
 
 def largest_share(total: int, world: World) -> int:

@@ -94,6 +94,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, spec.optimizer)
         self.step, self.position = 0, 0
         self.metrics: dict[str, float] = {}
+        self.held_out_loss = math.nan  # of this very step, or it would pass for a checkpoint's
         self.checkpoint: Path | None = None
 
     def run(self) -> Outcome:
@@ -119,8 +120,11 @@ class Trainer:
         row = done.metrics | self._throughput(done.tokens, time.perf_counter() - started)
         last = self.step == self.spec.steps
         save = last or self.step % self.spec.checkpoint.every == 0
+        self.held_out_loss = math.nan
         if save or self.step % self.spec.evaluation.every == 0:
-            row |= self._evaluate().metrics()
+            evaluation = self._evaluate()
+            self.held_out_loss = evaluation.loss
+            row |= evaluation.metrics()
         self.metrics |= row
         if self.world.leads:
             self.job.record(self.step, row)
@@ -231,7 +235,7 @@ class Trainer:
             self.world,
             step=self.step,
             position=self.position,
-            held_out_loss=self.metrics.get("eval/loss", math.nan),
+            held_out_loss=self.held_out_loss,
         )
 
     def _restore(self) -> None:

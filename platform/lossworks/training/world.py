@@ -25,11 +25,14 @@ class World:
 
     @classmethod
     def current(cls) -> "World":
-        """Return the place in torch.distributed's default group, or a world of one without a group."""
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        """Return the place in torch.distributed's default group, or a world of one without a group.
+
+        A group over NCCL computes on GPUs and any other on CPUs, whatever the machine has besides; without a
+        group a GPU is used if there is one.
+        """
         if not dist.is_initialized():
-            return cls(0, 1, device)
+            return cls(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _own_gpu() if "nccl" in dist.get_backend() else torch.device("cpu")
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     @property
@@ -58,3 +61,10 @@ class World:
         """Wait until every rank is here."""
         if self.size > 1:
             self.gather([0.0])
+
+
+def _own_gpu() -> torch.device:
+    """Return this process's GPU: that of its local rank, or the only one that it is shown."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

@@ -231,6 +231,21 @@ def test_the_package_exports_the_function_however_it_is_imported():
     assert loss.item() == pytest.approx(math.log(4))
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_definition_gives():
+    """The chunked path runs on other devices, too."""
+    e, c, y, b = problem(300, 16, 500, ignored=0.2)
+    moved = [x.detach().cuda().requires_grad_() for x in (e, c, b)]
+    actual = linear_cross_entropy(moved[0], moved[1], y.cuda(), moved[2])
+    expected = truth(e, c, y, b).sum() / (y != IGNORE).sum()
+
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(
+        torch.autograd.grad(actual, moved), torch.autograd.grad(expected, (e, c, b)), strict=True
+    ):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-6)
+
+
 E, C, Y = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
 
 

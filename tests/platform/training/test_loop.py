@@ -167,6 +167,24 @@ def test_checkpoints_keep_the_newest_and_the_best(text, corpus, tmp_path):
     assert result["best"].endswith(f"step-{best:08d}")
 
 
+def test_a_checkpoint_between_evaluations_claims_no_held_out_loss(text, corpus, tmp_path):
+    """A run stopped at step 4 saves there; its last evaluation, at step 3, is not that checkpoint's."""
+    result = one_process(tiny_spec(text, checkpoint={"every": 100}), corpus, tmp_path, stop_after=4)
+
+    assert result["checkpoint"].endswith("step-00000004")
+    assert result["best"] is None
+
+
+@pytest.mark.gpu
+def test_a_gpu_follows_the_curve_of_a_cpu(text, corpus, tmp_path, monkeypatch):
+    """The same spec gives the same losses on both, within float32's rounding."""
+    on_gpu = one_process(tiny_spec(text), corpus, tmp_path / "gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_cpu = one_process(tiny_spec(text), corpus, tmp_path / "cpu")
+
+    assert losses(on_gpu) == pytest.approx(losses(on_cpu), rel=1e-3)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(text, corpus, tmp_path, monkeypatch):
     """NaN names the step, the rank and the last good checkpoint, and changes no parameter."""
     from lossworks.training import objective
