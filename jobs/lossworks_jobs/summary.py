@@ -3,9 +3,9 @@
 import shlex
 
 from lossworks.cli import program
-from lossworks.home import home
 from lossworks.reporting import print_summary
-from lossworks.specs import TrainSpec
+from lossworks.specs import TrackingSpec, TrainSpec
+from lossworks.tracking import redact, tracking_uri
 from lossworks_jobs.train import RunResult
 
 
@@ -22,11 +22,10 @@ def show(spec: TrainSpec, result: RunResult, *, seconds_before: float = 0.0) -> 
     facts = _figures(outcome.metrics) + _memory(outcome.head_memory)
     if result.first_step_s is not None:
         facts.append(("first step done after", f"{seconds_before + result.first_step_s:.1f} s"))
-    facts += [("notice", text) for text in result.notices]
     facts += [("checkpoint", outcome.best or outcome.checkpoint or "none"), ("picture", str(folder.report))]
     run = folder.run_id
     commands = [
-        ("see the run in MLflow", f"{program()} ui{_store(spec)}"),
+        ("see the run in MLflow", _where_to_look(spec)),
         ("write the model", f"{program()} export {run} --to model"),
     ]
     if outcome.status == "stopped":
@@ -50,7 +49,10 @@ def _memory(head_memory: dict[str, float]) -> list[tuple[str, str]]:
     return [("peak memory of the head", ", ".join(values))] if values else []
 
 
-def _store(spec: TrainSpec) -> str:
-    if spec.tracking.uri is None or spec.tracking.uri == f"sqlite:///{home() / 'mlflow.db'}":
-        return ""
-    return f" --uri {shlex.quote(spec.tracking.uri)}"
+def _where_to_look(spec: TrainSpec) -> str:
+    """Return the command that shows an embedded store, or the address of a server."""
+    uri = tracking_uri(spec.tracking)
+    if uri.startswith("http"):
+        return redact(uri)
+    default = uri == tracking_uri(TrackingSpec())
+    return f"{program()} ui" if default else f"{program()} ui --uri {shlex.quote(uri)}"

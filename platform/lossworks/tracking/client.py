@@ -67,10 +67,10 @@ def is_missing(error: Exception) -> bool:
     return code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message in one line of at most 300 characters, without passwords."""
+def one_line(error: BaseException, *, limit: int = 300) -> str:
+    """Return an error's message in one line of at most ``limit`` characters, without passwords."""
     text = " ".join(redact(str(error)).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _create(database: Path) -> None:

@@ -172,5 +172,5 @@ class Follower:
         else:
             self._on_message(
                 f"tracking store {store}: is away, the run goes on and its rows wait in {self._journal} "
-                f"({one_line(error)})"
+                f"({one_line(error, limit=120)})"
             )
