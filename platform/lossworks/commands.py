@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,10 +101,16 @@ def _ui(arguments: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
     command += ["--host", arguments.host, "--port", str(arguments.port)]
     # Its background jobs are of no use to someone who looks at runs, and cost five more processes.
-    status = subprocess.call(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
-    if status not in (0, -2, 130):
-        raise RunError(f"the MLflow server ended with status {status}; is port {arguments.port} taken?")
-    return 0
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # In a session of its own Ctrl-C reaches only us: the server would answer it with tracebacks.
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        status = server.wait()
+    except KeyboardInterrupt:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+        return 0
+    raise RunError(f"the MLflow server ended with status {status}; is port {arguments.port} taken?")
 
 
 EXPORT = Command("write a run's model as safetensors, config and tokenizer", _configure_export, _export)

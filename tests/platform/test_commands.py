@@ -1,6 +1,12 @@
 """The command line and the commands that need no engine."""
 
 import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 
 import pytest
 
@@ -115,6 +121,31 @@ def test_runs_are_found_by_path_id_and_name(run):
         assert RunFolder.find(name) == run
     with pytest.raises(UserError, match=r"did you mean quiet\?"):
         RunFolder.find("quite")
+
+
+def test_the_page_of_mlflow_opens_and_ends_quietly(run, tmp_path):
+    """`lossworks ui` serves the embedded store on loopback, and Ctrl-C ends it without a traceback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "import sys; from lossworks.cli import main; sys.exit(main())"
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", code, "ui", "--port", str(port)], stdout=log, stderr=subprocess.STDOUT
+        )
+    page = b""
+    deadline = time.monotonic() + 60
+    while not page and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                page = answer.read()
+        except OSError:
+            time.sleep(0.2)
+    server.send_signal(signal.SIGINT)
+
+    assert server.wait(30) == 0
+    assert b"<!doctype html>" in page
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_a_run_is_held_by_one_process(run):
