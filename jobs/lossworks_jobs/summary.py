@@ -6,7 +6,7 @@ from lossworks.cli import program
 from lossworks.reporting import print_summary
 from lossworks.specs import TrackingSpec, TrainSpec
 from lossworks.tracking import redact, tracking_uri
-from lossworks_jobs.train import RunResult
+from lossworks_jobs.driver import RunResult
 
 
 def show(spec: TrainSpec, result: RunResult, *, seconds_before: float = 0.0) -> None:

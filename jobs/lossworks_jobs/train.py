@@ -2,43 +2,22 @@
 
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lossworks.cli import program
-from lossworks.errors import RunError, UserError
+from lossworks.errors import UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import TrainSpec
 from lossworks.training.outcome import Outcome
-from lossworks_jobs.cluster import cluster, require_local_resources, threads, worker_environment
-from lossworks_jobs.stopping import run_until_done
+from lossworks_jobs.cluster import cluster, require_local_resources
+from lossworks_jobs.driver import Driver, RunResult
 
 if TYPE_CHECKING:
     from lossworks.data import TokenizedCorpus
     from lossworks.reporting import TrainProgress
-    from lossworks.tracking import Row
 
 # What decides the shape of the parameters or the batches that a checkpoint's position counts.
 _FIXED_ON_RESUME = ("model.", "data.", "seed", "batch_size")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """A run that has ended.
-
-    Attributes:
-        folder: Its folder, named after its id in MLflow.
-        outcome: How it ended.
-        notices: Sentences that a person should see.
-        first_step_s: Seconds from the call of ``train`` to the end of the first step; None if there was none.
-    """
-
-    folder: RunFolder
-    outcome: Outcome
-    notices: tuple[str, ...]
-    first_step_s: float | None
 
 
 def train(
@@ -82,7 +61,7 @@ def train(
         with cluster(spec, address):
             corpus = prepared.result()
             opened.result()
-            return _Driver(spec, corpus, started, progress).run(resume)
+            return Driver(spec, corpus, started, progress).run(resume)
 
 
 def _prepare_text(spec: TrainSpec, progress: "TrainProgress | None") -> "TokenizedCorpus":
@@ -120,190 +99,3 @@ def _require_resumable(spec: TrainSpec, folder: RunFolder) -> None:
             raise UserError(
                 f"run {folder.run_id}: has finished its {outcome.step} steps; give a larger steps= to go on"
             )
-
-
-class _Driver:
-    """The driver's part of one run: workers, journal, tracking, report."""
-
-    def __init__(
-        self,
-        spec: TrainSpec,
-        corpus: "TokenizedCorpus",
-        started: float,
-        progress: "TrainProgress | None",
-    ) -> None:
-        self.spec = spec
-        self.corpus = corpus
-        self.started = started
-        self.progress = progress
-        self.first_step_s: float | None = None
-        self.notices: list[str] = []
-
-    def run(self, resume: RunFolder | None) -> RunResult:
-        """Start the workers, follow them to their end, and finish the run in MLflow.
-
-        Raises:
-            UserError: Another process works on the run, or the workers can't do what the spec asks for.
-            RunError: The run failed.
-            KeyboardInterrupt: It was stopped at once.
-        """
-        from lossworks.reporting.finish import TRACKED_STATUS
-
-        folder = self._open(resume)
-        with folder.hold():
-            status, reason = "FAILED", "the driver failed"
-            try:
-                self._follow(folder)
-                outcome = _read_outcome(folder)
-                status, reason = TRACKED_STATUS[outcome.status], outcome.reason
-            except KeyboardInterrupt:
-                status, reason = "KILLED", "stopped at once, without a checkpoint"
-                raise
-            except Exception as error:
-                reason = _last_line(error)
-                raise
-            finally:
-                self._finish(folder, status, reason)
-        if outcome.status == "diverged":
-            raise RunError(f"run {folder.run_id}: {outcome.reason}")
-        if outcome.status == "failed":
-            raise UserError(f"run {folder.run_id}: {outcome.reason}")
-        return RunResult(folder, outcome, tuple(self.notices), self.first_step_s)
-
-    def _open(self, resume: RunFolder | None) -> RunFolder:
-        """Return the folder of a new run, or of the one to go on with, entered in MLflow."""
-        from lossworks.tracking import create_run, open_run
-
-        spec = self.spec
-        if resume is None:
-            run_id = create_run(spec.tracking, name=spec.name, parameters=spec.flat(), tags={})
-            return RunFolder.create(spec, run_id)
-        open_run(spec.tracking, resume.run_id)
-        return resume
-
-    def _follow(self, folder: RunFolder) -> None:
-        """Run the workers to their end while their journal goes to MLflow and to the terminal."""
-        from lossworks.tracking import Follower
-
-        spec = self.spec
-        folder.spec_file.write_text(spec.to_yaml())
-        folder.stop_file.unlink(missing_ok=True)
-        folder.outcome_file.unlink(missing_ok=True)
-        notices = _Notices(folder, self._say)
-        follower = Follower(
-            spec.tracking,
-            folder.run_id,
-            folder.journal,
-            on_row=self._show,
-            system_metrics=spec.tracking.system_metrics,
-            on_message=self._say,
-        )
-        with follower:
-            run_until_done(
-                lambda: self._fit(folder),
-                stop_file=folder.stop_file,
-                say=self._say,
-                look=notices.pass_on,
-            )
-        if follower.undelivered:
-            self._say(
-                f"{follower.undelivered} rows wait for the tracking server: {program()} sync {folder.run_id}"
-            )
-
-    def _fit(self, folder: RunFolder) -> None:
-        """Run the workers to their end, replacing those that are lost.
-
-        Raises:
-            RunError: More were lost than ``max_failures``, or the training function failed.
-        """
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchTrainer
-
-        from lossworks_jobs.worker import run_worker
-
-        spec = self.spec
-        config = {
-            "spec": spec.model_dump(mode="json"),
-            "folder": str(folder.path),
-            "corpus": str(self.corpus.folder),
-            "threads": threads(spec),
-        }
-        trainer = TorchTrainer(
-            run_worker,
-            train_loop_config=config,
-            scaling_config=ScalingConfig(
-                num_workers=spec.workers,
-                use_gpu=spec.resources_per_worker.get("GPU", 0) > 0,
-                resources_per_worker=spec.resources_per_worker,
-            ),
-            run_config=RunConfig(
-                # A name that storage knows would make Ray resume by itself; resuming is the loop's business.
-                name=f"attempt-{time.time_ns()}",
-                storage_path=str(folder.path / "ray"),
-                failure_config=FailureConfig(max_failures=spec.max_failures),
-                worker_runtime_env={"env_vars": worker_environment(spec)},
-            ),
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise RunError(f"run {folder.run_id}: {_cause(error)}") from error
-
-    def _show(self, row: "Row") -> None:
-        if self.first_step_s is None and "train/loss" in row["metrics"]:
-            self.first_step_s = row["time_ms"] / 1000 - self.started
-        if self.progress:
-            self.progress.update(row)
-
-    def _say(self, text: str) -> None:
-        self.notices.append(text)
-        if self.progress:
-            self.progress.message(text)
-
-    def _finish(self, folder: RunFolder, status: Any, reason: str) -> None:
-        """Draw the report and close the run; a server that is away must not hide how the run ended."""
-        from lossworks.reporting.finish import finish_run_folder
-
-        try:
-            finish_run_folder(folder, self.corpus.vocab_size, status=status, reason=reason or None)
-        except RunError as error:
-            self._say(f"{error}; bring it up to date with: {program()} sync {folder.run_id}")
-
-
-class _Notices:
-    """Passes on what workers write for a person from now on."""
-
-    def __init__(self, folder: RunFolder, say: Callable[[str], None]) -> None:
-        self._path, self._say = folder.notices, say
-        self._seen = self._path.stat().st_size if self._path.exists() else 0
-
-    def pass_on(self) -> None:
-        if not self._path.exists() or self._path.stat().st_size == self._seen:
-            return
-        with self._path.open(encoding="utf-8") as file:
-            file.seek(self._seen)
-            for line in file.read().splitlines():
-                self._say(line)
-            self._seen = file.tell()
-
-
-def _read_outcome(folder: RunFolder) -> Outcome:
-    if not folder.outcome_file.is_file():
-        raise RunError(
-            f"run {folder.run_id}: the workers ended without an outcome; see {folder.path / 'ray'}"
-        )
-    return Outcome.read(folder.outcome_file)
-
-
-def _cause(error: BaseException) -> str:
-    """Return one line: the last line of what the lowest failed rank raised, or of the error itself."""
-    failures = getattr(error, "worker_failures", None) or {}
-    if failures:
-        rank = min(failures)
-        return f"rank {rank} failed: {_last_line(failures[rank])}"
-    return _last_line(error)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
