@@ -1,11 +1,10 @@
 """Ctrl-C and SIGTERM: the first asks the run to save and end, the second ends it at once."""
 
-import contextlib
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+
+from lossworks.signals import stop_signals_interrupt
 
 
 def run_until_done(
@@ -41,7 +40,7 @@ def run_until_done(
             done.set()
 
     thread = threading.Thread(target=run, name="lossworks-fit", daemon=True)
-    with _sigterm_as_interrupt():
+    with stop_signals_interrupt():
         thread.start()
         try:
             _wait(done, look)
@@ -57,21 +56,3 @@ def run_until_done(
 def _wait(done: threading.Event, look: Callable[[], None]) -> None:
     while not done.wait(0.2):
         look()
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM, the notice before a machine goes away, like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lossworks.cli import Command
 from lossworks.errors import RunError, UserError
+from lossworks.signals import stop_signals_interrupt
 from lossworks.specs import TrackingSpec
 
 
@@ -105,7 +106,8 @@ def _ui(arguments: argparse.Namespace) -> int:
     # In a session of its own Ctrl-C reaches only us: the server would answer it with tracebacks.
     server = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        status = server.wait()
+        with stop_signals_interrupt():
+            status = server.wait()
     except KeyboardInterrupt:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()

@@ -123,8 +123,9 @@ def test_runs_are_found_by_path_id_and_name(run):
         RunFolder.find("quite")
 
 
-def test_the_page_of_mlflow_opens_and_ends_quietly(run, tmp_path):
-    """`lossworks ui` serves the embedded store on loopback, and Ctrl-C ends it without a traceback."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_page_of_mlflow_opens_and_ends_quietly(run, tmp_path, number):
+    """`lossworks ui` serves the embedded store on loopback; a signal ends it and its server, no traceback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -141,11 +142,13 @@ def test_the_page_of_mlflow_opens_and_ends_quietly(run, tmp_path):
                 page = answer.read()
         except OSError:
             time.sleep(0.2)
-    server.send_signal(signal.SIGINT)
+    server.send_signal(number)
 
     assert server.wait(30) == 0
     assert b"<!doctype html>" in page
     assert "Traceback" not in (tmp_path / "log").read_text()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
 
 
 def test_a_run_is_held_by_one_process(run):
