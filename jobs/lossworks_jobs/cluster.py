@@ -71,11 +71,6 @@ def _require_answer(address: str) -> None:
         raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
 
 
-def worker_environment(spec: TrainSpec) -> dict[str, str]:
-    """Return the environment variables of the training workers."""
-    return {"OMP_NUM_THREADS": str(threads(spec))}
-
-
 def threads(spec: TrainSpec) -> int:
     """Return how many threads a worker computes with: its whole CPUs, at least one."""
     return max(1, int(spec.resources_per_worker.get("CPU", 1)))

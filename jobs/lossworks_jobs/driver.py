@@ -10,7 +10,7 @@ from lossworks.errors import RunError, UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import TrainSpec
 from lossworks.training.outcome import Outcome
-from lossworks_jobs.cluster import threads, worker_environment
+from lossworks_jobs.cluster import threads
 from lossworks_jobs.stopping import run_until_done
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Driver:
                 name=f"attempt-{time.time_ns()}",
                 storage_path=str(folder.path / "ray"),
                 failure_config=FailureConfig(max_failures=spec.max_failures),
-                worker_runtime_env={"env_vars": worker_environment(spec)},
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads(spec))}},
             ),
         )
         try:
