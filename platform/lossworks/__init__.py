@@ -8,18 +8,33 @@ from typing import TYPE_CHECKING, Any
 from lossworks.home import switch_off_usage_reports
 
 if TYPE_CHECKING:
-    from lossworks.head import linear_cross_entropy
+    from lossworks.head import (
+        LinearCrossEntropy,
+        linear_cross_entropy,
+        linear_log_probabilities,
+        linear_row_loss,
+        linear_row_statistics,
+        linear_top_k,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "linear_cross_entropy"]
+__all__ = [
+    "LinearCrossEntropy",
+    "__version__",
+    "linear_cross_entropy",
+    "linear_log_probabilities",
+    "linear_row_loss",
+    "linear_row_statistics",
+    "linear_top_k",
+]
 
 switch_off_usage_reports()
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``linear_cross_entropy``, and torch with it, on first use."""
-    if name == "linear_cross_entropy":
-        from lossworks.head import linear_cross_entropy
+    """Import a function of the head, and torch with it, on first use."""
+    if name in __all__:
+        from lossworks import head
 
-        return linear_cross_entropy
+        return getattr(head, name)
     raise AttributeError(f"module 'lossworks' has no attribute {name!r}")

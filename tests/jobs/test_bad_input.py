@@ -41,6 +41,8 @@ def refused(arguments, capsys, monkeypatch):
         ("optimizer.lr=fast", "optimizer.lr='fast'"),
         ("model.heads=3", "width=256 must be a multiple of heads=3"),
         ("sharding=none", "sharding=none is for workers=1"),
+        ("sharding.vocab_parallel=true", "sharding.vocab_parallel=true needs sharding=fsdp, not ddp"),
+        ("sharding={kind: fsdp, vocab_parallel: true}", "set model.tied=false"),
         ("data.corpus=text:/nowhere", "/nowhere"),
         ("data.corpus=web:x", "must be stdlib, text:PATH or hf:NAME"),
         ("data.vocab_size=50000", "data.vocab_size"),

@@ -229,6 +229,20 @@ def test_an_exported_model_evaluates_to_the_runs_own_loss(finished, home, tmp_pa
     )
 
 
+def test_a_split_head_trains_and_is_exported(spec, cluster, home, tmp_path):
+    """sharding.vocab_parallel=true on two Ray workers; the export evaluates to the run's own loss."""
+    split = ["sharding=fsdp", "sharding.vocab_parallel=true", "model.tied=false"]
+    result = train(spec.override([*split, "steps=20"]))
+    folder, file = tmp_path / "model", tmp_path / "result.json"
+
+    assert tracked(spec, result.folder.run_id).data.params["sharding.vocab_parallel"] == "True"
+    assert main(["export", result.folder.run_id, "--to", str(folder)]) == 0
+    assert main(["evaluate", str(folder), "--sequences", "8", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["eval/loss"] == pytest.approx(
+        result.outcome.metrics["eval/loss"], rel=1e-5
+    )
+
+
 def test_the_stored_spec_starts_the_same_run_again(finished, home):
     """A run's spec.yaml is the whole resolved spec."""
     assert finished.folder.spec().to_yaml() == finished.folder.spec_file.read_text()

@@ -1,16 +1,26 @@
-"""The one public function; it checks, dispatches and reduces."""
+"""The public function: it checks, brings the weights of the rows together, and reduces."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.chunked import ChunkedCrossEntropy
-from lossworks.head.reference import reference_losses
-
-Reduction = Literal["mean", "sum", "none"]
-Implementation = Literal["auto", "cpu", "reference"]
+from lossworks.head.arguments import (
+    Implementation,
+    Operands,
+    Options,
+    Reduction,
+    check_choice,
+    check_finite,
+    check_targets,
+    operands,
+    shifted,
+)
+from lossworks.head.rules import likelihood_with_gradient
+from lossworks.head.sums import row_sums
+from lossworks.head.vocabulary import Shard, VocabParallel
 
 
 def linear_cross_entropy(
@@ -23,135 +33,255 @@ def linear_cross_entropy(
     softcap: float | None = None,
     reduction: Reduction = "mean",
     shift: int = 0,
+    return_lse: bool = False,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    temperature: float = 1.0,
+    filter_eps: float | Literal["auto"] | None = "auto",
+    filter_repair: bool = True,
+    accumulate: Literal["fp32", "input"] = "fp32",
     impl: Implementation = "auto",
-) -> Tensor:
+    vocab_parallel: VocabParallel | dist.ProcessGroup | None = None,
+    buffer_share: float = 0.05,
+    check: bool = False,
+    return_mass: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     r"""Return the cross-entropy of the linear classifier ``E·Cᵀ + b`` without building its logits.
 
-    With :math:`z_{ik} = C_k \cdot e_i + b_k` (then :math:`z ← s·\tanh(z/s)` if a softcap s is set),
+    With :math:`z_{ik} = C_k \cdot e_i + b_k`, then :math:`s\tanh(z/s)` if there is a softcap s, and
+    :math:`u = z/τ`, :math:`\mathrm{lse}_i = \log \sum_k \exp u_{ik}`, the loss of a row is
 
-    .. math:: \ell_i = \log \sum_k \exp z_{ik} - z_{i,y_i}.
+    .. math:: \ell_i = r_i \Bigl[ (1-α)\, w_{y_i} (\mathrm{lse}_i - u_{i,y_i})
+              + \tfrac{α}{V} \sum_k w_k (\mathrm{lse}_i - u_{ik}) + λ\, \mathrm{lse}_i^2 \Bigr]
 
-    The exact path works on chunks of rows and forms the gradient in the same pass, in three matrix products
-    and one buffer of chunk × V (Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*,
-    ICLR 2025, sections 3 and 4, describe the same loss for GPUs, with tiles and recomputation). With
-    ``reduction="none"`` the backward pass recomputes the logits, a fourth product, because the weight of a
-    row in ∂C is known only then. Under ``torch.autocast`` the products run in its dtype; the softmax and
-    the accumulation of ∂C are in float32 at least.
+    (Wijmans et al., *Cut Your Losses in Large-Vocabulary Language Models*, ICLR 2025, sections 3 and 4, for
+    the loss; smoothing with class weights as in :func:`torch.nn.functional.cross_entropy`; the log-Z term of
+    Wortsman et al., *Small-scale proxies for large-scale Transformer training instabilities*, 2023).
+
+    The gradient of ``"mean"`` and ``"sum"`` is formed in the forward pass, in three matrix products, from a
+    buffer of some rows × V. With ``"none"`` or ``return_lse`` the weight of a row is known in the backward
+    pass only, so the logits are made twice: four products. Evaluation is one.
 
     Args:
-        e: Embeddings E, shape (..., D), floating point.
-        c: Classifier C, shape (V, D), same dtype as ``e`` (any, under autocast).
-        targets: Class indices y in [0, V) or ``ignore_index``, shape (...), int64.
+        e: Embeddings E, shape (..., D), floating point; any strides.
+        c: Classifier C, shape (V, D), same dtype as ``e`` (any, under autocast). A DTensor placed as
+            ``Shard(0)`` is vocabulary-parallel by itself.
+        targets: Class indices y in [0, V) or ``ignore_index``, shape (...), int64; or soft targets
+            :math:`q_{ik}`, shape (..., V), floating point, which stand for :math:`\sum_k q_{ik} (…)` and have
+            no gradient.
         bias: b, shape (V,), or None.
-        ignore_index: Target of rows that count for nothing.
+        ignore_index: Target of rows that count for nothing, and cost nothing.
         softcap: Cap s > 0 of the logits' magnitude, or None.
-        reduction: ``"mean"`` over rows that are not ignored (0 when there is none), ``"sum"`` or ``"none"``.
+        reduction: ``"sum"``, ``"none"``, or ``"mean"``: the sum divided by :math:`\sum_i r_i w_{y_i}` over
+            rows that are not ignored; 0 where that is 0.
         shift: Row t is paired with target t + shift along the last axis of ``targets``; 0 ≤ shift < its size.
-        impl: ``"cpu"`` is the exact chunked path in plain torch (it runs on other devices too),
-            ``"reference"`` builds the logits, ``"auto"`` chooses the best that there is.
+        return_lse: Also return the logsumexps, shaped like the losses, 0 in ignored rows, differentiable.
+        label_smoothing: α in [0, 1].
+        class_weight: w, shape (V,), ≥ 0; this rank's classes if vocabulary-parallel. No gradient.
+        token_weight: r, shaped like ``targets`` (before the shift it belongs to the row). No gradient.
+        z_loss: λ ≥ 0.
+        temperature: τ > 0.
+        filter_eps: Leave probabilities below it out of the gradient's products, where that saves time; None
+            is exact, and so is ``"auto"``: on the hidden states of small language models no threshold was
+            found that keeps the gradient of rare classes (docs/filtering.md). The loss itself is always
+            exact. The error of ∂e_i is at most :math:`g_i m_i \max_k \|C_k - \bar c\|` with the upstream
+            gradient :math:`g_i`, the probability :math:`m_i` left out (``return_mass``) and the mean
+            :math:`\bar c` of what is left out; see :mod:`lossworks.head.filtering`.
+        filter_repair: Put the rank-one matrix with the same sums in place of what is left out; without it the
+            filter is the published one.
+        accumulate: ``"input"`` lets Triton add up ∂E and ∂C in the inputs' dtype, which costs accuracy
+            (the CPU path always adds up in float32 or wider).
+        impl: ``"cpu"`` is plain torch (on any device), ``"triton"`` the GPU's kernels, ``"reference"`` builds
+            the logits, ``"auto"`` chooses.
+        vocab_parallel: A process group over whose ranks the rows of ``c`` are spread, in order, or a
+            :class:`VocabParallel` that names more; all ranks pass the same E and targets.
+        buffer_share: Largest work buffer as a share of the logits' N·V numbers. Below about 128 rows a chunk
+            (0.05 allows 51 of 1024) the logits are made twice, which needs no such buffer: 0.01 costs up to a
+            third more time and next to no memory.
+        check: Refuse NaN and infinities in E, C and the bias by the row that holds them; otherwise they
+            propagate as they do through plain torch.
+        return_mass: Also return the probability that the filter left out of each row, shaped like the
+            losses; for ``"mean"`` and ``"sum"`` with a filter.
 
     Returns:
         A float32 scalar (float64 for float64 inputs), or with ``reduction="none"`` the losses, shape (...)
-        with ``shift`` entries cut off the last axis; 0 in ignored rows.
+        with ``shift`` entries cut off the last axis, 0 in ignored rows. A tuple, if more is asked for.
 
     Raises:
-        UserError: Shapes, dtypes or options do not fit together, or a target is out of range.
+        UserError: Shapes, dtypes, devices or options do not fit together, or a target is out of range.
 
     Example:
         >>> e, c, y = torch.zeros(3, 4), torch.zeros(8, 4), torch.tensor([0, 1, -100])
         >>> round(linear_cross_entropy(e, c, y).item(), 4)  # ln 8
         2.0794
     """
-    _check_options(softcap=softcap, reduction=reduction, impl=impl)
-    _check_tensors(e, c, targets, bias)
+    options = Options(
+        softcap, ignore_index, temperature, filter_eps, filter_repair, accumulate, impl, buffer_share
+    )
+    soft = targets.is_floating_point()
+    head = operands(e, c, bias, vocab_parallel)
+    _check_combination(reduction, label_smoothing, z_loss, class_weight, head.group, soft=soft)
+    check_targets(e, targets, len(head.c), soft=soft)
+    if token_weight is not None and token_weight.shape != e.shape[:-1]:
+        raise UserError(f"token_weight {tuple(token_weight.shape)} must be {tuple(e.shape[:-1])}, one a row")
+    if class_weight is not None and class_weight.shape != head.c.shape[:1]:
+        raise UserError(f"class_weight {tuple(class_weight.shape)} must be ({len(head.c)},), one a class")
+    if check:
+        for name, tensor in (("e", head.e), ("c", head.c), ("bias", head.bias)):
+            check_finite(name, tensor)
     if shift:
-        e, targets = _shifted(e, targets, shift)
-    shape = targets.shape
-    rows = e.reshape(-1, e.shape[-1])
-    flat_targets = targets.reshape(-1)
-    _check_range(flat_targets, classes=c.shape[0], ignore_index=ignore_index)
-    if impl == "reference":
-        losses = reference_losses(rows, c, flat_targets, bias, ignore_index=ignore_index, softcap=softcap)
-        total = losses.sum()
-    else:
-        per_row = reduction == "none"
-        result = _chunked(rows, c, flat_targets, bias, ignore_index, softcap, per_row)
-        losses = total = result
-    if reduction == "none":
-        return losses.reshape(shape)
-    if reduction == "sum":
-        return total
-    return total / (flat_targets != ignore_index).sum().clamp(min=1)
+        head, targets, token_weight = _shift(head, e.shape, targets, token_weight, shift, soft=soft)
+    shape = targets.shape[:-1] if soft else targets.shape
+    weights = _weights(
+        head, targets, token_weight, class_weight, label_smoothing, z_loss, ignore_index, reduction
+    )
+    if options.impl != "reference" and reduction != "none" and not return_lse:
+        total, mass = _fused(head, options, weights)
+        return (total, mass.reshape(shape)) if return_mass else total
+    if return_mass:
+        raise UserError("return_mass needs reduction mean or sum, no return_lse, and no impl='reference'")
+    losses, lse = _per_row(head, options, weights)
+    result = losses.reshape(shape) if reduction == "none" else losses.sum()
+    return (result, lse.reshape(shape)) if return_lse else result
 
 
-def _chunked(
-    e: Tensor,
-    c: Tensor,
+class _Weights(NamedTuple):
+    """The targets, and the weights of :class:`lossworks.head.rules.CrossEntropy`; zero in ignored rows."""
+
+    targets: Tensor
+    probabilities: Tensor | None
+    mass: Tensor | None
+    nll: Tensor
+    lse: Tensor | None
+    total: Tensor | None
+    square: Tensor | None
+    class_weight: Tensor | None
+
+
+def _weights(
+    head: Operands,
     targets: Tensor,
-    bias: Tensor | None,
+    token_weight: Tensor | None,
+    class_weight: Tensor | None,
+    smoothing: float,
+    z_loss: float,
     ignore_index: int,
-    softcap: float | None,
-    per_row: bool,
-) -> Tensor:
-    """Drop ignored rows, run the chunked path in autocast's dtype, and put the rows back."""
-    device = e.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else e.dtype
-    valid = (targets != ignore_index).nonzero().squeeze(1)
-    complete = valid.numel() == targets.numel()
-    kept_e, kept_targets = (e, targets) if complete else (e[valid], targets[valid])
-    with torch.autocast(device, enabled=False):
-        result = ChunkedCrossEntropy.apply(
-            kept_e, c, bias, kept_targets, softcap, per_row, dtype, torch.is_grad_enabled()
-        )
-    if complete or not per_row:
-        return result
-    return result.new_zeros(targets.shape).index_copy(0, valid, result)
+    reduction: str,
+) -> _Weights:
+    """Bring everything that weighs a row together, the mean's divisor included."""
+    wide = torch.promote_types(head.e.dtype, torch.float32)
+    if targets.is_floating_point():
+        probabilities = targets.detach().reshape(-1, targets.shape[-1])
+        flat = torch.full((len(probabilities),), ignore_index + 1, device=targets.device)
+    else:
+        probabilities, flat = None, targets.reshape(-1)
+    valid = flat != ignore_index
+    row = valid.to(wide)
+    if token_weight is not None:
+        row = torch.where(valid, token_weight.detach().reshape(-1).to(wide), 0)
+    mass, nll, all_weight = None, row, torch.tensor(float(len(head.c)))
+    if class_weight is not None:
+        class_weight = class_weight.detach().to(wide)
+        all_weight = class_weight.sum()
+        if probabilities is None:
+            # Clamped, since targets out of range are refused later, by name.
+            nll = row * class_weight[torch.where(valid, flat, 0).clamp(0, len(class_weight) - 1)]
+        else:
+            probabilities = probabilities * class_weight
+    divisor = nll.sum()
+    if probabilities is not None:
+        mass = probabilities.sum(1, dtype=wide)
+        divisor = row.sum()
+    scale = torch.where(divisor > 0, 1 / divisor, 0) if reduction == "mean" else torch.ones_like(divisor)
+    lse = total = None
+    if smoothing:
+        classes = _all_classes(head)
+        total = row * scale * (smoothing / classes)
+        lse = total * (classes if class_weight is None else all_weight)
+    return _Weights(
+        flat,
+        probabilities,
+        mass,
+        nll * scale * (1 - smoothing),
+        lse,
+        total,
+        row * scale * z_loss if z_loss else None,
+        class_weight if smoothing else None,
+    )
 
 
-def _shifted(e: Tensor, targets: Tensor, shift: int) -> tuple[Tensor, Tensor]:
-    if targets.dim() == 0 or not 0 <= shift < targets.shape[-1]:
-        size = targets.shape[-1] if targets.dim() else 0
-        raise UserError(f"shift={shift} must be at least 0 and less than the {size} targets of a sequence")
-    return e[..., :-shift, :], targets[..., shift:]
+def _all_classes(head: Operands) -> int:
+    return len(head.c) if head.group is None else Shard.of(head.group, len(head.c), head.c.device).classes
 
 
-def _check_options(*, softcap: float | None, reduction: str, impl: str) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise UserError(f"reduction={reduction!r} must be mean, sum or none")
-    if impl not in ("auto", "cpu", "reference"):
-        raise UserError(f"impl={impl!r} must be auto, cpu or reference")
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"softcap={softcap} must be positive, or None for no cap")
+def _fused(head: Operands, options: Options, weights: _Weights) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum, and the probability left out of each row (empty without a filter)."""
+    from lossworks.head.operators import FusedCrossEntropy
+
+    e, c, bias, group, reduce_e, dtype = head
+    targets, probabilities, mass, nll, lse, total, square, class_weight = weights
+    grad = torch.is_grad_enabled()
+    wanted = [grad and x is not None and x.requires_grad for x in (e, c, bias)]
+    return FusedCrossEntropy.apply(
+        *(e, c, bias, targets, probabilities, mass, nll, lse, total, square, class_weight),
+        *(options.softcap, options.temperature, options.ignore_index, options.eps, options.filter_repair),
+        *(options.buffer_share, dtype, wanted, options.impl, options.accumulate, group, reduce_e),
+    )
 
 
-def _check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("e", e), ("c", c), ("targets", targets), ("bias", bias)):
-        if type(tensor).__name__ == "DTensor":
-            raise UserError(f"{name} is a DTensor; gather it first, for instance with {name}.full_tensor()")
-    if e.dim() < 1 or c.dim() != 2 or e.shape[-1] != c.shape[1]:
-        raise UserError(f"e {tuple(e.shape)} and c {tuple(c.shape)} must be (..., D) and (V, D)")
-    if c.shape[0] == 0:
-        raise UserError("c has no class: V must be at least 1")
-    if targets.shape != e.shape[:-1]:
-        raise UserError(f"targets {tuple(targets.shape)} must have e's leading shape {tuple(e.shape[:-1])}")
-    if targets.dtype != torch.int64:
-        raise UserError(f"targets are {targets.dtype}; they must be torch.int64 class indices")
-    if bias is not None and bias.shape != c.shape[:1]:
-        raise UserError(f"bias {tuple(bias.shape)} must be ({c.shape[0]},), one number a class")
-    if not e.is_floating_point() or not c.is_floating_point():
-        raise UserError(f"e is {e.dtype} and c is {c.dtype}; both must be floating point")
-    if e.dtype != c.dtype and not torch.is_autocast_enabled(e.device.type):
-        raise UserError(f"e is {e.dtype} and c is {c.dtype}; they must agree, or run under torch.autocast")
+def _per_row(head: Operands, options: Options, weights: _Weights) -> tuple[Tensor, Tensor]:
+    """Return the weighted losses and the logsumexps, shape (N,)."""
+    sums = row_sums(
+        head,
+        options,
+        weights.targets,
+        probabilities=weights.probabilities,
+        totals=weights.total is not None,
+        weights=weights.class_weight,
+    )
+    losses = weights.nll * likelihood_with_gradient(sums, options.temperature, weights.mass)
+    if weights.lse is not None:
+        losses = losses + weights.lse * sums.logsumexp
+    if weights.total is not None and sums.total is not None:
+        losses = losses - weights.total * sums.total / options.temperature
+    if weights.square is not None:
+        losses = losses + weights.square * sums.logsumexp.square()
+    return losses, sums.logsumexp
 
 
-def _check_range(targets: Tensor, *, classes: int, ignore_index: int) -> None:
-    """Refuse targets out of range; on a GPU that would wait for the device, so it is left to the kernel."""
-    if targets.device.type != "cpu":
-        return
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
-    if bad.any():
-        value = int(targets[bad][0])
-        raise UserError(
-            f"targets hold {value}; a class is in [0, {classes}), and ignored rows hold "
-            f"ignore_index={ignore_index}"
-        )
+def _shift(
+    head: Operands,
+    shape: torch.Size,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    shift: int,
+    *,
+    soft: bool,
+) -> tuple[Operands, Tensor, Tensor | None]:
+    """Cut the last rows of each sequence off, and its first targets."""
+    if soft:
+        raise UserError(f"shift={shift}: soft targets can't be shifted; cut them and e instead")
+    if token_weight is not None:
+        token_weight = shifted(token_weight, targets, shift)[0]
+    e, targets = shifted(head.e.view(shape), targets, shift)
+    return head._replace(e=e.reshape(targets.numel(), shape[-1])), targets, token_weight
+
+
+def _check_combination(
+    reduction: str,
+    smoothing: float,
+    z_loss: float,
+    class_weight: Tensor | None,
+    group: str | None,
+    *,
+    soft: bool,
+) -> None:
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if not 0 <= smoothing <= 1:
+        raise UserError(f"label_smoothing={smoothing} must be in [0, 1]")
+    if not 0 <= z_loss < float("inf"):
+        raise UserError(f"z_loss={z_loss} must be at least 0")
+    if group is not None and (soft or class_weight is not None):
+        raise UserError("vocab_parallel can't be combined with class_weight or soft targets")

@@ -20,8 +20,8 @@ class Head:
     """The linear map from features to logits, for losses that never build the logits.
 
     Attributes:
-        weight: (V, D) floats.
-        bias: (V) floats, or None.
+        weight: (V, D) floats; a DTensor if its classes are spread over ranks.
+        bias: (V) floats, or None; spread like the weight.
         softcap: Bound c of the logits z, which become c·tanh(z/c) as in Gemma 2; None for no bound.
     """
 
@@ -30,9 +30,20 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the dense logits (..., V) of the features ``hidden`` (..., D)."""
-        logits = functional.linear(hidden, self.weight, self.bias)
+        """Return the dense logits (..., V) of the features ``hidden`` (..., D).
+
+        Where the classes are spread over ranks they are gathered, so every rank must call; what comes back is
+        for generation, since its gradient with respect to the head would be one rank's only.
+        """
+        bias = None if self.bias is None else _whole(self.bias)
+        logits = functional.linear(hidden, _whole(self.weight), bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with what other ranks hold of it."""
+    # Asked for by name, since importing DTensor costs time that a model on its own need not spend.
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 Objective = Callable[[Tensor, Head, Tensor], Tensor]

@@ -9,6 +9,7 @@ from lossworks.specs.parts import (
     ModelSpec,
     OptimizerSpec,
     ScheduleSpec,
+    ShardingSpec,
     TrackingSpec,
 )
 from lossworks.specs.train import TrainSpec
@@ -21,6 +22,7 @@ __all__ = [
     "ModelSpec",
     "OptimizerSpec",
     "ScheduleSpec",
+    "ShardingSpec",
     "Spec",
     "TrackingSpec",
     "TrainSpec",

@@ -4,18 +4,29 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lossworks.errors import UserError, nearest
 
 
 class Spec(BaseModel):
-    """Base of all specs: frozen, unknown keys refused, every number with its range."""
+    """Base of all specs: frozen, unknown keys refused, every number with its range.
+
+    Attributes:
+        shorthand: The field that a plain value sets where the whole group is meant, as ``sharding=fsdp`` sets
+            ``sharding.kind``; None if a plain value is a mistake.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    shorthand: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        return _expanded(cls, values)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, source: str = "spec") -> Self:
@@ -87,17 +98,26 @@ def apply_overrides(
         if not equals:
             raise UserError(f"override {text!r}: write it as key.path=value")
         _require_known(model, key)
-        *parents, leaf = key.split(".")
-        node = result
-        for name in parents:
-            node = node.setdefault(name, {})
-            if not isinstance(node, dict):
-                raise UserError(f"override {text!r}: {name} is a value, not a group of keys")
         try:
-            node[leaf] = yaml.safe_load(value)
+            new = yaml.safe_load(value)
         except yaml.YAMLError:
             raise UserError(f"override {text!r}: the value is not valid YAML") from None
+        shorthand = getattr(_group_at(model, key), "shorthand", None)
+        if shorthand is not None and not isinstance(new, dict):
+            key = f"{key}.{shorthand}"
+        _set(model, result, key, new, text)
     return result
+
+
+def _set(model: type[BaseModel], values: dict[str, Any], key: str, new: Any, text: str) -> None:
+    """Set what a dotted path names, making the groups on the way."""
+    *parents, leaf = key.split(".")
+    for depth, name in enumerate(parents, start=1):
+        values[name] = _expanded(_group_at(model, ".".join(parents[:depth])), values.get(name, {}))
+        values = values[name]
+        if not isinstance(values, dict):
+            raise UserError(f"override {text!r}: {name} is a value, not a group of keys")
+    values[leaf] = new
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -116,6 +136,21 @@ def _group(annotation: Any) -> type[BaseModel] | None:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next((group for part in typing.get_args(annotation) if (group := _group(part))), None)
     return None
+
+
+def _group_at(model: type[BaseModel] | None, path: str) -> type[BaseModel] | None:
+    """Return the spec class of the group that a dotted path names, or None where it names a value."""
+    for name in path.split("."):
+        field = model.model_fields.get(name) if model is not None else None
+        model = _group(field.annotation) if field is not None else None
+    return model
+
+
+def _expanded(group: type[BaseModel] | None, values: Any) -> Any:
+    """Return a plain value that stands for a whole group as the mapping it is short for."""
+    shorthand = getattr(group, "shorthand", None)
+    plain = shorthand is not None and not isinstance(values, Mapping | BaseModel)
+    return {shorthand: values} if plain else values
 
 
 def _require_known(model: type[BaseModel], key: str) -> None:

@@ -1,6 +1,6 @@
 """The parts that specs of every room share: data, model, loss, optimiser, schedule, tracking."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -85,12 +85,32 @@ class ModelSpec(Spec):
         return self
 
 
+class ShardingSpec(Spec):
+    """How a model is spread over the workers; ``sharding=fsdp`` is short for ``sharding.kind=fsdp``."""
+
+    shorthand: ClassVar[str | None] = "kind"
+
+    kind: Literal["none", "ddp", "fsdp"] = Field(
+        "ddp", description="none (one worker), ddp (replicas) or fsdp (parameters split over the workers)"
+    )
+    vocab_parallel: bool = Field(
+        False,
+        description="with fsdp: the head is never gathered; each worker keeps its classes and takes the "
+        "features of all workers' tokens",
+    )
+
+    def __str__(self) -> str:
+        return f"{self.kind}, vocabulary-parallel head" if self.vocab_parallel else self.kind
+
+
 class LossSpec(Spec):
     """The training objective on the model's head."""
 
     name: Literal["cross-entropy"] = Field("cross-entropy", description="slug of the loss")
-    impl: Literal["auto", "cpu", "reference"] = Field(
-        "auto", description="how the head is computed: auto and cpu never build the logits, reference does"
+    impl: Literal["auto", "cpu", "triton", "reference"] = Field(
+        "auto",
+        description="how the head is computed: cpu (plain torch) and triton (a GPU's kernels) never build "
+        "the logits, auto chooses between them, reference builds the logits",
     )
 
 

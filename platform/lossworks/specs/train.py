@@ -14,6 +14,7 @@ from lossworks.specs.parts import (
     ModelSpec,
     OptimizerSpec,
     ScheduleSpec,
+    ShardingSpec,
     TrackingSpec,
 )
 
@@ -32,9 +33,7 @@ class TrainSpec(Spec):
     resources_per_worker: dict[str, float] = Field(
         {"CPU": 1}, description="what each worker gets from Ray, for instance {CPU: 4, GPU: 1}"
     )
-    sharding: Literal["none", "ddp", "fsdp"] = Field(
-        "ddp", description="none (one worker), ddp (replicas) or fsdp (parameters split over the workers)"
-    )
+    sharding: ShardingSpec = ShardingSpec()
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the products under autocast")
     activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
     compile: bool = Field(False, description="compile the transformer blocks with torch.compile")
@@ -60,8 +59,10 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.sharding == "none" and self.workers != 1:
+        if self.sharding.kind == "none" and self.workers != 1:
             raise ValueError(f"sharding=none is for workers=1, not {self.workers}: use ddp or fsdp")
+        if self.sharding.vocab_parallel:
+            self._require_splittable_head()
         if self.batch_size < self.workers:
             raise ValueError(f"batch_size={self.batch_size} must be at least workers={self.workers}")
         for name, amount in self.resources_per_worker.items():
@@ -75,3 +76,20 @@ class TrainSpec(Spec):
         if self.storage is not None and not self.storage.startswith("/"):
             raise ValueError(f"storage={self.storage!r} must be an absolute path")
         return self
+
+    def _require_splittable_head(self) -> None:
+        if self.sharding.kind != "fsdp":
+            raise ValueError(
+                f"sharding.vocab_parallel=true needs sharding=fsdp, not {self.sharding.kind}: "
+                "otherwise every worker holds the whole head"
+            )
+        if self.model.source == "transformer" and self.model.tied:
+            raise ValueError(
+                "sharding.vocab_parallel=true can't split a head that is the embedding, too, whose look-up "
+                "needs all classes: set model.tied=false"
+            )
+        if self.loss.impl == "reference":
+            raise ValueError(
+                "loss.impl=reference can't be combined with sharding.vocab_parallel=true: it builds the "
+                "logits of all classes; use auto, cpu or triton"
+            )

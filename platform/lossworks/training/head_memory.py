@@ -16,17 +16,19 @@ OURS, DENSE = "linear cross-entropy", "with logits"
 def measure_head_memory(spec: TrainSpec, model: LanguageModel, world: World) -> dict[str, float]:
     """Return the peak bytes of one micro-batch's loss and gradients on the head, by method.
 
-    Ours is run for real; the dense formula is run on torch's meta device, which follows shapes and frees
-    without taking memory, since it might not fit. Only rank 0 measures; others return an empty mapping.
+    Ours is run for real, with a vocabulary-parallel head on a rank's classes and all ranks' rows; the dense
+    formula is run on torch's meta device, which follows shapes and frees without taking memory, since it
+    might not fit. Only rank 0 measures; others return an empty mapping.
     """
     if not world.leads:
         return {}
     sequences = min(spec.micro_batch_size or spec.batch_size, largest_share(spec.batch_size, world))
-    weight = model.head().weight
-    shape = (sequences * spec.data.sequence_length, *weight.shape)
+    rows, (classes, width) = sequences * spec.data.sequence_length, model.head().weight.shape
+    ranks = world.size if spec.sharding.vocab_parallel else 1
+    own = (rows * ranks, -(-classes // ranks), width)
     return {
-        OURS: float(head_peak(shape, "auto", world.device)),
-        DENSE: float(head_peak(shape, "reference", torch.device("meta"))),
+        OURS: float(head_peak(own, "auto", world.device)),
+        DENSE: float(head_peak((rows, classes, width), "reference", torch.device("meta"))),
     }
 
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lossworks.models import LanguageModel
 from lossworks.specs import TrainSpec
+from lossworks.training.vocabulary import split_head
 from lossworks.training.world import World
 
 
@@ -18,8 +19,12 @@ def distribute(model: LanguageModel, spec: TrainSpec, world: World) -> nn.Module
     """Return the model spread over the world as ``spec.sharding`` says, on this process's device.
 
     ``ddp`` keeps a replica in every process and averages gradients; ``fsdp`` is FSDP2 (``fully_shard``):
-    every block is a unit of its own, and what is left (embedding, final norm, head) belongs to the root. A
-    world of one needs no DDP; FSDP is applied all the same, so that it can be tried anywhere.
+    every block is a unit of its own, and what is left (embedding, final norm, head) belongs to the root; with
+    ``vocab_parallel`` the head belongs to none and stays split. A world of one needs no DDP; FSDP is applied
+    all the same, so that it can be tried anywhere.
+
+    Raises:
+        UserError: ``vocab_parallel`` and a head that can't be split.
     """
     model.to(world.device)
     if spec.activation_checkpointing:
@@ -27,11 +32,12 @@ def distribute(model: LanguageModel, spec: TrainSpec, world: World) -> nn.Module
     if spec.compile:
         for block in model.blocks():
             block.compile()
-    if spec.sharding == "fsdp":
+    if spec.sharding.kind == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
+        split = split_head(model, mesh) if spec.sharding.vocab_parallel else set()
         for block in model.blocks():
             fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params=split)
         return model
     if world.size > 1:
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import lossworks
 from lossworks.errors import UserError
-from lossworks.head import chunked, linear_cross_entropy
+from lossworks.head import cpu, linear_cross_entropy
+from lossworks.head.plan import Plan
 from lossworks_testing.memory import peak_bytes
 
 IGNORE = -100
@@ -38,8 +39,8 @@ def problem(n, d, v, *, dtype=torch.float32, bias=True, ignored=0.0, seed=0, sca
 
 @pytest.fixture
 def tiny_chunks(monkeypatch):
-    """Make a chunk three rows, so that small problems have several and a ragged last one."""
-    monkeypatch.setattr(chunked, "chunk_rows", lambda rows, classes: max(1, min(rows, 3)))
+    """Make tiles of three rows and two classes, so that small problems have several and ragged last ones."""
+    monkeypatch.setattr(cpu, "make_plan", lambda rows, classes, *_, keep, filtered: Plan(3, 2, keep))
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -79,14 +80,16 @@ def test_gradcheck(tiny_chunks, reduction):
     d=st.integers(1, 9),
     v=st.integers(1, 50),
     rows=st.integers(1, 50),
+    classes=st.integers(1, 60),
+    kept=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_the_chunk_size_changes_nothing(n, d, v, rows, seed):
-    """Any chunk size gives the loss and the gradients of one chunk."""
+def test_the_tiles_change_nothing(n, d, v, rows, classes, kept, seed):
+    """Any tiles in any order give the loss and the gradients of one chunk."""
     e, c, y, b = problem(n, d, v, dtype=torch.float64, seed=seed)
     whole = linear_cross_entropy(e, c, y, b)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "chunk_rows", lambda total, classes: min(total, rows))
+        patch.setattr(cpu, "make_plan", lambda *_, keep, filtered: Plan(rows, classes, keep and kept))
         parts = linear_cross_entropy(e, c, y, b)
 
     torch.testing.assert_close(parts, whole)
@@ -213,14 +216,16 @@ def test_gradients_only_where_asked():
 
 
 def test_peak_memory_stays_far_below_the_logits():
-    """Beyond the gradients the head holds a chunk's buffer, not N x V numbers."""
+    """Beyond the gradients the head holds a chunk's buffer, not N x V numbers; a knob shrinks it."""
     e, c, y, _ = problem(4096, 8, 8192, bias=False)
     ours = peak_bytes(lambda: linear_cross_entropy(e, c, y).backward())
+    least = peak_bytes(lambda: linear_cross_entropy(e, c, y, buffer_share=0.01).backward())
     dense = peak_bytes(lambda: linear_cross_entropy(e, c, y, impl="reference").backward())
     logits = 4096 * 8192 * 4
 
     assert dense >= logits
-    assert ours <= logits / 8
+    assert ours <= logits / 6
+    assert least <= logits / 40
 
 
 def test_the_package_exports_the_function_however_it_is_imported():
@@ -255,7 +260,7 @@ E, C, Y = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64
         ((E, torch.zeros(5, 2), Y), {}, r"e \(4, 3\) and c \(5, 2\)"),
         ((E, C, Y[:3]), {}, r"targets \(3,\)"),
         ((E, C, Y.int()), {}, "torch.int64"),
-        ((E, C, Y + 5), {}, r"targets hold 5; a class is in \[0, 5\)"),
+        ((E, C, Y + 5), {}, r"targets hold 5, first in row 0 of 4; a class is in \[0, 5\)"),
         ((E, C, Y - 1), {}, "targets hold -1"),
         ((E, C, Y, torch.zeros(4)), {}, r"bias \(4,\)"),
         ((E, C.double(), Y), {}, "must agree"),

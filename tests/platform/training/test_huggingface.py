@@ -1,8 +1,13 @@
 """Training a local transformers checkpoint with our head."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lossworks.errors import UserError
+from lossworks.models.huggingface import HuggingFaceModel
+from lossworks.training.vocabulary import split_head
+from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import VOCABULARY, losses, prepared, run_training, tiny_spec
 
 
@@ -36,6 +41,36 @@ def test_a_transformers_checkpoint_trains_with_its_own_tokenizer(llama, text, tm
     assert len(ours["rows"]) == 20
     assert losses(ours)[-1] < losses(ours)[0] - 0.5
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
+
+
+def test_a_transformers_checkpoint_trains_with_a_split_head(llama, text, tmp_path):
+    """Two ranks that never gather the output embeddings follow the curve of one process."""
+    spec = tiny_spec(text).override([f"model={{source: 'hf:{llama}'}}", "steps=4"])
+    corpus = str(prepared(spec).folder)
+    alone = run_training(spec.model_dump(mode="json"), corpus, str(tmp_path / "alone"))
+    split = spec.override(["workers=2", "sharding=fsdp", "sharding.vocab_parallel=true"])
+    together = run_ranks(
+        2, run_training, split.model_dump(mode="json"), corpus, str(tmp_path / "split"), folder=tmp_path
+    )[0]
+
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_a_transformers_checkpoint_with_one_matrix_for_both_can_not_be_split():
+    """Its output embeddings are those of the input, which are looked up whole."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = HuggingFaceModel(transformers.LlamaForCausalLM(config))
+
+    with pytest.raises(UserError, match="the model's head is its embedding"):
+        split_head(model, SimpleNamespace(size=lambda: 2))
 
 
 def test_a_missing_checkpoint_is_refused(text):

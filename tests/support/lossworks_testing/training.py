@@ -32,7 +32,7 @@ def tiny_spec(text: Path, **changes: Any) -> TrainSpec:
         "steps": 6,
         "batch_size": 6,
         "workers": 1,
-        "sharding": "none",
+        "sharding": {"kind": "none"},
         "data": {
             "corpus": f"text:{text}",
             "vocab_size": VOCABULARY,
@@ -73,6 +73,11 @@ def run_training(
         )
     )
     return {"rows": rows, "notices": notices, **asdict(outcome)}
+
+
+def run_several(runs: list[tuple[dict[str, Any], str]], corpus: str) -> list[dict[str, Any]]:
+    """Train specs into folders one after the other, since starting processes takes longer than a tiny run."""
+    return [run_training(values, corpus, folder) for values, folder in runs]
 
 
 def losses(result: dict[str, Any]) -> list[float]:

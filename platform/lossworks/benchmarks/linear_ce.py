@@ -1,0 +1,184 @@
+"""``lossworks bench linear-ce``: linear cross-entropies side by side, in multiples of one matrix product.
+
+Every figure comes from a fresh process, in which the method and one plain product E·Cᵀ run in turns.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from lossworks.benchmarks.chart import draw_linear_ce
+from lossworks.benchmarks.command import Benchmark
+from lossworks.benchmarks.linear_ce_methods import METHODS, methods_for
+from lossworks.benchmarks.table import Row
+from lossworks.cli import require_one
+from lossworks.errors import RunError, UserError
+from lossworks.specs import Spec
+
+if TYPE_CHECKING:
+    from lossworks.benchmarks.linear_ce_worker import Case
+
+# `methods=exact,dense` is easier to type in a shell than a list in brackets.
+_split = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
+_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
+_ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Unsupported)\w*(: |$)")
+
+
+class LinearCeSpec(Spec):
+    """What ``lossworks bench linear-ce`` compares; lists may be written with commas."""
+
+    shapes: Annotated[tuple[str, ...], _split] = Field(
+        ("2048x32768x512", "4096x128256x1024", "1024x256000x2304"),
+        description="N x V x D: rows, classes, features",
+    )
+    distributions: Annotated[tuple[Literal["random", "peaked"], ...], _split] = Field(
+        ("peaked", "random"), description="peaked as a trained head, random as one at the start"
+    )
+    dtypes: Annotated[tuple[Literal["fp32", "bf16"], ...], _split] = Field(
+        ("fp32", "bf16"), description="dtype of E, C and the gradients"
+    )
+    methods: Annotated[tuple[str, ...] | None, _split] = Field(
+        None, description=f"some of {', '.join(METHODS)}; unset, all that are made for the device"
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where to run")
+    threads: int = Field(2, ge=1, le=1024, description="threads of the CPU")
+    seed: int = Field(0, ge=0, description="seed of the inputs")
+    limit_s: float = Field(3600.0, gt=0.0, description="seconds after which a measurement is given up")
+
+    @field_validator("shapes")
+    @classmethod
+    def _are_shapes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [shape for shape in value if not _SHAPE.fullmatch(shape)]:
+            raise ValueError(f"{wrong[0]!r} must be NxVxD, for instance 2048x32768x512")
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _are_methods(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            require_one(name, list(METHODS), "method")
+        return value
+
+
+def run(overrides: Sequence[str], repeats: int) -> list[Row]:
+    """Measure every method on every shape, distribution and dtype; progress goes to standard error.
+
+    Returns:
+        By case and method: seconds of the loss with both gradients, and of the loss alone, as multiples of
+        the product's; peak memory beyond the gradients, as a share of the fp32 logits' N·V·4 bytes; relative
+        errors of the gradients against float64; the mean loss; the product's seconds. A method that can't
+        run has one row that says why.
+
+    Raises:
+        UserError: An override is wrong, or there is no such device.
+    """
+    from rich.console import Console
+
+    spec = LinearCeSpec().override(overrides)
+    _require_device(spec.device)
+    cases = list(_cases(spec, repeats))
+    console = Console(stderr=True)
+    rows: list[Row] = []
+    for number, case in enumerate(cases, 1):
+        what = f"{number}/{len(cases)}  {_title(case)}: {METHODS[case.method].label}"
+        with console.status(what):
+            rows += (new := _measured(case, spec.limit_s))
+        figures = new[0].note or f"{new[0].value:.3g} {new[0].unit}"
+        console.print(f"{what}: {figures}", markup=False, highlight=False, soft_wrap=True)
+    return rows
+
+
+def _cases(spec: LinearCeSpec, repeats: int) -> "Iterator[Case]":
+    from lossworks.benchmarks.linear_ce_worker import Case
+
+    methods = methods_for(spec.device) if spec.methods is None else spec.methods
+    for shape, dtype, distribution, method in product(spec.shapes, spec.dtypes, spec.distributions, methods):
+        n, v, d = (int(size) for size in shape.split("x"))
+        yield Case(n, v, d, distribution, dtype, method, spec.device, spec.threads, spec.seed, repeats)
+
+
+def _require_device(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("device=cuda: torch finds no GPU here; use device=cpu")
+
+
+def _title(case: "Case") -> str:
+    where = f"{case.threads} threads" if case.device == "cpu" else case.device
+    return f"{case.n} x {case.v} x {case.d}, {case.dtype}, {case.distribution}, {where}"
+
+
+def _measured(case: "Case", limit_s: float) -> list[Row]:
+    """Return the figures of one method on one case, or one row with the reason why there are none."""
+    method = METHODS[case.method]
+    try:
+        reason = method.reason_against(case.device)
+        result = {"skipped": reason} if reason else _run_worker(case, limit_s)
+    except RunError as error:
+        result = {"skipped": f"failed: {error}"}
+    if "skipped" in result:
+        return [Row(_title(case), method.label, "not measured", None, "", result["skipped"])]
+    return _rows(case, result)
+
+
+def _rows(case: "Case", result: dict[str, Any]) -> list[Row]:
+    from lossworks.benchmarks.linear_ce_error import sampled_rows
+
+    logits = 4 * case.n * case.v
+    rows = sampled_rows(case.n, case.v, case.d)
+    relative = "relative" if rows == case.n else f"first {rows} rows"
+    resident = "% of logits" if result["peak"] != "ru_maxrss" else "% of logits, or more"
+    figures = [
+        ("forward+backward", result["forward_backward_s"] / result["product_s"], "products"),
+        ("forward", result["forward_s"] / result["product_s"], "products"),
+        ("extra memory", 100 * result["extra_bytes"] / logits, resident),
+        ("error dE", result["error_e"], relative),
+        ("error dC", result["error_c"], relative),
+        ("loss", result["loss"], "nats"),
+        ("product", result["product_s"], "s"),
+    ]
+    label = METHODS[case.method].label
+    return [Row(_title(case), label, metric, value, unit) for metric, value, unit in figures]
+
+
+def _run_worker(case: "Case", limit_s: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "lossworks.benchmarks.linear_ce_worker", json.dumps(asdict(case))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads)}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=limit_s, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        raise RunError(f"not done after limit_s={limit_s:g} seconds") from None
+    if done.returncode:
+        raise RunError(_why(done))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _why(done: "subprocess.CompletedProcess[str]") -> str:
+    """Return the line of the traceback that names the error, or how the process ended."""
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return f"ended by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR_LINE.match(line)]
+    return (errors or lines or [f"exit status {done.returncode}"])[-1]
+
+
+LINEAR_CE = Benchmark(
+    "linear cross-entropies: time in matrix products, memory, gradient errors",
+    run,
+    repeats=5,
+    draw=draw_linear_ce,
+)

@@ -1,0 +1,66 @@
+"""The implementations behind ``impl``, each with the functions of :mod:`lossworks.head.cpu`."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lossworks.errors import UserError
+from lossworks.head.cpu import Combine, Pass, Result, Rule, Wanted
+from lossworks.head.problem import Coefficients, Gradients, Problem, RowSums
+
+
+class Backend(Protocol):
+    """What an implementation provides; see :mod:`lossworks.head.cpu` for the arguments."""
+
+    def row_sums(self, problem: Problem, how: Pass) -> RowSums:
+        """Return the sums of every row."""
+
+    def gradients(
+        self, problem: Problem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
+    ) -> tuple[Gradients, Tensor | None]:
+        """Return the gradients, and the probability that a filter left out of each row."""
+
+    def fused(
+        self, problem: Problem, how: Pass, rule: Rule, wanted: Wanted, combine: Combine = ...
+    ) -> Result:
+        """Return losses and gradients together."""
+
+    def teacher_expected(
+        self, problem: Problem, teacher: Problem, temperature: float, dtype: torch.dtype, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the expected logits under a teacher's softmax, and its log Σ exp."""
+
+    def teacher_gradients(
+        self,
+        problem: Problem,
+        teacher: Problem,
+        temperature: float,
+        lse: Tensor,
+        coefficient: Tensor,
+        wanted: Wanted,
+        dtype: torch.dtype,
+        share: float,
+    ) -> Gradients:
+        """Return the gradients of the expected logits, weighted by ``coefficient``."""
+
+
+def get(impl: str, problem: Problem) -> Backend:
+    """Return the implementation that ``impl`` names; ``auto`` is Triton on GPUs and plain torch elsewhere.
+
+    Raises:
+        UserError: Triton is asked for where there is no GPU (nor its interpreter), or for what it can't do.
+    """
+    if impl == "auto":
+        usable = problem.e.is_cuda and problem.probabilities is None and problem.e.dtype.itemsize <= 4
+        impl = "triton" if usable else "cpu"
+    if impl == "cpu":
+        from lossworks.head import cpu
+
+        return cpu
+    from lossworks.head.triton import backend
+
+    reason = backend.unusable(problem)
+    if reason:
+        raise UserError(f"impl='triton': {reason}; impl='cpu' does it")
+    return backend

@@ -1,0 +1,134 @@
+"""The most likely classes of each row, and log-probabilities of some, without keeping logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lossworks.errors import UserError
+from lossworks.head.arguments import operands
+from lossworks.head.plan import make_plan
+from lossworks.head.problem import Problem
+from lossworks.head.statistics import Gathered, LogSumExp, linear_row_statistics
+from lossworks.head.tiles import Logits
+
+
+class TopK(NamedTuple):
+    """The most likely classes of each row, most likely first.
+
+    Attributes:
+        log_probabilities: Shape (..., K), float32 at least.
+        classes: Shape (..., K), int64.
+    """
+
+    log_probabilities: Tensor
+    classes: Tensor
+
+
+@torch.no_grad()
+def linear_top_k(
+    e: Tensor,
+    c: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    buffer_share: float = 0.05,
+) -> TopK:
+    """Return the K most likely classes and their log-probabilities, in one pass over C; no gradient.
+
+    Args:
+        e: Embeddings E, shape (..., D).
+        c: Classifier C, shape (V, D).
+        k: K, in [1, V]. Which of equally likely classes come first is not defined.
+        bias: Shape (V,), or None.
+        softcap: Cap of the logits' magnitude, or None.
+        temperature: τ > 0, by which logits are divided.
+        buffer_share: Largest buffer as a share of the logits.
+
+    Raises:
+        UserError: K or a shape does not fit.
+
+    Example:
+        >>> top = linear_top_k(torch.ones(1, 1), torch.tensor([[1.0], [3.0], [2.0]]), k=2)
+        >>> top.classes.tolist()
+        [[1, 2]]
+    """
+    head = operands(e, c, bias, None)
+    if not 1 <= k <= len(head.c):
+        raise UserError(f"k={k} must be in [1, {len(head.c)}], the number of classes")
+    if not temperature > 0:
+        raise UserError(f"temperature={temperature} must be positive")
+    nowhere = torch.full((len(head.e),), -1, device=e.device)
+    with torch.autocast(e.device.type, enabled=False):
+        logits = Logits(Problem(head.e, head.c, nowhere, head.bias, softcap), head.dtype)
+        values, classes, lse = _walk(logits, k, temperature, buffer_share)
+    shape = (*e.shape[:-1], k)
+    return TopK((values - lse[:, None]).reshape(shape), classes.reshape(shape))
+
+
+def _walk(logits: Logits, k: int, temperature: float, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest z/τ, their classes, both (N, K), and log Σ exp(z/τ), (N,)."""
+    rows, size = len(logits), logits.wide.itemsize
+    plan = make_plan(rows, logits.classes, size, share, keep=False, filtered=False)
+    every = slice(0, rows)
+    values = logits.e.new_full((rows, 0), 0, dtype=logits.wide)
+    found = torch.zeros(rows, 0, dtype=torch.int64, device=logits.e.device)
+    lse = logits.e.new_full((rows,), float("-inf"), dtype=logits.wide)
+    for start in range(0, logits.classes, plan.classes):
+        block = slice(start, min(start + plan.classes, logits.classes))
+        tile = logits.e.new_empty(block.stop - start, rows, dtype=logits.wide)
+        z = logits.tile(block, every, tile).div_(temperature)
+        lse = torch.logaddexp(lse, z.logsumexp(0))
+        best, place = z.topk(min(k, len(z)), dim=0)
+        values = torch.cat([values, best.t()], dim=1)
+        found = torch.cat([found, place.t() + start], dim=1)
+        values, keep = values.topk(min(k, values.shape[1]), dim=1)
+        found = found.gather(1, keep)
+    return values, found, lse
+
+
+def linear_log_probabilities(
+    e: Tensor,
+    c: Tensor,
+    classes: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    buffer_share: float = 0.05,
+) -> Tensor:
+    """Return log p_ik of a list of classes of each row, differentiable, in one pass over C.
+
+    For sampled tokens (policy ratios, importance weights, contrastive candidates) and for evaluation.
+
+    Args:
+        e: Embeddings E, shape (..., D).
+        c: Classifier C, shape (V, D).
+        classes: int64 in [0, V), shape (..., K).
+        bias: Shape (V,), or None.
+        softcap: Cap of the logits' magnitude, or None.
+        temperature: τ > 0, by which logits are divided.
+        buffer_share: Largest buffer as a share of the logits.
+
+    Returns:
+        Shape (..., K), float32 at least.
+
+    Raises:
+        UserError: A shape does not fit, or a class is out of range.
+    """
+    if classes.shape[:-1] != e.shape[:-1] or classes.dtype != torch.int64:
+        raise UserError(
+            f"classes {classes.dtype} {tuple(classes.shape)} must be torch.int64 {(*e.shape[:-1], 'K')}"
+        )
+    z, lse = linear_row_statistics(
+        e,
+        c,
+        torch.zeros(e.shape[:-1], dtype=torch.int64, device=e.device),
+        bias,
+        statistics=[Gathered(classes), LogSumExp(temperature)],
+        softcap=softcap,
+        buffer_share=buffer_share,
+    )
+    return (z - lse[..., None]) / temperature

@@ -1,0 +1,108 @@
+"""The kernels behind the functions that every implementation has; see :mod:`lossworks.head.cpu`."""
+
+import os
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lossworks.errors import UserError
+from lossworks.head.cpu import Combine, Pass, Result, Rule, Wanted
+from lossworks.head.filtering import weighted_sum
+from lossworks.head.problem import Coefficients, Gradients, Problem, RowSums, Softmax
+from lossworks.head.triton import launch
+
+
+def unusable(problem: Problem) -> str | None:
+    """Return why the kernels can't do a problem, or None if they can."""
+    if problem.probabilities is not None:
+        return "soft targets are not in its kernels"
+    if problem.e.dtype == torch.float64:
+        return "float64 is not in its kernels"
+    if not problem.e.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {problem.e.device}; the kernels need a GPU (or TRITON_INTERPRET=1)"
+    return None
+
+
+def row_sums(problem: Problem, how: Pass) -> RowSums:
+    """Return the sums of every row.
+
+    Raises:
+        UserError: Class weights, label smoothing and a softcap come together.
+    """
+    problem = _rounded(problem, how.dtype)
+    sums, _ = launch.row_sums(problem, how.softmax, expected=how.expected, sums=how.totals)
+    if not how.totals or how.weights is None:
+        return sums
+    if problem.softcap is not None:
+        raise UserError(
+            "impl='triton' can't combine class_weight, label_smoothing and softcap; impl='cpu' does it"
+        )
+    total = problem.e.float() @ weighted_sum(problem.c, how.weights.float())
+    return sums._replace(total=total if problem.bias is None else total + how.weights @ problem.bias.float())
+
+
+def gradients(
+    problem: Problem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
+) -> tuple[Gradients, Tensor | None]:
+    """Return the gradients; with a filter, classes are walked in the order of their mean logit."""
+    problem = _rounded(problem, how.dtype)
+    filtering = how.filtering
+    found = launch.gradients(
+        problem,
+        how.softmax,
+        sums.logsumexp,
+        coefficients,
+        wanted,
+        expected=sums.expected,
+        filter=filtering,
+        order=None if filtering is None else launch.mean_logits(problem).argsort().int(),
+        deterministic=filtering is None,
+        accumulate="input" if how.accumulate == "input" else "fp32",
+    )
+    # The kernels keep no count of the probability that they leave out of a row.
+    mass = None if filtering is None else torch.full_like(sums.logsumexp, float("nan"))
+    return found, mass
+
+
+def fused(
+    problem: Problem,
+    how: Pass,
+    rule: Rule,
+    wanted: Wanted,
+    combine: Combine = lambda sums: sums,
+) -> Result:
+    """Return losses and gradients; tiles are made twice, as there is no room to keep them."""
+    sums = combine(row_sums(problem, how))
+    losses, coefficients = rule(sums, slice(0, len(problem.e)))
+    if not any(wanted):
+        return Result(sums, losses, Gradients(None, None, None), None)
+    return Result(sums, losses, *gradients(problem, how, sums, coefficients, wanted))
+
+
+def teacher_expected(
+    problem: Problem, teacher: Problem, temperature: float, dtype: torch.dtype, _: float
+) -> tuple[Tensor, Tensor]:
+    """Return the expected logits under a teacher's softmax, and its log Σ exp."""
+    return launch.teacher_expected(_rounded(problem, dtype), teacher, Softmax(temperature))
+
+
+def teacher_gradients(
+    problem: Problem,
+    teacher: Problem,
+    temperature: float,
+    lse: Tensor,
+    coefficient: Tensor,
+    wanted: Wanted,
+    dtype: torch.dtype,
+    _: float,
+) -> Gradients:
+    """Return the gradients of the expected logits, weighted by ``coefficient``."""
+    return launch.teacher_gradients(
+        _rounded(problem, dtype), teacher, Softmax(temperature), lse, coefficient, wanted
+    )
+
+
+def _rounded(problem: Problem, dtype: torch.dtype) -> Problem:
+    """Return the problem with E and C in autocast's dtype."""
+    return replace(problem, e=problem.e.to(dtype), c=problem.c.to(dtype))

@@ -1,0 +1,200 @@
+"""``lossworks bench linear-ce`` measures what it says, and one bad method does not stop the rest."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lossworks.benchmarks import command, linear_ce
+from lossworks.benchmarks.chart import draw_linear_ce
+from lossworks.benchmarks.command import Benchmark
+from lossworks.benchmarks.linear_ce_error import gradient_errors, sampled_rows
+from lossworks.benchmarks.linear_ce_inputs import make_inputs
+from lossworks.benchmarks.linear_ce_worker import Case, _peak_growth, reason_too_large
+from lossworks.benchmarks.table import Row, print_rows
+from lossworks.cli import main
+
+TINY = ["bench", "linear-ce", "shapes=64x600x128", "distributions=peaked", "dtypes=fp32"]
+
+
+def test_the_table_has_every_method_with_its_figures_or_the_reason(tmp_path, monkeypatch, capsys):
+    """A broken peer, one for another device and a measured method, in real processes."""
+    peer = tmp_path / "cut_cross_entropy"
+    peer.mkdir()
+    (peer / "__init__.py").write_text("raise RuntimeError('no kernel for this machine')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    file, chart = tmp_path / "figures.json", tmp_path / "figures.png"
+
+    methods = "methods=cut-cross-entropy,liger-kernel,exact"
+    assert main([*TINY, methods, "--repeats", "1", "--json", str(file), "--chart", str(chart)]) == 0
+
+    content = json.loads(file.read_text())
+    rows = content["rows"]
+    figures = {row["metric"]: row["value"] for row in rows if row["method"] == "lossworks exact"}
+    notes = {row["method"]: row["note"] for row in rows if "note" in row}
+    printed = capsys.readouterr()
+    assert content["machine"]["cores"] >= 1
+    assert {row["case"] for row in rows} == {"64 x 600 x 128, fp32, peaked, 2 threads"}
+    assert notes == {
+        "cut-cross-entropy": "failed: RuntimeError: no kernel for this machine",
+        "liger-kernel": "needs device=cuda",
+    }
+    assert figures["forward"] > 0
+    assert figures["forward+backward"] > 0
+    assert figures["product"] > 0
+    assert figures["extra memory"] >= 0
+    assert figures["error dE"] < 1e-5
+    assert figures["error dC"] < 1e-5
+    assert 0.5 < figures["loss"] < 3
+    assert "no kernel for this machine" in printed.out
+    assert "3/3  64 x 600 x 128" in printed.err
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_measurement_that_takes_too_long_is_given_up(capsys):
+    """The limit is a setting, and the reason names it."""
+    assert main([*TINY, "methods=dense", "limit_s=0.01"]) == 0
+    assert "not done after limit_s=0.01 seconds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["linear-ce", "methods=exakt"], "exakt: no such method; did you mean exact?"),
+        (["linear-ce", "shapes=64x600"], "'64x600' must be NxVxD"),
+        (["linear-ce", "dtypes=fp8"], "dtypes.0='fp8'"),
+        (["linear-ce", "--device", "tpu"], "device='tpu'"),
+        (
+            ["linear-ce", "--json", "/nowhere/figures.json"],
+            "/nowhere/figures.json: is no file in an existing",
+        ),
+        (["train", "--chart", "figures.png"], "the benchmark train has no chart"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_runs(arguments, message, capsys):
+    """All of them are named in one line."""
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_refused(capsys):
+    """Before the first of many processes would fail."""
+    assert main(["bench", "linear-ce", "--device", "cuda"]) == 2
+    assert "device=cuda: torch finds no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "repeats"), [([], 7), (["--repeats", "2"], 2)])
+def test_a_benchmark_has_its_own_number_of_repeats(arguments, repeats, monkeypatch):
+    """And ``--device`` is an override like any other."""
+    calls = []
+    benchmark = Benchmark("a fake", lambda *given: calls.append(given) or [], repeats=7)
+    point = SimpleNamespace(name="fake", load=lambda: benchmark)
+    monkeypatch.setattr(command, "entry_points", lambda group: [point])
+
+    assert main(["bench", "fake", "a=1", "--device", "cuda", *arguments]) == 0
+    assert calls == [(["a=1", "device=cuda"], repeats)]
+
+
+def test_inputs_too_large_for_the_memory_are_told_before_they_are_made():
+    """A dense method of 2048 x 32768 needs its copies of the logits, ours does not."""
+    case = {"n": 2048, "v": 32768, "d": 512, "distribution": "random", "dtype": "fp32", "device": "cpu"}
+    case |= {"threads": 2, "seed": 0, "repeats": 1}
+    free = 800 * 2**20
+
+    assert reason_too_large(Case(**case, method="exact"), free) is None
+    assert reason_too_large(Case(**case, method="dense"), free) == (
+        "needs about 1.3 GiB of memory and 0.8 GiB are free"
+    )
+    assert reason_too_large(Case(**case, method="dense"), 2**31) is None
+
+
+def test_a_peaked_head_looks_like_a_trained_one():
+    """Mean loss from 1 to 1.6 nats, most targets likely, few entries above the filter's threshold."""
+    e, c, y = make_inputs(1024, 8192, 512, "peaked", "fp32", "cpu", seed=0)
+    p = torch.softmax(e.detach() @ c.detach().t(), dim=1)
+    of_targets = p.gather(1, y.unsqueeze(1))
+
+    assert 1.0 < -of_targets.log().mean() < 1.6
+    assert 0.5 < (of_targets > 0.5).double().mean() < 0.8
+    assert (p > 2**-12).double().mean() < 0.02
+
+
+def test_a_random_head_has_logits_of_unit_variance():
+    """The log-sum-exp of V standard normal logits is ln V + 1/2."""
+    e, c, y = make_inputs(512, 8192, 128, "random", "bf16", "cpu", seed=0)
+    logits = (e.detach() @ c.detach().t()).float()
+
+    assert e.dtype == c.dtype == torch.bfloat16
+    assert logits.std() == pytest.approx(1.0, abs=0.05)
+    assert cross_entropy(logits, y).item() == pytest.approx(9.01 + 0.5, abs=0.15)
+
+
+def test_gradient_errors_are_relative_to_float64():
+    """A loss 1% too large has gradients 1% too large; classes beyond one block are seen."""
+    e, c, y = make_inputs(16, 5000, 64, "random", "fp32", "cpu", seed=1)
+
+    right = gradient_errors(lambda e, c, y: cross_entropy(e @ c.t(), y), e, c, y)
+    wrong = gradient_errors(lambda e, c, y: 1.01 * cross_entropy(e @ c.t(), y), e, c, y)
+
+    assert max(right) < 1e-6
+    assert wrong == pytest.approx((0.01, 0.01), rel=1e-3)
+    assert sampled_rows(2048, 32768, 512) == 2048
+    assert sampled_rows(4096, 128256, 1024) == 261
+
+
+def test_the_peak_is_seen_though_the_buffer_is_gone():
+    """A buffer of 64 MiB that lives within the call only."""
+
+    def call():
+        return (torch.ones(2**24).sum(),)
+
+    torch.ones(2**25).sum()  # a higher peak before, which must not hide it
+    growth, _, value = _peak_growth(call, "cpu")
+
+    assert value == 2**24
+    assert 62 * 2**20 < growth < 80 * 2**20
+
+
+def test_how_a_process_ended_is_told_in_one_line():
+    """The line that names the error, not the advice that follows it; a signal by its name."""
+    advice = (
+        "Traceback ...\n  File x\ntorch._inductor.exc.InductorError: no compiler\n\nSet TORCHDYNAMO_VERBOSE=1"
+    )
+
+    def why(code, text):
+        return linear_ce._why(subprocess.CompletedProcess([], code, "", text))
+
+    assert why(1, advice) == "torch._inductor.exc.InductorError: no compiler"
+    assert why(3, "") == "exit status 3"
+    assert why(-9, "") == "ended by SIGKILL, perhaps for want of memory"
+
+
+def test_metrics_are_columns_and_methods_are_lines(capsys):
+    """Whatever the benchmark; a figure that is missing is a dash."""
+    print_rows(
+        [
+            Row("2 workers", "ours", "throughput", 12345.6, "tokens/s"),
+            Row("2 workers", "bare", "throughput", 11000.0, "tokens/s"),
+            Row("2 workers", "ours", "over [bare]", 1.1223, "x"),
+            Row("2 workers", "other", "not measured", None, "", "not [installed]"),
+        ]
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    assert ["ours", "12,346", "1.12"] in lines
+    assert ["bare", "11,000", "–"] in lines
+    assert ["other:", "not", "measured:", "not", "[installed]"] in lines
+
+
+def test_a_chart_without_a_figure_is_still_a_picture(tmp_path):
+    """When no method could run."""
+    case = "64 x 600 x 128, fp32, peaked, 2 threads"
+
+    path = draw_linear_ce([Row(case, "ours", "not measured", None, "", "why")], tmp_path / "chart.png")
+
+    assert path.read_bytes().startswith(b"\x89PNG")
