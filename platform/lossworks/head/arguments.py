@@ -90,7 +90,7 @@ def operands(
         e = _local_rows(e)
     _check(e, c, bias)
     device = e.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if not autocast and e.dtype != c.dtype:
         raise UserError(f"e is {e.dtype} and c is {c.dtype}; they must agree, or run under torch.autocast")
     dtype = torch.get_autocast_dtype(device) if autocast and e.dtype != torch.float64 else e.dtype
@@ -113,6 +113,16 @@ def _check(e: Tensor, c: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("c", c), ("bias", bias)):
         if tensor is not None and tensor.device != e.device:
             raise UserError(f"{name} is on {tensor.device}, but e is on {e.device}; move one of them")
+
+
+def check_parallel(group: str | None, impl: str) -> None:
+    """Refuse the dense reference where the classes are spread over ranks.
+
+    Raises:
+        UserError: It is asked for.
+    """
+    if group is not None and impl == "reference":
+        raise UserError("impl='reference' can't be combined with vocab_parallel: it builds all the logits")
 
 
 def check_targets(e: Tensor, targets: Tensor, classes: int, *, soft: bool) -> None:

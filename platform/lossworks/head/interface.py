@@ -14,6 +14,7 @@ from lossworks.head.arguments import (
     Reduction,
     check_choice,
     check_finite,
+    check_parallel,
     check_targets,
     operands,
     shifted,
@@ -122,6 +123,7 @@ def linear_cross_entropy(
     )
     soft = targets.is_floating_point()
     head = operands(e, c, bias, vocab_parallel)
+    check_parallel(head.group, impl)
     _check_combination(reduction, label_smoothing, z_loss, class_weight, head.group, soft=soft)
     check_targets(e, targets, len(head.c), soft=soft)
     if token_weight is not None and token_weight.shape != e.shape[:-1]:

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.arguments import Implementation, Operands, Options, check_targets, operands
+from lossworks.head.arguments import (
+    Implementation,
+    Operands,
+    Options,
+    check_parallel,
+    check_targets,
+    operands,
+)
 from lossworks.head.problem import RowSums
 from lossworks.head.reference import dense_logits
 from lossworks.head.rows import check_range
@@ -154,6 +161,7 @@ def linear_row_statistics(
     """
     options = Options(softcap, ignore_index, impl=impl, buffer_share=buffer_share)
     head = operands(e, c, bias, vocab_parallel)
+    check_parallel(head.group, impl)
     check_targets(e, targets, len(head.c), soft=False)
     if target_offset is not None and target_offset.shape != targets.shape:
         raise UserError(f"target_offset {tuple(target_offset.shape)} must be {tuple(targets.shape)}")

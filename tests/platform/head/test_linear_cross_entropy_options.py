@@ -372,3 +372,12 @@ def test_bad_options_are_refused_by_name(options, message):
     """The error names the option, its value and what would be right."""
     with pytest.raises(UserError, match=message):
         linear_cross_entropy(E, C, Y, **options)
+
+
+def test_the_reference_follows_shapes_on_the_meta_device():
+    """The dense formula's memory is followed without taking it."""
+    e, c = (torch.zeros(size, 3, device="meta", requires_grad=True) for size in (4, 5))
+    y = torch.zeros(4, dtype=torch.int64, device="meta")
+    loss = linear_cross_entropy(e, c, y, reduction="sum", impl="reference")
+
+    assert [g.shape for g in torch.autograd.grad(loss, (e, c))] == [(4, 3), (5, 3)]
