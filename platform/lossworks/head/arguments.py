@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.vocabulary import VocabParallel
+from lossworks.head.vocabulary import VocabParallel, agree
 
 Reduction = Literal["mean", "sum", "none"]
 Implementation = Literal["auto", "cpu", "triton", "reference"]
@@ -88,7 +88,7 @@ def operands(
         c, bias, vocab_parallel = _local_classes(c, bias, vocab_parallel)
     if _is_distributed(e):
         e = _local_rows(e)
-    _check(e, c, bias)
+    _check(e, c, bias, parallel=vocab_parallel is not None)
     device = e.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if not autocast and e.dtype != c.dtype:
@@ -99,10 +99,10 @@ def operands(
     return Operands(e.reshape(e.shape[:-1].numel(), e.shape[-1]), c, bias, group, reduce_e, dtype)
 
 
-def _check(e: Tensor, c: Tensor, bias: Tensor | None) -> None:
+def _check(e: Tensor, c: Tensor, bias: Tensor | None, *, parallel: bool) -> None:
     if e.dim() < 1 or c.dim() != 2 or e.shape[-1] != c.shape[1]:
         raise UserError(f"e {tuple(e.shape)} and c {tuple(c.shape)} must be (..., D) and (V, D)")
-    if c.shape[0] == 0:
+    if c.shape[0] == 0 and not parallel:
         raise UserError("c has no class: V must be at least 1")
     if bias is not None and bias.shape != c.shape[:1]:
         raise UserError(f"bias {tuple(bias.shape)} must be ({c.shape[0]},), one number a class")
@@ -151,17 +151,23 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}")
 
 
-def check_finite(name: str, tensor: Tensor | None) -> None:
+def check_finite(head: Operands) -> None:
     """Refuse NaN and infinities.
 
     Raises:
-        UserError: It names the first row that holds one.
+        UserError: It names the first row that holds one; with classes spread over ranks it is raised on all.
     """
+    found = (_not_finite(name, x) for name, x in (("e", head.e), ("c", head.c), ("bias", head.bias)))
+    complaint = agree(next((text for text in found if text), None), head.group, head.e.device)
+    if complaint:
+        raise UserError(complaint)
+
+
+def _not_finite(name: str, tensor: Tensor | None) -> str | None:
     if tensor is None or bool(tensor.isfinite().all()):
-        return
+        return None
     bad = ~tensor.detach().isfinite().reshape(len(tensor), -1).all(1)
-    row = int(bad.nonzero()[0])
-    raise UserError(f"{name} holds NaN or infinity, first in row {row} of {len(tensor)}")
+    return f"{name} holds NaN or infinity, first in row {int(bad.nonzero()[0])} of {len(tensor)}"
 
 
 def shifted(rows: Tensor, targets: Tensor, shift: int) -> tuple[Tensor, Tensor]:

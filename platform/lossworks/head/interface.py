@@ -131,8 +131,7 @@ def linear_cross_entropy(
     if class_weight is not None and class_weight.shape != head.c.shape[:1]:
         raise UserError(f"class_weight {tuple(class_weight.shape)} must be ({len(head.c)},), one a class")
     if check:
-        for name, tensor in (("e", head.e), ("c", head.c), ("bias", head.bias)):
-            check_finite(name, tensor)
+        check_finite(head)
     if shift:
         head, targets, token_weight = _shift(head, e.shape, targets, token_weight, shift, soft=soft)
     shape = targets.shape[:-1] if soft else targets.shape

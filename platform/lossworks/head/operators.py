@@ -67,7 +67,7 @@ def fuse(
         result = backend.fused(rows.problem, how, rule, (wanted[0], wanted[1], wanted[2]), rows.combine)
         gradients = rows.gradients(result.gradients, reduce_e=reduce_e)
     losses = e.new_zeros(()) if result.losses is None else result.losses
-    return losses.sum(), *gradients, rows.spread(result.mass)
+    return losses.sum(), *gradients, rows.total_mass(result.mass)
 
 
 fused_cross_entropy = torch.library.custom_op("lossworks::linear_cross_entropy", fuse, mutates_args=())

@@ -92,6 +92,12 @@ class Rows:
             return column.clone()
         return column.new_zeros(len(self._e)).index_copy_(0, self._valid, column)
 
+    def total_mass(self, mass: Tensor | None) -> Tensor:
+        """Return the probability left out of each row (N,), over all ranks' classes; empty for None."""
+        if mass is not None and self._shard is not None:
+            self._shard.sum(mass)
+        return self.spread(mass)
+
     def gradients(self, found: Gradients, *, reduce_e: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients in the inputs' shapes and dtypes, empty for None."""
         e, c, bias = found

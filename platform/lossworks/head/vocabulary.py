@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName
 
+from lossworks.errors import UserError
 from lossworks.head.problem import RowSums
 
 
@@ -44,12 +45,18 @@ class Shard:
 
     @classmethod
     def of(cls, name: str, classes: int, device: torch.device) -> "Shard":
-        """Return the shard of a rank that holds ``classes`` of them; every rank of the group must call."""
+        """Return the shard of a rank that holds ``classes`` of them; every rank of the group must call.
+
+        Raises:
+            UserError: A rank holds none; it is raised on all ranks.
+        """
         group = dist.distributed_c10d._resolve_process_group(GroupName(name))
         mine = torch.tensor([classes], device=device)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(everyone, mine, group=group)
         sizes = tuple(int(size) for size in everyone)
+        if 0 in sizes:
+            raise UserError(f"c has no class on rank {sizes.index(0)} of {len(sizes)}: every rank needs one")
         return cls(group, sum(sizes[: dist.get_rank(group)]), sizes)
 
     @property
@@ -84,3 +91,13 @@ class Shard:
         """Sum a tensor over the ranks, in place."""
         if tensor is not None:
             dist.all_reduce(tensor, group=self.group)
+
+
+def agree(complaint: str | None, name: str | None, device: torch.device) -> str | None:
+    """Return a complaint about NaN on every rank of the group ``name`` (or None) if any rank has one."""
+    if name is None:
+        return complaint
+    flag = torch.tensor([complaint is not None], dtype=torch.int32, device=device)
+    group = dist.distributed_c10d._resolve_process_group(GroupName(name))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+    return complaint or ("another rank's part of c or bias holds NaN or infinity" if bool(flag) else None)

@@ -211,7 +211,19 @@ REFUSED: dict[str, tuple[str, Change]] = {
     "class weights": ("class_weight", lambda call: {"class_weight": torch.ones(len(call["c"]))}),
     "soft targets": ("soft targets", lambda call: {"targets": torch.rand(ROWS, len(call["c"]))}),
     "the dense reference": ("impl", lambda _: {"impl": "reference"}),
+    "NaN in the last rank's classes": (
+        "holds NaN",
+        lambda call: {"c": call["c"] + _on_the_last_rank(float("nan"), 0.0), "check": True},
+    ),
+    "no class on the last rank": (
+        "has no class on rank",
+        lambda call: {"c": call["c"][: _on_the_last_rank(0, len(call["c"]))]},
+    ),
 }
+
+
+def _on_the_last_rank(there: Any, elsewhere: Any) -> Any:
+    return there if dist.get_rank() == dist.get_world_size() - 1 else elsewhere
 
 
 def _check_refused(message: str, change: Change) -> None:
