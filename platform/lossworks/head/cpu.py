@@ -4,7 +4,9 @@ Two orders of the same tiles. *Kept*: for a chunk of rows, the logits of all cla
 1), and with the sums known, each tile becomes ∂L/∂z in place and goes into ∂E and ∂C (products 2 and 3); the
 buffer of V × rows is the only thing that grows with V besides ∂C. *Twice*: the sums of all rows first, then
 class block by class block the logits again: a fourth product, but no buffer that grows with V, ∂C is finished
-block by block, and narrow dtypes are rounded once. It runs on any device; CPUs are what it is tuned for.
+block by block, and narrow dtypes are rounded once. A chunk of at most D rows can be kept without a buffer: in
+the memory of ∂C, block by block before its gradient is written there. It runs on any device; CPUs are what it
+is tuned for.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lossworks.head.plan import Plan, make_plan
+from lossworks.head.plan import Plan, borrowing, make_plan
 from lossworks.head.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax
 from lossworks.head.slopes import Slopes
 from lossworks.head.tiles import Logits, Sums, Weighted
@@ -159,6 +161,8 @@ def fused(
     # A narrow ∂C would need a wide accumulator as large as C; class block by class block it needs none.
     may_keep = any(wanted) and problem.c.dtype == logits.wide
     plan = how.plan(logits, keep=may_keep, filtered=how.filtering is not None)
+    if may_keep and wanted[1]:
+        plan = borrowing(plan, *problem.e.shape)
     if plan.keep:
         return _kept(logits, how, plan, rule, wanted, combine)
     sums = combine(row_sums(problem, how))
@@ -179,14 +183,16 @@ def _kept(
     """Make the logits of a chunk of rows once, and its gradients from them."""
     slopes = Slopes(logits, how.softmax, wanted, how.filtering, in_blocks=False)
     blocks, every = _slices(logits.classes, plan.classes), slice(0, logits.classes)
-    store = _buffer(logits, Plan(plan.rows, logits.classes, keep=True))
+    size = len(logits) if plan.borrow else plan.rows
+    store = None if plan.borrow else _buffer(logits, Plan(size, logits.classes, keep=True))
     # Exponentials take the logits' place in the store, unless a part of the gradient asks for logits.
     in_place = logits.problem.softcap is None and not how.expected
-    scratch = None if in_place else _buffer(logits, plan)
+    scratch = None if in_place else _buffer(logits, Plan(size, plan.classes, keep=True))
     done: list[tuple[Tensor, RowSums, Tensor | None]] = []
     weights = None
-    for rows in _slices(len(logits), plan.rows):
-        chunk, partial = _view(store, every, rows), how.sums(logits, rows)
+    for rows in _slices(len(logits), size):
+        chunk = slopes.borrowed() if store is None else _view(store, every, rows)
+        partial = how.sums(logits, rows)
         bases: list[Tensor | None] = []
         for block in blocks:
             z = logits.tile(block, rows, chunk[block])
@@ -194,8 +200,13 @@ def _kept(
             bases.append(base if in_place else None)
         sums = combine(partial.finish())
         losses, coefficients = rule(sums, rows)
-        for block, known in zip(blocks, bases, strict=True):
-            slopes.add(chunk[block], block, rows, sums, coefficients, known)
+        for block, shift in zip(blocks, bases, strict=True):
+            z = slopes.give_back(block) if store is None else chunk[block]
+            # A borrowed chunk is all rows, of which a filter takes fewer at a time.
+            for part in _slices(len(z[0]), plan.rows):
+                known = None if shift is None else shift[part]
+                place = slice(rows.start + part.start, rows.start + part.stop)
+                slopes.add(z[:, part], block, place, sums.part(part), coefficients.part(part), known)
         weights = coefficients.constant_weights
         done.append((losses, sums, coefficients.constant))
     losses_of, sums_of, constants = zip(*done, strict=True)

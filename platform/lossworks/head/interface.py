@@ -98,9 +98,9 @@ def linear_cross_entropy(
             the logits, ``"auto"`` chooses.
         vocab_parallel: A process group over whose ranks the rows of ``c`` are spread, in order, or a
             :class:`VocabParallel` that names more; all ranks pass the same E and targets.
-        buffer_share: Largest work buffer as a share of the logits' N·V numbers. Below about 128 rows a chunk
-            (0.05 allows 51 of 1024) the logits are made twice, which needs no such buffer: 0.01 costs up to a
-            third more time and next to no memory.
+        buffer_share: Largest work buffer as a share of the logits' N·V numbers (64 MiB are always allowed
+            from 0.05 on). If it holds less than 128 rows, the logits are made twice, a fourth product and
+            next to no buffer; or, for float32 and N ≤ D, they are kept where ∂C is written afterwards.
         check: Refuse NaN and infinities in E, C and the bias by the row that holds them; otherwise they
             propagate as they do through plain torch.
         return_mass: Also return the probability that the filter left out of each row, shaped like the
@@ -140,7 +140,9 @@ def linear_cross_entropy(
     )
     if options.impl != "reference" and reduction != "none" and not return_lse:
         total, mass = _fused(head, options, weights)
-        return (total, mass.reshape(shape)) if return_mass else total
+        if not return_mass:
+            return total
+        return total, total.new_zeros(shape) if options.eps is None else mass.reshape(shape)
     if return_mass:
         raise UserError("return_mass needs reduction mean or sum, no return_lse, and no impl='reference'")
     losses, lse = _per_row(head, options, weights)

@@ -1,6 +1,6 @@
 """How the CPU path cuts N rows and V classes into tiles: from the caches, the shapes and a memory limit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,11 +24,13 @@ class Plan:
         classes: Classes a block; a tile is classes × rows.
         keep: Whether the logits of a chunk, V × rows, are kept between the forward sums and the gradient
             (three matrix products); else they are computed twice (four), and no buffer grows with V.
+        borrow: Whether they are kept in the memory of ∂C, which has room for D rows until it is written.
     """
 
     rows: int
     classes: int
     keep: bool
+    borrow: bool = False
 
 
 def make_plan(rows: int, classes: int, itemsize: int, share: float, *, keep: bool, filtered: bool) -> Plan:
@@ -50,6 +52,13 @@ def make_plan(rows: int, classes: int, itemsize: int, share: float, *, keep: boo
     else:
         keep, chunk = False, min(rows, good if filtered else 4 * _GOOD_ROWS)
     return Plan(chunk, _block(chunk, classes, itemsize, limit), keep)
+
+
+def borrowing(plan: Plan, rows: int, features: int) -> Plan:
+    """Return a plan that keeps the logits in ∂C, (V, D), if they fit and are not kept anyway."""
+    if plan.keep or not 0 < rows <= features:
+        return plan
+    return replace(plan, keep=True, borrow=True, classes=max(1, plan.classes * plan.rows // rows))
 
 
 def _block(rows: int, classes: int, itemsize: int, limit: float) -> int:

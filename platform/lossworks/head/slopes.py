@@ -77,6 +77,18 @@ class Slopes:
         else:
             self._add_all(self._slope(z, block, rows, sums, parts, hits, soft, base), block, rows)
 
+    def borrowed(self) -> Tensor:
+        """Return room for the logits of all rows, (V, N), in the memory of ∂C; N is at most D."""
+        return self._gradient_of(slice(0, self._logits.classes))[:, : len(self._logits)]
+
+    def give_back(self, block: slice) -> Tensor:
+        """Return a copy of a block of what was written there, and leave the block to its gradient."""
+        into = self._gradient_of(block)
+        z = into[:, : len(self._logits)].clone(memory_format=torch.contiguous_format)
+        if not self._covers:
+            into.zero_()
+        return z
+
     def add_given(self, g: Tensor, z: Tensor | None, block: slice, rows: slice) -> None:
         """Take in a tile of ∂L/∂z (B, T), before the softcap if ``z``, its logits, are given."""
         if z is not None:

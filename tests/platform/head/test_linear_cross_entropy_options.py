@@ -265,10 +265,11 @@ def zipf_problem(n=64, d=24, v=600, seed=0):
 
 
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("features", [24, 80], ids=["", "borrowed"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_filters_error_is_within_its_bound(monkeypatch, keep, seed):
+def test_the_filters_error_is_within_its_bound(monkeypatch, keep, features, seed):
     """Per row of ∂E and per class of ∂C, with the repair, for a threshold that leaves much out."""
-    e, c, y = zipf_problem(seed=seed)
+    e, c, y = zipf_problem(d=features, seed=seed)
     monkeypatch.setattr(cpu, "make_plan", lambda *_, keep, filtered, k=keep: Plan(16, 100, keep and k))
     exact = torch.autograd.grad(linear_cross_entropy(e, c, y, reduction="sum"), (e, c))
     loss, mass = linear_cross_entropy(e, c, y, reduction="sum", filter_eps=1e-2, return_mass=True)
@@ -286,6 +287,8 @@ def test_the_filters_error_is_within_its_bound(monkeypatch, keep, seed):
     spread = torch.cdist(e.detach(), e.detach()).amax()
     assert ((filtered[1] - exact[1]).norm(dim=1) <= p.sum(0) * spread + 1e-12).all()
     torch.testing.assert_close(loss, linear_cross_entropy(e, c, y, reduction="sum"))
+    _, nothing = linear_cross_entropy(e, c, y, return_mass=True)
+    assert nothing.tolist() == [0.0] * len(y)
     for position in range(2):
         repaired, lost = ((g[position] - exact[position]).norm() for g in (filtered, published))
         assert repaired < lost
