@@ -238,7 +238,7 @@ def test_the_package_exports_the_function_however_it_is_imported():
 
 @pytest.mark.gpu
 def test_a_gpu_gives_what_the_definition_gives():
-    """The chunked path runs on other devices, too."""
+    """On a GPU the kernels give the same."""
     e, c, y, b = problem(300, 16, 500, ignored=0.2)
     moved = [x.detach().cuda().requires_grad_() for x in (e, c, b)]
     actual = linear_cross_entropy(moved[0], moved[1], y.cuda(), moved[2])
