@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lossworks.specs import ModelSpec, OptimizerSpec, ScheduleSpec
 from lossworks.training.batches import largest_share, share
-from lossworks.training.head_memory import head_peak
+from lossworks.training.head_memory import head_peak, with_logits
 from lossworks.training.memory import peak_bytes
 from lossworks.training.optimizer import build_optimizer
 from lossworks.training.schedule import lr_factor
@@ -90,10 +90,10 @@ def test_the_dense_head_measures_the_same_on_the_meta_device():
     """Following shapes without memory gives what running the dense formula gives."""
     shape = (64, 100, 8)
 
-    assert head_peak(shape, "reference", torch.device("meta")) == head_peak(
-        shape, "reference", torch.device("cpu")
+    assert head_peak(shape, with_logits, torch.device("meta")) == head_peak(
+        shape, with_logits, torch.device("cpu")
     )
-    assert head_peak(shape, "reference", torch.device("meta")) >= 64 * 100 * 4
+    assert head_peak(shape, with_logits, torch.device("meta")) >= 64 * 100 * 4
 
 
 def test_model_spec_is_the_one_default():

@@ -11,7 +11,7 @@ from lossworks.models import build_model
 from lossworks.specs import TrainSpec
 from lossworks.training.checkpoint import CheckpointStore, load_shards
 from lossworks.training.evaluation import evaluate
-from lossworks.training.head_memory import DENSE, OURS, head_peak
+from lossworks.training.head_memory import DENSE, OURS, head_peak, without_logits
 from lossworks.training.objective import build_objective
 from lossworks.training.world import World
 from lossworks_testing.ranks import run_ranks
@@ -134,7 +134,7 @@ def test_the_head_memory_counts_own_classes_and_all_rows(trained):
     """Four sequences of 16 tokens on each of two ranks, and half of 300 classes; logits would be whole."""
     cpu, split = torch.device("cpu"), trained[0]["split"]["head_memory"]
 
-    assert split[OURS] == head_peak((2 * 4 * 16, VOCABULARY // 2, 16), "auto", cpu)
+    assert split[OURS] == head_peak((2 * 4 * 16, VOCABULARY // 2, 16), without_logits, cpu)
     assert split[DENSE] == trained[0]["gathered"]["head_memory"][DENSE]
 
 
