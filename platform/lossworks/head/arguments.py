@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.vocabulary import VocabParallel, agree
+from lossworks.head.vocabulary import Shard, VocabParallel, agree
 
 Reduction = Literal["mean", "sum", "none"]
 Implementation = Literal["auto", "cpu", "triton", "reference"]
@@ -97,6 +97,11 @@ def operands(
     group = None if vocab_parallel is None else vocab_parallel.group.group_name
     reduce_e = vocab_parallel is None or vocab_parallel.reduce_e
     return Operands(e.reshape(e.shape[:-1].numel(), e.shape[-1]), c, bias, group, reduce_e, dtype)
+
+
+def all_classes(head: Operands) -> int:
+    """Return V over all ranks, each of which must call."""
+    return len(head.c) if head.group is None else Shard.of(head.group, len(head.c), head.c.device).classes
 
 
 def _check(e: Tensor, c: Tensor, bias: Tensor | None, *, parallel: bool) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lossworks.head.plan import Plan, borrowing, make_plan
 from lossworks.head.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax
 from lossworks.head.slopes import Slopes
-from lossworks.head.tiles import Logits, Sums, Weighted
+from lossworks.head.tiles import Logits, Sums, Weighted, slices, view
 
 Rule = Callable[[RowSums, slice], tuple[Tensor, Coefficients]]
 """From the sums of some rows to their losses (T,) and the coefficients of the gradient of their sum."""
@@ -82,13 +82,13 @@ class Result:
 
     Attributes:
         sums: Of every row.
-        losses: Shape (N,), or None if there was no rule.
+        losses: Shape (N,).
         gradients: Of the summed losses.
         mass: The probability that a filter left out of each row, shape (N,), or None without a filter.
     """
 
     sums: RowSums
-    losses: Tensor | None
+    losses: Tensor
     gradients: Gradients
     mass: Tensor | None
 
@@ -97,13 +97,13 @@ def row_sums(problem: Problem, how: Pass) -> RowSums:
     """Return the sums of every row, in one product."""
     logits = Logits(problem, how.dtype)
     plan = how.plan(logits, keep=False, filtered=False)
-    buffer, scratch = _buffer(logits, plan), _buffer(logits, plan)
+    buffer, scratch = (logits.buffer(plan.rows, plan.classes) for _ in range(2))
     parts = []
-    for rows in _slices(len(logits), plan.rows):
+    for rows in slices(len(logits), plan.rows):
         sums = how.sums(logits, rows)
-        for block in _slices(logits.classes, plan.classes):
-            z = logits.tile(block, rows, _view(buffer, block, rows))
-            sums.add(z, block, _view(scratch, block, rows))
+        for block in slices(logits.classes, plan.classes):
+            z = logits.tile(block, rows, view(buffer, block, rows))
+            sums.add(z, block, view(scratch, block, rows))
         parts.append(sums.finish())
     return _joined(parts)
 
@@ -126,13 +126,12 @@ def gradients(
     logits = Logits(problem, how.dtype)
     plan = how.plan(logits, keep=False, filtered=how.filtering is not None)
     slopes = Slopes(logits, how.softmax, wanted, how.filtering, in_blocks=True)
-    buffer = _buffer(logits, plan)
-    chunks = _slices(len(logits), plan.rows)
+    buffer = logits.buffer(plan.rows, plan.classes)
+    chunks = slices(len(logits), plan.rows)
     parts = [(rows, sums.part(rows), coefficients.part(rows)) for rows in chunks]
-    for block in _slices(logits.classes, plan.classes):
+    for block in slices(logits.classes, plan.classes):
         for rows, row_part, coefficient_part in parts:
-            z = logits.tile(block, rows, _view(buffer, block, rows))
-            logits.add_offset(z, rows, logits.hits(block, rows))
+            z = logits.tile(block, rows, view(buffer, block, rows))
             slopes.add(z, block, rows, row_part, coefficient_part)
     return slopes.finish(coefficients.constant, coefficients.constant_weights)
 
@@ -165,8 +164,21 @@ def fused(
         plan = borrowing(plan, *problem.e.shape)
     if plan.keep:
         return _kept(logits, how, plan, rule, wanted, combine)
+    return one_after_the_other(row_sums, gradients, problem, how, rule, wanted, combine)
+
+
+def one_after_the_other(
+    row_sums: Callable[[Problem, Pass], RowSums],
+    gradients: Callable[[Problem, Pass, RowSums, Coefficients, Wanted], tuple[Gradients, Tensor | None]],
+    problem: Problem,
+    how: Pass,
+    rule: Rule,
+    wanted: Wanted,
+    combine: Combine,
+) -> Result:
+    """Return losses and gradients from any implementation's two functions, the logits being made twice."""
     sums = combine(row_sums(problem, how))
-    losses, coefficients = rule(sums, slice(0, len(logits)))
+    losses, coefficients = rule(sums, slice(0, len(problem.e)))
     if not any(wanted):
         return Result(sums, losses, Gradients(None, None, None), None)
     return Result(sums, losses, *gradients(problem, how, sums, coefficients, wanted))
@@ -182,28 +194,28 @@ def _kept(
 ) -> Result:
     """Make the logits of a chunk of rows once, and its gradients from them."""
     slopes = Slopes(logits, how.softmax, wanted, how.filtering, in_blocks=False)
-    blocks, every = _slices(logits.classes, plan.classes), slice(0, logits.classes)
+    blocks, every = slices(logits.classes, plan.classes), slice(0, logits.classes)
     size = len(logits) if plan.borrow else plan.rows
-    store = None if plan.borrow else _buffer(logits, Plan(size, logits.classes, keep=True))
+    store = None if plan.borrow else logits.buffer(size, logits.classes)
     # Exponentials take the logits' place in the store, unless a part of the gradient asks for logits.
     in_place = logits.problem.softcap is None and not how.expected
-    scratch = None if in_place else _buffer(logits, Plan(size, plan.classes, keep=True))
+    scratch = None if in_place else logits.buffer(size, plan.classes)
     done: list[tuple[Tensor, RowSums, Tensor | None]] = []
     weights = None
-    for rows in _slices(len(logits), size):
-        chunk = slopes.borrowed() if store is None else _view(store, every, rows)
+    for rows in slices(len(logits), size):
+        chunk = slopes.borrowed() if store is None else view(store, every, rows)
         partial = how.sums(logits, rows)
         bases: list[Tensor | None] = []
         for block in blocks:
             z = logits.tile(block, rows, chunk[block])
-            base = partial.add(z, block, z if scratch is None else _view(scratch, block, rows))
+            base = partial.add(z, block, z if scratch is None else view(scratch, block, rows))
             bases.append(base if in_place else None)
         sums = combine(partial.finish())
         losses, coefficients = rule(sums, rows)
         for block, shift in zip(blocks, bases, strict=True):
             z = slopes.give_back(block) if store is None else chunk[block]
             # A borrowed chunk is all rows, of which a filter takes fewer at a time.
-            for part in _slices(len(z[0]), plan.rows):
+            for part in slices(len(z[0]), plan.rows):
                 known = None if shift is None else shift[part]
                 place = slice(rows.start + part.start, rows.start + part.stop)
                 slopes.add(z[:, part], block, place, sums.part(part), coefficients.part(part), known)
@@ -220,13 +232,13 @@ def teacher_expected(
     """Return Σ_k q_ik z_ik with q = softmax of the teacher's logits over τ, and its log Σ exp; each (N,)."""
     student, theirs = Logits(problem, dtype), Logits(teacher, teacher.e.dtype)
     plan = Pass(dtype, share=share).plan(student, keep=False, filtered=False)
-    buffer, scratch = _buffer(student, plan), _buffer(theirs, plan)
+    buffer, scratch = (head.buffer(plan.rows, plan.classes) for head in (student, theirs))
     parts = []
-    for rows in _slices(len(student), plan.rows):
+    for rows in slices(len(student), plan.rows):
         sums = Weighted(len(student.e[rows]), scratch)
-        for block in _slices(student.classes, plan.classes):
-            z = student.tile(block, rows, _view(buffer, block, rows))
-            sums.add(theirs.tile(block, rows, _view(scratch, block, rows)).div_(temperature), z)
+        for block in slices(student.classes, plan.classes):
+            z = student.tile(block, rows, view(buffer, block, rows))
+            sums.add(theirs.tile(block, rows, view(scratch, block, rows)).div_(temperature), z)
         parts.append(sums.finish())
     expected, lse = zip(*parts, strict=True)
     return torch.cat(expected).to(student.wide), torch.cat(lse)
@@ -247,30 +259,14 @@ def teacher_gradients(
     how = Pass(dtype, share=share)
     plan = how.plan(student, keep=False, filtered=False)
     slopes = Slopes(student, how.softmax, wanted, None, in_blocks=True)
-    buffer, scratch = _buffer(student, plan), _buffer(theirs, plan)
-    for block in _slices(student.classes, plan.classes):
-        for rows in _slices(len(student), plan.rows):
-            q = theirs.tile(block, rows, _view(scratch, block, rows)).div_(temperature)
+    buffer, scratch = (head.buffer(plan.rows, plan.classes) for head in (student, theirs))
+    for block in slices(student.classes, plan.classes):
+        for rows in slices(len(student), plan.rows):
+            q = theirs.tile(block, rows, view(scratch, block, rows)).div_(temperature)
             g = q.sub_(lse[rows]).exp_().mul_(coefficient[rows]).to(student.wide)
-            z = None if problem.softcap is None else student.tile(block, rows, _view(buffer, block, rows))
+            z = None if problem.softcap is None else student.tile(block, rows, view(buffer, block, rows))
             slopes.add_given(g, z, block, rows)
     return slopes.finish(None, None)[0]
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    """Cut range(size) into parts of ``step``; one empty part if there is nothing to cut."""
-    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), max(step, 1))]
-
-
-def _buffer(logits: Logits, plan: Plan) -> Tensor:
-    size = min(plan.rows, len(logits)) * min(plan.classes, logits.classes)
-    return logits.e.new_empty(size, dtype=logits.wide)
-
-
-def _view(buffer: Tensor, block: slice, rows: slice) -> Tensor:
-    """Return the beginning of a buffer as a contiguous tile."""
-    shape = (block.stop - block.start, rows.stop - rows.start)
-    return buffer[: shape[0] * shape[1]].view(shape)
 
 
 def _joined(parts: Sequence[RowSums]) -> RowSums:

@@ -66,13 +66,25 @@ class Remainder:
     def add_to(self, gradients: Gradients, e: Tensor, c: Tensor) -> None:
         """Add the rank-one matrix's part to the gradients of E, C and the bias."""
         total = self._q.sum()
-        scale = torch.where(total > 0, 1 / total, 0)
-        if gradients.e is not None:
-            add_outer(gradients.e, self._m, weighted_sum(c, self._q) * scale)
-        if gradients.c is not None:
-            add_outer(gradients.c, self._q, weighted_sum(e, self._m) * scale)
-        if gradients.bias is not None:
-            gradients.bias.add_(self._q * (self._m.sum() * scale))
+        add_rank_one(gradients, e, c, self._m, self._q * torch.where(total > 0, 1 / total, 0))
+
+
+def add_rank_one(gradients: Gradients, e: Tensor, c: Tensor, rows: Tensor, classes: Tensor) -> None:
+    """Add what ∂L/∂z_ik = rows_i·classes_k gives to the gradients; it takes no product of rows by classes.
+
+    Args:
+        gradients: Of E, C and the bias; those that are None are left out.
+        e: Shape (N, D).
+        c: Shape (V, D).
+        rows: Shape (N,), float32 or wider.
+        classes: Shape (V,), of the same dtype.
+    """
+    if gradients.e is not None:
+        _add_outer(gradients.e, rows, weighted_sum(c, classes))
+    if gradients.c is not None:
+        _add_outer(gradients.c, classes, weighted_sum(e, rows))
+    if gradients.bias is not None:
+        gradients.bias.add_(classes * rows.sum())
 
 
 def weighted_sum(matrix: Tensor, weights: Tensor) -> Tensor:
@@ -83,7 +95,7 @@ def weighted_sum(matrix: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def add_outer(into: Tensor, column: Tensor, row: Tensor) -> None:
+def _add_outer(into: Tensor, column: Tensor, row: Tensor) -> None:
     """Add column_k·row_d to ``into`` (V, D), rounding once if that is narrower."""
     if into.dtype == column.dtype:
         into.addr_(column, row)

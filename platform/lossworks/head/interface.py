@@ -1,6 +1,6 @@
 """The public function: it checks, brings the weights of the rows together, and reduces."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from lossworks.head.arguments import (
     Operands,
     Options,
     Reduction,
+    all_classes,
     check_choice,
     check_finite,
     check_parallel,
@@ -19,9 +20,10 @@ from lossworks.head.arguments import (
     operands,
     shifted,
 )
-from lossworks.head.rules import likelihood_with_gradient
+from lossworks.head.reference import reference_sums
+from lossworks.head.rules import CrossEntropy, likelihood_with_gradient
 from lossworks.head.sums import row_sums
-from lossworks.head.vocabulary import Shard, VocabParallel
+from lossworks.head.vocabulary import VocabParallel
 
 
 def linear_cross_entropy(
@@ -80,7 +82,7 @@ def linear_cross_entropy(
         shift: Row t is paired with target t + shift along the last axis of ``targets``; 0 ≤ shift < its size.
         return_lse: Also return the logsumexps, shaped like the losses, 0 in ignored rows, differentiable.
         label_smoothing: α in [0, 1].
-        class_weight: w, shape (V,), ≥ 0; this rank's classes if vocabulary-parallel. No gradient.
+        class_weight: w, shape (V,), ≥ 0. No gradient.
         token_weight: r, shaped like ``targets`` (before the shift it belongs to the row). No gradient.
         z_loss: λ ≥ 0.
         temperature: τ > 0.
@@ -97,14 +99,15 @@ def linear_cross_entropy(
         impl: ``"cpu"`` is plain torch (on any device), ``"triton"`` the GPU's kernels, ``"reference"`` builds
             the logits, ``"auto"`` chooses.
         vocab_parallel: A process group over whose ranks the rows of ``c`` are spread, in order, or a
-            :class:`VocabParallel` that names more; all ranks pass the same E and targets.
+            :class:`VocabParallel` that names more; all ranks pass the same E and targets. Not with class
+            weights or soft targets.
         buffer_share: Largest work buffer as a share of the logits' N·V numbers (64 MiB are always allowed
             from 0.05 on). If it holds less than 128 rows, the logits are made twice, a fourth product and
             next to no buffer; or, for float32 and N ≤ D, they are kept where ∂C is written afterwards.
         check: Refuse NaN and infinities in E, C and the bias by the row that holds them; otherwise they
             propagate as they do through plain torch.
         return_mass: Also return the probability that the filter left out of each row, shaped like the
-            losses; for ``"mean"`` and ``"sum"`` with a filter.
+            losses, 0 without a filter; for ``"mean"`` and ``"sum"``.
 
     Returns:
         A float32 scalar (float64 for float64 inputs), or with ``reduction="none"`` the losses, shape (...)
@@ -135,123 +138,111 @@ def linear_cross_entropy(
     if shift:
         head, targets, token_weight = _shift(head, e.shape, targets, token_weight, shift, soft=soft)
     shape = targets.shape[:-1] if soft else targets.shape
-    weights = _weights(
-        head, targets, token_weight, class_weight, label_smoothing, z_loss, ignore_index, reduction
+    flat, probabilities = _split_targets(targets, class_weight, ignore_index)
+    rule = _rule(
+        *(head, flat, probabilities, token_weight, class_weight),
+        smoothing=label_smoothing,
+        z_loss=z_loss,
+        mean=reduction == "mean",
+        options=options,
     )
     if options.impl != "reference" and reduction != "none" and not return_lse:
-        total, mass = _fused(head, options, weights)
+        total, mass = _fused(head, options, flat, probabilities, rule)
         if not return_mass:
             return total
         return total, total.new_zeros(shape) if options.eps is None else mass.reshape(shape)
     if return_mass:
         raise UserError("return_mass needs reduction mean or sum, no return_lse, and no impl='reference'")
-    losses, lse = _per_row(head, options, weights)
+    losses, lse = _per_row(head, options, flat, probabilities, rule)
     result = losses.reshape(shape) if reduction == "none" else losses.sum()
     return (result, lse.reshape(shape)) if return_lse else result
 
 
-class _Weights(NamedTuple):
-    """The targets, and the weights of :class:`lossworks.head.rules.CrossEntropy`; zero in ignored rows."""
-
-    targets: Tensor
-    probabilities: Tensor | None
-    mass: Tensor | None
-    nll: Tensor
-    lse: Tensor | None
-    total: Tensor | None
-    square: Tensor | None
-    class_weight: Tensor | None
+def _split_targets(
+    targets: Tensor, class_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the targets (N,), none of them ignored if they are soft, and soft ones (N, V), weighted."""
+    if not targets.is_floating_point():
+        return targets.reshape(-1), None
+    q = targets.detach().reshape(-1, targets.shape[-1])
+    flat = torch.full((len(q),), ignore_index + 1, device=q.device)
+    return flat, q if class_weight is None else q * class_weight.detach()
 
 
-def _weights(
+def _rule(
     head: Operands,
     targets: Tensor,
+    probabilities: Tensor | None,
     token_weight: Tensor | None,
     class_weight: Tensor | None,
+    *,
     smoothing: float,
     z_loss: float,
-    ignore_index: int,
-    reduction: str,
-) -> _Weights:
-    """Bring everything that weighs a row together, the mean's divisor included."""
+    mean: bool,
+    options: Options,
+) -> CrossEntropy:
+    """Bring everything that weighs a row together, the mean's divisor included; ignored rows weigh 0."""
     wide = torch.promote_types(head.e.dtype, torch.float32)
-    if targets.is_floating_point():
-        probabilities = targets.detach().reshape(-1, targets.shape[-1])
-        flat = torch.full((len(probabilities),), ignore_index + 1, device=targets.device)
-    else:
-        probabilities, flat = None, targets.reshape(-1)
-    valid = flat != ignore_index
+    valid = targets != options.ignore_index
     row = valid.to(wide)
     if token_weight is not None:
         row = torch.where(valid, token_weight.detach().reshape(-1).to(wide), 0)
-    mass, nll, all_weight = None, row, torch.tensor(float(len(head.c)))
+    nll = row
     if class_weight is not None:
         class_weight = class_weight.detach().to(wide)
-        all_weight = class_weight.sum()
         if probabilities is None:
             # Clamped, since targets out of range are refused later, by name.
-            nll = row * class_weight[torch.where(valid, flat, 0).clamp(0, len(class_weight) - 1)]
-        else:
-            probabilities = probabilities * class_weight
-    divisor = nll.sum()
-    if probabilities is not None:
-        mass = probabilities.sum(1, dtype=wide)
-        divisor = row.sum()
-    scale = torch.where(divisor > 0, 1 / divisor, 0) if reduction == "mean" else torch.ones_like(divisor)
+            nll = row * class_weight[torch.where(valid, targets, 0).clamp(0, len(class_weight) - 1)]
+    if mean:
+        divisor = nll.sum()
+        scale = torch.where(divisor > 0, 1 / divisor, 0)
+        row, nll = row * scale, nll * scale
     lse = total = None
     if smoothing:
-        classes = _all_classes(head)
-        total = row * scale * (smoothing / classes)
-        lse = total * (classes if class_weight is None else all_weight)
-    return _Weights(
-        flat,
-        probabilities,
-        mass,
-        nll * scale * (1 - smoothing),
+        classes = all_classes(head)
+        total = row * (smoothing / classes)
+        lse = total * (classes if class_weight is None else class_weight.sum())
+    return CrossEntropy(
+        nll * (1 - smoothing),
         lse,
         total,
-        row * scale * z_loss if z_loss else None,
+        row * z_loss if z_loss else None,
+        None if probabilities is None else probabilities.sum(1, dtype=wide),
         class_weight if smoothing else None,
+        options.temperature,
     )
 
 
-def _all_classes(head: Operands) -> int:
-    return len(head.c) if head.group is None else Shard.of(head.group, len(head.c), head.c.device).classes
-
-
-def _fused(head: Operands, options: Options, weights: _Weights) -> tuple[Tensor, Tensor]:
+def _fused(
+    head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, rule: CrossEntropy
+) -> tuple[Tensor, Tensor]:
     """Return the weighted sum, and the probability left out of each row (empty without a filter)."""
     from lossworks.head.operators import FusedCrossEntropy
 
     e, c, bias, group, reduce_e, dtype = head
-    targets, probabilities, mass, nll, lse, total, square, class_weight = weights
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in (e, c, bias)]
     return FusedCrossEntropy.apply(
-        *(e, c, bias, targets, probabilities, mass, nll, lse, total, square, class_weight),
+        *(e, c, bias, targets, probabilities),
+        *(rule.mass, rule.nll, rule.lse, rule.total, rule.square, rule.class_weight),
         *(options.softcap, options.temperature, options.ignore_index, options.eps, options.filter_repair),
         *(options.buffer_share, dtype, wanted, options.impl, options.accumulate, group, reduce_e),
     )
 
 
-def _per_row(head: Operands, options: Options, weights: _Weights) -> tuple[Tensor, Tensor]:
+def _per_row(
+    head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, rule: CrossEntropy
+) -> tuple[Tensor, Tensor]:
     """Return the weighted losses and the logsumexps, shape (N,)."""
-    sums = row_sums(
-        head,
-        options,
-        weights.targets,
-        probabilities=weights.probabilities,
-        totals=weights.total is not None,
-        weights=weights.class_weight,
-    )
-    losses = weights.nll * likelihood_with_gradient(sums, options.temperature, weights.mass)
-    if weights.lse is not None:
-        losses = losses + weights.lse * sums.logsumexp
-    if weights.total is not None and sums.total is not None:
-        losses = losses - weights.total * sums.total / options.temperature
-    if weights.square is not None:
-        losses = losses + weights.square * sums.logsumexp.square()
-    return losses, sums.logsumexp
+    totals = rule.total is not None
+    if options.impl == "reference":
+        sums = reference_sums(head, options, targets, probabilities, rule.class_weight)
+    else:
+        sums = row_sums(
+            head, options, targets, probabilities=probabilities, totals=totals, weights=rule.class_weight
+        )
+    nll = likelihood_with_gradient(sums, options.temperature, rule.mass)
+    return rule.losses(sums, nll), sums.logsumexp
 
 
 def _shift(

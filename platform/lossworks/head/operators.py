@@ -50,8 +50,7 @@ def fuse(
     """
     rows = Rows(e, c, targets, bias, softcap, ignore_index, group, probabilities=probabilities)
     lse, total, square, mass = (rows.keep(weight) for weight in (lse, total, square, mass))
-    kept = nll if rows.all_count else nll[targets != ignore_index]
-    rule = CrossEntropy(kept, lse, total, square, mass, class_weight, temperature)
+    rule = CrossEntropy(rows.keep(nll), lse, total, square, mass, class_weight, temperature)
     how = Pass(
         dtype,
         Softmax(temperature),
@@ -66,8 +65,7 @@ def fuse(
         backend = backends.get(impl, rows.problem)
         result = backend.fused(rows.problem, how, rule, (wanted[0], wanted[1], wanted[2]), rows.combine)
         gradients = rows.gradients(result.gradients, reduce_e=reduce_e)
-    losses = e.new_zeros(()) if result.losses is None else result.losses
-    return losses.sum(), *gradients, rows.total_mass(result.mass)
+    return result.losses.sum(), *gradients, rows.total_mass(result.mass)
 
 
 fused_cross_entropy = torch.library.custom_op("lossworks::linear_cross_entropy", fuse, mutates_args=())

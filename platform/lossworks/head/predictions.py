@@ -10,7 +10,7 @@ from lossworks.head.arguments import operands
 from lossworks.head.plan import make_plan
 from lossworks.head.problem import Problem
 from lossworks.head.statistics import Gathered, LogSumExp, linear_row_statistics
-from lossworks.head.tiles import Logits
+from lossworks.head.tiles import Logits, slices, view
 
 
 class TopK(NamedTuple):
@@ -70,20 +70,28 @@ def linear_top_k(
 
 def _walk(logits: Logits, k: int, temperature: float, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest z/τ, their classes, both (N, K), and log Σ exp(z/τ), (N,)."""
-    rows, size = len(logits), logits.wide.itemsize
-    plan = make_plan(rows, logits.classes, size, share, keep=False, filtered=False)
-    every = slice(0, rows)
-    values = logits.e.new_full((rows, 0), 0, dtype=logits.wide)
-    found = torch.zeros(rows, 0, dtype=torch.int64, device=logits.e.device)
-    lse = logits.e.new_full((rows,), float("-inf"), dtype=logits.wide)
-    for start in range(0, logits.classes, plan.classes):
-        block = slice(start, min(start + plan.classes, logits.classes))
-        tile = logits.e.new_empty(block.stop - start, rows, dtype=logits.wide)
-        z = logits.tile(block, every, tile).div_(temperature)
+    size = logits.wide.itemsize
+    plan = make_plan(len(logits), logits.classes, size, share, keep=False, filtered=False)
+    buffer = logits.buffer(plan.rows, plan.classes)
+    blocks = slices(logits.classes, plan.classes)
+    chunks = [_best(logits, rows, blocks, buffer, k, temperature) for rows in slices(len(logits), plan.rows)]
+    values, classes, lse = (torch.cat(column) for column in zip(*chunks, strict=True))
+    return values, classes, lse
+
+
+def _best(
+    logits: Logits, rows: slice, blocks: list[slice], buffer: Tensor, k: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`_walk` does, of a chunk of rows."""
+    lse = buffer.new_full((rows.stop - rows.start,), float("-inf"))
+    values = buffer.new_empty(len(lse), 0)
+    found = torch.empty(len(lse), 0, dtype=torch.int64, device=buffer.device)
+    for block in blocks:
+        z = logits.tile(block, rows, view(buffer, block, rows)).div_(temperature)
         lse = torch.logaddexp(lse, z.logsumexp(0))
         best, place = z.topk(min(k, len(z)), dim=0)
         values = torch.cat([values, best.t()], dim=1)
-        found = torch.cat([found, place.t() + start], dim=1)
+        found = torch.cat([found, place.t() + block.start], dim=1)
         values, keep = values.topk(min(k, values.shape[1]), dim=1)
         found = found.gather(1, keep)
     return values, found, lse

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.head.arguments import Options
+from lossworks.head.arguments import Operands, Options
 from lossworks.head.problem import RowSums
+from lossworks.head.rows import check_range
 
 
 def dense_logits(e: Tensor, c: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -16,35 +17,32 @@ def dense_logits(e: Tensor, c: Tensor, bias: Tensor | None, softcap: float | Non
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
-def reference_sums(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    options: Options,
-    probabilities: Tensor | None,
-    target_offset: Tensor | None,
-    temperature: Tensor,
-    classes: Tensor | None,
-    weights: Tensor | None,
-) -> RowSums:
-    """Return the sums of every row from dense logits; arguments as for ``head.sums.row_sums``."""
-    from lossworks.head.rows import check_range
+def scaled_logits(z: Tensor, temperature: float | Tensor, classes: Tensor | None = None) -> Tensor:
+    """Return z/τ of logits (N, V), τ one number or (N,), with −inf in ``classes`` (V,) that are False."""
+    u = z / (temperature[:, None] if isinstance(temperature, Tensor) and temperature.dim() else temperature)
+    return u if classes is None else u.masked_fill(~classes, float("-inf"))
 
-    z = dense_logits(e, c, bias, options.softcap)
+
+def reference_sums(
+    head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, weights: Tensor | None
+) -> RowSums:
+    """Return logsumexp, target and total of every row, 0 in ignored ones.
+
+    Args:
+        head: E, C and bias.
+        options: Softcap, temperature and the index of ignored rows.
+        targets: Shape (N,), int64.
+        probabilities: Soft targets (N, V), or None.
+        weights: Of the total, shape (V,), or None for 1.
+    """
+    z = dense_logits(head.e, head.c, head.bias, options.softcap)
     ignored = targets == options.ignore_index
     if probabilities is None:
-        check_range(targets, classes=len(c), ignore_index=options.ignore_index)
-        index = torch.where(ignored, 0, targets)[:, None]
-        if target_offset is not None:
-            z = z.scatter_add(1, index, target_offset.to(z.dtype)[:, None])
-        target = z.gather(1, index).squeeze(1)
+        check_range(targets, classes=len(head.c), ignore_index=options.ignore_index)
+        target = z.gather(1, torch.where(ignored, 0, targets)[:, None]).squeeze(1)
     else:
         target = (probabilities * z).sum(1)
-    u = z / (temperature[:, None] if temperature.dim() else temperature)
-    if classes is not None:
-        u = u.masked_fill(~classes, float("-inf"))
-    p = u.softmax(1)
+    lse = scaled_logits(z, options.temperature).logsumexp(1)
     total = z.sum(1) if weights is None else z @ weights.to(z.dtype)
-    columns = (u.logsumexp(1), target, (p * z).sum(1), total, z.square().sum(1))
-    return RowSums(*(torch.where(ignored, 0, column) for column in columns))
+    lse, target, total = (torch.where(ignored, 0, column) for column in (lse, target, total))
+    return RowSums(lse, target, total=total)

@@ -1,5 +1,7 @@
 """The rows that count: targets checked, ignored rows dropped, classes of other ranks told apart."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -48,11 +50,10 @@ class Rows:
         local = targets if self._shard is None else self._shard.local(targets)
         if probabilities is not None:
             local = torch.full_like(targets, -1)
-        kept = self.keep(local)
         self.problem = Problem(
-            e if self._valid is None else e[valid],
+            self.keep(e),
             c,
-            local if kept is None else kept,
+            self.keep(local),
             bias,
             softcap,
             self.keep(target_offset),
@@ -60,14 +61,15 @@ class Rows:
         )
 
     @property
-    def all_count(self) -> bool:
-        """Whether no row is ignored."""
-        return self._valid is None
-
-    @property
     def plan_classes(self) -> int | None:
         """The V by which all ranks choose their tiles alike, or None where there is one rank."""
         return None if self._shard is None else max(self._shard.sizes)
+
+    @overload
+    def keep(self, column: Tensor) -> Tensor: ...
+
+    @overload
+    def keep(self, column: Tensor | None) -> Tensor | None: ...
 
     def keep(self, column: Tensor | None) -> Tensor | None:
         """Return the part of a tensor (N, …) that belongs to rows that count."""
@@ -75,10 +77,7 @@ class Rows:
 
     def temperature(self, value: Tensor) -> float | Tensor:
         """Return a temperature as one number, or as one per row that counts."""
-        if value.dim() == 0:
-            return float(value)
-        kept = self.keep(value)
-        return value if kept is None else kept
+        return self.keep(value) if value.dim() else float(value)
 
     def combine(self, sums: RowSums) -> RowSums:
         """Complete the sums of some rows with those of other ranks' classes."""

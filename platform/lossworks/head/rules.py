@@ -1,7 +1,7 @@
 """Losses as functions of a row's sums."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,29 +35,43 @@ class CrossEntropy:
     class_weight: Tensor | None = None
     temperature: float = 1.0
 
-    def __call__(self, sums: RowSums, rows: slice) -> tuple[Tensor, Coefficients]:
-        """Return the losses of some rows and the coefficients of their sum's gradient."""
-        nll = self.nll[rows]
+    def part(self, rows: slice) -> "CrossEntropy":
+        """Return the loss of some rows."""
         lse, total, square, mass = (
             None if weight is None else weight[rows]
             for weight in (self.lse, self.total, self.square, self.mass)
         )
-        losses = nll * likelihood(sums, self.temperature, mass)
-        slope = nll if mass is None else nll * mass  # ∂ℓ/∂lse
-        if lse is not None:
-            losses, slope = losses + lse * sums.logsumexp, slope + lse
-        if square is not None:
-            losses = losses + square * sums.logsumexp.square()
-            slope = slope + 2 * square * sums.logsumexp
-        constant = None
-        if total is not None and sums.total is not None:
-            losses, constant = losses - total * sums.total / self.temperature, -total / self.temperature
-        return losses, Coefficients(
+        return replace(self, nll=self.nll[rows], lse=lse, total=total, square=square, mass=mass)
+
+    def losses(self, sums: RowSums, nll: Tensor) -> Tensor:
+        """Return the losses (N,) from the rows' sums and their nll."""
+        losses = self.nll * nll
+        if self.lse is not None:
+            losses = losses + self.lse * sums.logsumexp
+        if self.square is not None:
+            losses = losses + self.square * sums.logsumexp.square()
+        if self.total is not None and sums.total is not None:
+            losses = losses - self.total * sums.total / self.temperature
+        return losses
+
+    def coefficients(self, sums: RowSums) -> Coefficients:
+        """Return the coefficients of the gradient of the summed losses."""
+        slope = self.nll if self.mass is None else self.nll * self.mass  # ∂ℓ/∂lse
+        if self.lse is not None:
+            slope = slope + self.lse
+        if self.square is not None:
+            slope = slope + 2 * self.square * sums.logsumexp
+        return Coefficients(
             softmax=slope / self.temperature,
-            target=-nll / self.temperature,
-            constant=constant,
+            target=-self.nll / self.temperature,
+            constant=None if self.total is None else -self.total / self.temperature,
             constant_weights=self.class_weight,
         )
+
+    def __call__(self, sums: RowSums, rows: slice) -> tuple[Tensor, Coefficients]:
+        """Return the losses of some rows and the coefficients of their sum's gradient."""
+        own = self.part(rows)
+        return own.losses(sums, likelihood(sums, self.temperature, own.mass)), own.coefficients(sums)
 
 
 def likelihood(sums: RowSums, temperature: float | Tensor, mass: Tensor | None) -> Tensor:

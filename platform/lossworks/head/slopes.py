@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lossworks.head.filtering import Remainder, add_outer, weighted_sum
-from lossworks.head.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax
+from lossworks.head.filtering import Remainder, add_rank_one
+from lossworks.head.problem import Coefficients, Filter, Gradients, RowSums, Softmax
 from lossworks.head.tiles import Logits, per_row, scaled
 
 # Above this share of kept columns, gathering them costs more than the products that it saves.
@@ -37,15 +37,11 @@ class Slopes:
         self._e = torch.zeros(problem.e.shape, dtype=wide, device=problem.e.device) if wanted[0] else None
         final = problem.c.dtype if in_blocks else wide
         # The first rows write every class, unless a filter leaves some out; zeroing would cost a pass.
-        self._covers = filtering is None
-        new = torch.empty if self._covers else torch.zeros
+        new = torch.empty if filtering is None else torch.zeros
         self._c = new(problem.c.shape, dtype=final, device=problem.c.device) if wanted[1] else None
         self._bias = logits.e.new_zeros(logits.classes, dtype=wide) if wanted[2] else None
         self._filter = filtering
-        self._eps = 0.0 if filtering is None else filtering.eps
-        self._remainder = None
-        if filtering is not None:
-            self._remainder = Remainder(len(logits), logits.classes, logits.e.new_zeros((), dtype=wide))
+        self._remainder = Remainder(len(logits), logits.classes, logits.e.new_zeros((), dtype=wide))
         self._block: tuple[slice, Tensor] | None = None
 
     def add(
@@ -71,9 +67,9 @@ class Slopes:
         hits = self._logits.hits(block, rows)
         soft = self._logits.soft(block, rows)
         simple = parts.expected is None and parts.linear is None and soft is None
-        if self._remainder is not None and simple and self._logits.problem.softcap is None:
+        if self._filter is not None and simple and self._logits.problem.softcap is None:
             p, factor = self._exponentials(z, block, rows, sums, base, z)
-            self._add_filtered(p.mul_(factor), block, rows, parts, hits, self._remainder)
+            self._add_filtered(p.mul_(factor), block, rows, parts, hits, self._filter.eps)
         else:
             self._add_all(self._slope(z, block, rows, sums, parts, hits, soft, base), block, rows)
 
@@ -85,7 +81,7 @@ class Slopes:
         """Return a copy of a block of what was written there, and leave the block to its gradient."""
         into = self._gradient_of(block)
         z = into[:, : len(self._logits)].clone(memory_format=torch.contiguous_format)
-        if not self._covers:
+        if self._filter is not None:
             into.zero_()
         return z
 
@@ -107,10 +103,11 @@ class Slopes:
         problem = self._logits.problem
         gradients = Gradients(self._e, self._c, self._bias)
         if constant is not None and not self._constant_inside:
-            _add_constant(gradients, constant, weights, problem)
-        if self._remainder is None:
+            w = constant.new_ones(len(problem.c)) if weights is None else weights.to(constant.dtype)
+            add_rank_one(gradients, problem.e, problem.c, constant, w)
+        if self._filter is None:
             return gradients, None
-        if self._filter is not None and self._filter.repair:
+        if self._filter.repair:
             self._remainder.add_to(gradients, problem.e, problem.c)
         return gradients, self._remainder.mass
 
@@ -182,7 +179,7 @@ class Slopes:
         if self._e is not None:
             _add_product(self._e[rows], factor.t(), self._logits.c(block))
         if self._c is not None:
-            fresh = self._covers and rows.start == 0
+            fresh = self._filter is None and rows.start == 0
             _add_product(self._gradient_of(block), factor, self._logits.e[rows], fresh=fresh)
 
     def _add_filtered(
@@ -192,17 +189,17 @@ class Slopes:
         rows: slice,
         parts: Coefficients,
         hits: tuple[Tensor, Tensor],
-        remainder: Remainder,
+        eps: float,
     ) -> None:
         """Add the columns in which any probability of the tile reaches eps, or which are a target."""
-        large = p.amax(1) >= self._eps
+        large = p.amax(1) >= eps
         large[hits[0]] = True
         kept = large.nonzero().squeeze(1)
         a = torch.zeros_like(p[0]) if parts.softmax is None else parts.softmax
         whole = len(kept) > _DENSE_SHARE * len(p)
         kept_p = p if whole else p[kept]
         if not whole:
-            remainder.drop(p, kept, kept_p, block, rows, a)
+            self._remainder.drop(p, kept, kept_p, block, rows, a)
         g = kept_p.mul_(a)
         if parts.target is not None:
             place = hits[0] if whole else torch.searchsorted(kept, hits[0])
@@ -247,14 +244,3 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> 
         torch.mm(a, b, out=into)
     else:
         into.addmm_(a, b)
-
-
-def _add_constant(gradients: Gradients, constant: Tensor, weights: Tensor | None, problem: Problem) -> None:
-    """Add constant_i·w_k to ∂L/∂z of every class: a matrix of rank one, so no pass over the logits."""
-    w = constant.new_ones(len(problem.c)) if weights is None else weights.to(constant.dtype)
-    if gradients.e is not None:
-        add_outer(gradients.e, constant, weighted_sum(problem.c, w))
-    if gradients.c is not None:
-        add_outer(gradients.c, w, weighted_sum(problem.e, constant))
-    if gradients.bias is not None:
-        gradients.bias.add_(w * constant.sum())

@@ -19,12 +19,13 @@ from lossworks.head.arguments import (
     Implementation,
     Operands,
     Options,
+    all_classes,
     check_parallel,
     check_targets,
     operands,
 )
 from lossworks.head.problem import RowSums
-from lossworks.head.reference import dense_logits
+from lossworks.head.reference import dense_logits, scaled_logits
 from lossworks.head.rows import check_range
 from lossworks.head.sums import row_sums
 from lossworks.head.vocabulary import VocabParallel
@@ -218,13 +219,13 @@ def _dense(  # noqa: PLR0911 - one case a statistic
         case Target():
             return z.gather(1, index).squeeze(1)
         case LogSumExp(temperature, classes):
-            return (_scaled(z, temperature, classes).logsumexp(1)) * temperature
+            return (scaled_logits(z, temperature, classes).logsumexp(1)) * temperature
         case Mean():
             return z.mean(1)
         case SumOfSquares():
             return z.square().sum(1)
         case ExpectedLogit(temperature, classes):
-            p = _scaled(z, temperature, classes).softmax(1)
+            p = scaled_logits(z, temperature, classes).softmax(1)
             return torch.where(p > 0, p * z, 0).sum(1)
         case TeacherExpectedLogit():
             teacher = dense_logits(
@@ -233,11 +234,6 @@ def _dense(  # noqa: PLR0911 - one case a statistic
             return ((teacher / statistic.temperature).softmax(1) * z).sum(1)
         case Gathered(classes):
             return without_offset.gather(1, classes.reshape(len(z), classes.shape[-1]))
-
-
-def _scaled(z: Tensor, temperature: float | Tensor, classes: Tensor | None) -> Tensor:
-    u = z / (temperature[:, None] if isinstance(temperature, Tensor) and temperature.dim() else temperature)
-    return u if classes is None else u.masked_fill(~classes, float("-inf"))
 
 
 def _named(statistics: Sequence[Statistic | Name]) -> list[Statistic]:
@@ -282,7 +278,7 @@ class _Linear:
     def _one(self, statistic: Statistic) -> Tensor:  # noqa: PLR0911 - one case a statistic
         match statistic:
             case Target():
-                return self._sums(*self._any_softmax()).target
+                return self._target()
             case LogSumExp(temperature, classes):
                 return self._sums(temperature, classes).logsumexp * temperature
             case ExpectedLogit(temperature, classes):
@@ -300,7 +296,7 @@ class _Linear:
 
     def _sums(self, temperature: float | Tensor, classes: Tensor | None) -> RowSums:
         """Return the sums of one softmax; a pass is made once, with all that anybody asks of it."""
-        key = (id(temperature) if isinstance(temperature, Tensor) else temperature, id(classes))
+        key = _key(temperature, classes)
         if key not in self._passes:
             self._check(temperature, classes)
             first = not self._passes
@@ -328,12 +324,8 @@ class _Linear:
         return 1.0, None
 
     def _wants_expected(self, key: tuple[object, object]) -> bool:
-        wanted = [s for s in self._statistics if isinstance(s, ExpectedLogit)]
-        keys = [
-            (id(s.temperature) if isinstance(s.temperature, Tensor) else s.temperature, id(s.classes))
-            for s in wanted
-        ]
-        return key in keys
+        wanted = (s for s in self._statistics if isinstance(s, ExpectedLogit))
+        return key in [_key(s.temperature, s.classes) for s in wanted]
 
     def _wants_totals(self) -> bool:
         return any(isinstance(s, Mean | SumOfSquares) for s in self._statistics)
@@ -347,10 +339,17 @@ class _Linear:
         if classes is not None and (classes.dtype != torch.bool or classes.shape != (v,)):
             raise UserError(f"classes {classes.dtype} {tuple(classes.shape)} must be torch.bool ({v},)")
 
+    def _target(self) -> Tensor:
+        """Return the target's logit: from a pass, if there is one anyway, or as a gathered product."""
+        softmax = any(isinstance(s, LogSumExp | ExpectedLogit) for s in self._statistics)
+        if softmax or self._head.group is not None or (self._in_pass and self._wants_totals()):
+            return self._sums(*self._any_softmax()).target
+        z = self._gathered(torch.where(self._ignored, 0, self._targets)[:, None]).squeeze(1)
+        return z if self._offset is None else z + self._offset.to(z.dtype)
+
     def _mean(self) -> Tensor:
         if self._in_pass:
-            classes = len(self._head.c) if self._head.group is None else self._all_classes()
-            return _there(self._first().total) / classes
+            return _there(self._first().total) / all_classes(self._head)
         e, c, bias = self._plain()
         mean = e @ c.mean(0)
         return mean if bias is None else mean + bias.mean()
@@ -366,11 +365,6 @@ class _Linear:
         """Return the pass that carries the totals."""
         self._sums(*self._any_softmax())
         return next(iter(self._passes.values()))
-
-    def _all_classes(self) -> int:
-        from lossworks.head.vocabulary import Shard
-
-        return Shard.of(_there(self._head.group), len(self._head.c), self._head.c.device).classes
 
     def _plain(self) -> tuple[Tensor, Tensor, Tensor | None]:
         e, c, bias = self._head.e, self._head.c, self._head.bias
@@ -399,6 +393,11 @@ class _Linear:
         z = z if bias is None else z + bias.to(self._wide)[index]
         cap = self._options.softcap
         return z if cap is None else cap * (z / cap).tanh()
+
+
+def _key(temperature: float | Tensor, classes: Tensor | None) -> tuple[object, object]:
+    """Return what tells one softmax from another."""
+    return id(temperature) if isinstance(temperature, Tensor) else temperature, id(classes)
 
 
 def _there(value: _T | None) -> _T:

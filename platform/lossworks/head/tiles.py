@@ -59,7 +59,7 @@ class Logits:
         return self._c[1]
 
     def tile(self, block: slice, rows: slice, out: Tensor) -> Tensor:
-        """Write the logits before the target's offset into ``out``, wide, shape (B, T), and return it."""
+        """Write the logits into ``out``, wide, shape (B, T), and return it."""
         c, e = self.c(block), self.e[rows]
         if self.products == self.wide:
             torch.mm(c, e.t(), out=out)
@@ -69,6 +69,9 @@ class Logits:
             out += self._bias[block, None]
         if self.problem.softcap is not None:
             out.div_(self.problem.softcap).tanh_().mul_(self.problem.softcap)
+        if self.problem.target_offset is not None:
+            hits = self.hits(block, rows)
+            out[hits] += self.problem.target_offset[rows][hits[1]].to(out.dtype)
         return out
 
     def hits(self, block: slice, rows: slice) -> tuple[Tensor, Tensor]:
@@ -77,15 +80,25 @@ class Logits:
         row = ((within >= 0) & (within < block.stop - block.start)).nonzero().squeeze(1)
         return within[row], row
 
-    def add_offset(self, z: Tensor, rows: slice, hits: tuple[Tensor, Tensor]) -> None:
-        """Add the target's offset where the target is."""
-        if self.problem.target_offset is not None:
-            z[hits] += self.problem.target_offset[rows][hits[1]].to(z.dtype)
+    def buffer(self, rows: int, classes: int) -> Tensor:
+        """Return room for a tile of at most so many rows and classes."""
+        return self.e.new_empty(min(rows, len(self)) * min(classes, self.classes), dtype=self.wide)
 
     def soft(self, block: slice, rows: slice) -> Tensor | None:
         """Return the tile of soft targets, or None if targets are classes."""
         q = self.problem.probabilities
         return None if q is None else q[rows, block].t().to(self.wide)
+
+
+def slices(size: int, step: int) -> list[slice]:
+    """Cut range(size) into parts of ``step``; one empty part if there is nothing to cut."""
+    return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), max(step, 1))]
+
+
+def view(buffer: Tensor, block: slice, rows: slice) -> Tensor:
+    """Return the beginning of a buffer as a contiguous tile."""
+    shape = (block.stop - block.start, rows.stop - rows.start)
+    return buffer[: shape[0] * shape[1]].view(shape)
 
 
 class Sums:
@@ -122,7 +135,7 @@ class Sums:
         self._squares = zeros.clone() if totals else None
 
     def add(self, z: Tensor, block: slice, scratch: Tensor) -> Tensor:
-        """Take a tile in; ``z`` gets the target's offset.
+        """Take a tile in.
 
         Args:
             z: The tile, shape (B, T).
@@ -133,7 +146,6 @@ class Sums:
             m, shape (T,): the largest z/τ so far.
         """
         hits = self._logits.hits(block, self._rows)
-        self._logits.add_offset(z, self._rows, hits)
         self._target[hits[1]] = z[hits]
         soft = self._logits.soft(block, self._rows)
         if soft is not None:

@@ -50,7 +50,7 @@ class Shard:
         Raises:
             UserError: A rank holds none; it is raised on all ranks.
         """
-        group = dist.distributed_c10d._resolve_process_group(GroupName(name))
+        group = _group(name)
         mine = torch.tensor([classes], device=device)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(everyone, mine, group=group)
@@ -98,6 +98,9 @@ def agree(complaint: str | None, name: str | None, device: torch.device) -> str 
     if name is None:
         return complaint
     flag = torch.tensor([complaint is not None], dtype=torch.int32, device=device)
-    group = dist.distributed_c10d._resolve_process_group(GroupName(name))
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=_group(name))
     return complaint or ("another rank's part of c or bias holds NaN or infinity" if bool(flag) else None)
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(GroupName(name))

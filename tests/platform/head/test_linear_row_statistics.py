@@ -122,6 +122,21 @@ def test_distillation_needs_no_logits_of_either_head():
     )
 
 
+def test_the_target_alone_takes_no_pass(monkeypatch):
+    """It is a gathered product, with its softcap, offset and gradients."""
+    monkeypatch.setattr(cpu, "row_sums", None)
+    e, c, y, b = problem()
+    margin = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    options = {"statistics": ["target"], "softcap": 2.0, "target_offset": margin}
+    (linear,), (dense,) = (linear_row_statistics(e, c, y, b, **options, impl=i) for i in ("cpu", "reference"))
+    leaves = (e, c, b, margin)
+
+    torch.testing.assert_close(linear, dense)
+    torch.testing.assert_close(
+        torch.autograd.grad(linear.square().sum(), leaves), torch.autograd.grad(dense.square().sum(), leaves)
+    )
+
+
 def test_sequences_keep_their_shape():
     """Leading dimensions come back, with the gathered classes behind them."""
     e, c, y, _ = problem(8)

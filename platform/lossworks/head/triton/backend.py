@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.cpu import Combine, Pass, Result, Rule, Wanted
+from lossworks.head.cpu import Combine, Pass, Result, Rule, Wanted, one_after_the_other
 from lossworks.head.filtering import weighted_sum
 from lossworks.head.problem import Coefficients, Gradients, Problem, RowSums, Softmax
 from lossworks.head.triton import launch
@@ -73,11 +73,7 @@ def fused(
     combine: Combine = lambda sums: sums,
 ) -> Result:
     """Return losses and gradients; tiles are made twice, as there is no room to keep them."""
-    sums = combine(row_sums(problem, how))
-    losses, coefficients = rule(sums, slice(0, len(problem.e)))
-    if not any(wanted):
-        return Result(sums, losses, Gradients(None, None, None), None)
-    return Result(sums, losses, *gradients(problem, how, sums, coefficients, wanted))
+    return one_after_the_other(row_sums, gradients, problem, how, rule, wanted, combine)
 
 
 def teacher_expected(

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lossworks.head.filtering import add_outer, weighted_sum
+from lossworks.head.filtering import add_rank_one
 from lossworks.head.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax
 from lossworks.head.triton.calls import (
     Call,
@@ -267,20 +267,11 @@ def _fused(
         # What was dropped is replaced by rank one with its row and column sums; see lossworks.head.filtering.
         rows, classes = masses
         share = classes / classes.sum().clamp_min(torch.finfo(torch.float32).tiny)
-        _add_rank_one(problem, sums, rows.copysign(parts.softmax), share)
+        # The kernel gave the bias its column sums already.
+        add_rank_one(sums._replace(bias=None), e, c, rows.copysign(parts.softmax), share)
     if coefficients.constant is not None:
         weights = coefficients.constant_weights
         ones = e.new_ones(len(c), dtype=torch.float32)
         share = ones if weights is None else weights.float()
-        _add_rank_one(problem, sums, coefficients.constant.float(), share)
-        if sums.bias is not None:
-            sums.bias.add_(share * coefficients.constant.sum())
+        add_rank_one(sums, e, c, coefficients.constant.float(), share)
     return sums
-
-
-def _add_rank_one(problem: Problem, sums: Gradients, rows: Tensor, classes: Tensor) -> None:
-    """Add to ∂E and ∂C what ∂L/∂z_ik = rows_i·classes_k gives; it takes no product of rows by classes."""
-    if sums.e is not None:
-        add_outer(sums.e, rows, weighted_sum(problem.c, classes))
-    if sums.c is not None:
-        add_outer(sums.c, classes, weighted_sum(problem.e, rows))
