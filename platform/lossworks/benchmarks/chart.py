@@ -84,10 +84,11 @@ def _draw_panel(axes: "Axes", title: str, panel: "Panel") -> None:
     height = 0.8 / len(kinds)
     for index, kind in enumerate(kinds):
         offset = (index - (len(kinds) - 1) / 2) * height
-        for place, method in enumerate(methods):
-            if kind in panel[method]:
-                label = kind if method == methods[0] else None
-                _draw_bar(axes, place + offset, height, panel[method][kind], _COLOURS[kind], label)
+        having = [(place, panel[method]) for place, method in enumerate(methods) if kind in panel[method]]
+        for number, (place, figures) in enumerate(having):
+            shift = offset if len(figures) > 1 else 0.0
+            label = None if number else kind
+            _draw_bar(axes, place + shift, height, figures[kind], _COLOURS[kind], label)
     for products, style in ((1, ":"), (3, "--")):
         axes.axvline(products, color=_ORANGE, linestyle=style, linewidth=1.4, zorder=3)
     axes.set_yticks(range(len(methods)), methods)

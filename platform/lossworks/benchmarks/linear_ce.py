@@ -41,7 +41,9 @@ class LinearCeSpec(Spec):
         description="N x V x D: rows, classes, features",
     )
     distributions: Annotated[tuple[Literal["random", "peaked"], ...], _split] = Field(
-        ("peaked", "random"), description="peaked as a trained head, random as one at the start"
+        ("peaked", "random"),
+        description="peaked as a trained head, random as one at the start; methods that skip nothing by "
+        "its probability run on the first one only",
     )
     dtypes: Annotated[tuple[Literal["fp32", "bf16"], ...], _split] = Field(
         ("fp32", "bf16"), description="dtype of E, C and the gradients"
@@ -52,6 +54,9 @@ class LinearCeSpec(Spec):
     device: Literal["cpu", "cuda"] = Field("cpu", description="where to run")
     threads: int = Field(2, ge=1, le=1024, description="threads of the CPU")
     seed: int = Field(0, ge=0, description="seed of the inputs")
+    enough_s: float = Field(
+        60.0, ge=0.0, description="seconds of timing after which three repeats of a method are enough"
+    )
     limit_s: float = Field(3600.0, gt=0.0, description="seconds after which a measurement is given up")
 
     @field_validator("shapes")
@@ -101,9 +106,23 @@ def _cases(spec: LinearCeSpec, repeats: int) -> "Iterator[Case]":
     from lossworks.benchmarks.linear_ce_worker import Case
 
     methods = methods_for(spec.device) if spec.methods is None else spec.methods
+    first = spec.distributions[:1]
     for shape, dtype, distribution, method in product(spec.shapes, spec.dtypes, spec.distributions, methods):
-        n, v, d = (int(size) for size in shape.split("x"))
-        yield Case(n, v, d, distribution, dtype, method, spec.device, spec.threads, spec.seed, repeats)
+        if distribution in first or METHODS[method].skips:
+            n, v, d = (int(size) for size in shape.split("x"))
+            yield Case(
+                n,
+                v,
+                d,
+                distribution,
+                dtype,
+                method,
+                spec.device,
+                spec.threads,
+                spec.seed,
+                repeats,
+                spec.enough_s,
+            )
 
 
 def _require_device(device: str) -> None:

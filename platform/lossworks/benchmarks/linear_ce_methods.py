@@ -29,6 +29,7 @@ class Method:
         copies: Buffers of N·V·4 bytes that it may hold at once, rounded up, to tell whether it will fit.
         package: A package that is not among ours and must be installed.
         device: The kind of device it is made for, or None for any.
+        skips: Whether it leaves out entries of small probability, so that its time depends on the logits.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Method:
     copies: float = 0.25
     package: str | None = None
     device: str | None = None
+    skips: bool = False
 
     def reason_against(self, device: str) -> str | None:
         """Return why it can't run on this device or installation, or None if it can."""
@@ -91,17 +93,22 @@ def _liger() -> "Loss":
 
 METHODS = {
     "exact": Method("lossworks exact", _ours(filter_eps=None)),
-    "filtered": Method("lossworks filtered", _ours(filter_eps=_FILTER_EPS)),
+    "filtered": Method("lossworks filtered", _ours(filter_eps=_FILTER_EPS), skips=True),
     "small-buffer": Method("lossworks exact, 1% buffer", _ours(filter_eps=None, buffer_share=0.01)),
     "triton": Method("lossworks triton", _ours(filter_eps=None, impl="triton"), device="cuda"),
     "triton-filtered": Method(
-        "lossworks triton, filtered", _ours(filter_eps=_FILTER_EPS, impl="triton"), device="cuda"
+        "lossworks triton, filtered",
+        _ours(filter_eps=_FILTER_EPS, impl="triton"),
+        device="cuda",
+        skips=True,
     ),
     "dense": Method("torch logits + cross_entropy", _plain, 4),
     "torch-chunked": Method("torch linear_cross_entropy", _torch()),
     "torch-chunked-256": Method("torch linear_cross_entropy, 256 rows", _torch(256)),
     "compiled": Method("torch.compile of the logits", _compiled, 4),
-    "cut-cross-entropy": Method("cut-cross-entropy", _cut_cross_entropy, 4, package="cut_cross_entropy"),
+    "cut-cross-entropy": Method(
+        "cut-cross-entropy", _cut_cross_entropy, 4, package="cut_cross_entropy", skips=True
+    ),
     "liger-kernel": Method("liger-kernel", _liger, 1, package="liger_kernel", device="cuda"),
 }
 

@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -23,11 +24,15 @@ from lossworks.benchmarks.linear_ce_inputs import DTYPES, make_inputs
 from lossworks.benchmarks.linear_ce_methods import METHODS
 
 _WARM_UP_ROWS = (32, 48)
+_FEWEST_TURNS = 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures; shapes as in ``lossworks.linear_cross_entropy``."""
+    """What one process measures; shapes as in ``lossworks.linear_cross_entropy``.
+
+    ``repeats`` is how often each call is timed, or three times where that has taken ``enough_s`` seconds.
+    """
 
     n: int
     v: int
@@ -39,6 +44,7 @@ class Case:
     threads: int
     seed: int
     repeats: int
+    enough_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,15 @@ def _warm_up(loss: Callable[[Tensor, Tensor, Tensor], Tensor], e: Tensor, c: Ten
 
 def _times(case: Case, *calls: Callable[[], object]) -> list[float]:
     """Return the median seconds of each; they run in turns because a machine's speed drifts."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(case.repeats + 1):
-        for call, seconds in zip(calls, times, strict=True):
-            seconds.append(_seconds(call, case.device))
-    return [statistics.median(seconds[1:]) for seconds in times]  # the first turn warms up
+    for call in calls[1:]:
+        call()  # warms up; the first call has run when its memory was measured
+    turns: list[list[float]] = []
+    began = time.perf_counter()
+    while len(turns) < case.repeats:
+        turns.append([_seconds(call, case.device) for call in calls])
+        if len(turns) >= _FEWEST_TURNS and time.perf_counter() - began >= case.enough_s:
+            break
+    return [statistics.median(seconds) for seconds in zip(*turns, strict=True)]
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:

@@ -13,7 +13,7 @@ from lossworks.benchmarks.chart import draw_linear_ce
 from lossworks.benchmarks.command import Benchmark
 from lossworks.benchmarks.linear_ce_error import gradient_errors, sampled_rows
 from lossworks.benchmarks.linear_ce_inputs import make_inputs
-from lossworks.benchmarks.linear_ce_worker import Case, _peak_growth, reason_too_large
+from lossworks.benchmarks.linear_ce_worker import Case, _peak_growth, _times, reason_too_large
 from lossworks.benchmarks.table import Row, print_rows
 from lossworks.cli import main
 
@@ -53,6 +53,26 @@ def test_the_table_has_every_method_with_its_figures_or_the_reason(tmp_path, mon
     assert "no kernel for this machine" in printed.out
     assert "3/3  64 x 600 x 128" in printed.err
     assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_methods_that_skip_entries_run_on_every_distribution():
+    """The time of the others does not depend on the logits."""
+    spec = linear_ce.LinearCeSpec().override(["shapes=64x600x128", "dtypes=fp32", "methods=exact,filtered"])
+
+    cases = [(case.distribution, case.method) for case in linear_ce._cases(spec, repeats=1)]
+
+    assert cases == [("peaked", "exact"), ("peaked", "filtered"), ("random", "filtered")]
+
+
+@pytest.mark.parametrize(("enough_s", "turns"), [(0.0, 3), (60.0, 5)])
+def test_slow_measurements_are_repeated_three_times(enough_s, turns):
+    """Once they have taken long enough."""
+    ran = []
+    case = Case(8, 8, 8, "peaked", "fp32", "exact", "cpu", 1, 0, repeats=5, enough_s=enough_s)
+
+    _times(case, lambda: ran.append("measured"), lambda: None)
+
+    assert len(ran) == turns
 
 
 def test_a_measurement_that_takes_too_long_is_given_up(capsys):
