@@ -16,6 +16,7 @@ from lossworks.head.statistics import (
     SumOfSquares,
     Target,
     TeacherExpectedLogit,
+    Variance,
     linear_row_statistics,
     row_statistics,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Target",
     "TeacherExpectedLogit",
     "TopK",
+    "Variance",
     "VocabParallel",
     "linear_cross_entropy",
     "linear_log_probabilities",

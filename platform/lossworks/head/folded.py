@@ -29,6 +29,8 @@ def linear_row_loss(
     ignore_index: int = -100,
     softcap: float | None = None,
     temperature: float = 1.0,
+    target_offset: Tensor | None = None,
+    token_weight: Tensor | None = None,
     impl: Implementation = "auto",
     buffer_share: float = 0.05,
 ) -> Tensor:
@@ -48,6 +50,9 @@ def linear_row_loss(
         ignore_index: Target of rows that are left out.
         softcap: Cap of the logits' magnitude, or None.
         temperature: τ > 0.
+        target_offset: Added to :math:`z_{i,y_i}` before anything else is taken: a margin; shape (...),
+            without a gradient, or None.
+        token_weight: Factors of the losses, shape (...), without a gradient, or None.
         impl: ``"auto"``, ``"cpu"`` or ``"triton"``.
         buffer_share: Largest work buffer as a share of the logits.
 
@@ -67,13 +72,23 @@ def linear_row_loss(
     if impl == "reference":
         raise UserError("impl='reference' must be auto, cpu or triton: use linear_row_statistics for it")
     head = operands(e, c, bias, None)
+    if head.group is not None:
+        raise UserError("c is spread over ranks by classes: use linear_row_statistics for it")
     check_targets(e, targets, len(head.c), soft=False)
+    for name, column in (("target_offset", target_offset), ("token_weight", token_weight)):
+        if column is not None and column.shape != targets.shape:
+            raise UserError(f"{name} {tuple(column.shape)} must be {tuple(targets.shape)}, one a row")
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and x is not None and x.requires_grad for x in (head.e, head.c, head.bias))
     result: Tensor = _Folded.apply(
-        head.e, head.c, head.bias, targets.reshape(-1), loss, options, head, wanted
+        *(head.e, head.c, head.bias, targets.reshape(-1), _column(target_offset), _column(token_weight)),
+        *(loss, options, head, wanted),
     )
     return result
+
+
+def _column(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().reshape(-1)
 
 
 class _Folded(torch.autograd.Function):
@@ -84,16 +99,18 @@ class _Folded(torch.autograd.Function):
         c: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        offset: Tensor | None,
+        weight: Tensor | None,
         loss: RowLoss,
         options: Options,
         head: Operands,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor:
-        rows = Rows(e, c, targets, bias, options.softcap, options.ignore_index, None)
+        rows = Rows(e, c, targets, bias, options.softcap, options.ignore_index, None, offset)
         how = Pass(head.dtype, Softmax(options.temperature), share=options.buffer_share)
         with torch.autocast(e.device.type, enabled=False):
             backend = backends.get(options.impl, rows.problem)
-            rule = differentiated(loss, options.temperature)
+            rule = differentiated(loss, options.temperature, rows.keep(weight))
             result = backend.fused(rows.problem, how, rule, wanted)
             ctx.gradients = rows.gradients(result.gradients, reduce_e=False)
         ctx.save_for_backward(e, c, bias)
@@ -106,4 +123,4 @@ class _Folded(torch.autograd.Function):
         scaled = [
             g * upstream[0].to(g.dtype) if n else None for g, n in zip(ctx.gradients, need, strict=False)
         ]
-        return *scaled, *(None,) * 5
+        return *scaled, *(None,) * 7

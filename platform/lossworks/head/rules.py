@@ -91,17 +91,18 @@ def likelihood_with_gradient(sums: RowSums, temperature: float | Tensor, mass: T
 
 
 def differentiated(
-    loss: Callable[[Tensor, Tensor], Tensor], temperature: float
+    loss: Callable[[Tensor, Tensor], Tensor], temperature: float, weight: Tensor | None = None
 ) -> Callable[[RowSums, slice], tuple[Tensor, Coefficients]]:
     """Turn a differentiable loss of (target, τ·logsumexp), both (T,), into a rule.
 
-    Its coefficients are its partial derivatives, one number per row, so no row may look at another.
+    Its coefficients are its partial derivatives, one number per row, so no row may look at another. Losses
+    are multiplied by ``weight`` (N,), if there is one.
     """
 
-    def rule(sums: RowSums, _: slice) -> tuple[Tensor, Coefficients]:
+    def rule(sums: RowSums, rows: slice) -> tuple[Tensor, Coefficients]:
         with torch.enable_grad():
             lse, target = (x.detach().requires_grad_() for x in (sums.logsumexp * temperature, sums.target))
-            losses = loss(target, lse)
+            losses = loss(target, lse) if weight is None else weight[rows] * loss(target, lse)
             by_lse, by_target = torch.autograd.grad(
                 losses.sum(), (lse, target), allow_unused=True, materialize_grads=True
             )

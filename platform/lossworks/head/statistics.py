@@ -60,6 +60,11 @@ class SumOfSquares:
 
 
 @dataclass(frozen=True, eq=False)
+class Variance:
+    """(1/V) Σ_k (z_ik − mean_i)², shape (N,): as cheap as the sum of squares, and nothing cancels."""
+
+
+@dataclass(frozen=True, eq=False)
 class ExpectedLogit:
     """Σ_k p_ik z_ik with p = softmax(z/τ), shape (N,); at τ = 1 the entropy is the logsumexp less this.
 
@@ -102,14 +107,17 @@ class Gathered:
     classes: Tensor = field()
 
 
-Statistic = Target | LogSumExp | Mean | SumOfSquares | ExpectedLogit | TeacherExpectedLogit | Gathered
-Name = Literal["target", "logsumexp", "mean", "sum-of-squares", "expected"]
+Statistic = (
+    Target | LogSumExp | Mean | SumOfSquares | Variance | ExpectedLogit | TeacherExpectedLogit | Gathered
+)
+Name = Literal["target", "logsumexp", "mean", "sum-of-squares", "variance", "expected"]
 _T = TypeVar("_T")
 _BY_NAME: dict[str, Statistic] = {
     "target": Target(),
     "logsumexp": LogSumExp(),
     "mean": Mean(),
     "sum-of-squares": SumOfSquares(),
+    "variance": Variance(),
     "expected": ExpectedLogit(),
 }
 
@@ -224,6 +232,8 @@ def _dense(  # noqa: PLR0911 - one case a statistic
             return z.mean(1)
         case SumOfSquares():
             return z.square().sum(1)
+        case Variance():
+            return z.var(1, unbiased=False)
         case ExpectedLogit(temperature, classes):
             p = scaled_logits(z, temperature, classes).softmax(1)
             return torch.where(p > 0, p * z, 0).sum(1)
@@ -289,6 +299,8 @@ class _Linear:
                 return self._mean()
             case SumOfSquares():
                 return self._squares()
+            case Variance():
+                return self._variance()
             case TeacherExpectedLogit():
                 return self._teacher(statistic)
             case Gathered(classes):
@@ -328,7 +340,7 @@ class _Linear:
         return key in [_key(s.temperature, s.classes) for s in wanted]
 
     def _wants_totals(self) -> bool:
-        return any(isinstance(s, Mean | SumOfSquares) for s in self._statistics)
+        return any(isinstance(s, Mean | SumOfSquares | Variance) for s in self._statistics)
 
     def _check(self, temperature: float | Tensor, classes: Tensor | None) -> None:
         rows, v = len(self._targets), len(self._head.c)
@@ -360,6 +372,18 @@ class _Linear:
         e, c, bias = self._plain()
         squares = (e @ (c.t() @ c) * e).sum(1)
         return squares if bias is None else squares + 2 * e @ (bias @ c) + bias @ bias
+
+    def _variance(self) -> Tensor:
+        if self._in_pass:
+            classes = all_classes(self._head)
+            return (self._squares() / classes - self._mean().square()).clamp_min(0)
+        e, c, bias = self._plain()
+        c = c - c.mean(0)  # logits of mean 0, so that nothing large cancels
+        squares = (e @ (c.t() @ c) * e).sum(1)
+        if bias is not None:
+            bias = bias - bias.mean()
+            squares = squares + 2 * e @ (bias @ c) + bias @ bias
+        return squares.clamp_min(0) / len(c)
 
     def _first(self) -> RowSums:
         """Return the pass that carries the totals."""

@@ -54,7 +54,7 @@ def test_every_statistic_matches_its_definition(n, v, softcap, offset, bias, see
     some = torch.rand(v, generator=g) > 0.4
     some[0] = True
     statistics = [
-        *("target", "logsumexp", "mean", "sum-of-squares", "expected"),
+        *("target", "logsumexp", "mean", "sum-of-squares", "variance", "expected"),
         LogSumExp(temperatures),
         LogSumExp(0.5, some),
         ExpectedLogit(0.5, some),
@@ -86,7 +86,14 @@ def test_gradcheck_of_the_passes():
     temperature = torch.full((5,), 0.7, dtype=torch.float64, requires_grad=True)
 
     def total(e, c, b, margin, temperature):
-        statistics = ["target", "mean", "sum-of-squares", LogSumExp(temperature), ExpectedLogit(2.0)]
+        statistics = [
+            "target",
+            "mean",
+            "sum-of-squares",
+            "variance",
+            LogSumExp(temperature),
+            ExpectedLogit(2.0),
+        ]
         return linear_row_statistics(e, c, y, b, statistics=statistics, softcap=3.0, target_offset=margin)
 
     assert torch.autograd.gradcheck(total, (e, c, b, margin, temperature))

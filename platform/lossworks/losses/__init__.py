@@ -1,0 +1,36 @@
+"""The catalogue of losses: ``create("ldr", temperature=0.7)``, ``search_space("ldr")``.
+
+Declarations are read without torch; the code of an entry is imported when it is created.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lossworks.losses.catalogue import create, declaration, declarations, search_space
+from lossworks.losses.declaration import Case, Declaration, Hyperparameter, Paper
+
+if TYPE_CHECKING:
+    from lossworks.losses.interface import Context, Entry, Loss, RowLoss
+
+__all__ = [
+    "Case",
+    "Context",
+    "Declaration",
+    "Entry",
+    "Hyperparameter",
+    "Loss",
+    "Paper",
+    "RowLoss",
+    "create",
+    "declaration",
+    "declarations",
+    "search_space",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the base classes, and torch with them, on first use."""
+    if name in ("Context", "Entry", "Loss", "RowLoss"):
+        from lossworks.losses import interface
+
+        return getattr(interface, name)
+    raise AttributeError(f"module 'lossworks.losses' has no attribute {name!r}")

@@ -1,0 +1,326 @@
+"""What every entry of the catalogue is, and what losses on rows of logits share.
+
+A loss sums and whoever trains divides: ``reduction="sum"`` with ``count`` is what a training loop uses, so
+that micro-batches and ranks of unequal size weigh every element alike.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lossworks.errors import UserError, nearest
+from lossworks.head import LogSumExp, Target, VocabParallel, linear_row_loss
+from lossworks.head.arguments import Implementation, all_classes, check_choice, operands
+from lossworks.head.reference import dense_logits
+from lossworks.losses.declaration import Case, Declaration, Hyperparameter, Kind, Paper
+from lossworks.losses.rows import DenseRows, LinearRows, Rows
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a loss may look at besides prediction and target; an entry names what it requires.
+
+    Attributes:
+        weight: Factor of each element's loss, shaped like the unreduced losses, floating point.
+        segments: Which sequence, step or bag each row belongs to, int64 in [0, S), shaped like the targets.
+    """
+
+    weight: Tensor | None = None
+    segments: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: dict[str, Tensor | None], owner: str, requires: tuple[str, ...]) -> "Context":
+        """Return the context of keyword arguments.
+
+        Raises:
+            UserError: A name is unknown, or one that is required is missing.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise UserError(f"{owner}: no input {name}; did you mean {nearest(name, known) or known}?")
+        context = cls(**given)
+        for name in requires:
+            if getattr(context, name) is None:
+                raise UserError(f"{owner}: needs the input {name}")
+        return context
+
+
+class Entry:
+    """A class of the catalogue: what it declares, and its checked hyperparameters.
+
+    A subclass declares hyperparameters as class attributes (``temperature: float = number(1.0, …)``); on an
+    instance they are plain values. The attributes below are those of
+    :class:`lossworks.losses.declaration.Declaration`; ``title`` is the first line of the docstring.
+    """
+
+    slug: ClassVar[str] = ""
+    kind: ClassVar[Kind]
+    formula: ClassVar[str]
+    paper: ClassVar[Paper]
+    hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = ()
+    without_logits: ClassVar[bool] = False
+    products: ClassVar[float] = 0.0
+    cases: ClassVar[tuple[Case, ...]] = ()
+    invariances: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[tuple[str, ...]] = ()
+    flags: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        own = tuple(replace(v, name=k) for k, v in vars(cls).items() if isinstance(v, Hyperparameter))
+        cls.hyperparameters = (*cls.hyperparameters, *own)
+
+    @classmethod
+    def declaration(cls) -> Declaration:
+        """Return all that is declared here."""
+        return Declaration(
+            slug=cls.slug,
+            kind=cls.kind,
+            title=(cls.__doc__ or "").strip().splitlines()[0].rstrip("."),
+            formula=cls.formula,
+            paper=cls.paper,
+            hyperparameters=cls.hyperparameters,
+            module=f"{cls.__module__}:{cls.__qualname__}",
+            without_logits=cls.without_logits,
+            products=cls.products,
+            cases=cls.cases,
+            invariances=cls.invariances,
+            requires=cls.requires,
+            flags=cls.flags,
+        )
+
+    def set_hyperparameters(self, values: dict[str, Any]) -> None:
+        """Check hyperparameters and make them attributes.
+
+        Raises:
+            UserError: A name is unknown or a value out of range.
+        """
+        for name, value in self.declaration().check(values).items():
+            object.__setattr__(self, name, value)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyperparameters as they are."""
+        return {p.name: getattr(self, p.name) for p in self.hyperparameters}
+
+    def extra_repr(self) -> str:
+        """Return the hyperparameters as they would be given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+
+class Loss(Entry, nn.Module):
+    """A loss as a module; ``forward`` takes predictions and targets and whatever ``Context`` holds.
+
+    Args:
+        reduction: ``"sum"``, ``"none"``, or ``"mean"``: the sum divided by the sum of the weights of what
+            counts; 0 where nothing does.
+        ignore_index: Target of elements that count for nothing.
+        hyperparameters: Those that the class declares.
+
+    Raises:
+        UserError: A name is unknown or a value out of range.
+    """
+
+    def __init__(self, *, reduction: Reduction = "mean", ignore_index: int = -100, **values: Any) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.set_hyperparameters(values)
+
+    def context(self, given: dict[str, Tensor | None]) -> Context:
+        """Return the typed context of ``forward``'s keyword arguments."""
+        return Context.of(given, self.slug, self.requires)
+
+    def reduce(self, values: Tensor, divisors: Tensor) -> Tensor:
+        """Reduce losses that are weighted already, 0 where nothing counts.
+
+        Args:
+            values: Shape (...).
+            divisors: What each element weighs in a mean, shape (...), 0 where it doesn't count.
+        """
+        if self.reduction == "none":
+            return values
+        total = values.sum()
+        if self.reduction == "sum":
+            return total
+        divisor = divisors.sum()
+        return total / _positive(divisor)
+
+
+class RowLoss(Loss):
+    """A loss of each row of logits through a few statistics, with the logits or without them.
+
+    A subclass implements :meth:`phi` if the target's logit and one logsumexp are all it needs (it then costs
+    the three products of plain cross-entropy), and :meth:`values` otherwise.
+    """
+
+    kind: ClassVar[Kind] = "row"
+    without_logits = True
+    products = 3.0
+
+    @property
+    def lse_temperature(self) -> float:
+        """The τ of the logsumexp that ``phi`` takes, τ·log Σ exp(z/τ)."""
+        return 1.0
+
+    @property
+    def target_offset(self) -> float:
+        """What is added to the target's logit before anything else is taken: a margin."""
+        return 0.0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether these hyperparameters can only be had with the logits."""
+        return False
+
+    def phi(self, target: Tensor, logsumexp: Tensor, classes: int) -> Tensor:
+        """Return the losses of rows, each from its own two numbers.
+
+        Args:
+            target: z_y with its offset, shape (T,).
+            logsumexp: τ·log Σ exp(z/τ), shape (T,).
+            classes: K.
+        """
+        raise NotImplementedError
+
+    def values(self, rows: Rows, context: Context) -> Tensor:  # noqa: ARG002 - others look at it
+        """Return the losses of all elements; what they are in rows that don't count does not matter."""
+        target, lse = rows(Target(), LogSumExp(self.lse_temperature), offset=self.target_offset)
+        return self.phi(target, lse, rows.classes)
+
+    def prepare(self, logits: Tensor) -> Tensor:
+        """Return what the loss is taken of, where that isn't the logits (..., K) themselves."""
+        return logits
+
+    def element_weight(self, rows: Rows) -> Tensor | None:  # noqa: ARG002
+        """Return weights that come with the targets, such as class weights, shaped like them."""
+        return None
+
+    def valid(self, rows: Rows, context: Context) -> Tensor:  # noqa: ARG002
+        """Return which elements count, bool, shaped like the unreduced losses."""
+        return rows.valid
+
+    def count(self, targets: Tensor) -> Tensor:
+        """Return how many elements of a summed loss count, by which a training loop divides."""
+        return (targets != self.ignore_index).sum()
+
+    def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
+        """Return the loss of dense logits.
+
+        Args:
+            logits: z, shape (..., K), floating point; half precision is read in float32.
+            targets: y in [0, K) or ``ignore_index``, int64, shape (...).
+            given: Fields of :class:`Context`.
+
+        Returns:
+            A scalar, or (...) for ``reduction="none"``; float32 at least.
+        """
+        context = self.context(given)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        rows = DenseRows(self.prepare(logits.to(wide)), targets, self.ignore_index)
+        return self._finish(rows, context)
+
+    def linear(
+        self,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        *,
+        softcap: float | None = None,
+        impl: Implementation = "auto",
+        vocab_parallel: VocabParallel | dist.ProcessGroup | None = None,
+        **given: Tensor | None,
+    ) -> Tensor:
+        """Return the loss of the logits E·Cᵀ + b without building them.
+
+        Args:
+            e: E, shape (..., D).
+            c: C, shape (K, D).
+            targets: y in [0, K) or ``ignore_index``, int64, shape (...).
+            bias: b, shape (K,), or None.
+            softcap: Cap of the logits' magnitude, or None.
+            impl: As for :func:`lossworks.linear_cross_entropy`; ``"reference"`` builds the logits, and
+                ``"auto"`` does where the hyperparameters leave no other way (``needs_logits``).
+            vocab_parallel: As there.
+            given: Fields of :class:`Context`.
+
+        Raises:
+            UserError: Something doesn't fit together, or the logits are needed and ``impl`` builds none.
+        """
+        context = self.context(given)
+        if impl == "reference" or (self.needs_logits and impl == "auto" and vocab_parallel is None):
+            logits = dense_logits(*_flat(e), c, bias, softcap)
+            return self.forward(logits.reshape(*targets.shape, -1), targets, **given)
+        if self.needs_logits:
+            raise UserError(f"{self.slug}: {self.extra_repr()} needs the logits: impl must be reference")
+        classes = all_classes(operands(e, c, bias, vocab_parallel))
+        options = {"softcap": softcap, "impl": impl}
+        rows = LinearRows(
+            *(e, c, targets, bias, self.ignore_index),
+            softcap=softcap,
+            impl=impl,
+            vocab_parallel=vocab_parallel,
+            classes=classes,
+        )
+        if self.reduction == "none" or vocab_parallel is not None or not self.folds:
+            return self._finish(rows, context)
+        return self._folded(rows, context, (e, c, targets), bias, options)
+
+    @property
+    def folds(self) -> bool:
+        """Whether ``phi`` is all there is, so that the gradient can be formed in the forward pass."""
+        return type(self).values is RowLoss.values
+
+    def _folded(
+        self,
+        rows: LinearRows,
+        context: Context,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        bias: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        weight = self._weight(rows, context)
+        offset = self.target_offset
+        total = linear_row_loss(
+            *tensors,
+            lambda target, lse: self.phi(target, lse, rows.classes),
+            bias,
+            ignore_index=self.ignore_index,
+            temperature=self.lse_temperature,
+            target_offset=torch.full_like(weight, offset) if offset else None,
+            token_weight=weight,
+            **options,
+        )
+        return total if self.reduction == "sum" else total / _positive(weight.sum())
+
+    def _weight(self, rows: Rows, context: Context) -> Tensor:
+        """Return what each row weighs, shaped like the targets, 0 where it doesn't count."""
+        weight = self.valid(rows, context).to(torch.float32)
+        for factor in (context.weight, self.element_weight(rows)):
+            if factor is not None:
+                if factor.shape != weight.shape:
+                    raise UserError(
+                        f"{self.slug}: weight {tuple(factor.shape)} must be {tuple(weight.shape)}"
+                    )
+                weight = torch.where(weight > 0, factor.detach().to(weight.device), 0)
+        return weight
+
+    def _finish(self, rows: Rows, context: Context) -> Tensor:
+        values, weight = self.values(rows, context), self._weight(rows, context)
+        # Chosen and not multiplied: a formula may be infinite in a row that counts for nothing.
+        values = torch.where(weight > 0, values, 0)
+        return self.reduce(values * weight, weight)
+
+
+def _flat(e: Tensor) -> tuple[Tensor]:
+    return (e.reshape(-1, e.shape[-1]),)
+
+
+def _positive(divisor: Tensor) -> Tensor:
+    return torch.where(divisor > 0, divisor, 1)

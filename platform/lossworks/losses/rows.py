@@ -1,0 +1,117 @@
+"""Rows of logits as losses see them: statistics, whether the logits were built or not.
+
+Shapes: N rows in any number of leading axes, K classes.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lossworks.errors import UserError
+from lossworks.head import VocabParallel, linear_row_statistics, row_statistics
+from lossworks.head.arguments import Implementation
+from lossworks.head.statistics import Name, Statistic
+
+
+class Rows(Protocol):
+    """What a row loss is a function of.
+
+    Attributes:
+        targets: Classes in [0, K) or ``ignore_index``, int64, shape (...).
+        valid: Which rows count, bool, shape (...).
+        classes: K, over all ranks.
+    """
+
+    targets: Tensor
+    valid: Tensor
+    classes: int
+
+    def __call__(self, *statistics: Statistic | Name, offset: Tensor | float = 0.0) -> tuple[Tensor, ...]:
+        """Return statistics shaped like the targets, 0 in rows that don't count.
+
+        Args:
+            statistics: Which; per-row temperatures have the shape (N,) of the flat rows.
+            offset: Added to the targets' logits before anything else is taken; one number or (N,).
+        """
+
+
+class DenseRows:
+    """Rows of logits that are there; those in half precision are read in float32.
+
+    Args:
+        logits: z, shape (..., K), floating point.
+        targets: Shape (...), int64.
+        ignore_index: Target of rows that don't count.
+
+    Raises:
+        UserError: The shapes or dtypes don't fit, or a target is out of range.
+    """
+
+    def __init__(self, logits: Tensor, targets: Tensor, ignore_index: int) -> None:
+        if targets.dtype != torch.int64:
+            raise UserError(f"targets are {targets.dtype}; they must be torch.int64 class indices")
+        if logits.dim() != targets.dim() + 1 or logits.shape[:-1] != targets.shape:
+            raise UserError(
+                f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must be (..., K) and (...)"
+            )
+        self.targets, self.valid = targets, targets != ignore_index
+        self.classes = logits.shape[-1]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        self._logits = logits.reshape(targets.numel(), self.classes).to(wide)
+        self._ignore_index = ignore_index
+
+    def __call__(self, *statistics: Statistic | Name, offset: Tensor | float = 0.0) -> tuple[Tensor, ...]:
+        """See :class:`Rows`."""
+        flat = self.targets.reshape(-1)
+        offsets = _offsets(offset, self._logits[:, 0])
+        found = row_statistics(
+            self._logits, flat, statistics, ignore_index=self._ignore_index, target_offset=offsets
+        )
+        return tuple(value.reshape(*self.targets.shape, *value.shape[1:]) for value in found)
+
+
+class LinearRows:
+    """Rows of E·Cᵀ + b, which are never built; arguments as for :func:`lossworks.linear_row_statistics`."""
+
+    def __init__(
+        self,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        *,
+        softcap: float | None = None,
+        impl: Implementation = "auto",
+        vocab_parallel: VocabParallel | dist.ProcessGroup | None = None,
+        classes: int | None = None,
+    ) -> None:
+        self.targets, self.valid = targets, targets != ignore_index
+        self.classes = len(c) if classes is None else classes
+        self._operands = e, c, targets, bias
+        self._ignore_index, self._softcap = ignore_index, softcap
+        self._impl: Implementation = impl
+        self._vocab_parallel = vocab_parallel
+
+    def __call__(self, *statistics: Statistic | Name, offset: Tensor | float = 0.0) -> tuple[Tensor, ...]:
+        """See :class:`Rows`."""
+        e, c, targets, bias = self._operands
+        like = targets.new_empty(targets.shape, dtype=torch.promote_types(e.dtype, torch.float32))
+        offsets = _offsets(offset, like)
+        return linear_row_statistics(
+            *(e, c, targets, bias),
+            statistics=statistics,
+            ignore_index=self._ignore_index,
+            softcap=self._softcap,
+            target_offset=offsets,
+            impl=self._impl,
+            vocab_parallel=self._vocab_parallel,
+        )
+
+
+def _offsets(offset: Tensor | float, like: Tensor) -> Tensor | None:
+    if isinstance(offset, Tensor):
+        return offset.reshape(like.shape)
+    return torch.full_like(like, offset) if offset else None
