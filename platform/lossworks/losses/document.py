@@ -10,8 +10,9 @@ from pathlib import Path
 
 from lossworks.losses import entries
 from lossworks.losses.catalogue import FILE
-from lossworks.losses.declaration import Case, Declaration, Hyperparameter
+from lossworks.losses.declaration import Declaration
 from lossworks.losses.interface import Entry
+from lossworks.losses.text import case_text, search_text, value_text, without_logits
 
 PAGE = Path(__file__).parents[3] / "docs" / "losses.md"
 _HEAD = """# The catalogue
@@ -50,31 +51,9 @@ def page_text(declarations: list[Declaration]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def without_logits(entry: Declaration) -> str:
-    """Return whether an entry runs without logits, and at what cost, in a few words."""
-    if not entry.without_logits:
-        return "–"
-    return f"yes, {entry.products:g} products" if entry.products else "yes, no product"
-
-
-def search_text(parameter: Hyperparameter) -> str:
-    """Return where a hyperparameter is searched, in a few words."""
-    if parameter.search is None:
-        return "–"
-    if parameter.type in ("number", "integer"):
-        low, high = parameter.search
-        return f"{low:g} to {high:g}" + (", log" if parameter.log else "")
-    return ", ".join(str(value).lower() for value in parameter.search)
-
-
-def value_text(value: object) -> str:
-    """Return a default as it would be written in a spec."""
-    return json.dumps(value) if not isinstance(value, str) else value
-
-
 def _section(entry: Declaration) -> list[str]:
     lines = [f"## {entry.slug}", "", f"{entry.title}.", "", f"    {entry.formula}", "", f"{entry.paper}."]
-    lines += [f"Equals {_case(case)}." for case in entry.cases]
+    lines += [f"Equals {case_text(case)}." for case in entry.cases]
     if entry.invariances:
         lines.append(f"Unchanged by a {' and a '.join(entry.invariances)} of the logits.")
     if entry.requires:
@@ -90,15 +69,6 @@ def _section(entry: Declaration) -> list[str]:
             for p in entry.hyperparameters
         ]
     return lines
-
-
-def _case(case: Case) -> str:
-    own = ", ".join(f"{name}={value_text(value)}" for name, value in case.hyperparameters.items())
-    other = ", ".join(f"{name}={value_text(value)}" for name, value in case.other_hyperparameters.items())
-    factor = f"{case.scale:g} times " if case.scale != 1 else ""
-    constant = f" plus {case.constant:g}" if case.constant else ""
-    logs = f" plus {case.log_classes:g}·log K" if case.log_classes else ""
-    return f"{factor}`{case.equals}`{f' ({other})' if other else ''}{constant}{logs} at {own}"
 
 
 def main() -> None:

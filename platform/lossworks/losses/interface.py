@@ -74,7 +74,8 @@ class Entry:
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         own = tuple(replace(v, name=k) for k, v in vars(cls).items() if isinstance(v, Hyperparameter))
-        cls.hyperparameters = (*cls.hyperparameters, *own)
+        names = [p.name for p in own]
+        cls.hyperparameters = (*(p for p in cls.hyperparameters if p.name not in names), *own)
 
     @classmethod
     def declaration(cls) -> Declaration:

@@ -18,10 +18,13 @@ class Spec(BaseModel):
     Attributes:
         shorthand: The field that a plain value sets where the whole group is meant, as ``sharding=fsdp`` sets
             ``sharding.kind``; None if a plain value is a mistake.
+        open_to: The field whose value decides what further fields there are, as ``loss.name`` decides the
+            loss's hyperparameters; None if the class has them all. Such a class checks them itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
     shorthand: ClassVar[str | None] = None
+    open_to: ClassVar[str | None] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -93,20 +96,31 @@ def apply_overrides(
         UserError: An override has no ``=`` or names no field of ``model``.
     """
     result = _copy(values)
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"override {text!r}: write it as key.path=value")
-        _require_known(model, key)
-        try:
-            new = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"override {text!r}: the value is not valid YAML") from None
-        shorthand = getattr(_group_at(model, key), "shorthand", None)
-        if shorthand is not None and not isinstance(new, dict):
-            key = f"{key}.{shorthand}"
+    settings = [_setting(model, text) for text in overrides]
+    # What decides over other fields comes first, since a change of it drops them.
+    for key, new, text in sorted(settings, key=lambda setting: not _decides(model, setting[0])):
         _set(model, result, key, new, text)
     return result
+
+
+def _setting(model: type[BaseModel], text: str) -> tuple[str, Any, str]:
+    """Take an override apart into the dotted path, the value and itself."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"override {text!r}: write it as key.path=value")
+    _require_known(model, key)
+    try:
+        new = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override {text!r}: the value is not valid YAML") from None
+    shorthand = getattr(_group_at(model, key), "shorthand", None)
+    return key if shorthand is None or isinstance(new, dict) else f"{key}.{shorthand}", new, text
+
+
+def _decides(model: type[BaseModel], key: str) -> bool:
+    """Return whether a dotted path names a field that decides what other fields there are."""
+    group, _, leaf = key.rpartition(".")
+    return bool(group) and getattr(_group_at(model, group), "open_to", None) == leaf
 
 
 def _set(model: type[BaseModel], values: dict[str, Any], key: str, new: Any, text: str) -> None:
@@ -117,6 +131,10 @@ def _set(model: type[BaseModel], values: dict[str, Any], key: str, new: Any, tex
         values = values[name]
         if not isinstance(values, dict):
             raise UserError(f"override {text!r}: {name} is a value, not a group of keys")
+    if _decides(model, key) and values.get(leaf) != new:
+        own = _group_at(model, ".".join(parents))
+        for name in values.keys() - (own.model_fields.keys() if own else set()):
+            del values[name]
     values[leaf] = new
 
 
@@ -155,7 +173,9 @@ def _expanded(group: type[BaseModel] | None, values: Any) -> Any:
 
 def _require_known(model: type[BaseModel], key: str) -> None:
     known = list(field_paths(model))
-    free = [path for path in known if _is_mapping(model, path)]
+    free = [
+        path for path in known if _is_mapping(model, path) or getattr(_group_at(model, path), "open_to", None)
+    ]
     if key in known or any(key.startswith(f"{path}.") for path in free):
         return
     raise UserError(_unknown(key, known))
@@ -189,6 +209,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
             parts.append(f"{path}: is required")
         elif not path:
             parts.append(message)
+        elif _group_at(model, path) is not None and item["type"] == "value_error":
+            parts.append(f"{path}: {message}")
         else:
             parts.append(f"{path}={item['input']!r}: {message[0].lower()}{message[1:]}")
     return "; ".join(parts)

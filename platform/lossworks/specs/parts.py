@@ -1,9 +1,18 @@
 """The parts that specs of every room share: data, model, loss, optimiser, schedule, tracking."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from lossworks.losses.catalogue import declaration
 from lossworks.specs.base import Spec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -104,14 +113,40 @@ class ShardingSpec(Spec):
 
 
 class LossSpec(Spec):
-    """The training objective on the model's head."""
+    """The training objective on the model's head: a loss of the catalogue with its hyperparameters.
 
-    name: Literal["cross-entropy"] = Field("cross-entropy", description="slug of the loss")
+    They are fields beside ``name``: ``{name: ldr, temperature: 0.7}``; ``loss=ldr`` is short for
+    ``loss.name=ldr``. `lossworks losses NAME` says which there are.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    shorthand: ClassVar[str | None] = "name"
+    open_to: ClassVar[str | None] = "name"
+
+    name: str = Field("cross-entropy", description="slug of the loss; `lossworks losses` lists them")
     impl: Literal["auto", "cpu", "triton", "reference"] = Field(
         "auto",
         description="how the head is computed: cpu (plain torch) and triton (a GPU's kernels) never build "
         "the logits, auto chooses between them, reference builds the logits",
     )
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The loss's hyperparameters, defaults included."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> Self:
+        """Check the hyperparameters and give the others their defaults, which are stored with a run."""
+        resolved = declaration(self.name).check(self.model_extra or {})
+        object.__setattr__(self, "__pydantic_extra__", resolved)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, plain: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        values: dict[str, Any] = plain(self)
+        kept = self.model_fields_set if info.exclude_unset else values.keys()
+        return {name: value for name, value in values.items() if name in kept}
 
 
 class OptimizerSpec(Spec):

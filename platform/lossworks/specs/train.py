@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from lossworks.losses.catalogue import declaration, declarations
 from lossworks.specs.base import Spec
 from lossworks.specs.parts import (
     CheckpointSpec,
@@ -61,6 +62,7 @@ class TrainSpec(Spec):
     def _fits(self) -> Self:
         if self.sharding.kind == "none" and self.workers != 1:
             raise ValueError(f"sharding=none is for workers=1, not {self.workers}: use ddp or fsdp")
+        self._require_loss_of_tokens()
         if self.sharding.vocab_parallel:
             self._require_splittable_head()
         if self.batch_size < self.workers:
@@ -76,6 +78,20 @@ class TrainSpec(Spec):
         if self.storage is not None and not self.storage.startswith("/"):
             raise ValueError(f"storage={self.storage!r} must be an absolute path")
         return self
+
+    def _require_loss_of_tokens(self) -> None:
+        loss = declaration(self.loss.name)
+        if not loss.without_logits or loss.requires:
+            able = [
+                slug for slug, entry in declarations().items() if entry.without_logits and not entry.requires
+            ]
+            raise ValueError(
+                f"loss.name={self.loss.name} can't train a language model; what can: {', '.join(able)}"
+            )
+        if loss.kind == "sequence" and self.sharding.vocab_parallel:
+            raise ValueError(
+                f"loss.name={self.loss.name} can't be combined with sharding.vocab_parallel=true"
+            )
 
     def _require_splittable_head(self) -> None:
         if self.sharding.kind != "fsdp":

@@ -1,0 +1,125 @@
+"""``lossworks losses`` prints and draws what the declarations say, and the generated files are current."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lossworks.cli import main
+from lossworks.losses import create, declarations, search_space
+from lossworks.losses.catalogue import FILE
+from lossworks.losses.document import PAGE, catalogue_text, found, page_text
+from lossworks.losses.drawing import along_margin, curve_values
+from lossworks.specs import TrainSpec
+
+
+def test_the_generated_files_are_current():
+    """Run `python -m lossworks.losses.document` after a declaration has changed."""
+    entries = found()
+
+    assert FILE.read_text(encoding="utf-8") == catalogue_text(entries)
+    assert PAGE.read_text(encoding="utf-8") == page_text(entries)
+    assert list(declarations().values()) == entries
+
+
+def test_the_table_and_one_entry(capsys, monkeypatch):
+    """Every slug is in the table; an entry shows formula, limits, search range and citation."""
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["losses"]) == 0
+    table = capsys.readouterr().out
+    assert main(["losses", "ldr"]) == 0
+    entry = capsys.readouterr().out
+
+    assert all(slug in table for slug in declarations())
+    for text in ("λ (lse(d/λ) - log K)", "Label Distributionally Robust", "0.1 to 10, log", "above 0"):
+        assert text in entry
+
+
+def test_the_table_as_json(capsys):
+    """One record an entry, the same as in the file that ships."""
+    assert main(["losses", "comp-sum", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+
+    assert entry["slug"] == "comp-sum"
+    assert entry["hyperparameters"][0]["name"] == "tau"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lrd"], "lrd: no such loss; did you mean ldr?"),
+        (["--plot"], "name the loss to draw"),
+        (["ldr", "--plot", "/nowhere/ldr.png"], "there is no folder /nowhere"),
+    ],
+)
+def test_a_wrong_call_is_refused_in_one_line(arguments, message, capsys):
+    """By name, with what would be right."""
+    assert main(["losses", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_picture_is_written(tmp_path, capsys):
+    """For each kind that can be drawn, the smallest entry of it."""
+    for slug in ("comp-sum", "dco"):
+        path = tmp_path / f"{slug}.png"
+        assert main(["losses", slug, "--plot", str(path)]) == 0
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_curves_show_the_default_and_the_slope():
+    """The slope of cross-entropy along the margin is p − 1."""
+    margin = torch.tensor([-1.0, 0.0, 3.0], dtype=torch.float64)
+    loss, slope = along_margin("cross-entropy", {}, margin)
+
+    torch.testing.assert_close(slope, (-loss).exp() - 1)
+    (temperature, *_) = create("ldr").hyperparameters
+    assert curve_values(temperature) == [0.1, 0.46, 1.0, 2.2, 10.0]
+
+
+def test_the_table_needs_no_torch():
+    """Nor does the check of a spec; both answer at once."""
+    code = (
+        "import sys; from lossworks.losses.command import LOSSES; from lossworks.specs import TrainSpec;"
+        "TrainSpec().override(['loss=ldr']); from lossworks.losses import declarations; declarations();"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_spec_takes_the_hyperparameters_of_its_loss():
+    """Beside the name, in any order, with defaults filled in; another loss drops them; YAML keeps them."""
+    spec = TrainSpec().override(["loss.temperature=0.7", "loss.name=ldr"])
+
+    assert spec.loss.hyperparameters == {"temperature": 0.7, "margin": 0.1, "normalisation": "none"}
+    assert spec.flat()["loss.margin"] == 0.1
+    assert spec.override(["loss.margin=1"]).loss.hyperparameters["temperature"] == 0.7
+    assert spec.override(["loss=comp-sum"]).loss.hyperparameters == {"tau": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.name=ldx", "loss: ldx: no such loss; did you mean ldr?"),
+        ("loss.label_smothing=0.1", "no hyperparameter label_smothing; did you mean label_smoothing?"),
+        ("loss.label_smoothing=2", "label_smoothing=2 must be a number at least 0 and at most 1"),
+        ("loss.name=dco-step", "loss.name=dco-step can't train a language model; what can: aldr-kl"),
+    ],
+)
+def test_a_spec_refuses_what_its_loss_does_not_take(override, message, capsys, tmp_path):
+    """Before anything starts."""
+    path = tmp_path / "run.yaml"
+    path.write_text("{}")
+
+    assert main(["train", str(path), override]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_search_space_is_plain_data():
+    """Ranges with their scale, choices with their values."""
+    assert search_space("comp-sum") == {
+        "tau": {"type": "number", "low": 0, "high": 2, "log": False, "default": 1.0}
+    }
+    assert json.loads(json.dumps(search_space("dco")))["samples"]["type"] == "integer"
