@@ -259,7 +259,10 @@ class RowLoss(Loss):
             logits = dense_logits(*_flat(e), c, bias, softcap)
             return self.forward(logits.reshape(*targets.shape, -1), targets, **given)
         if self.needs_logits:
-            raise UserError(f"{self.slug}: {self.extra_repr()} needs the logits: impl must be reference")
+            raise UserError(
+                f"{self.slug}: {self.extra_repr()} needs all logits: impl={impl!r} must be auto or "
+                "reference, and vocab_parallel None"
+            )
         classes = all_classes(operands(e, c, bias, vocab_parallel))
         options = {"softcap": softcap, "impl": impl}
         rows = LinearRows(

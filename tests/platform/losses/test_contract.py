@@ -23,7 +23,7 @@ SETTINGS = [
     ("log-z", {"coefficient": 0.3, "label_smoothing": 0.1}),
     *(("comp-sum", {"tau": tau}) for tau in (0.0, 0.5, 1 - 1e-6, 1.7, 2.0)),
     *(("ldr", {"temperature": t, "margin": c}) for t, c in ((0.1, 2.0), (10.0, 0.0))),
-    *(("ldr", {"normalisation": how}) for how in ("rms", "abs-mean", "softplus-mean")),
+    *(("ldr", {"normalisation": how}) for how in ("abs-mean", "softplus-mean")),
     *(("aldr-kl", {"normalisation": how, "temperature": 1.0}) for how in ("none", "softplus-mean")),
     ("spherical-z-loss", {"a": 3.0, "b": 0.0}),
 ]
@@ -94,7 +94,7 @@ def test_gradients_are_those_of_finite_differences(slug):
     assert torch.autograd.gradcheck(lambda e, c, b: loss.linear(e, c, y, b), (e, c, b))
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @by_slug
 def test_ignored_rows_have_no_gradient_and_count_for_nothing(slug, impl):
     """Nor does a batch of nothing else, which is 0 and not NaN."""
@@ -140,8 +140,9 @@ def test_low_precision_is_no_worse_than_the_plain_formula_in_it(slug, dtype):
 
     values = create(slug, reduction="none")(z, y).double()
 
+    # λ log K, which is taken off a logsumexp of that size, is 39 in aldr-kl.
     scale = expected.abs().clamp(min=1.0)
-    assert ((values - expected).abs() / scale).max() < 5e-6
+    assert ((values - expected).abs() / scale).max() < 1e-5
 
 
 @by_slug
@@ -219,6 +220,13 @@ def test_a_declaration_survives_the_way_through_json_and_pickle(slug):
 
         again = pickle.loads(pickle.dumps(loss))  # noqa: S301 - our own bytes
         assert again.settings() == loss.settings() == entry.check(corner)
+
+
+def test_what_needs_logits_is_not_computed_without():
+    """The hyperparameter that needs them is named, and the way out."""
+    e, c, y, b = problem()
+    with pytest.raises(UserError, match="normalisation='abs-mean' needs all logits: impl='cpu' must be auto"):
+        create("ldr", normalisation="abs-mean").linear(e, c, y, b, impl="cpu")
 
 
 def test_every_row_loss_has_its_formula_here():

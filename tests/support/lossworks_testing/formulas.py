@@ -46,12 +46,11 @@ def worst_case(d, temperature):
 
 
 def normalised(z, how):
+    if how == "none":
+        return z
     if how == "softplus-mean":
         z = [math.log1p(math.exp(value)) for value in z]
-    if how.endswith("-mean"):
-        unit = sum(abs(value) for value in z) / len(z)
-    else:
-        unit = math.sqrt(sum(value**2 for value in z) / len(z)) if how == "rms" else 1.0
+    unit = sum(abs(value) for value in z) / len(z)
     return [value / unit for value in z]
 
 
