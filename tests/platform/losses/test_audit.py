@@ -1,0 +1,71 @@
+"""``lossworks check`` passes what is right and finds what is known to go wrong."""
+
+import json
+
+import pytest
+
+from lossworks.cli import main
+from lossworks.losses import declarations
+from lossworks.losses.audit import audit, subject_of
+from lossworks.losses.examples import EXAMPLES
+from lossworks_testing import faulty
+
+AUDITED = [slug for slug, entry in declarations().items() if entry.kind in EXAMPLES]
+
+
+@pytest.mark.parametrize("slug", AUDITED)
+def test_every_entry_passes_its_audit(slug):
+    """At its defaults, in one process."""
+    findings = list(audit(subject_of(slug, {}), ranks=False))
+
+    assert len(findings) == 6
+    assert [finding for finding in findings if finding.passed is False] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "failing"),
+    [
+        ("WrongGradientOfNone", {"a random upstream gradient, for every reduction"}),
+        ("MeanOfMeans", {"unequal parts of a batch add up to the whole"}),
+        ("Naive", {"extreme predictions stay finite"}),
+    ],
+)
+def test_known_faults_are_found(fault, failing):
+    """And nothing else is blamed."""
+    findings = list(audit(subject_of(f"{faulty.__name__}:{fault}", {}), ranks=False))
+
+    assert {finding.check for finding in findings if finding.passed is False} == failing
+
+
+def test_the_report_on_two_ranks(tmp_path, capsys, monkeypatch):
+    """Real processes; the findings are printed and written down."""
+    monkeypatch.setenv("COLUMNS", "200")
+    path = tmp_path / "report.json"
+    assert main(["check", "dco", "samples=16", "--json", str(path)]) == 0
+
+    findings = {finding["check"]: finding for finding in json.loads(path.read_text())}
+    assert findings["two ranks of unequal share give what one gives"]["passed"] is True
+    assert "7 of 7 checks hold" in capsys.readouterr().out
+
+
+def test_a_failed_audit_has_exit_status_1(capsys):
+    """And names the figure."""
+    assert main(["check", f"{faulty.__name__}:Naive", "--one-process"]) == 1
+    assert "is not finite where predictions are +10000" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dcp"], "dcp: no such loss; did you mean dco?"),
+        (["ldr", "temperature=-1"], "ldr: temperature=-1 must be a number above 0"),
+        (["ldr", "temperature"], "override 'temperature': write it as hyperparameter=value"),
+        (["no.such.module:Loss"], "no.such.module:Loss: can't be imported"),
+        ([f"{faulty.__name__}:NOT_A_CLASS"], "is no class"),
+        (["ldr", "--json", "/nowhere/report.json"], "is no file in an existing folder"),
+    ],
+)
+def test_a_wrong_call_is_refused_in_one_line(arguments, message, capsys):
+    """Before anything is audited."""
+    assert main(["check", *arguments]) == 2
+    assert message in capsys.readouterr().err
