@@ -3,12 +3,7 @@
 Every figure comes from a fresh process, in which the method and one plain product E·Cᵀ run in turns.
 """
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
@@ -20,6 +15,7 @@ from lossworks.benchmarks.chart import draw_linear_ce
 from lossworks.benchmarks.command import Benchmark
 from lossworks.benchmarks.linear_ce_methods import METHODS, methods_for
 from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.worker import run_worker
 from lossworks.cli import require_one
 from lossworks.errors import RunError, UserError
 from lossworks.specs import Spec
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
 # `methods=exact,dense` is easier to type in a shell than a list in brackets.
 _split = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
-_ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Unsupported)\w*(: |$)")
 
 
 class LinearCeSpec(Spec):
@@ -62,8 +57,8 @@ class LinearCeSpec(Spec):
     @field_validator("shapes")
     @classmethod
     def _are_shapes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [shape for shape in value if not _SHAPE.fullmatch(shape)]:
-            raise ValueError(f"{wrong[0]!r} must be NxVxD, for instance 2048x32768x512")
+        for shape in value:
+            parse_shape(shape)
         return value
 
     @field_validator("methods")
@@ -72,6 +67,18 @@ class LinearCeSpec(Spec):
         for name in value or ():
             require_one(name, list(METHODS), "method")
         return value
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Return N, V and D of ``NxVxD``.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not _SHAPE.fullmatch(text):
+        raise ValueError(f"{text!r} must be NxVxD, for instance 2048x32768x512")
+    n, v, d = (int(size) for size in text.split("x"))
+    return n, v, d
 
 
 def run(overrides: Sequence[str], repeats: int) -> list[Row]:
@@ -109,7 +116,7 @@ def _cases(spec: LinearCeSpec, repeats: int) -> "Iterator[Case]":
     first = spec.distributions[:1]
     for shape, dtype, distribution, method in product(spec.shapes, spec.dtypes, spec.distributions, methods):
         if distribution in first or METHODS[method].skips:
-            n, v, d = (int(size) for size in shape.split("x"))
+            n, v, d = parse_shape(shape)
             yield Case(
                 n,
                 v,
@@ -143,7 +150,11 @@ def _measured(case: "Case", limit_s: float) -> list[Row]:
     method = METHODS[case.method]
     try:
         reason = method.reason_against(case.device)
-        result = {"skipped": reason} if reason else _run_worker(case, limit_s)
+        result = (
+            {"skipped": reason}
+            if reason
+            else run_worker("lossworks.benchmarks.linear_ce_worker", asdict(case), case.threads, limit_s)
+        )
     except RunError as error:
         result = {"skipped": f"failed: {error}"}
     if "skipped" in result:
@@ -169,30 +180,6 @@ def _rows(case: "Case", result: dict[str, Any]) -> list[Row]:
     ]
     label = METHODS[case.method].label
     return [Row(_title(case), label, metric, value, unit) for metric, value, unit in figures]
-
-
-def _run_worker(case: "Case", limit_s: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "lossworks.benchmarks.linear_ce_worker", json.dumps(asdict(case))]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads)}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=limit_s, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        raise RunError(f"not done after limit_s={limit_s:g} seconds") from None
-    if done.returncode:
-        raise RunError(_why(done))
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _why(done: "subprocess.CompletedProcess[str]") -> str:
-    """Return the line of the traceback that names the error, or how the process ended."""
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        return f"ended by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if _ERROR_LINE.match(line)]
-    return (errors or lines or [f"exit status {done.returncode}"])[-1]
 
 
 LINEAR_CE = Benchmark(

@@ -4,17 +4,12 @@
 figures as JSON on its last line. A fresh process has no caches of other methods and a peak of its own.
 """
 
-import ctypes
 import dataclasses
-import gc
 import json
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,9 +17,9 @@ from torch import Tensor
 from lossworks.benchmarks.linear_ce_error import gradient_errors
 from lossworks.benchmarks.linear_ce_inputs import DTYPES, make_inputs
 from lossworks.benchmarks.linear_ce_methods import METHODS
+from lossworks.benchmarks.worker import median_seconds, peak_growth
 
 _WARM_UP_ROWS = (32, 48)
-_FEWEST_TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -97,11 +92,14 @@ def measure(case: Case) -> Figures:
         return value.detach(), *torch.autograd.grad(value, (e, c))
 
     _warm_up(loss, e, c, y)
-    growth, peak, value = _peak_growth(forward_backward, case.device)
+    growth, peak, value = peak_growth(forward_backward, case.device)
     error_e, error_c = gradient_errors(loss, e, c, y)
-    both, forward, product = _times(
-        case, forward_backward, torch.no_grad()(lambda: loss(e, c, y)), torch.no_grad()(lambda: e @ c.t())
+    calls = (
+        forward_backward,
+        torch.no_grad()(lambda: loss(e, c, y)),
+        torch.no_grad()(lambda: e @ c.t()),
     )
+    both, forward, product = median_seconds(calls, case.repeats, case.device, case.enough_s)
     return Figures(
         forward_backward_s=both,
         forward_s=forward,
@@ -122,79 +120,6 @@ def _warm_up(loss: Callable[[Tensor, Tensor, Tensor], Tensor], e: Tensor, c: Ten
     for rows in _WARM_UP_ROWS:
         small = e[:rows].detach().clone().requires_grad_()
         torch.autograd.grad(loss(small, c, y[:rows].clone()), (small, c))
-
-
-def _times(case: Case, *calls: Callable[[], object]) -> list[float]:
-    """Return the median seconds of each; they run in turns because a machine's speed drifts."""
-    for call in calls[1:]:
-        call()  # warms up; the first call has run when its memory was measured
-    turns: list[list[float]] = []
-    began = time.perf_counter()
-    while len(turns) < case.repeats:
-        turns.append([_seconds(call, case.device) for call in calls])
-        if len(turns) >= _FEWEST_TURNS and time.perf_counter() - began >= case.enough_s:
-            break
-    return [statistics.median(seconds) for seconds in zip(*turns, strict=True)]
-
-
-def _seconds(call: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
-def _peak_growth(call: Callable[[], tuple[Tensor, ...]], device: str) -> tuple[int, str, float]:
-    """Return by how many bytes ``call`` raised the peak, how that was read, and its first result."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        value = float(call()[0])
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, "torch.cuda.max_memory_allocated", value
-    _give_back_freed_memory()
-    read, name = _resident_peak()
-    before = read()
-    value = float(call()[0])
-    return read() - before, name, value
-
-
-def _resident_peak() -> tuple[Callable[[], int], str]:
-    """Set the process's peak back to what is resident now, and return how to read it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        # Where it can't be set back, an earlier peak hides growth.
-        return _max_resident, "ru_maxrss"
-    return _high_water_mark, "VmHWM"
-
-
-def _high_water_mark() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def _max_resident() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _give_back_freed_memory() -> None:
-    """Return what glibc keeps of freed blocks, which would be used again and not seen as growth."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _free_bytes(device: str) -> int:

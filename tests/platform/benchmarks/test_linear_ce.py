@@ -13,8 +13,9 @@ from lossworks.benchmarks.chart import draw_linear_ce
 from lossworks.benchmarks.command import Benchmark
 from lossworks.benchmarks.linear_ce_error import gradient_errors, sampled_rows
 from lossworks.benchmarks.linear_ce_inputs import make_inputs
-from lossworks.benchmarks.linear_ce_worker import Case, _peak_growth, _times, reason_too_large
+from lossworks.benchmarks.linear_ce_worker import Case, reason_too_large
 from lossworks.benchmarks.table import Row, print_rows
+from lossworks.benchmarks.worker import _why, median_seconds, peak_growth
 from lossworks.cli import main
 
 TINY = ["bench", "linear-ce", "shapes=64x600x128", "distributions=peaked", "dtypes=fp32"]
@@ -68,9 +69,8 @@ def test_only_methods_that_skip_entries_run_on_every_distribution():
 def test_slow_measurements_are_repeated_three_times(enough_s, turns):
     """Once they have taken long enough."""
     ran = []
-    case = Case(8, 8, 8, "peaked", "fp32", "exact", "cpu", 1, 0, repeats=5, enough_s=enough_s)
 
-    _times(case, lambda: ran.append("measured"), lambda: None)
+    median_seconds((lambda: ran.append("measured"), lambda: None), 5, "cpu", enough_s)
 
     assert len(ran) == turns
 
@@ -174,7 +174,7 @@ def test_the_peak_is_seen_though_the_buffer_is_gone():
         return (torch.ones(2**24).sum(),)
 
     torch.ones(2**25).sum()  # a higher peak before, which must not hide it
-    growth, _, value = _peak_growth(call, "cpu")
+    growth, _, value = peak_growth(call, "cpu")
 
     assert value == 2**24
     assert 62 * 2**20 < growth < 80 * 2**20
@@ -187,7 +187,7 @@ def test_how_a_process_ended_is_told_in_one_line():
     )
 
     def why(code, text):
-        return linear_ce._why(subprocess.CompletedProcess([], code, "", text))
+        return _why(subprocess.CompletedProcess([], code, "", text))
 
     assert why(1, advice) == "torch._inductor.exc.InductorError: no compiler"
     assert why(3, "") == "exit status 3"
