@@ -69,8 +69,11 @@ def train_report(
         loss, rate, speed, memory = figure.subplots(2, 2).flat
         _draw_loss(loss, rows, vocabulary)
         _draw_rate(rate, series(rows, "train/lr"))
-        _draw_speed(speed, series(rows, "train/tokens_per_second"))
-        _draw_memory(memory, head_memory)
+        _draw_speed(speed, rows)
+        if series(rows, "eval/accuracy") is None:
+            _draw_memory(memory, head_memory)
+        else:
+            _draw_accuracy(memory, rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
     return path
@@ -106,20 +109,41 @@ def _draw_rate(axes: "Axes", points: Series | None) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _draw_speed(axes: "Axes", points: Series | None) -> None:
+def _draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     axes.set_title("Throughput")
+    unit = "examples" if series(rows, "train/examples_per_second") is not None else "tokens"
+    points = series(rows, f"train/{unit}_per_second")
     if points is None:
         _not_measured(axes)
         return
-    _draw_smoothed(axes, points, "tokens/s")
+    _draw_smoothed(axes, points, f"{unit}/s")
     median = float(np.median(points[1]))
     _mark_level(axes, median, f"median {median:,.0f}")
-    axes.set(xlabel="step", ylabel="tokens per second")
+    axes.set(xlabel="step", ylabel=f"{unit} per second")
     axes.set_ylim(0, 1.3 * float(np.max(points[1])) or 1.0)  # room for the legend above the curve
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.legend(loc="upper right", ncols=3)
+
+
+def _draw_accuracy(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title("Held-out accuracy and calibration error")
+    for name, label, colour in (("accuracy", "accuracy", _BLUE), ("ece", "calibration error", _ORANGE)):
+        points = series(rows, f"eval/{name}")
+        if points is not None:
+            axes.plot(*points, color=colour, marker="o" if points[0].size <= 50 else "", label=label)
+            axes.annotate(
+                f"{points[1][-1]:.3f}",
+                (points[0][-1], points[1][-1]),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="right",
+                color=colour,
+                fontweight="bold",
+            )
+    axes.set(xlabel="step", ylim=(0, 1.08))
+    axes.legend(loc="center right")
 
 
 def _draw_memory(axes: "Axes", head_memory: Mapping[str, float] | None) -> None:
