@@ -43,6 +43,7 @@ def train_report(
     title: str,
     path: Path,
     vocabulary: int | None = None,
+    loss: str = "nats per token",
 ) -> Path:
     """Draw the report of a run as a PNG of 1600 × 1000 pixels.
 
@@ -53,7 +54,8 @@ def train_report(
         head_memory: Peak memory of the head in bytes by way of computing it, ours first; None if unknown.
         title: Heading.
         path: File to write; its folder is created.
-        vocabulary: Entries V of the vocabulary, to mark ln V, the loss of a uniform guess.
+        vocabulary: Classes V, to mark ln V, the cross-entropy of a uniform guess; None for other losses.
+        loss: What the trained loss is counted in.
 
     Returns:
         ``path``.
@@ -66,8 +68,8 @@ def train_report(
         figure = Figure(figsize=(16, 10), dpi=100, layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2, wspace=0.03, hspace=0.04)  # type: ignore[union-attr,call-arg]
         figure.suptitle(title, fontsize=19, fontweight="bold", x=0.02, ha="left")
-        loss, rate, speed, memory = figure.subplots(2, 2).flat
-        _draw_loss(loss, rows, vocabulary)
+        curve, rate, speed, memory = figure.subplots(2, 2).flat
+        _draw_loss(curve, rows, vocabulary, loss)
         _draw_rate(rate, series(rows, "train/lr"))
         _draw_speed(speed, rows)
         if series(rows, "eval/accuracy") is None:
@@ -79,7 +81,7 @@ def train_report(
     return path
 
 
-def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int | None) -> None:
+def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int | None, unit: str) -> None:
     train, held_out = series(rows, "train/loss"), series(rows, "eval/loss")
     axes.set_title("Loss")
     if train is None and held_out is None:
@@ -94,7 +96,7 @@ def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int 
         _mark_level(
             axes, math.log(vocabulary), f"uniform guess, ln {vocabulary:,} = {math.log(vocabulary):.2f}"
         )
-    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set(xlabel="step", ylabel=unit)
     axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.88))
 
 
