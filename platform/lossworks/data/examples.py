@@ -70,9 +70,7 @@ def load_examples(spec: ExamplesSpec, seed: int) -> ExampleData:
     held_out = _held_out(labels, spec.held_out_fraction, seed, names)
     train = np.flatnonzero(~held_out)
     train = train[_kept(labels[train], spec.imbalance, len(names), seed)]
-    x = inputs.astype(np.float32)
-    if spec.standardise:
-        x = standardised(x, x[train])
+    x = _float32(standardised(inputs, inputs[train]) if spec.standardise else inputs)
     noisy = with_label_noise(labels[train], spec.label_noise, len(names), seed)
     return ExampleData(
         Examples(torch.from_numpy(x[train]), torch.from_numpy(noisy)),
@@ -85,13 +83,24 @@ def standardised(inputs: np.ndarray, training: np.ndarray) -> np.ndarray:
     """Return inputs with the mean 0 and deviation 1 of the training part: per feature, or per channel.
 
     Args:
-        inputs: Shape (N, …), float32.
+        inputs: Shape (N, …).
         training: Shape (M, …); features that are constant in it are only shifted.
+
+    Returns:
+        Shape (N, …), float64: in float32 a large mean would swallow what distinguishes the examples.
     """
     axes = (0, *range(2, inputs.ndim))
     wide = training.astype(np.float64)
     mean, deviation = wide.mean(axes, keepdims=True), wide.std(axes, keepdims=True)
-    return ((inputs - mean) / np.where(deviation > 0, deviation, 1)).astype(np.float32)
+    return (inputs - mean) / np.where(deviation > 0, deviation, 1)
+
+
+def _float32(inputs: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        narrow = inputs.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise UserError("the inputs hold numbers beyond ±3.4e38; scale them down")
+    return narrow
 
 
 def with_label_noise(labels: np.ndarray, share: float, classes: int, seed: int) -> np.ndarray:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.errors import UserError
@@ -114,14 +113,15 @@ def read_train_spec(path: str | Path, overrides: Sequence[str] = ()) -> AnyTrain
         UserError: The file is missing, is no YAML mapping, or holds a wrong value.
     """
     values = read_yaml(path)
-    tasks = [text.partition("=")[2] for text in overrides if text.startswith("task=")]
-    asked = {"task": yaml.safe_load(tasks[-1])} if tasks else {}
+    # A bare word, so that it needs no YAML; whatever else stands there is refused as it was written.
+    tasks = [text.partition("=")[2].strip() for text in overrides if text.startswith("task=")]
+    asked = {"task": tasks[-1]} if tasks else {}
     kind = _class_of({**values, **asked}, str(path))
     return kind.parse(apply_overrides(kind, values, overrides), source=str(path))
 
 
 def _class_of(values: Mapping[str, Any], source: str) -> type[TrainSpec] | type[ClassifierSpec]:
     task = values.get("task", "language-model")
-    if task not in _CLASSES:
+    if not isinstance(task, str) or task not in _CLASSES:
         raise UserError(f"{source}: task={task!r} must be one of {', '.join(_CLASSES)}")
     return _CLASSES[task]

@@ -73,6 +73,8 @@ def test_the_task_chooses_the_spec(tmp_path):
 
     assert isinstance(read_train_spec(path), TrainSpec)
     assert isinstance(read_train_spec(path, ["task=classification", "data.source=wine"]), ClassifierSpec)
+    with pytest.raises(UserError, match=r"task='\[a' must be one of"):
+        read_train_spec(path, ["task=[a"])
     spec = ClassifierSpec.parse(tiny())
     assert parse_train_spec(spec.model_dump(mode="json")) == spec
 
@@ -81,6 +83,7 @@ def test_the_task_chooses_the_spec(tmp_path):
     ("changes", "message"),
     [
         ({"task": "regression"}, "task='regression' must be one of language-model, classification"),
+        ({"task": ["classification"]}, "task=['classification'] must be one of"),
         ({"loss": "dco"}, "loss.name=dco can't train a classifier; what can: aldr-kl"),
         ({"sharding": {"kind": "fsdp", "vocab_parallel": True}}, "is for the large heads"),
         ({"data": {"corpus": "stdlib"}}, "data.corpus: unknown key"),
