@@ -40,6 +40,9 @@ class ExamplesSpec(Spec):
     imbalance: float = Field(
         1.0, ge=1.0, le=10000.0, description="examples of the first class over those of the last, in training"
     )
+    bag_size: int = Field(
+        1, ge=1, le=65536, description="training examples are dealt into bags of so many, which stay together"
+    )
 
     @field_validator("source")
     @classmethod
@@ -80,6 +83,14 @@ class ClassifierSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        for name in ("batch_size", "micro_batch_size"):
+            size = getattr(self, name)
+            if size is not None and size % self.data.bag_size:
+                raise ValueError(
+                    f"{name}={size} must be a multiple of data.bag_size={self.data.bag_size}: bags stay whole"
+                )
+        if self.activation_checkpointing:
+            raise ValueError("activation_checkpointing=true is for language models")
         if self.sharding.vocab_parallel:
             raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
         able = [slug for slug, entry in declarations().items() if entry.kind == "row"]

@@ -170,3 +170,20 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbflabel,x\na,1\nb,2\na,3\nb,4\n")
 
     assert load(source=f"csv:{tmp_path}/a.csv").names == ("a", "b")
+
+
+def test_bags_are_disjoint_drawn_once_and_of_training_alone():
+    """Each example keeps its label; what fills no bag is left out; ids say which rows belong together."""
+    plain, bagged = load(source="wine"), load(source="wine", bag_size=4)
+    rows = np.arange(len(bagged.train))
+
+    def pairs(data):
+        return {(*x.tolist(), int(y)) for x, y in zip(data.train.inputs, data.train.labels, strict=True)}
+
+    assert len(bagged.train) == len(plain.train) // 4 * 4
+    assert pairs(bagged) < pairs(plain)
+    assert torch.equal(bagged.held_out.inputs, plain.held_out.inputs)
+    assert torch.bincount(bagged.train.bag_ids(rows)).tolist() == [4] * (len(rows) // 4)
+    assert torch.equal(bagged.train.labels, load(source="wine", bag_size=4).train.labels)
+    with pytest.raises(UserError, match=r"data\.bag_size=500: there are only"):
+        load(source="wine", bag_size=500)
