@@ -11,8 +11,9 @@ from lossworks.runs import RunFolder
 from lossworks.specs import AnyTrainSpec, read_train_spec
 
 _EPILOG = """\
-SPEC is a YAML file such as jobs/specs/demo.yaml; every field can be overridden, for instance
-data.corpus=text:notes.txt model.layers=6 sharding=fsdp. Ctrl-C saves a checkpoint and ends the run."""
+SPEC is a YAML file such as jobs/specs/demo.yaml, a language model, or jobs/specs/digits.yaml, a classifier
+(task: classification); every field can be overridden, for instance data.corpus=text:notes.txt model.layers=6
+sharding=fsdp. Ctrl-C saves a checkpoint and ends the run."""
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:

@@ -6,15 +6,17 @@ numpy and torch only.
 
 from lossworks.data.corpus import documents, fingerprint
 from lossworks.data.examples import ExampleData, Examples, load_examples
-from lossworks.data.order import SequenceOrder
+from lossworks.data.order import BagOrder, Order, SequenceOrder
 from lossworks.data.preparation import prepare
 from lossworks.data.readers import Piece
 from lossworks.data.tokenized import TokenizedCorpus, TokenSequences
 from lossworks.data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, train_tokenizer
 
 __all__ = [
+    "BagOrder",
     "ExampleData",
     "Examples",
+    "Order",
     "Piece",
     "SequenceOrder",
     "TokenSequences",

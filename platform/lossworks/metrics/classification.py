@@ -33,6 +33,20 @@ class ClassSums:
         """Return (3, 15): count, sum of confidences, right answers; bin b holds (b/15, (b+1)/15]."""
         return self.values[4:].reshape(3, BINS)
 
+    def reliability(self) -> dict[str, list[float]]:
+        """Return the reliability curve: by bin, without the empty ones, from the least sure to the surest.
+
+        Returns:
+            ``examples``, how many; ``confidence``, their mean top-1 confidence; ``accuracy``, the share that
+            is right. On the diagonal the two are equal; ECE is their mean distance, weighted by ``examples``.
+        """
+        count, confidence, accurate = (column[self.bins()[0] > 0] for column in self.bins())
+        return {
+            "examples": count.tolist(),
+            "confidence": (confidence / count).tolist(),
+            "accuracy": (accurate / count).tolist(),
+        }
+
     def metrics(self) -> dict[str, float]:
         """Return cross-entropy (nats), accuracy, ECE and Brier score, all means over examples.
 
@@ -87,3 +101,19 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
     below = torch.searchsorted(ordered, positives, right=False)
     up_to = torch.searchsorted(ordered, positives, right=True)
     return float((below + up_to).double().mean() / 2 / len(negatives))
+
+
+def correctness_auroc(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> float:
+    """Return how well the top-1 confidence tells right answers from wrong ones: their AUROC.
+
+    It ranks all examples against one another, so it has no sums that add over parts. NaN where all answers
+    are right, or all wrong.
+
+    Args:
+        logits: Shape (N, K).
+        targets: Classes or ``ignore_index``, int64, shape (N,).
+        ignore_index: Target of examples that don't count.
+    """
+    valid = targets != ignore_index
+    confidence, answer = logits[valid].double().softmax(1).max(1)
+    return auroc(confidence, answer == targets[valid])

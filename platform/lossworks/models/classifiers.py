@@ -89,12 +89,11 @@ def build_classifier(
         seed: Seed of the initial parameters.
 
     Raises:
-        UserError: A convolution is to read vectors.
+        UserError: A convolution is to read what is neither a signal nor an image.
     """
-    if spec.kind != "mlp" and len(shape) == 1:
-        raise UserError(
-            f"model.kind={spec.kind} reads signals and images; examples of {shape[0]} features need mlp"
-        )
+    if spec.kind != "mlp" and len(shape) not in (2, 3):
+        what = f"{shape[0]} features" if len(shape) == 1 else f"shape {shape}"
+        raise UserError(f"model.kind={spec.kind} reads signals and images; examples of {what} need mlp")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         blocks, features = {"mlp": _mlp, "cnn": _cnn, "resnet": _resnet}[spec.kind](spec, shape)

@@ -28,6 +28,7 @@ def draw_report(folder: RunFolder, vocabulary: int | None = None) -> Path:
     return train_report(
         rows,
         head_memory=outcome.head_memory if outcome else None,
+        reliability=outcome.reliability if outcome else None,
         title=f"{spec.name} · {folder.run_id[:8]}",
         path=folder.report,
         vocabulary=vocabulary if plain else None,

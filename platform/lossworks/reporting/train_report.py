@@ -1,4 +1,8 @@
-"""The report of a training run: one picture with loss, learning rate, speed and memory of the head."""
+"""The report of a training run in one picture.
+
+A language model's has loss, learning rate, speed and memory of the head; a classifier's has loss, accuracy,
+reliability and speed.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lossworks.reporting.reliability import draw_reliability
 from lossworks.reporting.series import Series, series, smooth
 
 if TYPE_CHECKING:
@@ -44,6 +49,7 @@ def train_report(
     path: Path,
     vocabulary: int | None = None,
     loss: str = "nats per token",
+    reliability: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """Draw the report of a run as a PNG of 1600 × 1000 pixels.
 
@@ -56,6 +62,7 @@ def train_report(
         path: File to write; its folder is created.
         vocabulary: Classes V, to mark ln V, the cross-entropy of a uniform guess; None for other losses.
         loss: What the trained loss is counted in.
+        reliability: Of a classifier: examples, confidence and accuracy by bin; None or empty if unknown.
 
     Returns:
         ``path``.
@@ -68,14 +75,15 @@ def train_report(
         figure = Figure(figsize=(16, 10), dpi=100, layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2, wspace=0.03, hspace=0.04)  # type: ignore[union-attr,call-arg]
         figure.suptitle(title, fontsize=19, fontweight="bold", x=0.02, ha="left")
-        curve, rate, speed, memory = figure.subplots(2, 2).flat
+        curve, second, speed, last = figure.subplots(2, 2).flat
         _draw_loss(curve, rows, vocabulary, loss)
-        _draw_rate(rate, series(rows, "train/lr"))
         _draw_speed(speed, rows)
         if series(rows, "eval/accuracy") is None:
-            _draw_memory(memory, head_memory)
+            _draw_rate(second, series(rows, "train/lr"))
+            _draw_memory(last, head_memory)
         else:
-            _draw_accuracy(memory, rows)
+            _draw_accuracy(second, rows)
+            draw_reliability(last, reliability)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
     return path

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.errors import UserError
@@ -40,6 +39,9 @@ class ExamplesSpec(Spec):
     )
     imbalance: float = Field(
         1.0, ge=1.0, le=10000.0, description="examples of the first class over those of the last, in training"
+    )
+    bag_size: int = Field(
+        1, ge=1, le=65536, description="training examples are dealt into bags of so many, which stay together"
     )
 
     @field_validator("source")
@@ -81,6 +83,14 @@ class ClassifierSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        for name in ("batch_size", "micro_batch_size"):
+            size = getattr(self, name)
+            if size is not None and size % self.data.bag_size:
+                raise ValueError(
+                    f"{name}={size} must be a multiple of data.bag_size={self.data.bag_size}: bags stay whole"
+                )
+        if self.activation_checkpointing:
+            raise ValueError("activation_checkpointing=true is for language models")
         if self.sharding.vocab_parallel:
             raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
         able = [slug for slug, entry in declarations().items() if entry.kind == "row"]
@@ -114,14 +124,15 @@ def read_train_spec(path: str | Path, overrides: Sequence[str] = ()) -> AnyTrain
         UserError: The file is missing, is no YAML mapping, or holds a wrong value.
     """
     values = read_yaml(path)
-    tasks = [text.partition("=")[2] for text in overrides if text.startswith("task=")]
-    asked = {"task": yaml.safe_load(tasks[-1])} if tasks else {}
+    # A bare word, so that it needs no YAML; whatever else stands there is refused as it was written.
+    tasks = [text.partition("=")[2].strip() for text in overrides if text.startswith("task=")]
+    asked = {"task": tasks[-1]} if tasks else {}
     kind = _class_of({**values, **asked}, str(path))
     return kind.parse(apply_overrides(kind, values, overrides), source=str(path))
 
 
 def _class_of(values: Mapping[str, Any], source: str) -> type[TrainSpec] | type[ClassifierSpec]:
     task = values.get("task", "language-model")
-    if task not in _CLASSES:
+    if not isinstance(task, str) or task not in _CLASSES:
         raise UserError(f"{source}: task={task!r} must be one of {', '.join(_CLASSES)}")
     return _CLASSES[task]

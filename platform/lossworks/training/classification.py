@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lossworks.data import load_examples
+from lossworks.data import BagOrder, Order, load_examples
 from lossworks.metrics import ClassSums, class_sums
 from lossworks.models import Classifier, Head, build_classifier
 from lossworks.specs import ClassifierSpec
@@ -31,6 +31,11 @@ class ClassificationTask(Task):
         self._data = load_examples(spec.data, spec.seed)
         self.train, self.held_out = self._data.train, self._data.held_out
 
+    def order(self) -> Order:
+        """Return an order of whole bags, or of examples where there are no bags."""
+        spec = self.spec
+        return BagOrder(len(self.train), spec.data.bag_size, spec.batch_size, spec.seed)
+
     def build_model(self) -> Classifier:
         """Return the untrained model."""
         data = self._data
@@ -55,5 +60,6 @@ class ClassificationTask(Task):
 
     def evaluation(self, sums: Tensor) -> Evaluation:
         """Return the loss an example, and the yardsticks."""
-        found = ClassSums(sums[2:]).metrics()
-        return Evaluation(float(sums[0] / sums[1]), {f"eval/{name}": value for name, value in found.items()})
+        found = ClassSums(sums[2:])
+        yardsticks = {f"eval/{name}": value for name, value in found.metrics().items()}
+        return Evaluation(float(sums[0] / sums[1]), yardsticks, found.reliability())

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.data import SequenceOrder, TokenizedCorpus
+from lossworks.data import TokenizedCorpus
 from lossworks.errors import NonFiniteLossError
 from lossworks.specs import AnyTrainSpec
-from lossworks.training.batches import largest_share, micro_batches
+from lossworks.training.batches import micro_batches
 from lossworks.training.checkpoint import CheckpointStore
 from lossworks.training.evaluation import evaluate
 from lossworks.training.hardware import peak_flops, peak_memory_bytes
@@ -82,7 +82,7 @@ class Trainer:
         spec = job.spec
         self.job, self.spec, self.world = job, spec, World.current()
         self.task = build_task(spec, job.corpus)
-        self.order = SequenceOrder(len(self.task.train), spec.batch_size, spec.seed)
+        self.order = self.task.order()
         model = self.task.build_model()
         self.headed_model = model
         self.flops_per_unit = self.task.flops_per_unit(model)
@@ -91,6 +91,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, spec.optimizer)
         self.step, self.position = 0, 0
         self.metrics: dict[str, float] = {}
+        self.reliability: dict[str, list[float]] = {}
         self.held_out_loss = math.nan  # of this very step, or it would pass for a checkpoint's
         self.checkpoint: Path | None = None
 
@@ -120,7 +121,7 @@ class Trainer:
         self.held_out_loss = math.nan
         if save or self.step % self.spec.evaluation.every == 0:
             evaluation = self._evaluate()
-            self.held_out_loss = evaluation.loss
+            self.held_out_loss, self.reliability = evaluation.loss, evaluation.reliability
             row |= evaluation.metrics()
         self.metrics |= row
         if self.world.leads:
@@ -144,7 +145,7 @@ class Trainer:
                 self.task.train,
                 rows,
                 size=spec.micro_batch_size,
-                largest_share=largest_share(spec.batch_size, world),
+                largest_share=self.order.largest_share(world.size),
             )
         )
         own = [(self.task.objective.count(targets), *self.task.counts(targets)) for _, targets in batches]
@@ -258,4 +259,5 @@ class Trainer:
             checkpoint=str(self.checkpoint) if self.checkpoint else None,
             best=self.world.agree(str(best.folder) if best else None),
             head_memory=self.world.agree(head_memory),
+            reliability=self.reliability,
         )

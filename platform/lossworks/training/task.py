@@ -1,14 +1,14 @@
 """What a run trains: its data, its model, and how it is measured."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.data import TokenizedCorpus
+from lossworks.data import Order, SequenceOrder, TokenizedCorpus
 from lossworks.models import Head, HeadedModel
 from lossworks.specs import AnyTrainSpec, ClassifierSpec
 from lossworks.training.objective import HeadObjective, build_objective
@@ -31,10 +31,12 @@ class Evaluation:
     Attributes:
         loss: Of the training's own objective, a mean over its elements; it chooses the best checkpoint.
         yardsticks: Figures that compare models whatever loss trained them, by tracked name.
+        reliability: Of a classifier: examples, confidence and accuracy by bin of confidence.
     """
 
     loss: float
     yardsticks: dict[str, float]
+    reliability: dict[str, list[float]] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Return all values under their tracked names."""
@@ -57,6 +59,11 @@ class Task(ABC):
 
     def __init__(self, spec: AnyTrainSpec) -> None:
         self.objective: HeadObjective = build_objective(spec.loss)
+        self._batch_size, self._seed = spec.batch_size, spec.seed
+
+    def order(self) -> Order:
+        """Return the order in which training visits the rows."""
+        return SequenceOrder(len(self.train), self._batch_size, self._seed)
 
     @abstractmethod
     def build_model(self) -> HeadedModel:

@@ -1,5 +1,7 @@
 """Labelled examples: the sources, the split, and what is done to training labels."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +98,16 @@ def test_files_are_read(tmp_path):
         ("x,kind\n1,a\n", {}, "data.label=label is no column; there are x, kind"),
         ("x,label\n1,a\n2,a\n", {}, "the labels hold 1 class"),
         ("x,label\n1,a\n2,b\n3,b\n", {}, "class 'a' has 1 examples; two are the least"),
-        ("label\na\n", {}, "holds 1 rows of 0 features"),
+        ("label\na\n", {}, "has no feature beside label"),
+        ("x,label\n", {}, "holds no rows below its header"),
+        ("", {}, "data.label=label is no column; there are none"),
+        ("x,label\n1,a\n2\n", {}, "line 3: holds 1 values for 2 columns"),
+        ("x,label\n1,a\n2,b,9\n", {}, "line 3: holds 3 values for 2 columns"),
+        ("x,label\n1, \n", {}, "line 2, column label: is empty"),
+        ("x,x,label\n1,2,a\n", {}, "the header names x more than once"),
+        ("x,label\n\n\n1,a\nz,b\n", {}, "line 5, column x: 'z'"),
+        ('x,label\n1,"a\nb"\nz,b\n', {}, "line 4, column x: 'z'"),
+        ("x,label\n1e300,a\n1,b\n2,a\n2,b\n", {"standardise": False}, "beyond ±3.4e38"),
     ],
 )
 def test_a_bad_table_is_refused_by_line_and_column(tmp_path, content, values, message):
@@ -111,13 +122,68 @@ def test_other_bad_sources_are_refused(tmp_path):
     np.savez(tmp_path / "y.npz", x=np.zeros((3, 2)))
     np.savez(tmp_path / "n.npz", x=np.zeros((3, 2)), y=np.arange(4))
     np.savez(tmp_path / "p.npz", x=np.array([{}, {}]), y=np.arange(2))
+    np.savez(tmp_path / "s.npz", x=np.array([["a"], ["b"]]), y=np.arange(2))
+    np.savez(tmp_path / "nan.npz", x=np.zeros((3, 2)), y=np.array([0, 1, np.nan]))
+    np.savez(tmp_path / "none.npz", x=np.zeros((3, 0)), y=np.arange(3))
+    (tmp_path / "zip.npz").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "latin.csv").write_bytes("x,label\n1,\xe9\n".encode("latin-1"))
     for source, message in {
         "npz:/nowhere.npz": "/nowhere.npz: no such file",
         f"npz:{tmp_path}/y.npz": "the arrays x and y are needed",
         f"npz:{tmp_path}/n.npz": r"x \(3, 2\) and y \(4,\) must be",
         f"npz:{tmp_path}/p.npz": "can't be read as npz",
+        f"npz:{tmp_path}/s.npz": "x holds <U1; real numbers are needed",
+        f"npz:{tmp_path}/nan.npz": "a label is NaN",
+        f"npz:{tmp_path}/none.npz": "x not empty",
+        f"npz:{tmp_path}/zip.npz": "can't be read as npz",
+        f"npz:{tmp_path}/empty.npz": "can't be read as npz",
+        f"csv:{tmp_path}/latin.csv": "can't be read as csv",
+        f"csv:{tmp_path}": "is no file",
         f"imagefolder:{tmp_path}": "holds no images",
+        f"imagefolder:{tmp_path}/y.npz": "is no folder",
         "digit": "must be one of digits",
     }.items():
         with pytest.raises(UserError, match=message):
             load(source=source)
+
+
+def test_a_large_mean_does_not_swallow_what_distinguishes_examples():
+    """Standardised in float64: 1e9 and 1e9 + 1 are one number in float32."""
+    x = np.array([[1e9], [1e9 + 1]])
+
+    assert standardised(x, x).ravel() == pytest.approx([-1, 1])
+
+
+def test_drawing_a_source_leaves_the_global_streams_alone():
+    """Its generator seeds Python's and numpy's, on which a caller may rely."""
+    random.seed(5)
+    np.random.seed(5)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    load(source="mnist1d")
+
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    """Spreadsheets write one."""
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbflabel,x\na,1\nb,2\na,3\nb,4\n")
+
+    assert load(source=f"csv:{tmp_path}/a.csv").names == ("a", "b")
+
+
+def test_bags_are_disjoint_drawn_once_and_of_training_alone():
+    """Each example keeps its label; what fills no bag is left out; ids say which rows belong together."""
+    plain, bagged = load(source="wine"), load(source="wine", bag_size=4)
+    rows = np.arange(len(bagged.train))
+
+    def pairs(data):
+        return {(*x.tolist(), int(y)) for x, y in zip(data.train.inputs, data.train.labels, strict=True)}
+
+    assert len(bagged.train) == len(plain.train) // 4 * 4
+    assert pairs(bagged) < pairs(plain)
+    assert torch.equal(bagged.held_out.inputs, plain.held_out.inputs)
+    assert torch.bincount(bagged.train.bag_ids(rows)).tolist() == [4] * (len(rows) // 4)
+    assert torch.equal(bagged.train.labels, load(source="wine", bag_size=4).train.labels)
+    with pytest.raises(UserError, match=r"data\.bag_size=500: there are only"):
+        load(source="wine", bag_size=500)

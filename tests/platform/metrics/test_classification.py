@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 
-from lossworks.metrics import ClassSums, auroc, class_sums
+from lossworks.metrics import ClassSums, auroc, class_sums, correctness_auroc
 
 
 def logits_of(*rows):
@@ -55,3 +58,47 @@ def test_auroc_is_that_of_scikit_learn():
 
     assert auroc(scores, positive) == pytest.approx(roc_auc_score(positive.numpy(), scores.numpy()))
     assert math.isnan(auroc(scores, torch.ones(200, dtype=torch.bool)))
+
+
+def drawn(count, classes, seed, scale=2.0):
+    g = torch.Generator().manual_seed(seed)
+    z = scale * torch.randn(count, classes, generator=g)
+    return z, torch.randint(0, classes, (count,), generator=g)
+
+
+def test_figures_and_curve_are_those_of_scikit_learn():
+    """Cross-entropy, accuracy, reliability curve and the AUROC of correctness, on random logits."""
+    z, y = drawn(500, 6, 2)
+    p = z.double().softmax(1)
+    confidence, answer = p.max(1)
+    right = (answer == y).numpy()
+    sums = class_sums(z, y)
+    accuracy, mean = calibration_curve(right, confidence.numpy(), n_bins=15)
+
+    assert sums.metrics()["cross_entropy"] == pytest.approx(log_loss(y, p, labels=range(6)))
+    assert sums.metrics()["accuracy"] == accuracy_score(y, answer)
+    assert sums.reliability()["accuracy"] == pytest.approx(accuracy)
+    assert sums.reliability()["confidence"] == pytest.approx(mean)
+    assert correctness_auroc(z, y) == pytest.approx(roc_auc_score(right, confidence))
+
+
+@given(
+    count=st.integers(0, 40),
+    classes=st.integers(2, 7),
+    cut=st.integers(0, 40),
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+)
+def test_the_figures_hold_their_bounds_and_add_up(count, classes, cut, seed, scale):
+    """Over any cut, a shift of the logits changes nothing, and the curve gives back the calibration error."""
+    z, y = drawn(count, classes, seed, scale)
+    sums = class_sums(z, y)
+    found, curve = sums.metrics(), sums.reliability()
+    parts = class_sums(z[:cut], y[:cut]).values + class_sums(z[cut:], y[cut:]).values
+    gaps = zip(*curve.values(), strict=True)
+
+    torch.testing.assert_close(parts, sums.values)
+    assert class_sums(z.double() + 3.0, y).metrics() == pytest.approx(found, abs=1e-9)
+    assert 0 <= found["ece"] <= 1 + 1e-12
+    assert 0 <= found["brier"] <= 2 + 1e-12
+    assert found["ece"] * count == pytest.approx(sum(n * abs(a - c) for n, c, a in gaps), abs=1e-9)

@@ -58,6 +58,8 @@ def test_what_does_not_fit_is_refused():
     """A convolution on vectors, groups that do not divide, recomputed activations."""
     with pytest.raises(UserError, match=r"model\.kind=cnn reads signals and images; examples of 13 features"):
         build("cnn", (13,))
+    with pytest.raises(UserError, match=r"examples of shape \(1, 2, 3, 4\) need mlp"):
+        build("resnet", (1, 2, 3, 4))
     with pytest.raises(UserError, match="width=10 must be a multiple of groups=4"):
         ClassifierModelSpec.parse({"kind": "resnet", "width": 10, "groups": 4})
     with pytest.raises(UserError, match="activation_checkpointing=true is for language models"):

@@ -34,6 +34,7 @@ def test_it_learns_and_is_measured_by_the_yardsticks(tmp_path):
         assert result["metrics"]["eval/accuracy"] > 0.9
         assert 0 <= result["metrics"]["eval/ece"] <= 1
         assert result["metrics"]["train/examples_per_second"] > 0
+        assert sum(result["reliability"]["examples"]) == 45
     assert plain["metrics"]["eval/loss"] == pytest.approx(plain["metrics"]["eval/cross_entropy"], rel=1e-5)
     assert other["metrics"]["eval/loss"] < 0 < other["metrics"]["eval/cross_entropy"]
 
@@ -66,6 +67,17 @@ def test_two_ranks_give_what_one_gives(tmp_path):
             assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4)
 
 
+def test_bags_stay_whole_on_uneven_ranks(tmp_path):
+    """Three bags on two ranks, with the share at once: no row is lost, so the curve is that of one rank."""
+    values = tiny(batch_size=12, data={"source": "wine", "bag_size": 4})
+    one = run_training(values, None, str(tmp_path / "one"))
+    (tmp_path / "results").mkdir()
+    values = {**values, "workers": 2, "sharding": {"kind": "ddp"}}
+    two = run_ranks(2, run_training, values, None, str(tmp_path / "two"), folder=tmp_path / "results")[0]
+
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
 def test_the_task_chooses_the_spec(tmp_path):
     """In a file or as an override; without one it is a language model."""
     path = tmp_path / "run.yaml"
@@ -73,6 +85,8 @@ def test_the_task_chooses_the_spec(tmp_path):
 
     assert isinstance(read_train_spec(path), TrainSpec)
     assert isinstance(read_train_spec(path, ["task=classification", "data.source=wine"]), ClassifierSpec)
+    with pytest.raises(UserError, match=r"task='\[a' must be one of"):
+        read_train_spec(path, ["task=[a"])
     spec = ClassifierSpec.parse(tiny())
     assert parse_train_spec(spec.model_dump(mode="json")) == spec
 
@@ -81,10 +95,13 @@ def test_the_task_chooses_the_spec(tmp_path):
     ("changes", "message"),
     [
         ({"task": "regression"}, "task='regression' must be one of language-model, classification"),
+        ({"task": ["classification"]}, "task=['classification'] must be one of"),
         ({"loss": "dco"}, "loss.name=dco can't train a classifier; what can: aldr-kl"),
         ({"sharding": {"kind": "fsdp", "vocab_parallel": True}}, "is for the large heads"),
         ({"data": {"corpus": "stdlib"}}, "data.corpus: unknown key"),
         ({"data": {"label_noise": 2}}, "data.label_noise=2"),
+        ({"data": {"bag_size": 4}}, "batch_size=30 must be a multiple of data.bag_size=4"),
+        ({"data": {"bag_size": 5}, "micro_batch_size": 6}, "micro_batch_size=6 must be a multiple"),
     ],
 )
 def test_a_wrong_spec_is_refused(changes, message):
