@@ -18,6 +18,7 @@ from lossworks.losses.examples import EXAMPLES, Example, make_example
 
 _ROWS, _DIRECTIONS, _STEP = 11, 4, 1e-6
 _REDUCTIONS = ("sum", "mean", "none")
+_NO_VALUE = "it is declared unmonitored: its gradient isn't that of its value"
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,14 @@ def judged(worst: float, limit: float, what: str) -> Finding:
 
 
 def _finite_differences(subject: Subject) -> Finding:
+    if "unmonitored" in subject.flags:
+        return Finding("", None, _NO_VALUE)
     return judged(_worst_slope(subject, "sum", seed=1), 1e-6, "relative error")
 
 
 def _every_reduction(subject: Subject) -> Finding:
+    if "unmonitored" in subject.flags:
+        return Finding("", None, _NO_VALUE)
     worst = {how: _worst_slope(subject, how, seed=2) for how in _REDUCTIONS}
     how = max(worst, key=lambda name: worst[name] if worst[name] == worst[name] else math.inf)
     return judged(worst[how], 1e-6, f"worst with reduction={how!r}: relative error")

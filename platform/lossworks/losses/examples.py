@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lossworks.losses.declaration import Kind
 
-_CLASSES, _LENGTH = 7, 3
+_CLASSES, _LENGTH, _BINS = 7, 3, 51
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,10 @@ def make_example(kind: Kind, requires: tuple[str, ...], rows: int, seed: int) ->
     example = EXAMPLES[kind](rows, generator)
     if "segments" in requires:
         example.context["segments"] = _segments(example.target)
+    if "next_probabilities" in requires:
+        example.context["next_probabilities"] = example.prediction.flip(0).softmax(-1)
+    if "discounts" in requires:
+        example.context["discounts"] = torch.rand(rows, dtype=torch.float64, generator=generator)
     return example
 
 
@@ -81,10 +85,17 @@ def _responses(rows: int, generator: torch.Generator) -> Example:
     return Example(predictions, responses, ignorable=False)
 
 
+def _values(rows: int, generator: torch.Generator) -> Example:
+    logits = torch.randn(rows, _BINS, dtype=torch.float64, generator=generator)
+    values = 5 * torch.randn(rows, dtype=torch.float64, generator=generator)
+    return Example(logits, values, ignorable=False)
+
+
 EXAMPLES: dict[str, Callable[[int, torch.Generator], Example]] = {
     "row": _classes,
     "logits": _classes,
     "sequence": _sequences,
     "margin": _margins,
+    "value": _values,
     "bag": _responses,
 }

@@ -28,10 +28,14 @@ class Context:
     Attributes:
         weight: Factor of each element's loss, shaped like the unreduced losses, floating point.
         segments: Which sequence, step or bag each row belongs to, int64 in [0, S), shaped like the targets.
+        next_probabilities: Of the next state's bins by the target network, shape (..., m).
+        discounts: γ of the next state, 0 where there is none, shaped like the targets.
     """
 
     weight: Tensor | None = None
     segments: Tensor | None = None
+    next_probabilities: Tensor | None = None
+    discounts: Tensor | None = None
 
     @classmethod
     def of(cls, given: dict[str, Tensor | None], owner: str, requires: tuple[str, ...]) -> "Context":

@@ -26,6 +26,11 @@ SETTINGS = [
     *(("ldr", {"normalisation": how}) for how in ("abs-mean", "softplus-mean")),
     *(("aldr-kl", {"normalisation": how, "temperature": 1.0}) for how in ("none", "softplus-mean")),
     ("spherical-z-loss", {"a": 3.0, "b": 0.0}),
+    *((slug, {"classes": c}) for slug in ("dice", "self-adjusting-dice") for c in ("all", "but-first")),
+    ("dice", {"square": False, "gamma": 0.1}),
+    ("self-adjusting-dice", {"alpha": 1.0, "square": True, "classes": "all"}),
+    ("tversky", {"alpha": 0.7, "beta": 0.2, "classes": "all"}),
+    ("tversky", {"alpha": 0.2, "beta": 0.9, "gamma": 1e-3}),
 ]
 by_setting = pytest.mark.parametrize(("slug", "settings"), SETTINGS)
 by_slug = pytest.mark.parametrize("slug", ROWS)

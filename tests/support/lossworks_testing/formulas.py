@@ -75,13 +75,47 @@ def spherical_z(z, y, options):
     return math.log(1 + math.exp(a * (b - (z[y] - mean) / deviation))) / a
 
 
+def one_vs_rest(z, y, options, loss):
+    """Return the mean over the classes that count of a loss of a class's probability and whether it is y."""
+    classes = {"target": [y], "all": range(len(z)), "but-first": range(1, len(z))}[options["classes"]]
+    p = softmax(z)
+    return sum(loss(p[k], float(k == y)) for k in classes) / len(classes)
+
+
+def dice_of(u, y, options):
+    gamma, power = options["gamma"], 2 if options["square"] else 1
+    return 1 - (2 * u * y + gamma) / (u**power + y**power + gamma)
+
+
+def dice(z, y, options):
+    return one_vs_rest(z, y, options, lambda p, own: dice_of(p, own, options))
+
+
+def self_adjusting_dice(z, y, options):
+    def loss(p, own):
+        return dice_of((1 - p) ** options["alpha"] * p, own, options)
+
+    return one_vs_rest(z, y, options, loss)
+
+
+def tversky(z, y, options):
+    def loss(p, own):
+        weighted = options["alpha"] * p * (1 - own) + options["beta"] * (1 - p) * own
+        return 1 - (p * own + options["gamma"]) / (p * own + weighted + options["gamma"])
+
+    return one_vs_rest(z, y, options, loss)
+
+
 FORMULAS: dict[str, Formula] = {
     "aldr-kl": aldr_kl,
     "comp-sum": comp_sum,
     "cross-entropy": cross_entropy,
+    "dice": dice,
     "ldr": ldr,
     "log-z": log_z,
+    "self-adjusting-dice": self_adjusting_dice,
     "spherical-z-loss": spherical_z,
+    "tversky": tversky,
 }
 
 
