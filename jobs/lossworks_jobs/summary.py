@@ -38,7 +38,7 @@ def _figures(spec: AnyTrainSpec, metrics: dict[str, float]) -> list[tuple[str, s
     # A loss other than cross-entropy has a unit of its own, which no other loss shares.
     loss = "{:.4f} nats a token" if spec.loss.name == "cross-entropy" else f"{{:.4f}} ({spec.loss.name})"
     if isinstance(spec, ClassifierSpec):
-        loss = loss.replace("token", "row")
+        loss = loss.replace("a token", "an example")
     known = [
         ("training loss", "train/loss", loss),
         ("held-out loss", "eval/loss", loss),

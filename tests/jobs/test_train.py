@@ -17,6 +17,7 @@ from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
+from lossworks.training.outcome import Outcome
 from lossworks_jobs.train import train
 
 pytestmark = pytest.mark.timeout(240)
@@ -271,6 +272,7 @@ def test_a_classifier_trains_through_the_same_command(cluster, home, tmp_path, c
     assert run.data.params["loss.tau"] == "1.5"
     assert run.data.metrics["eval/accuracy"] > 0.6
     assert run.data.metrics["eval/cross_entropy"] > 0
+    assert sum(Outcome.read(folder.outcome_file).reliability["examples"]) == 450
     assert folder.report.is_file()
     assert main(["export", folder.run_id, "--to", str(tmp_path / "model")]) == 2
     assert "trained a classifier" in capsys.readouterr().err

@@ -10,7 +10,7 @@ _BLUE, _GREY = "#2563a8", "#9aa3ad"
 
 
 def draw_reliability(axes: "Axes", curve: Mapping[str, Sequence[float]] | None) -> None:
-    """Draw accuracy over confidence, each bin a disc whose area is its share of the examples.
+    """Draw accuracy over confidence, each bin a disc that grows with its share of the examples.
 
     Args:
         axes: Where.
@@ -26,10 +26,5 @@ def draw_reliability(axes: "Axes", curve: Mapping[str, Sequence[float]] | None) 
     areas = [30 + 900 * count / total for count in curve["examples"]]
     axes.plot(curve["confidence"], curve["accuracy"], color=_BLUE, alpha=0.4, linewidth=1.2)
     axes.scatter(curve["confidence"], curve["accuracy"], s=areas, color=_BLUE, alpha=0.75)
-    axes.annotate(
-        f"{total:,.0f} examples; a disc's area is its share",
-        (0.02, 0.94),
-        xycoords="axes fraction",
-        fontsize=12,
-    )
+    axes.set_xlabel(f"confidence ({total:,.0f} examples; larger discs hold more)")
     axes.legend(loc="lower right")
