@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lossworks.losses.declaration import Kind
 
-_CLASSES, _LENGTH, _BINS = 7, 3, 51
+_CLASSES, _LENGTH, _BINS, _POSITIVES = 7, 3, 51, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +91,17 @@ def _values(rows: int, generator: torch.Generator) -> Example:
     return Example(logits, values, ignorable=False)
 
 
+def _sets(rows: int, generator: torch.Generator) -> Example:
+    scores = torch.randn(rows, _CLASSES, dtype=torch.float64, generator=generator)
+    return Example(scores, torch.randint(0, _CLASSES, (rows, _POSITIVES), generator=generator))
+
+
 EXAMPLES: dict[str, Callable[[int, torch.Generator], Example]] = {
     "row": _classes,
     "logits": _classes,
     "sequence": _sequences,
     "margin": _margins,
     "value": _values,
+    "multi-label": _sets,
     "bag": _responses,
 }
