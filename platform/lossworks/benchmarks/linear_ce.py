@@ -33,8 +33,8 @@ class LinearCeSpec(Spec):
 
     shapes: Annotated[tuple[str, ...], _split] = Field(
         ("2048x32768x512",),
-        description="N x V x D: rows, classes, features; with 4096x128256x1024 and 1024x256000x2304, heads of "
-        "large models, it takes more than an hour",
+        description="N x V x D: rows, classes, features; with 4096x128256x1024 and 1024x256000x2304, the "
+        "heads of large models, it takes more than an hour",
     )
     distributions: Annotated[tuple[Literal["random", "peaked"], ...], _split] = Field(
         ("peaked", "random"),
