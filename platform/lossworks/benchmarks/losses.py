@@ -52,8 +52,7 @@ class LossesSpec(Spec):
 
 
 def _measured_losses() -> list[str]:
-    entries = declarations().items()
-    return [slug for slug, entry in entries if entry.without_logits and not entry.requires]
+    return [slug for slug, entry in declarations().items() if entry.of_next_tokens]
 
 
 def run(overrides: Sequence[str], repeats: int) -> list[Row]:

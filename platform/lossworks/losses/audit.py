@@ -166,6 +166,8 @@ def _worst_slope(subject: Subject, reduction: str, seed: int) -> float:
 def _unequal_split(subject: Subject) -> Finding:
     if "whole-batch" in subject.flags:
         return Finding("", None, "it is declared to look at a whole batch")
+    if "random" in subject.flags:
+        return Finding("", None, "it draws random numbers, others for other batches")
     example = subject.example(rows=_ROWS - 1)
     whole = subject.value("sum", example)
     parts = sum(subject.value("sum", example.part(rows)) for rows in (slice(0, 2), slice(2, None)))

@@ -21,6 +21,8 @@ def two_ranks(subject: Subject) -> Finding:
     """Train one step's gradient of a small model on one process and, in unequal shares, on two."""
     if "whole-batch" in subject.flags:
         return Finding("", None, "it is declared to look at a whole batch")
+    if "random" in subject.flags:
+        return Finding("", None, "it draws random numbers, others on every rank")
     alone = _gradient(subject, slice(None), distributed=False)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "gradient.pt")

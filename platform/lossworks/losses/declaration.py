@@ -195,7 +195,8 @@ class Declaration:
         requires: Inputs besides prediction and target, by their names in
             :class:`lossworks.losses.Context`.
         flags: ``random``: draws random numbers; ``unmonitored``: its value says nothing about progress;
-            ``whole-batch``: splitting a batch changes it.
+            ``whole-batch``: splitting a batch changes it; ``own-outputs``: predictions must not have seen
+            the targets.
         module: Where the code is, as ``package.module:Class``.
     """
 
@@ -237,6 +238,11 @@ class Declaration:
         ``{"type": "choice", "values": […]}``, each with its ``"default"``.
         """
         return {p.name: _searched(p) for p in self.hyperparameters if p.search is not None}
+
+    @property
+    def of_next_tokens(self) -> bool:
+        """Whether it can train a language model on its targets, without logits and without further inputs."""
+        return self.without_logits and not self.requires and "own-outputs" not in self.flags
 
     @property
     def neutral(self) -> dict[str, Any] | None:

@@ -91,10 +91,8 @@ class TrainSpec(RunSpec):
 
     def _require_loss_of_tokens(self) -> None:
         loss = declaration(self.loss.name)
-        if not loss.without_logits or loss.requires:
-            able = [
-                slug for slug, entry in declarations().items() if entry.without_logits and not entry.requires
-            ]
+        if not loss.of_next_tokens:
+            able = [slug for slug, entry in declarations().items() if entry.of_next_tokens]
             raise ValueError(
                 f"loss.name={self.loss.name} can't train a language model; what can: {', '.join(able)}"
             )
