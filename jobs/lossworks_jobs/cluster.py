@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 from lossworks.errors import UserError
 from lossworks.home import QUIET_ENVIRONMENT
-from lossworks.specs import TrainSpec
+from lossworks.specs import RunSpec
 
 
 @contextmanager
-def cluster(spec: TrainSpec, address: str | None) -> Iterator[None]:
+def cluster(spec: RunSpec, address: str | None) -> Iterator[None]:
     """Connect to the Ray cluster at ``address``, or to one found running, or start one here.
 
     What was started is shut down at the end; a cluster that was joined goes on.
@@ -71,12 +71,12 @@ def _require_answer(address: str) -> None:
         raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
 
 
-def threads(spec: TrainSpec) -> int:
+def threads(spec: RunSpec) -> int:
     """Return how many threads a worker computes with: its whole CPUs, at least one."""
     return max(1, int(spec.resources_per_worker.get("CPU", 1)))
 
 
-def require_local_resources(spec: TrainSpec) -> None:
+def require_local_resources(spec: RunSpec) -> None:
     """Check a spec against this machine, without starting anything.
 
     Raises:
@@ -86,7 +86,7 @@ def require_local_resources(spec: TrainSpec) -> None:
     require_resources(spec, {"CPU": float(usable)}, only=("CPU",))
 
 
-def require_resources(spec: TrainSpec, free: Mapping[str, float], only: tuple[str, ...] = ()) -> None:
+def require_resources(spec: RunSpec, free: Mapping[str, float], only: tuple[str, ...] = ()) -> None:
     """Check that ``free`` holds all workers.
 
     Args:

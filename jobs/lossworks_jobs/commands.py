@@ -8,12 +8,12 @@ import psutil
 from lossworks.cli import Command
 from lossworks.errors import UserError
 from lossworks.runs import RunFolder
-from lossworks.specs import TrainSpec, read_yaml
-from lossworks.specs.base import apply_overrides
+from lossworks.specs import AnyTrainSpec, read_train_spec
 
 _EPILOG = """\
-SPEC is a YAML file such as jobs/specs/demo.yaml; every field can be overridden, for instance
-data.corpus=text:notes.txt model.layers=6 sharding=fsdp. Ctrl-C saves a checkpoint and ends the run."""
+SPEC is a YAML file such as jobs/specs/demo.yaml, a language model, or jobs/specs/digits.yaml, a classifier
+(task: classification); every field can be overridden, for instance data.corpus=text:notes.txt model.layers=6
+sharding=fsdp. Ctrl-C saves a checkpoint and ends the run."""
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def _steps_done(resume: RunFolder | None) -> int:
     return (last_step(resume.journal) or 0) if resume else 0
 
 
-def _resolve(arguments: argparse.Namespace) -> tuple[TrainSpec, RunFolder | None]:
+def _resolve(arguments: argparse.Namespace) -> tuple[AnyTrainSpec, RunFolder | None]:
     """Return the spec to train and the run to go on with, if any.
 
     Raises:
@@ -70,10 +70,9 @@ def _resolve(arguments: argparse.Namespace) -> tuple[TrainSpec, RunFolder | None
     if file is not None and name is not None:
         raise UserError(f"{file}: a stored run brings its own spec; give overrides only")
     if name is None:
-        return TrainSpec.read(file, overrides), None
+        return read_train_spec(file, overrides), None
     folder = RunFolder.find(name)
-    values = apply_overrides(TrainSpec, read_yaml(folder.spec_file), overrides)
-    return TrainSpec.parse(values), folder if arguments.resume else None
+    return read_train_spec(folder.spec_file, overrides), folder if arguments.resume else None
 
 
 TRAIN = Command("train a model sharded over Ray workers, tracked in MLflow", _configure, _run)

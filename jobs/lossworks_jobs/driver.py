@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lossworks.cli import program
 from lossworks.errors import RunError, UserError
 from lossworks.runs import RunFolder
-from lossworks.specs import TrainSpec
+from lossworks.specs import AnyTrainSpec
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.cluster import threads
 from lossworks_jobs.stopping import run_until_done
@@ -41,13 +41,15 @@ class Driver:
 
     def __init__(
         self,
-        spec: TrainSpec,
-        corpus: "TokenizedCorpus",
+        spec: AnyTrainSpec,
+        corpus: "TokenizedCorpus | None",
+        classes: int,
         started: float,
         progress: "TrainProgress | None",
     ) -> None:
         self.spec = spec
         self.corpus = corpus
+        self.classes = classes
         self.started = started
         self.progress = progress
         self.first_step_s: float | None = None
@@ -139,7 +141,7 @@ class Driver:
         config = {
             "spec": spec.model_dump(mode="json"),
             "folder": str(folder.path),
-            "corpus": str(self.corpus.folder),
+            "corpus": str(self.corpus.folder) if self.corpus else None,
             "threads": threads(spec),
         }
         trainer = TorchTrainer(
@@ -179,7 +181,7 @@ class Driver:
         from lossworks.reporting.finish import finish_run_folder
 
         try:
-            finish_run_folder(folder, self.corpus.vocab_size, status=status, reason=reason or None)
+            finish_run_folder(folder, self.classes, status=status, reason=reason or None)
         except RunError as error:
             self._say(f"{error}; bring it up to date with: {program()} sync {folder.run_id}")
 

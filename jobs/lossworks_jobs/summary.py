@@ -4,12 +4,12 @@ import shlex
 
 from lossworks.cli import program
 from lossworks.reporting import print_summary
-from lossworks.specs import TrackingSpec, TrainSpec
+from lossworks.specs import AnyTrainSpec, ClassifierSpec, RunSpec, TrackingSpec
 from lossworks.tracking import redact, tracking_uri
 from lossworks_jobs.driver import RunResult
 
 
-def show(spec: TrainSpec, result: RunResult, *, seconds_before: float = 0.0) -> None:
+def show(spec: AnyTrainSpec, result: RunResult, *, seconds_before: float = 0.0) -> None:
     """Print losses, speed, where everything is, and the commands that make sense next.
 
     Args:
@@ -19,27 +19,37 @@ def show(spec: TrainSpec, result: RunResult, *, seconds_before: float = 0.0) -> 
     """
     outcome, folder = result.outcome, result.folder
     title = f"{spec.name} {outcome.status} after {outcome.step} steps"
-    facts = _figures(outcome.metrics) + _memory(outcome.head_memory)
+    facts = _figures(spec, outcome.metrics) + _memory(outcome.head_memory)
     if result.first_step_s is not None:
         facts.append(("first step done after", f"{seconds_before + result.first_step_s:.1f} s"))
     facts += [("checkpoint", outcome.best or outcome.checkpoint or "none"), ("picture", str(folder.report))]
     run = folder.run_id
     commands = [
         ("see the run in MLflow", _where_to_look(spec)),
-        ("write the model", f"{program()} export {run} --to model"),
     ]
+    if not isinstance(spec, ClassifierSpec):
+        commands.append(("write the model", f"{program()} export {run} --to model"))
     if outcome.status == "stopped":
         commands.insert(0, ("go on", f"{program()} train --resume {run}"))
     print_summary(title, facts, commands)
 
 
-def _figures(metrics: dict[str, float]) -> list[tuple[str, str]]:
+def _figures(spec: AnyTrainSpec, metrics: dict[str, float]) -> list[tuple[str, str]]:
+    # A loss other than cross-entropy has a unit of its own, which no other loss shares.
+    loss = "{:.4f} nats a token" if spec.loss.name == "cross-entropy" else f"{{:.4f}} ({spec.loss.name})"
+    if isinstance(spec, ClassifierSpec):
+        loss = loss.replace("a token", "an example")
     known = [
-        ("training loss", "train/loss", "{:.4f} nats a token"),
-        ("held-out loss", "eval/loss", "{:.4f} nats a token"),
+        ("training loss", "train/loss", loss),
+        ("held-out loss", "eval/loss", loss),
+        ("held-out accuracy", "eval/accuracy", "{:.4f}"),
+        ("held-out cross-entropy", "eval/cross_entropy", "{:.4f} nats"),
+        ("calibration error", "eval/ece", "{:.4f}"),
+        ("Brier score", "eval/brier", "{:.4f}"),
         ("held-out perplexity", "eval/perplexity", "{:.2f}"),
         ("held-out bits per byte", "eval/bits_per_byte", "{:.4f}"),
         ("tokens/s", "train/tokens_per_second", "{:,.0f}"),
+        ("examples/s", "train/examples_per_second", "{:,.0f}"),
     ]
     return [(label, text.format(metrics[name])) for label, name, text in known if name in metrics]
 
@@ -49,7 +59,7 @@ def _memory(head_memory: dict[str, float]) -> list[tuple[str, str]]:
     return [("peak memory of the head", ", ".join(values))] if values else []
 
 
-def _where_to_look(spec: TrainSpec) -> str:
+def _where_to_look(spec: RunSpec) -> str:
     """Return the command that shows an embedded store, or the address of a server."""
     uri = tracking_uri(spec.tracking)
     if uri.startswith("http"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lossworks.errors import UserError
 from lossworks.runs import RunFolder
-from lossworks.specs import TrainSpec
+from lossworks.specs import AnyTrainSpec, ClassifierSpec, RunSpec
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.cluster import cluster, require_local_resources
 from lossworks_jobs.driver import Driver, RunResult
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from lossworks.reporting import TrainProgress
 
 # What decides the shape of the parameters or the batches that a checkpoint's position counts.
-_FIXED_ON_RESUME = ("model.", "data.", "seed", "batch_size")
+_FIXED_ON_RESUME = ("task", "model.", "data.", "seed", "batch_size")
 
 
 def train(
-    spec: TrainSpec,
+    spec: AnyTrainSpec,
     *,
     address: str | None = None,
     resume: RunFolder | None = None,
@@ -50,7 +50,7 @@ def train(
     if resume is not None:
         _require_resumable(spec, resume)
     with ThreadPoolExecutor(1) as pool:
-        prepared = pool.submit(_prepare_text, spec, progress)
+        prepared = pool.submit(_prepare, spec, progress)
         # Bad or cached text shows within moments: look first. Otherwise Ray starts meanwhile.
         wait([prepared], timeout=2.0)
         if prepared.done():
@@ -59,28 +59,33 @@ def train(
         if progress:
             progress.message(f"starting {spec.workers} worker{'s' * (spec.workers > 1)} on Ray")
         with cluster(spec, address):
-            corpus = prepared.result()
+            corpus, classes = prepared.result()
             opened.result()
-            return Driver(spec, corpus, started, progress).run(resume)
+            return Driver(spec, corpus, classes, started, progress).run(resume)
 
 
-def _prepare_text(spec: TrainSpec, progress: "TrainProgress | None") -> "TokenizedCorpus":
-    """Tokenise the corpus and check that it is long enough."""
+def _prepare(spec: AnyTrainSpec, progress: "TrainProgress | None") -> "tuple[TokenizedCorpus | None, int]":
+    """Read the data and check them; return the tokens of a text, or None, and the number of classes."""
+    if isinstance(spec, ClassifierSpec):
+        from lossworks.training.task import build_task
+
+        # The model is built, too, since it may not fit the examples.
+        return None, len(build_task(spec, None).build_model().head().weight)
     from lossworks.data import prepare
 
     corpus = prepare(spec.text(), on_progress=progress.message if progress else None)
     corpus.split(spec.text())
-    return corpus
+    return corpus, corpus.vocab_size
 
 
-def _open_store(spec: TrainSpec) -> None:
+def _open_store(spec: RunSpec) -> None:
     """Import MLflow and open the tracking store, which takes seconds the first time."""
     from lossworks.tracking.client import connect
 
     connect(spec.tracking)
 
 
-def _require_resumable(spec: TrainSpec, folder: RunFolder) -> None:
+def _require_resumable(spec: AnyTrainSpec, folder: RunFolder) -> None:
     """Refuse to go on with a run whose parameters or batches would be others.
 
     Raises:

@@ -10,7 +10,7 @@ def run_worker(config: dict[str, Any]) -> None:
     """Take part in a run as one rank; rank 0 leaves the outcome in the run's folder.
 
     Args:
-        config: ``spec`` (a TrainSpec as plain data), ``folder`` (of the run), ``corpus`` (folder of tokens)
+        config: ``spec`` (as plain data), ``folder`` (of the run), ``corpus`` (folder of tokens, or None)
             and ``threads`` (CPUs of this worker).
     """
     import torch
@@ -18,7 +18,7 @@ def run_worker(config: dict[str, Any]) -> None:
     from lossworks.data import TokenizedCorpus
     from lossworks.errors import UserError
     from lossworks.runs import RunFolder
-    from lossworks.specs import TrainSpec
+    from lossworks.specs import parse_train_spec
     from lossworks.tracking import Journal
     from lossworks.training.checkpoint import CheckpointStore
     from lossworks.training.loop import Job, train
@@ -26,14 +26,14 @@ def run_worker(config: dict[str, Any]) -> None:
     from lossworks.training.world import World
 
     torch.set_num_threads(config["threads"])
-    spec, folder = TrainSpec.parse(config["spec"]), RunFolder(Path(config["folder"]))
+    spec, folder = parse_train_spec(config["spec"]), RunFolder(Path(config["folder"]))
     leads = World.current().leads
     journal = Journal.open(folder.journal) if leads else None
     try:
         outcome = train(
             Job(
                 spec=spec,
-                corpus=TokenizedCorpus.open(Path(config["corpus"])),
+                corpus=TokenizedCorpus.open(Path(config["corpus"])) if config["corpus"] else None,
                 checkpoints=CheckpointStore(folder.checkpoints, keep=spec.checkpoint.keep),
                 record=journal.write if journal else _ignore,
                 notify=folder.notify,

@@ -49,8 +49,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         f"{arguments.folder} on held-out text",
         [
             ("loss", f"{result.loss:.4f} nats a token"),
-            ("perplexity", f"{result.perplexity:.2f}"),
-            ("bits per byte", f"{result.bits_per_byte:.4f}"),
+            ("perplexity", f"{result.yardsticks['eval/perplexity']:.2f}"),
+            ("bits per byte", f"{result.yardsticks['eval/bits_per_byte']:.4f}"),
         ],
     )
     if arguments.json:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lossworks.errors import UserError, nearest
 from lossworks.home import runs_folder
-from lossworks.specs import TrainSpec
+from lossworks.specs import AnyTrainSpec, RunSpec, read_train_spec
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class RunFolder:
         with self.notices.open("a", encoding="utf-8") as file:
             file.write(f"{' '.join(text.split())}\n")
 
-    def spec(self) -> TrainSpec:
+    def spec(self) -> AnyTrainSpec:
         """Return the spec the run was last started with."""
-        return TrainSpec.read(self.spec_file)
+        return read_train_spec(self.spec_file)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -86,7 +86,7 @@ class RunFolder:
             yield
 
     @staticmethod
-    def check_storage(spec: TrainSpec) -> None:
+    def check_storage(spec: RunSpec) -> None:
         """Check that folders of runs can be made.
 
         Raises:
@@ -101,7 +101,7 @@ class RunFolder:
             raise UserError(f"storage={folder}: can't be written: {error.strerror}") from None
 
     @classmethod
-    def create(cls, spec: TrainSpec, run_id: str) -> "RunFolder":
+    def create(cls, spec: RunSpec, run_id: str) -> "RunFolder":
         """Make the folder of a new run and store its spec."""
         folder = cls((Path(spec.storage) if spec.storage else runs_folder()) / run_id)
         folder.path.mkdir(parents=True)

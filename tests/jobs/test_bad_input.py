@@ -99,3 +99,24 @@ def test_an_address_without_a_cluster_is_refused_within_seconds(file, capsys):
     """Ray would try for more than a minute; the error names the option and the address."""
     assert main(["train", str(file), "--address", "127.0.0.1:9"]) == 2
     assert "--address 127.0.0.1:9: no Ray cluster answers there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task=regression", "task='regression' must be one of language-model, classification"),
+        ("data.source=/nowhere", "must be one of digits"),
+        ("data.source=csv:/nowhere.csv", "data.source: /nowhere.csv: no such file"),
+        ("data.sourse=wine", "did you mean data.source?"),
+        ("data.bag_size=5", "batch_size=64 must be a multiple of data.bag_size=5"),
+        ("data.imbalance=0.5", "data.imbalance=0.5: input should be greater than or equal to 1"),
+        ("data={source: wine}", "model.kind=cnn reads signals and images; examples of 13 features need mlp"),
+        ("model.kind=vit", "model.kind='vit'"),
+        ("activation_checkpointing=true", "activation_checkpointing=true is for language models"),
+        ("loss=dco", "loss.name=dco can't train a classifier"),
+    ],
+)
+def test_a_wrong_classifier_is_refused_in_one_line(override, message, home, capsys, monkeypatch):
+    """Before Ray starts, also where only the examples tell."""
+    given = ["train", "jobs/specs/digits.yaml", "model.kind=cnn", override]
+    assert message in refused(given, capsys, monkeypatch)

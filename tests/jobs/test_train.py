@@ -17,6 +17,7 @@ from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
+from lossworks.training.outcome import Outcome
 from lossworks_jobs.train import train
 
 pytestmark = pytest.mark.timeout(240)
@@ -256,3 +257,22 @@ def test_a_resume_with_another_shape_is_refused(finished, home):
         train(finished.folder.spec().override(["model.width=64"]), resume=finished.folder)
     with pytest.raises(UserError, match="has finished its 120 steps"):
         train(finished.folder.spec(), resume=finished.folder)
+
+
+def test_a_classifier_trains_through_the_same_command(cluster, home, tmp_path, capsys):
+    """The digits that ship, with another loss: figures on the terminal, in MLflow and in the picture."""
+    arguments = ["train", "jobs/specs/digits.yaml", "steps=40", "loss=comp-sum", "loss.tau=1.5"]
+    assert main([*arguments, "schedule.warmup_steps=1", "tracking.system_metrics=false"]) == 0
+    printed = capsys.readouterr().out
+    folder = newest(home)
+    run = tracked(folder.spec(), folder.run_id)
+
+    assert "held-out accuracy" in printed
+    assert "(comp-sum)" in printed
+    assert run.data.params["loss.tau"] == "1.5"
+    assert run.data.metrics["eval/accuracy"] > 0.6
+    assert run.data.metrics["eval/cross_entropy"] > 0
+    assert sum(Outcome.read(folder.outcome_file).reliability["examples"]) == 450
+    assert folder.report.is_file()
+    assert main(["export", folder.run_id, "--to", str(tmp_path / "model")]) == 2
+    assert "trained a classifier" in capsys.readouterr().err

@@ -1,12 +1,12 @@
 """``lossworks bench WHAT``: finds the benchmarks of the rooms through entry points."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from lossworks.benchmarks.table import Row, print_rows, write_rows
+from lossworks.benchmarks.table import Row, print_rows, read_rows, write_rows
 from lossworks.cli import Command, require_one
 from lossworks.errors import UserError
 
@@ -19,15 +19,17 @@ class Benchmark:
 
     Attributes:
         help: What is compared, in one line.
-        run: Takes ``key=value`` overrides and how often to repeat, and returns the figures.
+        run: Takes ``key=value`` overrides and how often to repeat, and gives the figures as they come.
         repeats: How often to repeat unless the user says.
         draw: Takes the figures and a path, and draws them there as a PNG; None if there is no chart.
+        go_on: Like ``run``, with figures of an earlier run that need not be measured again; None if it can't.
     """
 
     help: str
-    run: Callable[[Sequence[str], int], list[Row]]
+    run: Callable[[Sequence[str], int], Iterable[Row]]
     repeats: int = 3
     draw: Callable[[Sequence[Row], Path], object] | None = None
+    go_on: Callable[[Sequence[str], int, Sequence[Row]], Iterable[Row]] | None = None
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="times each method runs, in turns (default: 3, or what the benchmark needs)",
     )
     parser.add_argument("--device", help="short for device=DEVICE, in benchmarks that run on either")
-    parser.add_argument("--json", metavar="FILE", help="write machine and figures there too")
+    parser.add_argument("--json", metavar="FILE", help="write machine and figures there, as they come")
+    parser.add_argument(
+        "--go-on",
+        action="store_true",
+        help="measure only what is not in --json FILE yet, if the benchmark can",
+    )
     parser.add_argument(
         "--chart", metavar="FILE", help="draw the figures there as a PNG, if the benchmark can"
     )
@@ -57,13 +64,31 @@ def _run(arguments: argparse.Namespace) -> int:
         _require_folder(Path(path))
     repeats = benchmark.repeats if arguments.repeats is None else max(1, arguments.repeats)
     device = [f"device={arguments.device}"] if arguments.device else []
-    rows = benchmark.run([*arguments.overrides, *device], repeats)
+    rows: list[Row] = []
+    for row in _measured(benchmark, [*arguments.overrides, *device], repeats, arguments):
+        rows.append(row)
+        if arguments.json:  # at once, since hours of measuring may be cut short
+            write_rows(rows, Path(arguments.json))
     print_rows(rows)
     if arguments.json:
         write_rows(rows, Path(arguments.json))
     if arguments.chart and benchmark.draw is not None:
         benchmark.draw(rows, Path(arguments.chart))
     return 0
+
+
+def _measured(
+    benchmark: Benchmark, overrides: Sequence[str], repeats: int, arguments: argparse.Namespace
+) -> Iterable[Row]:
+    """Return the figures as they come, from an earlier run first if there is one to go on with."""
+    if not arguments.go_on:
+        return benchmark.run(overrides, repeats)
+    if benchmark.go_on is None:
+        raise UserError(f"--go-on: the benchmark {arguments.what} measures everything anew")
+    if not arguments.json:
+        raise UserError("--go-on: name the file to go on with as --json FILE")
+    path = Path(arguments.json)
+    return benchmark.go_on(overrides, repeats, read_rows(path) if path.is_file() else [])
 
 
 def _require_folder(path: Path) -> None:

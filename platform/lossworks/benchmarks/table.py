@@ -7,6 +7,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from lossworks.errors import UserError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -39,9 +41,23 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write ``{"machine": {...}, "rows": [...]}``, the shape that all benchmarks share."""
     from lossworks.tracking import machine
 
-    path.write_text(
-        json.dumps({"machine": machine(), "rows": [_as_dict(row) for row in rows]}, indent=1) + "\n"
-    )
+    text = json.dumps({"machine": machine(), "rows": [_as_dict(row) for row in rows]}, indent=1)
+    # Never half a file, since it is written while the benchmark goes on.
+    part = path.with_name(f"{path.name}.partial")
+    part.write_text(f"{text}\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the figures that ``write_rows`` wrote.
+
+    Raises:
+        UserError: The file holds something else.
+    """
+    try:
+        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds no figures of a benchmark: {error}") from None
 
 
 def print_rows(rows: Sequence[Row]) -> None:

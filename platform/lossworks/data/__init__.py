@@ -1,17 +1,22 @@
-"""From text to batches of tokens: corpora, tokenizers, memory-mapped shards, and the training order.
+"""From text to batches of tokens, and labelled examples: sources, splits, and the training order.
 
 ``prepare`` is called once, by the driver; workers open its folder with ``TokenizedCorpus.open``, which needs
 numpy and torch only.
 """
 
 from lossworks.data.corpus import documents, fingerprint
-from lossworks.data.order import SequenceOrder
+from lossworks.data.examples import ExampleData, Examples, load_examples
+from lossworks.data.order import BagOrder, Order, SequenceOrder
 from lossworks.data.preparation import prepare
 from lossworks.data.readers import Piece
 from lossworks.data.tokenized import TokenizedCorpus, TokenSequences
 from lossworks.data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, train_tokenizer
 
 __all__ = [
+    "BagOrder",
+    "ExampleData",
+    "Examples",
+    "Order",
     "Piece",
     "SequenceOrder",
     "TokenSequences",
@@ -19,6 +24,7 @@ __all__ = [
     "documents",
     "end_of_text_id",
     "fingerprint",
+    "load_examples",
     "load_tokenizer",
     "prepare",
     "token_bytes",

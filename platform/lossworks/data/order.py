@@ -1,6 +1,18 @@
 """The order in which training visits sequences: endless, seeded, and independent of the workers."""
 
+from typing import Protocol
+
 import numpy as np
+
+
+class Order(Protocol):
+    """Which rows each worker takes at each place of a run."""
+
+    def rows(self, position: int, rank: int, workers: int) -> np.ndarray:
+        """Return one worker's rows of the global batch at ``position``, int64."""
+
+    def largest_share(self, workers: int) -> int:
+        """Return the most rows of a batch that any of ``workers`` gets."""
 
 
 class SequenceOrder:
@@ -68,6 +80,10 @@ class SequenceOrder:
         parts = [self._part(epoch, start, stop) for epoch in epochs]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def largest_share(self, workers: int) -> int:
+        """Return the most sequences of a batch that any of ``workers`` gets."""
+        return -(-self.batch_size // workers)
+
     def _part(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the entries of places ``start`` to ``stop - 1`` that lie in one epoch."""
         first = epoch * self.sequences
@@ -77,3 +93,34 @@ class SequenceOrder:
         if epoch in self._permutations:
             return self._permutations[epoch]
         return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.sequences)
+
+
+class BagOrder:
+    """The same order over bags: every batch, and every worker's share of it, is made of whole bags.
+
+    Rows b·k to b·k + k − 1 are bag b. Positions count rows, as those of ``SequenceOrder`` do.
+
+    Args:
+        rows: Number of rows; those beyond the last whole bag are never visited.
+        bag_size: Rows a bag, k.
+        batch_size: Rows a global batch, a multiple of k.
+        seed: Seed of all permutations, at least 0.
+
+    Raises:
+        ValueError: A number is out of range, or the batch doesn't consist of whole bags.
+    """
+
+    def __init__(self, rows: int, bag_size: int, batch_size: int, seed: int) -> None:
+        if bag_size < 1 or batch_size % bag_size:
+            raise ValueError(f"batch_size={batch_size}: must be a multiple of bag_size={bag_size}")
+        self._bag_size = bag_size
+        self._bags = SequenceOrder(rows // bag_size, batch_size // bag_size, seed)
+
+    def rows(self, position: int, rank: int, workers: int) -> np.ndarray:
+        """Return the rows of one worker's bags, those of a bag together; shares differ by at most a bag."""
+        bags = self._bags.rows(position // self._bag_size, rank, workers)
+        return (bags[:, None] * self._bag_size + np.arange(self._bag_size)).reshape(-1)
+
+    def largest_share(self, workers: int) -> int:
+        """Return the most rows of a batch that any of ``workers`` gets."""
+        return self._bags.largest_share(workers) * self._bag_size

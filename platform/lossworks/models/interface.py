@@ -1,4 +1,4 @@
-"""What the training code asks of a language model.
+"""What the training code asks of a model.
 
 Shapes in this package: B sequences, L tokens a sequence, D features a token (the width), V entries of the
 vocabulary.
@@ -47,15 +47,15 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 Objective = Callable[[Tensor, Head, Tensor], Tensor]
-"""A loss: called with the features (B, L, D), the head and the targets (B, L)."""
+"""A loss: called with the features (…, D), the head and the targets (…)."""
 
 
-class LanguageModel(nn.Module, ABC):
-    """A causal language model that gives out its features and its head instead of its logits."""
+class HeadedModel(nn.Module, ABC):
+    """A model that gives out its features and its head instead of its logits."""
 
     @abstractmethod
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Return the features (B, L, D), after the final norm, of ``tokens`` (B, L) int64."""
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """Return the features (B, …, D) that the head is applied to, for a batch of B inputs."""
 
     @abstractmethod
     def head(self) -> Head:
@@ -63,7 +63,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """Return the transformer blocks in order: the units of sharding and compilation."""
+        """Return the blocks in order: the units of sharding and compilation."""
 
     @abstractmethod
     def checkpoint_activations(self) -> None:
@@ -73,30 +73,34 @@ class LanguageModel(nn.Module, ABC):
             UserError: The architecture can't do it.
         """
 
-    @abstractmethod
-    def depth_and_width(self) -> tuple[int, int] | None:
-        """Return the number of attention layers and their features D, or None if they aren't known."""
-
-    def forward(self, tokens: Tensor, targets: Tensor, objective: Objective) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor, objective: Objective) -> Tensor:
         """Return ``objective(hidden, head, targets)``.
 
         The objective runs in here, and not after the model, because FSDP gathers the sharded head only
         while ``forward`` runs; DDP, too, sees only what ``forward`` does.
 
         Args:
-            tokens: (B, L) int64.
-            targets: (B, L) int64, the token after each position or whatever else the objective takes.
+            inputs: What ``hidden`` takes.
+            targets: One for each row of features, or whatever else the objective takes.
             objective: Any loss; the model knows none.
         """
-        return objective(self.hidden(tokens), self.head(), targets)
+        return objective(self.hidden(inputs), self.head(), targets)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return the dense logits (B, L, V) of ``tokens`` (B, L) int64, for generation and tests.
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Return the dense logits (B, …, V) of inputs, for prediction and tests.
 
         FSDP gathers parameters for ``forward`` alone; a sharded model needs
         ``register_fsdp_forward_method(model, "logits")`` first.
         """
-        return self.head().logits(self.hidden(tokens))
+        return self.head().logits(self.hidden(inputs))
+
+
+class LanguageModel(HeadedModel):
+    """A causal language model; its inputs are tokens (B, L) int64, its features (B, L, D), after the norm."""
+
+    @abstractmethod
+    def depth_and_width(self) -> tuple[int, int] | None:
+        """Return the number of attention layers and their features D, or None if they aren't known."""
 
     @torch.no_grad()
     def generate(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lossworks.runs import RunFolder
+from lossworks.specs import ClassifierSpec
 from lossworks.tracking import Row, deliver, finish_run, read_all
 from lossworks.tracking.store import Status
 from lossworks.training.outcome import Outcome
@@ -21,12 +22,17 @@ def draw_report(folder: RunFolder, vocabulary: int | None = None) -> Path:
 
     rows: list[Row] = read_all(folder.journal)
     outcome = Outcome.read(folder.outcome_file) if folder.outcome_file.is_file() else None
+    spec = folder.spec()
+    plain = spec.loss.name == "cross-entropy"
+    row = "example" if isinstance(spec, ClassifierSpec) else "token"
     return train_report(
         rows,
         head_memory=outcome.head_memory if outcome else None,
-        title=f"{folder.spec().name} · {folder.run_id[:8]}",
+        reliability=outcome.reliability if outcome else None,
+        title=f"{spec.name} · {folder.run_id[:8]}",
         path=folder.report,
-        vocabulary=vocabulary,
+        vocabulary=vocabulary if plain else None,
+        loss=f"nats per {row}" if plain else f"{spec.loss.name} per {row}",
     )
 
 

@@ -21,9 +21,15 @@ _LINE_EVERY_PERCENT = 10
 _FORMATS = {
     "train/loss": "loss {:.4f}",
     "eval/loss": "held-out {:.4f}",
+    "eval/accuracy": "accuracy {:.4f}",
     "train/tokens_per_second": "{:,.0f} tokens/s",
+    "train/examples_per_second": "{:,.0f} examples/s",
 }
-_BAR = ("train/loss", "train/tokens_per_second")  # more does not fit into 80 columns
+_BAR = (
+    "train/loss",
+    "train/tokens_per_second",
+    "train/examples_per_second",
+)  # more does not fit into 80 columns
 
 
 class TrainProgress:

@@ -1,4 +1,8 @@
-"""The report of a training run: one picture with loss, learning rate, speed and memory of the head."""
+"""The report of a training run in one picture.
+
+A language model's has loss, learning rate, speed and memory of the head; a classifier's has loss, accuracy,
+reliability and speed.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lossworks.reporting.reliability import draw_reliability
 from lossworks.reporting.series import Series, series, smooth
 
 if TYPE_CHECKING:
@@ -43,6 +48,8 @@ def train_report(
     title: str,
     path: Path,
     vocabulary: int | None = None,
+    loss: str = "nats per token",
+    reliability: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """Draw the report of a run as a PNG of 1600 × 1000 pixels.
 
@@ -53,7 +60,9 @@ def train_report(
         head_memory: Peak memory of the head in bytes by way of computing it, ours first; None if unknown.
         title: Heading.
         path: File to write; its folder is created.
-        vocabulary: Entries V of the vocabulary, to mark ln V, the loss of a uniform guess.
+        vocabulary: Classes V, to mark ln V, the cross-entropy of a uniform guess; None for other losses.
+        loss: What the trained loss is counted in.
+        reliability: Of a classifier: examples, confidence and accuracy by bin; None or empty if unknown.
 
     Returns:
         ``path``.
@@ -66,17 +75,21 @@ def train_report(
         figure = Figure(figsize=(16, 10), dpi=100, layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2, wspace=0.03, hspace=0.04)  # type: ignore[union-attr,call-arg]
         figure.suptitle(title, fontsize=19, fontweight="bold", x=0.02, ha="left")
-        loss, rate, speed, memory = figure.subplots(2, 2).flat
-        _draw_loss(loss, rows, vocabulary)
-        _draw_rate(rate, series(rows, "train/lr"))
-        _draw_speed(speed, series(rows, "train/tokens_per_second"))
-        _draw_memory(memory, head_memory)
+        curve, second, speed, last = figure.subplots(2, 2).flat
+        _draw_loss(curve, rows, vocabulary, loss)
+        _draw_speed(speed, rows)
+        if series(rows, "eval/accuracy") is None:
+            _draw_rate(second, series(rows, "train/lr"))
+            _draw_memory(last, head_memory)
+        else:
+            _draw_accuracy(second, rows)
+            draw_reliability(last, reliability)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
     return path
 
 
-def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int | None) -> None:
+def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int | None, unit: str) -> None:
     train, held_out = series(rows, "train/loss"), series(rows, "eval/loss")
     axes.set_title("Loss")
     if train is None and held_out is None:
@@ -91,7 +104,7 @@ def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int 
         _mark_level(
             axes, math.log(vocabulary), f"uniform guess, ln {vocabulary:,} = {math.log(vocabulary):.2f}"
         )
-    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set(xlabel="step", ylabel=unit)
     axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.88))
 
 
@@ -106,20 +119,41 @@ def _draw_rate(axes: "Axes", points: Series | None) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _draw_speed(axes: "Axes", points: Series | None) -> None:
+def _draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     axes.set_title("Throughput")
+    unit = "examples" if series(rows, "train/examples_per_second") is not None else "tokens"
+    points = series(rows, f"train/{unit}_per_second")
     if points is None:
         _not_measured(axes)
         return
-    _draw_smoothed(axes, points, "tokens/s")
+    _draw_smoothed(axes, points, f"{unit}/s")
     median = float(np.median(points[1]))
     _mark_level(axes, median, f"median {median:,.0f}")
-    axes.set(xlabel="step", ylabel="tokens per second")
+    axes.set(xlabel="step", ylabel=f"{unit} per second")
     axes.set_ylim(0, 1.3 * float(np.max(points[1])) or 1.0)  # room for the legend above the curve
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.legend(loc="upper right", ncols=3)
+
+
+def _draw_accuracy(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title("Held-out accuracy and calibration error")
+    for name, label, colour in (("accuracy", "accuracy", _BLUE), ("ece", "calibration error", _ORANGE)):
+        points = series(rows, f"eval/{name}")
+        if points is not None:
+            axes.plot(*points, color=colour, marker="o" if points[0].size <= 50 else "", label=label)
+            axes.annotate(
+                f"{points[1][-1]:.3f}",
+                (points[0][-1], points[1][-1]),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="right",
+                color=colour,
+                fontweight="bold",
+            )
+    axes.set(xlabel="step", ylim=(0, 1.08))
+    axes.legend(loc="center right")
 
 
 def _draw_memory(axes: "Axes", head_memory: Mapping[str, float] | None) -> None:

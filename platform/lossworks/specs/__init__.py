@@ -1,6 +1,14 @@
 """Specs: what a run is, checked before anything starts."""
 
 from lossworks.specs.base import Spec, field_paths, read_yaml
+from lossworks.specs.classification import (
+    AnyTrainSpec,
+    ClassifierModelSpec,
+    ClassifierSpec,
+    ExamplesSpec,
+    parse_train_spec,
+    read_train_spec,
+)
 from lossworks.specs.parts import (
     CheckpointSpec,
     DataSpec,
@@ -12,20 +20,27 @@ from lossworks.specs.parts import (
     ShardingSpec,
     TrackingSpec,
 )
-from lossworks.specs.train import TrainSpec
+from lossworks.specs.train import RunSpec, TrainSpec
 
 __all__ = [
+    "AnyTrainSpec",
     "CheckpointSpec",
+    "ClassifierModelSpec",
+    "ClassifierSpec",
     "DataSpec",
     "EvaluationSpec",
+    "ExamplesSpec",
     "LossSpec",
     "ModelSpec",
     "OptimizerSpec",
+    "RunSpec",
     "ScheduleSpec",
     "ShardingSpec",
     "Spec",
     "TrackingSpec",
     "TrainSpec",
     "field_paths",
+    "parse_train_spec",
+    "read_train_spec",
     "read_yaml",
 ]

@@ -175,10 +175,10 @@ class ScheduleSpec(Spec):
 
 
 class EvaluationSpec(Spec):
-    """When and on how much held-out text the model is evaluated."""
+    """When and on how much held-out data the model is evaluated."""
 
     every: int = Field(50, ge=1, description="steps between evaluations; the last step is always evaluated")
-    sequences: int = Field(64, ge=1, description="held-out sequences an evaluation, all of them if fewer")
+    sequences: int = Field(64, ge=1, description="held-out sequences or examples an evaluation, all if fewer")
 
 
 class CheckpointSpec(Spec):

@@ -20,15 +20,15 @@ from lossworks.specs.parts import (
 )
 
 
-class TrainSpec(Spec):
-    """Everything that decides a training run; the same spec and seed give the same result."""
+class RunSpec(Spec):
+    """What every training run has; the same spec and seed give the same result."""
 
     name: str = Field("train", min_length=1, max_length=100, description="name of the run in MLflow")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the parameters, the data order and all noise")
     steps: int = Field(200, ge=1, description="optimiser steps")
-    batch_size: int = Field(32, ge=1, description="sequences a step, over all workers")
+    batch_size: int = Field(32, ge=1, description="sequences or examples a step, over all workers")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="sequences a worker takes at once; gradients accumulate over a step"
+        None, ge=1, description="how many of them a worker takes at once; gradients accumulate over a step"
     )
     workers: int = Field(2, ge=1, le=65536, description="processes that train together")
     resources_per_worker: dict[str, float] = Field(
@@ -42,8 +42,6 @@ class TrainSpec(Spec):
     storage: str | None = Field(
         None, description="absolute folder of runs, shared by all workers; default: runs/ in the home folder"
     )
-    data: DataSpec = DataSpec()
-    model: ModelSpec = ModelSpec()
     loss: LossSpec = LossSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -51,20 +49,10 @@ class TrainSpec(Spec):
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
 
-    def text(self) -> DataSpec:
-        """Return the data with the tokenizer settled: a transformers checkpoint brings its own."""
-        if self.data.tokenizer is None and self.model.source.startswith("hf:"):
-            path = Path(self.model.source.removeprefix("hf:")).expanduser() / "tokenizer.json"
-            return self.data.model_copy(update={"tokenizer": str(path)})
-        return self.data
-
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _adds_up(self) -> Self:
         if self.sharding.kind == "none" and self.workers != 1:
             raise ValueError(f"sharding=none is for workers=1, not {self.workers}: use ddp or fsdp")
-        self._require_loss_of_tokens()
-        if self.sharding.vocab_parallel:
-            self._require_splittable_head()
         if self.batch_size < self.workers:
             raise ValueError(f"batch_size={self.batch_size} must be at least workers={self.workers}")
         for name, amount in self.resources_per_worker.items():
@@ -77,6 +65,28 @@ class TrainSpec(Spec):
             )
         if self.storage is not None and not self.storage.startswith("/"):
             raise ValueError(f"storage={self.storage!r} must be an absolute path")
+        return self
+
+
+class TrainSpec(RunSpec):
+    """Training of a language model."""
+
+    task: Literal["language-model"] = Field("language-model", description="what is trained")
+    data: DataSpec = DataSpec()
+    model: ModelSpec = ModelSpec()
+
+    def text(self) -> DataSpec:
+        """Return the data with the tokenizer settled: a transformers checkpoint brings its own."""
+        if self.data.tokenizer is None and self.model.source.startswith("hf:"):
+            path = Path(self.model.source.removeprefix("hf:")).expanduser() / "tokenizer.json"
+            return self.data.model_copy(update={"tokenizer": str(path)})
+        return self.data
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self._require_loss_of_tokens()
+        if self.sharding.vocab_parallel:
+            self._require_splittable_head()
         return self
 
     def _require_loss_of_tokens(self) -> None:

@@ -2,39 +2,42 @@
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.data import TokenSequences
 from lossworks.training.world import World
+
+if TYPE_CHECKING:
+    from lossworks.training.task import Rows
 
 IGNORE_INDEX = -100
 
 
 def micro_batches(
-    sequences: TokenSequences, rows: np.ndarray, *, size: int | None, largest_share: int
+    data: "Rows", rows: np.ndarray, *, size: int | None, largest_share: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's rows as (tokens, targets) of at most ``size`` sequences, each (B, L) int64.
+    """Yield this rank's rows as (inputs, targets) of at most ``size`` rows.
 
     Every rank must go through equally many forward passes, or collectives would wait for ever; a rank with a
     smaller share therefore ends with a row whose targets are all ignored.
 
     Args:
-        sequences: Where rows are read.
+        data: Where rows are read.
         rows: This rank's share of the global batch, shape (share,).
-        size: Sequences a micro-batch; None takes the whole share at once.
+        size: Rows a micro-batch; None takes the whole share at once.
         largest_share: The largest share any rank has of this batch.
     """
     size = size or largest_share
     for index in range(math.ceil(largest_share / size)):
         part = rows[index * size : (index + 1) * size]
         if len(part):
-            yield sequences.batch(part)
+            yield data.batch(part)
         else:
-            tokens, targets = sequences.batch(np.zeros(1, dtype=np.int64))
-            yield tokens, torch.full_like(targets, IGNORE_INDEX)
+            inputs, targets = data.batch(np.zeros(1, dtype=np.int64))
+            yield inputs, torch.full_like(targets, IGNORE_INDEX)
 
 
 def share(total: int, world: World) -> slice:

@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lossworks import __version__
 from lossworks.data import TokenizedCorpus, prepare
 from lossworks.errors import UserError
 from lossworks.models import build_model, load_model, save_model
 from lossworks.runs import RunFolder
-from lossworks.specs import DataSpec, LossSpec, TrainSpec
+from lossworks.specs import DataSpec, TrainSpec
 from lossworks.training.checkpoint import Checkpoint, CheckpointStore, find_damage, load_shards
-from lossworks.training.evaluation import Evaluation, evaluate
-from lossworks.training.objective import build_objective
+from lossworks.training.evaluation import evaluate
+from lossworks.training.language import LanguageTask
+from lossworks.training.task import Evaluation
 from lossworks.training.world import World
 
 
@@ -31,6 +30,8 @@ def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
         UserError: There is no whole checkpoint, or ``to`` holds something already.
     """
     spec = folder.spec()
+    if not isinstance(spec, TrainSpec):
+        raise UserError(f"run {folder.run_id}: trained a classifier; only language models can be exported")
     checkpoint = _choose(folder, spec, best=best)
     corpus = prepare(spec.text())
     model = build_model(spec.model, vocab_size=corpus.vocab_size, seed=spec.seed)
@@ -67,12 +68,9 @@ def evaluate_folder(folder: Path, *, overrides: Sequence[str] = (), limit: int |
     """
     model, _ = load_model(folder)
     corpus, data = _text(folder, overrides)
-    _, held_out = corpus.split(data)
     return evaluate(
         model,
-        build_objective(LossSpec()),
-        held_out,
-        torch.from_numpy(corpus.token_bytes.copy()),
+        LanguageTask(TrainSpec(data=data), corpus),
         World.current(),
         limit=limit,
         micro_batch_size=None,

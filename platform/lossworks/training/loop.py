@@ -10,20 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.data import SequenceOrder, TokenizedCorpus
+from lossworks.data import TokenizedCorpus
 from lossworks.errors import NonFiniteLossError
-from lossworks.models import build_model
-from lossworks.specs import TrainSpec
-from lossworks.training.batches import largest_share, micro_batches
+from lossworks.specs import AnyTrainSpec
+from lossworks.training.batches import micro_batches
 from lossworks.training.checkpoint import CheckpointStore
-from lossworks.training.evaluation import Evaluation, bits_per_byte, count_targets, evaluate
+from lossworks.training.evaluation import evaluate
 from lossworks.training.hardware import peak_flops, peak_memory_bytes
 from lossworks.training.head_memory import measure_head_memory
-from lossworks.training.objective import build_objective
 from lossworks.training.optimizer import build_optimizer, non_finite_gradients, set_lr
 from lossworks.training.outcome import Outcome, Status
 from lossworks.training.schedule import lr_factor
 from lossworks.training.sharding import clip_gradients, distribute, gradient_sync
+from lossworks.training.task import Evaluation, build_task
 from lossworks.training.world import World
 
 Record = Callable[[int, dict[str, float]], object]
@@ -40,15 +39,15 @@ class Job:
 
     Attributes:
         spec: The run.
-        corpus: The tokenised text.
+        corpus: The tokenised text of a language model; None for classifiers.
         checkpoints: Where the run's checkpoints are, on storage that all ranks share.
         record: Called by rank 0 with a step and its metrics; must not block.
         notify: Called by rank 0 with a sentence that a person should see.
         stop_requested: Asked by rank 0 after every step; when true the run saves a checkpoint and ends.
     """
 
-    spec: TrainSpec
-    corpus: TokenizedCorpus
+    spec: AnyTrainSpec
+    corpus: TokenizedCorpus | None
     checkpoints: CheckpointStore
     record: Record
     notify: Notify = _say_nothing
@@ -69,10 +68,10 @@ def train(job: Job) -> Outcome:
 
 @dataclass(frozen=True)
 class _Step:
-    """What one optimiser step gave: metrics, valid tokens over all ranks, whether to stop after it."""
+    """What one optimiser step gave: metrics, units of data over all ranks, whether to stop after it."""
 
     metrics: dict[str, float]
-    tokens: float
+    units: float
     stop: bool
 
 
@@ -82,18 +81,17 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         spec = job.spec
         self.job, self.spec, self.world = job, spec, World.current()
-        self.train_text, self.held_out_text = job.corpus.split(spec.data)
-        self.token_bytes = torch.from_numpy(np.asarray(job.corpus.token_bytes))
-        self.order = SequenceOrder(len(self.train_text), spec.batch_size, spec.seed)
-        self.objective = build_objective(spec.loss)
-        language_model = build_model(spec.model, vocab_size=job.corpus.vocab_size, seed=spec.seed)
-        self.language_model = language_model
-        self.flops_per_token = language_model.flops_per_token(spec.data.sequence_length)
+        self.task = build_task(spec, job.corpus)
+        self.order = self.task.order()
+        model = self.task.build_model()
+        self.headed_model = model
+        self.flops_per_unit = self.task.flops_per_unit(model)
         self.bf16 = spec.precision == "bf16"
-        self.model = distribute(language_model, spec, self.world)
+        self.model = distribute(model, spec, self.world)
         self.optimizer = build_optimizer(self.model, spec.optimizer)
         self.step, self.position = 0, 0
         self.metrics: dict[str, float] = {}
+        self.reliability: dict[str, list[float]] = {}
         self.held_out_loss = math.nan  # of this very step, or it would pass for a checkpoint's
         self.checkpoint: Path | None = None
 
@@ -117,13 +115,13 @@ class Trainer:
         done = self._train_step(self.step + 1)
         self.step += 1
         self.position += self.spec.batch_size
-        row = done.metrics | self._throughput(done.tokens, time.perf_counter() - started)
+        row = done.metrics | self._throughput(done.units, time.perf_counter() - started)
         last = self.step == self.spec.steps
         save = last or self.step % self.spec.checkpoint.every == 0
         self.held_out_loss = math.nan
         if save or self.step % self.spec.evaluation.every == 0:
             evaluation = self._evaluate()
-            self.held_out_loss = evaluation.loss
+            self.held_out_loss, self.reliability = evaluation.loss, evaluation.reliability
             row |= evaluation.metrics()
         self.metrics |= row
         if self.world.leads:
@@ -144,19 +142,19 @@ class Trainer:
         rows = self.order.rows(self.position, world.rank, world.size)
         batches = list(
             micro_batches(
-                self.train_text,
+                self.task.train,
                 rows,
                 size=spec.micro_batch_size,
-                largest_share=largest_share(spec.batch_size, world),
+                largest_share=self.order.largest_share(world.size),
             )
         )
-        own = [count_targets(targets, self.token_bytes) for _, targets in batches]
-        counts = world.gather([sum(n for n, _ in own), sum(size for _, size in own)])
-        tokens, text_bytes = counts.sum(dim=0).tolist()
-        loss = self._accumulate(batches, tokens)
+        own = [(self.task.objective.count(targets), *self.task.counts(targets)) for _, targets in batches]
+        counts = world.gather([sum(column) for column in zip(*own, strict=True)])
+        elements, units, further = counts.sum(dim=0).tolist()
+        loss = self._accumulate(batches, elements)
         stop = float(world.leads and self.job.stop_requested())
         shares = world.gather([loss, stop, peak_memory_bytes(world.device)])
-        nats = float(shares[:, 0].sum())
+        total = float(shares[:, 0].sum())
         self._refuse_non_finite("loss", step, shares[:, 0])
         norm = clip_gradients(self.model, spec.optimizer.clip_norm)
         if not math.isfinite(norm):
@@ -166,25 +164,23 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         metrics = {
-            "train/loss": nats / tokens,
-            "train/cross_entropy": nats / tokens,
-            "train/bits_per_byte": bits_per_byte(nats, text_bytes),
+            **self.task.train_metrics(total, elements, units, further),
             "train/grad_norm": norm,
             "train/lr": lr,
             "train/peak_memory_bytes": float(shares[:, 2].max()),
         }
-        return _Step(metrics, tokens, stop=bool(shares[0, 1]))
+        return _Step(metrics, units, stop=bool(shares[0, 1]))
 
-    def _accumulate(self, batches: list[tuple[Tensor, Tensor]], tokens: float) -> float:
-        """Run all micro-batches forward and backward; return this rank's summed loss in nats."""
+    def _accumulate(self, batches: list[tuple[Tensor, Tensor]], elements: float) -> float:
+        """Run all micro-batches forward and backward; return this rank's summed loss."""
         device = self.world.device
         total = torch.zeros((), device=device)
         for index, (inputs, targets) in enumerate(batches):
             with gradient_sync(self.model, enabled=index == len(batches) - 1):
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                    loss = self.model(inputs.to(device), targets.to(device), self.objective)
+                    loss = self.model(inputs.to(device), targets.to(device), self.task.objective)
                 # Both DDP and FSDP average over ranks; the loss is to be a sum over them, divided once.
-                (loss * (self.world.size / tokens)).backward()
+                (loss * (self.world.size / elements)).backward()
             total += loss.detach()
         return float(total)
 
@@ -205,21 +201,18 @@ class Trainer:
             f"gradient ({where})", step, flags if flags.isnan().any() else flags * math.nan
         )
 
-    def _throughput(self, tokens: float, seconds: float) -> dict[str, float]:
-        row = {"train/step_seconds": seconds, "train/tokens_per_second": tokens / seconds}
+    def _throughput(self, units: float, seconds: float) -> dict[str, float]:
+        rate = units / seconds
+        row = {"train/step_seconds": seconds, f"train/{self.task.unit}_per_second": rate}
         peak = peak_flops(self.world.device, bf16=self.bf16)
-        if peak is not None and self.flops_per_token is not None:
-            row["train/mfu"] = (
-                self.flops_per_token * row["train/tokens_per_second"] / (peak * self.world.size)
-            )
+        if peak is not None and self.flops_per_unit is not None:
+            row["train/mfu"] = self.flops_per_unit * rate / (peak * self.world.size)
         return row
 
     def _evaluate(self) -> Evaluation:
         return evaluate(
             self.model,
-            self.objective,
-            self.held_out_text,
-            self.token_bytes,
+            self.task,
             self.world,
             limit=self.spec.evaluation.sequences,
             micro_batch_size=self.spec.micro_batch_size,
@@ -257,7 +250,7 @@ class Trainer:
 
     def _outcome(self, status: Status, reason: str) -> Outcome:
         best = self.job.checkpoints.best() if self.world.leads else None
-        head_memory = measure_head_memory(self.spec, self.language_model, self.world)
+        head_memory = measure_head_memory(self.spec, self.headed_model, self.world)
         return Outcome(
             status=status,
             reason=reason,
@@ -266,4 +259,5 @@ class Trainer:
             checkpoint=str(self.checkpoint) if self.checkpoint else None,
             best=self.world.agree(str(best.folder) if best else None),
             head_memory=self.world.agree(head_memory),
+            reliability=self.reliability,
         )

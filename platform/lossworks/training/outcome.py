@@ -22,6 +22,7 @@ class Outcome:
         checkpoint: Folder of the newest checkpoint, or None.
         best: Folder of the checkpoint with the least held-out loss, or None.
         head_memory: Peak bytes of the head, ours and with the logits built; empty if not measured.
+        reliability: Of a classifier at its last evaluation: examples, confidence and accuracy by bin.
     """
 
     status: Status
@@ -31,6 +32,7 @@ class Outcome:
     checkpoint: str | None
     best: str | None
     head_memory: dict[str, float] = field(default_factory=dict)
+    reliability: dict[str, list[float]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write the outcome as JSON, atomically."""

@@ -9,13 +9,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lossworks.models import LanguageModel
-from lossworks.specs import TrainSpec
+from lossworks.models import HeadedModel
+from lossworks.specs import RunSpec
 from lossworks.training.vocabulary import split_head
 from lossworks.training.world import World
 
 
-def distribute(model: LanguageModel, spec: TrainSpec, world: World) -> nn.Module:
+def distribute(model: HeadedModel, spec: RunSpec, world: World) -> nn.Module:
     """Return the model spread over the world as ``spec.sharding`` says, on this process's device.
 
     ``ddp`` keeps a replica in every process and averages gradients; ``fsdp`` is FSDP2 (``fully_shard``):

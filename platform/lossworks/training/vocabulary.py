@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lossworks.errors import UserError
-from lossworks.models import Head, LanguageModel
+from lossworks.models import Head, HeadedModel
 from lossworks.training.batches import IGNORE_INDEX
 
 
-def split_head(model: LanguageModel, mesh: DeviceMesh) -> set[nn.Parameter]:
+def split_head(model: HeadedModel, mesh: DeviceMesh) -> set[nn.Parameter]:
     """Replace the head's parameters by this rank's classes of them, and return the new ones.
 
     They are placed as FSDP places its own, so that checkpoints, clipping and the optimiser see no difference.

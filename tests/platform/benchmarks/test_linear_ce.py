@@ -56,6 +56,41 @@ def test_the_table_has_every_method_with_its_figures_or_the_reason(tmp_path, mon
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_was_cut_short_goes_on(tmp_path, monkeypatch, capsys):
+    """What is in the file is not measured again, what failed is, and the file is whole at any time."""
+    file, measured = tmp_path / "figures.json", []
+
+    def worker(module, case, threads, limit_s):
+        measured.append(case["method"])
+        if measured == ["exact", "dense"]:
+            raise KeyboardInterrupt
+        figures = dict.fromkeys(("forward_backward_s", "forward_s", "product_s", "error_e", "error_c"), 2.0)
+        return figures | {"extra_bytes": 0, "peak": "VmHWM", "loss": 1.0}
+
+    monkeypatch.setattr(linear_ce, "run_worker", worker)
+    arguments = [*TINY, "methods=exact,dense", "--json", str(file)]
+    assert main(arguments) == 130
+    assert {row["method"] for row in json.loads(file.read_text())["rows"]} == {"lossworks exact"}
+    assert main([*arguments, "--go-on"]) == 0
+
+    rows = json.loads(file.read_text())["rows"]
+    assert measured == ["exact", "dense", "dense"]
+    assert len({(row["method"], row["metric"]) for row in rows}) == len(rows) == 14
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_going_on_needs_a_file_and_a_benchmark_that_can(tmp_path, capsys):
+    """Both are said."""
+    (tmp_path / "x.json").write_text("[]")
+    for arguments, message in (
+        (["linear-ce"], "name the file to go on with as --json FILE"),
+        (["losses", "--json", str(tmp_path / "y.json")], "measures everything anew"),
+        (["linear-ce", "--json", str(tmp_path / "x.json")], "holds no figures of a benchmark"),
+    ):
+        assert main(["bench", *arguments, "--go-on"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_only_methods_that_skip_entries_run_on_every_distribution():
     """The time of the others does not depend on the logits."""
     spec = linear_ce.LinearCeSpec().override(["shapes=64x600x128", "dtypes=fp32", "methods=exact,filtered"])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lossworks.data import SequenceOrder
+from lossworks.data import BagOrder, SequenceOrder
 
 sizes = st.integers(min_value=1, max_value=40)
 
@@ -95,3 +95,40 @@ def test_wrong_numbers_are_named(values):
 def test_wrong_places_are_named(values):
     with pytest.raises(ValueError, match=r"position=.*rank=.*workers="):
         SequenceOrder(4, 2, 0).rows(*values)
+
+
+bags = st.integers(min_value=1, max_value=7)
+
+
+@given(
+    count=sizes, bag_size=bags, per_batch=bags, extra=bags, workers=st.integers(1, 9), step=st.integers(0, 30)
+)
+def test_shares_of_bags_are_whole_and_join_to_the_batch(count, bag_size, per_batch, extra, workers, step):
+    """At any number of workers, wherever the order is taken up; the largest share is never exceeded."""
+    batch = per_batch * bag_size
+    order = BagOrder(count * bag_size + min(extra, bag_size - 1), bag_size, batch, seed=3)
+    shares = [order.rows(step * batch, rank, workers) for rank in range(workers)]
+    whole = order.rows(step * batch, 0, 1)
+
+    assert np.concatenate(shares).tolist() == whole.tolist()
+    assert max(map(len, shares)) == order.largest_share(workers)
+    for share in shares:
+        cut = share.reshape(-1, bag_size)
+        assert (cut == cut[:, :1] // bag_size * bag_size + np.arange(bag_size)).all()
+    assert whole.max() < count * bag_size
+
+
+@given(count=sizes, bag_size=bags, seed=st.integers(0, 99))
+def test_every_bag_comes_once_an_epoch(count, bag_size, seed):
+    """And bags of one are the plain order."""
+    epoch = BagOrder(count * bag_size, bag_size, count * bag_size, seed).rows(0, 0, 1)
+
+    assert sorted(epoch) == list(range(count * bag_size))
+    plain = SequenceOrder(count, count, seed)
+    assert BagOrder(count, 1, count, seed).rows(0, 0, 1).tolist() == plain.rows(0, 0, 1).tolist()
+
+
+def test_a_batch_of_broken_bags_is_refused():
+    """A bag that is split over batches has no mean."""
+    with pytest.raises(ValueError, match="batch_size=10: must be a multiple of bag_size=4"):
+        BagOrder(20, 4, 10, 0)

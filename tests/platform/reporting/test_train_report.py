@@ -85,3 +85,24 @@ def test_smoothing_is_the_weighted_mean_of_the_neighbours(count, window):
         weights = [max(0, 1 - abs(index - other) / window) for other in range(count)]
         assert value == pytest.approx(np.average(values, weights=weights))
     assert smooth(np.ones(count), window) == pytest.approx(np.ones(count))
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        None,
+        {"examples": [], "confidence": [], "accuracy": []},
+        {"examples": [3.0, 97.0], "confidence": [0.4, 0.99], "accuracy": [0.0, 1.0]},
+    ],
+)
+def test_a_classifiers_report_has_a_reliability_diagram(tmp_path, curve):
+    """Also where nothing was measured."""
+    found = list(rows())
+    for row in found:
+        row["metrics"] |= {"eval/accuracy": 0.5, "eval/ece": 0.1, "train/examples_per_second": 1e4}
+
+    path = train_report(
+        found, head_memory=None, title="digits", path=tmp_path / "report.png", reliability=curve
+    )
+
+    assert size(path) == (1600, 1000)

@@ -187,16 +187,16 @@ def test_a_gpu_follows_the_curve_of_a_cpu(text, corpus, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(text, corpus, tmp_path, monkeypatch):
     """NaN names the step, the rank and the last good checkpoint, and changes no parameter."""
-    from lossworks.training import objective
+    from lossworks.training.objective import HeadObjective
 
     calls = iter(range(1000))
-    plain = objective.linear_cross_entropy
+    plain = HeadObjective.__call__
 
     def breaks(*arguments, **options):
         loss = plain(*arguments, **options)
         return loss * math.nan if torch.is_grad_enabled() and next(calls) == 4 else loss
 
-    monkeypatch.setattr(objective, "linear_cross_entropy", breaks)
+    monkeypatch.setattr(HeadObjective, "__call__", breaks)
     result = one_process(tiny_spec(text), corpus, tmp_path)
 
     assert result["status"] == "diverged"
@@ -207,16 +207,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(text, corpus, tmp_path,
 
 def test_a_gradient_that_is_not_finite_names_the_parameter(text, corpus, tmp_path, monkeypatch):
     """A finite loss with a NaN gradient is caught, too."""
-    from lossworks.training import loop
+    from lossworks.training import language
 
     def poisoned(*arguments, **options):
         model = build(*arguments, **options)
         dict(model.named_parameters())[name].register_hook(lambda grad: grad * math.nan)
         return model
 
-    build = loop.build_model
+    build = language.build_model
     name = next(n for n, _ in build(tiny_spec(text).model, vocab_size=300, seed=0).named_parameters())
-    monkeypatch.setattr(loop, "build_model", poisoned)
+    monkeypatch.setattr(language, "build_model", poisoned)
     result = one_process(tiny_spec(text), corpus, tmp_path)
 
     assert result["status"] == "diverged"

@@ -12,7 +12,7 @@ from lossworks.specs import TrainSpec
 from lossworks.training.checkpoint import CheckpointStore, load_shards
 from lossworks.training.evaluation import evaluate
 from lossworks.training.head_memory import DENSE, OURS, head_peak, without_logits
-from lossworks.training.objective import build_objective
+from lossworks.training.language import LanguageTask
 from lossworks.training.world import World
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.split_head import everything
@@ -87,12 +87,9 @@ def test_one_process_reads_the_checkpoint_of_a_split_head(trained, text, corpus)
     state = {"model": model.state_dict()}
     load_shards(state, checkpoint.folder)
     model.load_state_dict(state["model"])
-    held_out = tokens.split(spec.data)[1]
     found = evaluate(
         model,
-        build_objective(spec.loss),
-        held_out,
-        torch.from_numpy(tokens.token_bytes.copy()),
+        LanguageTask(spec, tokens),
         World.current(),
         limit=spec.evaluation.sequences,
         micro_batch_size=None,

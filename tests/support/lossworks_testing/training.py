@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.data import TokenizedCorpus, prepare
-from lossworks.specs import TrainSpec
+from lossworks.specs import TrainSpec, parse_train_spec
 from lossworks.training.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 
@@ -55,16 +55,16 @@ def prepared(spec: TrainSpec) -> TokenizedCorpus:
 
 
 def run_training(
-    spec_values: dict[str, Any], corpus: str, folder: str, stop_after: int | None = None
+    spec_values: dict[str, Any], corpus: str | None, folder: str, stop_after: int | None = None
 ) -> dict[str, Any]:
     """Train in this process, or as one rank, and return rows and outcome as plain data."""
     rows: list[tuple[int, dict[str, float]]] = []
     notices: list[str] = []
-    spec = TrainSpec.parse(spec_values)
+    spec = parse_train_spec(spec_values)
     outcome = train(
         Job(
             spec=spec,
-            corpus=TokenizedCorpus.open(corpus),
+            corpus=TokenizedCorpus.open(corpus) if corpus else None,
             checkpoints=CheckpointStore(Path(folder), keep=spec.checkpoint.keep),
             record=lambda step, metrics: rows.append((step, metrics)),
             notify=notices.append,

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lossworks.errors import UserError
 from lossworks.head import LogSumExp, Target
 from lossworks.losses.declaration import Kind, Paper, integer, switch
 from lossworks.losses.interface import Context, RowLoss
@@ -104,3 +105,29 @@ def _per_sequence(tokens: Tensor, segments: Tensor | None) -> Tensor:
         return tokens.sum(-1)
     count = int(segments.max()) + 1 if segments.numel() else 0
     return tokens.new_zeros(count).index_add(0, segments.reshape(-1), tokens.reshape(-1))
+
+
+def pass_at(samples: int, correct: int, k: int) -> float:
+    """Return the unbiased estimate of the chance that one of k samples is right: 1 − C(n−c, k)/C(n, k).
+
+    Args:
+        samples: n ≥ k drawn samples.
+        correct: c of them that are right, 0 ≤ c ≤ n.
+        k: How many will be drawn.
+
+    Raises:
+        UserError: The numbers don't fit.
+
+    Example:
+        >>> pass_at(samples=4, correct=1, k=2)
+        0.5
+    """
+    if not 0 <= correct <= samples or not 1 <= k <= samples:
+        raise UserError(
+            f"pass_at: samples={samples}, correct={correct}, k={k} must be n ≥ c ≥ 0 and n ≥ k ≥ 1"
+        )
+    if samples - correct < k:
+        return 1.0
+    # One factor a draw: binomial coefficients of large n overflow.
+    misses = (1 - k / left for left in range(samples - correct + 1, samples + 1))
+    return 1.0 - math.prod(misses)

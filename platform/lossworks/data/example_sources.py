@@ -1,0 +1,218 @@
+"""Where labelled examples come from: every source gives inputs (N, …), labels (N,) and the classes' names."""
+
+import csv
+import random
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lossworks.data.readers import hub_call, import_datasets
+from lossworks.errors import UserError
+from lossworks.specs import ExamplesSpec
+
+Read = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def read_examples(spec: ExamplesSpec, seed: int) -> Read:
+    """Return inputs (N, …) of floats, labels (N,) int64 in [0, K) and the K names.
+
+    Args:
+        spec: Names the source.
+        seed: Of sources that are drawn.
+
+    Raises:
+        UserError: The source can't be read.
+    """
+    kind, _, name = spec.source.partition(":")
+    match kind:
+        case "csv":
+            return _csv(_file(name), spec.label)
+        case "npz":
+            return _npz(_file(name))
+        case "imagefolder":
+            return _image_folder(_folder(name), spec.image_size)
+        case "hf":
+            return _hugging_face(name, spec)
+        case "mnist1d":
+            return _mnist1d(seed)
+        case _:
+            return _scikit_learn(kind)
+
+
+def numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return labels as numbers in the order of their sorted names, and the names.
+
+    Raises:
+        UserError: There are fewer than two classes, or a label is NaN.
+    """
+    names, numbers = np.unique(np.asarray(labels), return_inverse=True)
+    if names.dtype.kind == "f" and not np.isfinite(names).all():
+        raise UserError("a label is NaN or infinite")
+    if len(names) < 2:
+        raise UserError(f"the labels hold {len(names)} class; two are the least")
+    return numbers.reshape(-1).astype(np.int64), tuple(str(name) for name in names)
+
+
+def _file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.source: {path}: {'is no file' if path.exists() else 'no such file'}")
+    return path
+
+
+def _folder(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise UserError(f"data.source: {path}: {'is no folder' if path.exists() else 'no such folder'}")
+    return path
+
+
+def _scikit_learn(name: str) -> Read:
+    from sklearn import datasets
+
+    loaders = {
+        "digits": datasets.load_digits,
+        "breast-cancer": datasets.load_breast_cancer,
+        "wine": datasets.load_wine,
+    }
+    found = loaders[name]()
+    inputs = found.images[:, None] if name == "digits" else found.data
+    return inputs, found.target.astype(np.int64), tuple(str(label) for label in found.target_names)
+
+
+def _mnist1d(seed: int) -> Read:
+    """Return the data set of Greydanus and Kobak (*Scaling Down Deep Learning with MNIST-1D*), drawn anew."""
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    arguments = get_dataset_args()
+    arguments.seed = seed
+    with _streams_kept():
+        found = make_dataset(arguments)
+    inputs = np.concatenate((found["x"], found["x_test"]))[:, None]
+    labels = np.concatenate((found["y"], found["y_test"])).astype(np.int64)
+    return inputs, labels, tuple(str(digit) for digit in range(10))
+
+
+@contextmanager
+def _streams_kept() -> Iterator[None]:
+    """Leave Python's and numpy's global random streams as they were: the generator inside seeds them."""
+    ours, theirs = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(theirs)
+
+
+def _csv(path: Path, label: str) -> Read:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            columns = next(reader, [])
+            _require_columns(path, columns, label)
+            # The reader's count of lines is right where fields span lines, and where lines are empty.
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: can't be read as csv: {error}") from None
+    if not rows:
+        raise UserError(f"{path}: holds no rows below its header")
+    at = columns.index(label)
+    for line, row in rows:
+        if len(row) != len(columns):
+            raise UserError(f"{path}, line {line}: holds {len(row)} values for {len(columns)} columns")
+        if not row[at].strip():
+            raise UserError(f"{path}, line {line}, column {label}: is empty")
+    features = [index for index in range(len(columns)) if index != at]
+    inputs = [
+        [_number(row[index], f"{path}, line {line}, column {columns[index]}") for index in features]
+        for line, row in rows
+    ]
+    return np.array(inputs), *numbered([row[at] for _, row in rows])
+
+
+def _require_columns(path: Path, columns: list[str], label: str) -> None:
+    if label not in columns:
+        raise UserError(f"{path}: data.label={label} is no column; there are {', '.join(columns) or 'none'}")
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: the header names {', '.join(twice)} more than once")
+    if len(columns) == 1:
+        raise UserError(f"{path}: has no feature beside {label}")
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise UserError(f"{where}: {text!r} is no finite number")
+    return value
+
+
+def _npz(path: Path) -> Read:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = {"x", "y"} - set(arrays.files)
+            if missing:
+                raise UserError(f"{path}: holds {', '.join(arrays.files)}; the arrays x and y are needed")
+            inputs, labels = arrays["x"], arrays["y"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: can't be read as npz: {error}") from None
+    _require_arrays(path, inputs, labels)
+    return inputs, *numbered(labels)
+
+
+def _require_arrays(path: Path, inputs: np.ndarray, labels: np.ndarray) -> None:
+    if inputs.ndim < 2 or labels.ndim != 1 or len(inputs) != len(labels) or not inputs.size:
+        raise UserError(
+            f"{path}: x {inputs.shape} and y {labels.shape} must be (N, …) and (N,), and x not empty"
+        )
+    if inputs.dtype.kind not in "biuf":
+        raise UserError(f"{path}: x holds {inputs.dtype}; real numbers are needed")
+    if not np.isfinite(inputs).all():
+        raise UserError(f"{path}: x holds NaN or infinity")
+
+
+def _image_folder(path: Path, size: int) -> Read:
+    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in _IMAGES)
+    if not files:
+        raise UserError(f"{path}: holds no images in a folder a class ({', '.join(_IMAGES)})")
+    inputs = np.stack([_image(file, size) for file in files])
+    return inputs, *numbered([file.parent.name for file in files])
+
+
+def _image(source: Any, size: int) -> np.ndarray:
+    """Return an image as (3, size, size) in [0, 1]."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise UserError("images need the library Pillow: install pillow") from None
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        pixels = np.asarray(image.convert("RGB").resize((size, size)), dtype=np.float32)
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{source}: can't be read as an image: {error}") from None
+    return pixels.transpose(2, 0, 1) / 255
+
+
+def _hugging_face(name: str, spec: ExamplesSpec) -> Read:
+    where = f"data.source='hf:{name}'"
+    load_dataset = import_datasets(where).load_dataset
+    found = hub_call(where, lambda: load_dataset(name, split="train"))
+    for column in (spec.input, spec.label):
+        if column not in found.column_names:
+            raise UserError(f"{where}: has no column {column}; there are {', '.join(found.column_names)}")
+    values = found[spec.input]
+    images = len(values) > 0 and hasattr(values[0], "convert")
+    arrays = [_image(value, spec.image_size) if images else np.asarray(value).reshape(-1) for value in values]
+    if len({array.shape for array in arrays}) != 1 or arrays[0].dtype.kind not in "biuf":
+        raise UserError(f"{where}: column {spec.input} must hold images, or numbers, equally many a row")
+    return np.stack(arrays), *numbered(found[spec.label])

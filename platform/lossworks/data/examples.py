@@ -1,0 +1,152 @@
+"""Labelled examples in memory: split, standardised, and with the training labels as the spec asks.
+
+Everything is a function of the source, the spec and the seed, so every worker makes the same for itself.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossworks.data.example_sources import read_examples
+from lossworks.errors import UserError
+from lossworks.specs import ExamplesSpec
+
+_SPLIT, _NOISE, _IMBALANCE, _BAGS = range(4)  # what a random stream is for
+
+
+class Examples:
+    """Examples with their classes, read by row.
+
+    Args:
+        inputs: Shape (N, …), float32.
+        labels: Shape (N,), int64.
+        bag_size: Rows a bag, k: rows b·k to b·k + k − 1 are bag b. 1 where there are no bags.
+    """
+
+    def __init__(self, inputs: Tensor, labels: Tensor, bag_size: int = 1) -> None:
+        self.inputs, self.labels, self.bag_size = inputs, labels, bag_size
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return inputs (B, …) and classes (B,) of rows (B,)."""
+        index = torch.from_numpy(np.ascontiguousarray(rows))
+        return self.inputs[index], self.labels[index]
+
+    def bag_ids(self, rows: np.ndarray) -> Tensor:
+        """Return the bag (B,) int64 that each of the rows (B,) is in, for losses of whole bags."""
+        return torch.from_numpy(np.ascontiguousarray(rows)) // self.bag_size
+
+
+@dataclass(frozen=True)
+class ExampleData:
+    """What a classifier is trained and evaluated on.
+
+    Attributes:
+        train: With noise, imbalance and bags, if any.
+        held_out: As they came, standardised alike.
+        names: Of the classes, in the order of their numbers.
+    """
+
+    train: Examples
+    held_out: Examples
+    names: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return tuple(self.train.inputs.shape[1:])
+
+
+def load_examples(spec: ExamplesSpec, seed: int) -> ExampleData:
+    """Return the examples of a spec.
+
+    Args:
+        spec: The source and what is done to it.
+        seed: Of the split, the noise, the imbalance and the bags.
+
+    Raises:
+        UserError: The source can't be read, or has too few examples of a class.
+    """
+    inputs, labels, names = read_examples(spec, seed)
+    held_out = _held_out(labels, spec.held_out_fraction, seed, names)
+    train = np.flatnonzero(~held_out)
+    train = train[_kept(labels[train], spec.imbalance, len(names), seed)]
+    x = _float32(standardised(inputs, inputs[train]) if spec.standardise else inputs)
+    noisy = with_label_noise(labels[train], spec.label_noise, len(names), seed)
+    dealt = _in_bags(len(train), spec.bag_size, seed)
+    return ExampleData(
+        Examples(torch.from_numpy(x[train][dealt]), torch.from_numpy(noisy[dealt]), spec.bag_size),
+        Examples(torch.from_numpy(x[held_out]), torch.from_numpy(labels[held_out])),
+        names,
+    )
+
+
+def standardised(inputs: np.ndarray, training: np.ndarray) -> np.ndarray:
+    """Return inputs with the mean 0 and deviation 1 of the training part: per feature, or per channel.
+
+    Args:
+        inputs: Shape (N, …).
+        training: Shape (M, …); features that are constant in it are only shifted.
+
+    Returns:
+        Shape (N, …), float64: in float32 a large mean would swallow what distinguishes the examples.
+    """
+    axes = (0, *range(2, inputs.ndim))
+    wide = training.astype(np.float64)
+    mean, deviation = wide.mean(axes, keepdims=True), wide.std(axes, keepdims=True)
+    return (inputs - mean) / np.where(deviation > 0, deviation, 1)
+
+
+def _float32(inputs: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        narrow = inputs.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise UserError("the inputs hold numbers beyond ±3.4e38; scale them down")
+    return narrow
+
+
+def with_label_noise(labels: np.ndarray, share: float, classes: int, seed: int) -> np.ndarray:
+    """Return labels (N,) of which a share was drawn anew from all classes, the true one among them."""
+    stream = np.random.default_rng([seed, _NOISE])
+    chosen = stream.random(len(labels)) < share
+    return np.where(chosen, stream.integers(0, classes, len(labels)), labels)
+
+
+def _held_out(labels: np.ndarray, share: float, seed: int, names: tuple[str, ...]) -> np.ndarray:
+    """Return which examples are held out: of each class the same share, at least one and not all."""
+    stream = np.random.default_rng([seed, _SPLIT])
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label, name in enumerate(names):
+        rows = stream.permutation(np.flatnonzero(labels == label))
+        if len(rows) < 2:
+            raise UserError(f"class {name!r} has {len(rows)} examples; two are the least: one is held out")
+        chosen[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
+    return chosen
+
+
+def _kept(labels: np.ndarray, ratio: float, classes: int, seed: int) -> np.ndarray:
+    """Return the rows that stay so that class sizes fall geometrically to 1/ratio of the first, sorted."""
+    stream = np.random.default_rng([seed, _IMBALANCE])
+    sizes = np.bincount(labels, minlength=classes)
+    kept = []
+    for label in range(classes):
+        rows = stream.permutation(np.flatnonzero(labels == label))
+        fraction = ratio ** (-label / max(1, classes - 1))
+        kept.append(rows[: max(1, min(len(rows), round(sizes.max() * fraction)))] if ratio > 1 else rows)
+    return np.sort(np.concatenate(kept))
+
+
+def _in_bags(examples: int, size: int, seed: int) -> np.ndarray:
+    """Return rows in an order in which each ``size`` are a bag, dealt at random; what fills none is left out.
+
+    Without bags the rows stay as they are.
+    """
+    if size == 1:
+        return np.arange(examples)
+    if examples < size:
+        raise UserError(f"data.bag_size={size}: there are only {examples} training examples")
+    return np.random.default_rng([seed, _BAGS]).permutation(examples)[: examples // size * size]

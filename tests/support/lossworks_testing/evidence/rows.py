@@ -1,0 +1,134 @@
+"""Studies of the row and sequence losses."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lossworks.data import ExampleData, load_examples
+from lossworks.losses import create
+from lossworks.specs import ExamplesSpec
+from lossworks_testing.evidence.study import Study, fit, mlp
+
+ALDR, LDR = "aldr-kl, λ0 = 10, normalised", "ldr, λ = 10, normalised"
+_ROBUST = {
+    "cross-entropy": ("cross-entropy", {}),
+    "comp-sum, τ = 0.5": ("comp-sum", {"tau": 0.5}),
+    "comp-sum, τ = 1.7": ("comp-sum", {"tau": 1.7}),
+    "comp-sum, τ = 2": ("comp-sum", {"tau": 2.0}),
+    LDR: ("ldr", {"temperature": 10.0, "normalisation": "softplus-mean"}),
+    ALDR: ("aldr-kl", {}),
+}
+
+
+def flat(data: ExampleData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return training and held-out examples as vectors with their labels."""
+    train, held_out = data.train, data.held_out
+    return train.inputs.flatten(1), train.labels, held_out.inputs.flatten(1), held_out.labels
+
+
+def wrong_labels(seeds: int) -> Study:
+    """Train on digits with clean labels and with 60 % of them redrawn."""
+    study = Study(
+        "comp-sum, ldr, aldr-kl",
+        "Under wrong labels accuracy rises with τ, and with LDR at a large temperature; with right ones "
+        "cross-entropy loses to none.",
+        "Digits, 64-128-10 perceptron, 60 epochs of Adam at 0.002; held-out accuracy.",
+    )
+    for seed in range(seeds):
+        for noise in (0.0, 0.6):
+            spec = ExamplesSpec(source="digits", label_noise=noise)
+            x, y, held_out, labels = flat(load_examples(spec, seed))
+            for row, (slug, settings) in _ROBUST.items():
+                model = fit(mlp(64, 128, 10, seed), create(slug, **settings), x, y, epochs=60, seed=seed)
+                right = (model(held_out).argmax(1) == labels).double().mean()
+                study.add(row, "60 % redrawn" if noise else "clean", right)
+    return study
+
+
+def coverage(seeds: int) -> Study:
+    """Train a perceptron until it is sure of itself, and draw sixteen answers."""
+    study = Study(
+        "dco",
+        "The more cross-entropy is trained, the less sixteen answers cover; trained for them, they do.",
+        "mnist1d, 2,000 rows, 40-256-10 perceptron, 150 epochs of Adam at 0.001; held-out 1 − (1 − p_y)^N.",
+    )
+    for seed in range(seeds):
+        x, y, held_out, labels = flat(load_examples(ExamplesSpec(source="mnist1d"), seed))
+        x, y = x[:2000], y[:2000]
+        for row, loss in (
+            ("cross-entropy", create("cross-entropy")),
+            ("dco, N = 16", _single(create("dco", samples=16))),
+        ):
+            model, best = mlp(40, 256, 10, seed), [0.0]
+            covered = partial(_covered, model, held_out, labels)
+
+            def look(epoch: int, best: list[float] = best, covered: Callable[[int], float] = covered) -> None:
+                if epoch % 10 == 0:
+                    best[0] = max(best[0], covered(16))
+
+            fit(model, loss, x, y, epochs=150, seed=seed, lr=1e-3, each_epoch=look)
+            study.add(row, "pass@1 at the end", covered(1))
+            study.add(row, "pass@16, best", best[0])
+            study.add(row, "pass@16 at the end", covered(16))
+    return study
+
+
+@torch.no_grad()
+def _covered(model: nn.Module, x: Tensor, labels: Tensor, samples: int) -> float:
+    p = model(x).softmax(1).gather(1, labels[:, None]).double()
+    return float((1 - (1 - p) ** samples).mean())
+
+
+def _single(loss: nn.Module):
+    """Return a sequence loss of sequences of one token."""
+    return lambda logits, labels: loss(logits[:, None], labels[:, None])
+
+
+def ranking(seeds: int) -> Study:
+    """Compare the spherical Z-loss with squared error and cross-entropy by top-k accuracy."""
+    study = Study(
+        "spherical-z-loss",
+        "The paper ranks it above squared error; at this size and with one learning rate for all that is not "
+        "confirmed. A large b costs top-5, as it should.",
+        "mnist1d, 2,500 rows, 40-128-10 perceptron, 500 full-batch steps of Adam at 0.005; held out.",
+    )
+    losses = {
+        "cross-entropy": create("cross-entropy"),
+        "squared error": lambda z, y: (z - torch.eye(10)[y]).square().sum(1).mean(),
+        **{
+            f"a = {a:g}, b = {b:g}": create("spherical-z-loss", a=a, b=b)
+            for a, b in ((1, 2), (3, 0.5), (3, 3))
+        },
+    }
+    for seed in range(seeds):
+        x, y, held_out, labels = flat(load_examples(ExamplesSpec(source="mnist1d"), seed))
+        x, y = x[:2500], y[:2500]
+        for row, loss in losses.items():
+            model = fit(mlp(40, 128, 10, seed), loss, x, y, epochs=500, seed=seed, lr=5e-3, batch=None)
+            order = model(held_out).topk(5, dim=1).indices
+            for k in (1, 2, 3, 5):
+                right = (order[:, :k] == labels[:, None]).any(1).double().mean()
+                study.add(row, f"top-{k}", right)
+    return study
+
+
+def partition(seeds: int) -> Study:
+    """Train at a large learning rate with penalties of several sizes on log Z."""
+    study = Study(
+        "log-z",
+        "The larger ζ, the nearer to 0 stays log Z, and cross-entropy does not suffer.",
+        "Digits, 64-128-10 perceptron, 300 full-batch steps of Adam at 0.1; held out.",
+    )
+    for seed in range(seeds):
+        x, y, held_out, labels = flat(load_examples(ExamplesSpec(source="digits"), seed))
+        for coefficient in (0.0, 1e-4, 1e-2):
+            loss = create("log-z", coefficient=coefficient)
+            model = fit(mlp(64, 128, 10, seed), loss, x, y, epochs=300, seed=seed, lr=0.1, batch=None)
+            z = model(held_out).detach()
+            row = f"ζ = {coefficient:g}"
+            study.add(row, "magnitude of log Z", z.logsumexp(1).abs().mean())
+            study.add(row, "cross-entropy", nn.functional.cross_entropy(z, labels))
+            study.add(row, "accuracy", (z.argmax(1) == labels).double().mean())
+    return study
