@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.losses.declaration import Kind
-from lossworks.losses.examples import EXAMPLES, Example, make_example
+from lossworks.losses.examples import BINS, EXAMPLES, Example, make_example
 
 _ROWS, _DIRECTIONS, _STEP = 11, 4, 1e-6
 _REDUCTIONS = ("sum", "mean", "none")
@@ -58,7 +58,8 @@ class Subject:
 
     def example(self, rows: int = _ROWS, seed: int = 0) -> Example:
         """Return a random problem that fits."""
-        return make_example(self.kind, self.requires, rows, seed)
+        bins = self.hyperparameters.get("bins", BINS)
+        return make_example(self.kind, self.requires, rows, seed, bins)
 
     def value(self, reduction: str, example: Example) -> Tensor:
         """Return the loss of a problem."""

@@ -1,6 +1,6 @@
 """What losses on dense predictions share that aren't losses of a row's label."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,8 +50,8 @@ class ValueLoss(DenseLoss):
     v_min: float
     v_max: float
 
-    def __init__(self, **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         if self.v_min >= self.v_max:
             raise UserError(f"{self.slug}: v_min={self.v_min:g} must be below v_max={self.v_max:g}")
 

@@ -22,6 +22,13 @@ def test_every_entry_passes_its_audit(slug):
     assert [finding for finding in findings if finding.passed is False] == []
 
 
+def test_a_value_head_has_the_bins_that_its_loss_asks_for():
+    """Other numbers of them than the default are audited too."""
+    findings = list(audit(subject_of("hl-gauss", {"bins": 21}), ranks=False))
+
+    assert [finding for finding in findings if finding.passed is False] == []
+
+
 @pytest.mark.parametrize(
     ("fault", "failing"),
     [

@@ -8,7 +8,6 @@ import torch
 from lossworks.errors import UserError
 from lossworks.losses import create
 from lossworks.losses.entries.soft_top_k import log_soft_top_k, threshold
-from lossworks_testing.memory import peak_bytes
 
 IGNORE = -100
 MILD = {"temperature": 0.7}
@@ -231,91 +230,6 @@ def test_the_threshold_is_found_among_many_labels():
     assert log_soft_top_k(scores, k, 2.0).exp().sum().item() == pytest.approx(1.0)
 
 
-def embeddings(n=6, labels=7, d=4, *, dtype=torch.float64, seed=2):
-    g = torch.Generator().manual_seed(seed)
-    e, c = torch.randn(n, d, dtype=dtype, generator=g), torch.randn(labels, d, dtype=dtype, generator=g)
-    return e.requires_grad_(), c.requires_grad_()
-
-
-def scores_of(e, c, *, normalise):
-    normal = torch.nn.functional.normalize
-    return normal(e, dim=1) @ normal(c, dim=1).T if normalise else e @ c.T
-
-
-@pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize("block", [1, 3, 7, 100])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_embeddings_give_what_their_scores_give(normalise, block, reduction):
-    """Values and gradients under a random upstream one, for blocks that divide the labels or don't."""
-    e, c = embeddings()
-    positives, weight = positives_of(SETS), torch.rand(6, dtype=torch.float64)
-    loss = create("decoupled-softmax", reduction=reduction, normalise=normalise)
-
-    dense = loss(scores_of(e, c, normalise=normalise), positives, weight=weight)
-    streamed = loss.linear(e, c, positives, block=block, weight=weight)
-
-    torch.testing.assert_close(streamed, dense)
-    upstream = torch.randn(dense.shape, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.autograd.grad(streamed, (e, c), upstream), torch.autograd.grad(dense, (e, c), upstream)
-    )
-
-
-def test_gradients_of_embeddings_are_those_of_finite_differences():
-    """Through normalisation and temperature."""
-    e, c = embeddings()
-    loss = create("decoupled-softmax", temperature=0.5, reduction="none")
-
-    assert torch.autograd.gradcheck(lambda e, c: loss.linear(e, c, positives_of(SETS), block=3), (e, c))
-
-
-def test_positives_that_dominate_do_not_cancel():
-    """In float32, positives 60 above the negatives: taking them off the whole sum would leave nothing."""
-    e, c = torch.tensor([[1.0]]), torch.tensor([[60.0], [0.0], [60.0], [-1.0]])
-    loss = create("decoupled-softmax", temperature=1.0, normalise=False)
-
-    value = loss.linear(e, c, torch.tensor([[0, 2]]), block=2).item()
-
-    assert value == pytest.approx(math.log1p((1 + math.exp(-1)) * math.exp(-60)), rel=1e-5)
-
-
-def test_autocast_leaves_the_products_of_embeddings_in_float32():
-    """Which a temperature of 0.05 asks for."""
-    e, c = (t.detach().float() for t in embeddings())
-    loss = create("decoupled-softmax")
-    expected = loss.linear(e, c, positives_of(SETS))
-
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(loss.linear(e, c, positives_of(SETS)), expected)
-
-
-def test_half_precision_embeddings():
-    """Are read in float32, and their gradients have their dtype."""
-    e, c = (t.detach().bfloat16().requires_grad_() for t in embeddings(dtype=torch.float32))
-    positives = positives_of(SETS)
-    for normalise in (True, False):
-        loss = create("decoupled-softmax", normalise=normalise)
-        value = loss.linear(e, c, positives, block=3)
-        wide = scores_of(e.float(), c.float(), normalise=normalise)
-        gradients = torch.autograd.grad(value, (e, c))
-
-        torch.testing.assert_close(value, loss(wide, positives), rtol=1e-4, atol=1e-4)
-        assert value.dtype == torch.float32
-        assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
-
-
-def test_embeddings_take_far_less_memory_than_their_scores():
-    """Forward and backward, 20 000 labels: a tenth of what dense scores take."""
-    e, c = embeddings(64, 20_000, 8, dtype=torch.float32)
-    positives = torch.randint(0, 20_000, (64, 10), generator=torch.Generator().manual_seed(0))
-    loss = create("decoupled-softmax", normalise=False)
-
-    dense = peak_bytes(lambda: torch.autograd.grad(loss(e @ c.T, positives), (e, c)))
-    streamed = peak_bytes(lambda: torch.autograd.grad(loss.linear(e, c, positives, block=512), (e, c)))
-
-    assert streamed < dense / 10
-
-
 @pytest.mark.parametrize(
     ("slug", "scores", "positives", "message"),
     [
@@ -340,10 +254,3 @@ def test_what_does_not_fit_is_refused(slug, scores, positives, message):
     """By name."""
     with pytest.raises(UserError, match=message):
         create(slug)(scores, positives)
-
-
-def test_embeddings_that_do_not_fit_are_refused():
-    """By name, with the shapes that are right."""
-    e, c = embeddings()
-    with pytest.raises(UserError, match=r"must be \(N, D\) and \(L, D\)"):
-        create("decoupled-softmax").linear(e, c[:, :3], positives_of(SETS))
