@@ -35,7 +35,7 @@ def test_losses_and_weights_are_finite_everywhere(s, samples):
     (slope,) = torch.autograd.grad(loss, log_p)
 
     assert loss.isfinite()
-    assert -1 - 1e-9 <= slope <= 0
+    assert -1 - 1e-6 <= slope <= 0  # of numbers near 1 less numbers near 1, where s is tiny
     if samples == 1:
         assert loss.item() == pytest.approx(-s, rel=1e-9, abs=2e-12)
 
