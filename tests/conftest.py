@@ -1,6 +1,11 @@
-"""What all tests share: GPU tests are skipped, with the reason, where there is no GPU."""
+"""What all tests share: repeatable examples, and GPU tests skipped where there is no GPU."""
 
 import pytest
+from hypothesis import settings
+
+# The same examples at every run; `--hypothesis-profile=default` looks further.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):
