@@ -104,3 +104,11 @@ def test_extremes_stay_finite():
     assert values.isfinite().all()
     assert torch.autograd.grad(values.sum(), z)[0].isfinite().all()
     assert smooth_comp_sum(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), 1.0, 1.0).tolist() == [0, 0]
+
+
+def test_half_precision_is_read_in_float32():
+    """Its value is that of the same numbers in float32."""
+    z = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = torch.tensor([0, 1, 2, 3, 0])
+
+    assert torch.equal(smooth_comp_sum(z, y, 1.0, 0.7), smooth_comp_sum(z.float(), y, 1.0, 0.7))

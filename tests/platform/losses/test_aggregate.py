@@ -92,6 +92,34 @@ def test_extremes_and_half_precision():
         assert torch.autograd.grad(value, f)[0].isfinite().all()
 
 
+def test_confident_mistakes_have_a_gradient():
+    """As in cross-entropy of logits, where a probability has long rounded to 0 or 1."""
+    f = torch.tensor([-40.0, -60.0, 50.0], requires_grad=True)
+    y, bags = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0, 0, 1])
+    for rho, expected in ((0.0, [-2.0, 0.0, 1.0]), (1.0, [-1.0, -1.0, 1.0])):
+        loss = create(SLUG, response="binary", rho=rho, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss(f, y, segments=bags), f)
+        torch.testing.assert_close(gradient, torch.tensor(expected))
+
+
+def test_bags_have_any_names():
+    """Negative and huge ones, as hashes are; only integers."""
+    f, y, bags = problem()
+    loss = create(SLUG, rho=0.4)
+
+    torch.testing.assert_close(loss(f, y, segments=bags * 10**15 - 7), loss(f, y, segments=bags))
+    with pytest.raises(UserError, match=r"bags are torch\.float64"):
+        loss(f, y, segments=bags.double())
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    named = [
+        release(y, b, clip=1.0, epsilon=1.0, generator=g)
+        for b, g in zip((bags, bags - 5), generators, strict=True)
+    ]
+    assert torch.equal(*named)
+    with pytest.raises(UserError, match="a response is NaN"):
+        release(y * torch.nan, bags, clip=1.0, epsilon=1.0, generator=generators[0])
+
+
 def test_the_linear_solution_is_the_minimiser_and_shrinks_as_predicted():
     """Gradient zero; the factors 0.625 and 1/3 of the sheet at k = 3 on many bags."""
     g = torch.Generator().manual_seed(0)

@@ -105,9 +105,26 @@ def test_views_are_other_inputs_of_the_same_shape(views, shape):
         assert torch.equal(one(x), same(x))
 
 
+def test_half_precision_is_read_in_float32_and_the_model_left_alone():
+    """The calibrator is float32, and no gradient reaches the logits it is fitted to."""
+    logits, views, labels = problem(n=20)
+    logits = logits.bfloat16().requires_grad_()
+    entry = create("correctness-aware", epochs=1)
+
+    calibrator, same = entry.fit(logits, views, labels), entry.fit(logits.float(), views, labels)
+
+    assert logits.grad is None
+    assert torch.equal(calibrator(logits, views), same(logits.float(), views))
+    assert calibrator.probabilities(logits, views).dtype == torch.float32
+
+
 def test_what_does_not_fit_is_refused():
-    """Shapes and bounds, by name."""
+    """Shapes and bounds, by name, and nothing to fit."""
     logits, views, labels = problem(n=8)
+    with pytest.raises(UserError, match=r"nothing to fit: views \(0, 8, 6\)"):
+        create("correctness-aware").fit(logits, views[:0], labels)
+    with pytest.raises(UserError, match=r"nothing to fit: views \(3, 0, 6\)"):
+        create("correctness-aware").fit(logits[:0], views[:, :0], labels[:0])
     with pytest.raises(UserError, match=r"views \(8, 6\) and labels \(8,\) must be"):
         create("correctness-aware").fit(logits, views[0], labels)
     with pytest.raises(UserError, match="lowest=20 must be below highest=10"):

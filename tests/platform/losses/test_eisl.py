@@ -122,6 +122,36 @@ def test_nothing_to_compare_is_zero_and_extremes_are_finite():
         assert torch.autograd.grad(value, extreme)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 9])
+def test_outputs_beside_ignored_targets_may_be_anything(ignore_index):
+    """NaN there reaches neither value nor gradients, with and without logits."""
+    e, c, y, bias = problem()
+    y = torch.where(y == -100, ignore_index, y)
+    loss = quiet(ignore_index=ignore_index)
+    expected = loss.linear(e, c, y, bias)
+    spoiled = e.detach().clone()
+    spoiled[0, 3:] = torch.nan
+    spoiled.requires_grad_()
+
+    for found in (loss.linear(spoiled, c, y, bias), loss(spoiled @ c.detach().T + bias.detach(), y)):
+        torch.testing.assert_close(found, expected)
+        assert torch.autograd.grad(found, spoiled, retain_graph=True)[0][:, :3].isfinite().all()
+    (of_c,) = torch.autograd.grad(loss.linear(spoiled, c, y, bias), c)
+    torch.testing.assert_close(of_c, torch.autograd.grad(expected, c)[0])
+
+
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_a_target_out_of_range_is_refused(wrong):
+    """With and without logits; -1 is no other way to say class 0."""
+    e, c, y, bias = problem()
+    y[1, 2] = wrong
+    for call in (lambda: quiet()(e @ c.T, y), lambda: quiet().linear(e, c, y, bias)):
+        with pytest.raises(UserError, match=f"targets hold {wrong}"):
+            call()
+    with pytest.raises(UserError, match=r"must be torch\.int64"):
+        quiet()(e @ c.T, y.double())
+
+
 def test_noise_is_its_own_and_resumes():
     """The same seed draws the same, the state goes on, and eval() draws nothing."""
     e, c, y, bias = problem()

@@ -121,6 +121,12 @@ def test_moments_add_up():
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
     with pytest.raises(UserError, match="class 3 has no example"):
         ClassMoments.of(h, y, 4).means  # noqa: B018
+    for labels in (y - 1, y + 1):
+        with pytest.raises(UserError, match=r"labels must be in \[0, 3\)"):
+            ClassMoments.of(h, labels, 3)
+    for counts in ((), (5, 0)):
+        with pytest.raises(UserError, match="at least 1 for every class"):
+            create("neural-collapse").predict(counts)
 
 
 def test_variation_within_classes_is_measured_by_its_definition():

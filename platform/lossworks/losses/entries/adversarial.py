@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.losses.declaration import Paper, integer, number
+from lossworks.losses.dense import wide
 from lossworks.losses.entries.comp_sum import comp_sum
 from lossworks.losses.methods import Method
 
@@ -14,7 +15,8 @@ _TINY = 1e-12  # under the root, whose derivative at 0 is infinite
 
 
 def margins(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return z_y − z_k, shape (N, K), 0 at the label, of logits (N, K) with labels (N,)."""
+    """Return z_y − z_k, shape (N, K), 0 at the label, of logits (N, K) with labels (N,); float32 at least."""
+    logits = wide(logits)
     return logits.gather(1, targets[:, None]) - logits
 
 

@@ -12,7 +12,18 @@ from lossworks.losses.declaration import Kind, Paper, choice, number
 from lossworks.losses.dense import DenseLoss, wide
 
 _RHO_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-_TINY = 1e-7  # of a probability, so that its logarithm stays finite in float32
+
+
+def numbered(bags: Tensor) -> tuple[Tensor, int]:
+    """Return bags renumbered from 0 without gaps, int64, shape (N,), and how many there are.
+
+    Raises:
+        UserError: They are no integers.
+    """
+    if bags.dtype != torch.int64:
+        raise UserError(f"aggregate-interpolation: bags are {bags.dtype}; they must be torch.int64")
+    names, numbers = bags.unique(return_inverse=True)
+    return numbers, len(names)
 
 
 def bag_means(values: Tensor, bags: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -20,14 +31,30 @@ def bag_means(values: Tensor, bags: Tensor, valid: Tensor | None = None) -> Tens
 
     Args:
         values: Shape (N,), floating point.
-        bags: Numbers of bags ≥ 0, int64, shape (N,).
+        bags: Names of bags, int64, shape (N,).
         valid: Which rows are in their bag, bool, shape (N,); None for all. The mean of none is 0.
     """
+    bags, size = numbered(bags)
     inside = torch.ones_like(values) if valid is None else valid.to(values.dtype)
-    size = int(bags.max()) + 1 if bags.numel() else 0
     totals = values.new_zeros(size).index_add(0, bags, torch.where(inside > 0, values, 0))
     counts = values.new_zeros(size).index_add(0, bags, inside)
     return (totals / counts.clamp(min=1))[bags]
+
+
+def log_bag_means(logs: Tensor, bags: Tensor, valid: Tensor) -> Tensor:
+    """Return the logarithm of the mean of exp(logs) over its bag at every row, shape (N,); 0 of no row.
+
+    Arguments as for :func:`bag_means`.
+    """
+    bags, size = numbered(bags)
+    inside = logs.masked_fill(~valid, -torch.inf)
+    largest = logs.new_full((size,), -torch.inf).scatter_reduce(0, bags, inside.detach(), "amax")
+    largest = torch.where(largest.isinf(), 0, largest)
+    counts = logs.new_zeros(size).index_add(0, bags, valid.to(logs.dtype))
+    totals = logs.new_zeros(size).index_add(0, bags, (inside - largest[bags]).exp())
+    # Chosen before the logarithm, whose derivative at 0 is infinite.
+    logarithms = torch.where(counts > 0, totals, 1).log() - counts.clamp(min=1).log()
+    return (largest + logarithms)[bags]
 
 
 def release(
@@ -41,18 +68,20 @@ def release(
 
     Args:
         responses: Shape (N,), floating point.
-        bags: Numbers of bags ≥ 0, int64, shape (N,).
+        bags: Names of bags, int64, shape (N,).
         clip: C > 0, in the responses' unit.
         epsilon: ε > 0.
         generator: Of the noise, on the CPU. A seed that others know takes the privacy away.
 
     Raises:
-        UserError: A number is not positive.
+        UserError: A number is not positive, or a response is NaN, which no noise would hide.
     """
-    if clip <= 0 or epsilon <= 0:
+    if not (clip > 0 and epsilon > 0):
         raise UserError(f"release: clip={clip} and epsilon={epsilon} must be positive")
+    if bool(responses.isnan().any()):
+        raise UserError("release: a response is NaN; leave such rows out or put a number there")
+    bags, size = numbered(bags)
     means = bag_means(responses.clamp(-clip, clip), bags)
-    size = int(bags.max()) + 1 if bags.numel() else 0
     counts = torch.bincount(bags, minlength=size).clamp(min=1).to(means)
     # By the inverse of its distribution function, in float64: u is uniform in (−1/2, 1/2).
     u = torch.rand(size, generator=generator, dtype=torch.float64) - 0.5
@@ -192,17 +221,25 @@ class AggregateInterpolation(DenseLoss):
             valid = context.weight > 0
         f = wide(predictions)
         y = bag_means(responses.detach().to(f), bags, valid)
-        # The mean of sigmoids and not the sigmoid of the mean: responses are what is averaged.
-        f = f if self.response == "real" else f.sigmoid()
-        values = (1 - self.rho) * self._loss(bag_means(f, bags, valid), y) + self.rho * self._loss(f, y)
+        losses = self._squared if self.response == "real" else self._binary
+        of_bag, of_rows = losses(f, y, bags, valid)
+        values = (1 - self.rho) * of_bag + self.rho * of_rows
         return self.reduce_elements(values, valid, context)
 
     def count(self, targets: Tensor) -> Tensor:
         """Return the number of rows, by which a training loop divides."""
         return torch.tensor(targets.numel(), device=targets.device)
 
-    def _loss(self, f: Tensor, y: Tensor) -> Tensor:
-        if self.response == "real":
-            return (f - y).square()
-        p = f.clamp(_TINY, 1 - _TINY)
-        return -(y * p.log() + (1 - y) * torch.log1p(-p))
+    @staticmethod
+    def _squared(f: Tensor, y: Tensor, bags: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        return (bag_means(f, bags, valid) - y).square(), (f - y).square()
+
+    @staticmethod
+    def _binary(f: Tensor, y: Tensor, bags: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of sigmoids and not the sigmoid of the mean: responses are what is averaged.
+
+        In logarithms, since a probability that rounds to 0 or 1 would have no gradient.
+        """
+        ones, zeros = F.logsigmoid(f), F.logsigmoid(-f)
+        of_bag = y * log_bag_means(ones, bags, valid) + (1 - y) * log_bag_means(zeros, bags, valid)
+        return -of_bag, -(y * ones + (1 - y) * zeros)

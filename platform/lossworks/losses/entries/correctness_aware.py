@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lossworks.errors import UserError
 from lossworks.losses.declaration import Paper, integer, number, switch
+from lossworks.losses.dense import wide
 from lossworks.losses.methods import Method
 
 View = Callable[[Tensor], Tensor]
@@ -71,13 +72,14 @@ class Calibrator(nn.Module):
         return torch.cat(seen, dim=1)
 
     def forward(self, logits: Tensor, views: Tensor) -> Tensor:
-        """Return a temperature for every row, shape (N,)."""
+        """Return a temperature for every row, shape (N,); float32 at least."""
+        logits, views = wide(logits), wide(views)
         return self.layers(self.features(logits, views)).squeeze(1).clamp(*self.bounds)
 
     @torch.no_grad()
     def probabilities(self, logits: Tensor, views: Tensor) -> Tensor:
         """Return the calibrated softmax, shape (N, K); the likeliest class stays the likeliest."""
-        return (logits / self(logits, views)[:, None]).softmax(1)
+        return (wide(logits) / self(logits, views)[:, None]).softmax(1)
 
 
 class CorrectnessAware(Method):
@@ -115,9 +117,11 @@ class CorrectnessAware(Method):
             seed: Of the calibrator's parameters and the order of rows.
 
         Raises:
-            UserError: The shapes don't fit, or the temperatures' bounds are the wrong way round.
+            UserError: The shapes don't fit, there is no row or no view, or the temperatures' bounds are the
+                wrong way round.
         """
         self._check(logits, views, labels)
+        logits, views = wide(logits.detach()), wide(views.detach())
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -140,6 +144,8 @@ class CorrectnessAware(Method):
                 f"{self.slug}: logits {tuple(logits.shape)}, views {tuple(views.shape)} and labels "
                 f"{tuple(labels.shape)} must be (N, K), (n, N, K) and (N,)"
             )
+        if not views.numel():
+            raise UserError(f"{self.slug}: there is nothing to fit: views {tuple(views.shape)} are empty")
         if self.lowest >= self.highest:
             raise UserError(f"{self.slug}: lowest={self.lowest:g} must be below highest={self.highest:g}")
 

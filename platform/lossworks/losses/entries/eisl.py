@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_row_statistics
+from lossworks.head.rows import check_range
 from lossworks.losses.declaration import Kind, Paper, integer, number, numbers, switch
 from lossworks.losses.dense import DenseLoss, wide
 
@@ -137,9 +138,11 @@ class EISL(DenseLoss):
         Raises:
             UserError: The shapes don't fit.
         """
-        self._check(logits, targets)
-        log_p = wide(logits).log_softmax(-1)
-        index = targets.clamp(min=0)[:, None, :].expand(-1, logits.shape[1], -1)
+        self._check(logits, targets, logits.shape[-1])
+        kept = self._places(logits, targets)
+        # Chosen first: where nothing counts, the logits may be anything.
+        log_p = torch.where(kept[:, :, None], wide(logits), 0).log_softmax(-1)
+        index = self._index(targets)[:, None, :].expand(-1, logits.shape[1], -1)
         return self._finish(log_p.gather(2, index), targets, given)
 
     def linear(
@@ -164,21 +167,34 @@ class EISL(DenseLoss):
             impl: As for :func:`lossworks.linear_row_statistics`.
             given: Fields of :class:`lossworks.losses.Context`.
         """
-        self._check(e, targets)
-        places = targets.new_zeros(e.shape[:2])  # any class will do: only the logsumexp is asked for
+        self._check(e, targets, len(c))
+        kept = self._places(e, targets)
+        e = torch.where(kept[:, :, None], e, 0)
+        # Any class will do: only the logsumexp is asked for.
         (lse,) = linear_row_statistics(
-            *(e, c, places, bias),
+            *(e, c, torch.where(kept, 0, -100), bias),
             statistics=[LogSumExp()],
             softcap=softcap,
             impl=impl,  # type: ignore[arg-type]  # checked there
         )
-        index = targets.clamp(min=0)
-        z = torch.bmm(wide(e), F.embedding(index, wide(c)).transpose(1, 2))
+        index = self._index(targets)
+        # Half precision would round whole logits here, and the loss is a difference of them.
+        with torch.autocast(e.device.type, enabled=False):
+            z = torch.bmm(wide(e), F.embedding(index, wide(c)).transpose(1, 2))
         z = z if bias is None else z + wide(bias)[index][:, None, :]
         z = z if softcap is None else softcap * (z / softcap).tanh()
         return self._finish(z - lse[:, :, None], targets, given)
 
-    def _check(self, rows: Tensor, targets: Tensor) -> None:
+    def _places(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """Return which output positions count, bool, (B, T)."""
+        valid = targets != self.ignore_index
+        same = rows.shape[1] == targets.shape[1]
+        return valid if same else valid.any(1, keepdim=True).expand(rows.shape[:2])
+
+    def _index(self, targets: Tensor) -> Tensor:
+        return torch.where(targets == self.ignore_index, 0, targets)
+
+    def _check(self, rows: Tensor, targets: Tensor, classes: int) -> None:
         if rows.dim() != 3 or targets.dim() != 2 or len(rows) != len(targets):
             raise UserError(
                 f"{self.slug}: rows {tuple(rows.shape)} and targets {tuple(targets.shape)} must be (B, T, …) "
@@ -189,13 +205,15 @@ class EISL(DenseLoss):
                 f"{self.slug}: cross_entropy={self.cross_entropy:g} needs as many outputs as targets, not "
                 f"{rows.shape[1]} and {targets.shape[1]}"
             )
+        if targets.dtype != torch.int64:
+            raise UserError(f"{self.slug}: targets are {targets.dtype}; they must be torch.int64 classes")
+        check_range(targets.reshape(-1), classes=classes, ignore_index=self.ignore_index)
 
     def _finish(self, log_p: Tensor, targets: Tensor, given: dict[str, Tensor | None]) -> Tensor:
         """Reduce log-probabilities (B, T, T*) of all target tokens at all positions."""
         context = self.context(given)
         valid = targets != self.ignore_index
-        same = log_p.shape[1] == targets.shape[1]
-        places = valid if same else valid.new_ones(log_p.shape[:2])
+        places = self._places(log_p, targets)
         costs, noise = log_p.clamp(min=_FLOOR), self._gumbel(log_p)
         options = {"temperature": self.temperature, "noise": noise, "normalise": self.normalise}
         values = torch.stack(

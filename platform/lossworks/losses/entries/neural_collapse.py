@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def _exact(values: Tensor) -> Tensor:
+    """Return a float64 copy on the CPU, where every device's sums meet the theory's figures."""
+    return values.detach().cpu().double()
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The Gram matrices at the global optimum, (K, K) float64 each, and its objective.
@@ -53,8 +58,14 @@ class ClassMoments:
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, classes: int) -> "ClassMoments":
-        """Return the sums of features (N, D) with labels (N,) in [0, classes)."""
-        h = features.detach().double()
+        """Return the sums of features (N, D) with labels (N,) in [0, classes), on the CPU.
+
+        Raises:
+            UserError: A label is out of range.
+        """
+        h, labels = _exact(features), labels.cpu()
+        if bool(((labels < 0) | (labels >= classes)).any()):
+            raise UserError(f"neural-collapse: labels must be in [0, {classes})")
         counts = torch.bincount(labels, minlength=classes).double()
         sums = h.new_zeros(classes, h.shape[1]).index_add(0, labels, h)
         return cls(counts, sums, h.t() @ h)
@@ -89,7 +100,12 @@ def predict_squared(
         decay_h: λ_H.
         depth: M ≥ 1.
         width: The narrowest width; where it is below K only so many of the largest classes survive.
+
+    Raises:
+        UserError: A class has no example, or there is none.
     """
+    if not counts or min(counts) < 1:
+        raise UserError(f"neural-collapse: counts={list(counts)} must be at least 1 for every class")
     n = torch.tensor(counts, dtype=torch.float64)
     total = float(n.sum())
     scale = depth * (total * decay_w**depth * decay_h) ** (1 / depth)
@@ -203,7 +219,7 @@ class NeuralCollapse(Analysis):
             weight: W, (K, D).
             predicted: What to compare with; None for the simplex, for which the means are centred.
         """
-        w, means = weight.detach().double(), moments.means
+        w, means = _exact(weight), moments.means
         if predicted is None:
             means = means - moments.sums.sum(0) / moments.counts.sum()
             w = w - w.mean(0)
@@ -220,9 +236,9 @@ class NeuralCollapse(Analysis):
         self, features: Tensor, moments: ClassMoments, weight: Tensor, bias: Tensor | None = None
     ) -> float:
         """Return NC4 of features (N, D): how often the classifier isn't the nearest class mean."""
-        h = features.detach().double()
-        scores = h @ weight.detach().double().t()
-        scores = scores if bias is None else scores + bias.detach().double()
+        h = _exact(features)
+        scores = h @ _exact(weight).t()
+        scores = scores if bias is None else scores + _exact(bias)
         nearest = torch.cdist(h, moments.means).argmin(1)
         return float((scores.argmax(1) != nearest).double().mean())
 
@@ -230,7 +246,7 @@ class NeuralCollapse(Analysis):
         """Return a picture of the measured Gram matrices above the predicted ones, each of unit norm."""
         from matplotlib.figure import Figure
 
-        w, means = weight.detach().double(), moments.means
+        w, means = _exact(weight), moments.means
         pairs = {
             "classifier, W·Wᵀ": (w @ w.t(), predicted.classifier),
             "class means, M̄·M̄ᵀ": (means @ means.t(), predicted.features),
