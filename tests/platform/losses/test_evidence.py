@@ -2,7 +2,7 @@
 
 import pytest
 
-from lossworks_testing.evidence import rows
+from lossworks_testing.evidence import methods, rows
 
 pytestmark = pytest.mark.slow
 
@@ -47,3 +47,40 @@ def test_the_penalty_holds_log_z():
     assert clearly(study.gain("ζ = 0", "ζ = 0.0001", "magnitude of log Z")), study.markdown()
     assert clearly(study.gain("ζ = 0.0001", "ζ = 0.01", "magnitude of log Z")), study.markdown()
     assert study.gain("ζ = 0.01", "ζ = 0", "accuracy")[0] > -0.02
+
+
+def test_edited_targets():
+    """EISL is ahead of cross-entropy under noise, far ahead under much, and loses nothing without."""
+    study = methods.edits(5)
+    for row in ("eisl, n = 2", "eisl, n = 1 to 4"):
+        assert study.mean(row, methods.CLEAN) > 0.99, study.markdown()
+        assert clearly(study.gain(row, "cross-entropy", "noise 0.4")), study.markdown()
+        assert clearly(study.gain(row, "cross-entropy", methods.NOISY), least=0.1), study.markdown()
+
+
+def test_between_bag_and_instance_loss():
+    """An interior ρ has less error than both ends, and more so than the bag loss in larger bags."""
+    study = methods.bags(5)
+    for size in ("bags of 2", "bags of 5", "bags of 8"):
+        assert clearly(study.gain("ρ = 0", "ρ = 0.2", size)), study.markdown()
+        assert clearly(study.gain("ρ = 1", "ρ = 0.2", size)), study.markdown()
+    gains = [study.gain("ρ = 0", "ρ = 0.2", f"bags of {k}")[0] for k in (2, 5, 8)]
+    assert gains == sorted(gains)
+
+
+def test_a_temperature_for_every_row():
+    """Better than one temperature, and no worse than the same network trained with cross-entropy."""
+    study = methods.calibration(5)
+    ours, theirs = "correctness-aware", "a temperature a row, cross-entropy"
+    assert clearly(study.gain("temperature scaling", ours, "top-1 Brier")), study.markdown()
+    assert clearly(study.gain(ours, "temperature scaling", "AUROC")), study.markdown()
+    assert study.gain(ours, theirs, "top-1 Brier")[0] < 0.002, study.markdown()
+    assert study.gain(ours, theirs, "AUROC")[0] > -0.005, study.markdown()
+
+
+def test_collapse_in_training():
+    """NC1 falls tenfold, NC3 fivefold, NC2 of the features by half, and NC4 to nothing."""
+    study = methods.collapse(5)
+    for name, factor in (("nc1", 10), ("nc3", 5), ("nc2_features", 2)):
+        assert study.mean("after", name) * factor < study.mean("before", name), study.markdown()
+    assert study.mean("after", "nc4") < 0.01, study.markdown()

@@ -3,10 +3,13 @@
 import sys
 from pathlib import Path
 
-from lossworks_testing.evidence import rows
+from lossworks_testing.evidence import methods, rows
 
 SEEDS = 5
-STUDIES = (rows.wrong_labels, rows.coverage, rows.ranking, rows.partition)
+STUDIES = (
+    *(rows.wrong_labels, rows.coverage, rows.ranking, rows.partition),
+    *(methods.edits, methods.bags, methods.calibration, methods.collapse),
+)
 _HEAD = """# Evidence
 
 Does a loss do on data what its paper says? Small studies over five seeds; means with 95 % confidence
