@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from pydantic import BeforeValidator
+
 from lossworks.benchmarks.table import Row, print_rows, read_rows, write_rows
 from lossworks.cli import Command, require_one
 from lossworks.errors import UserError
 
 _GROUP = "lossworks.benchmarks"
+
+# `methods=exact,dense` is easier to type in a shell than a list in brackets.
+COMMAS = BeforeValidator(lambda value: str(value).split(",") if isinstance(value, str | int) else value)
 
 
 @dataclass(frozen=True)

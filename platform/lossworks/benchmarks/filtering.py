@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
-from lossworks.benchmarks.command import Benchmark
+from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.filtering_chart import draw_filtering
 from lossworks.benchmarks.table import Row
 from lossworks.errors import UserError
@@ -21,8 +21,6 @@ from lossworks.specs import DataSpec, ModelSpec, OptimizerSpec, ScheduleSpec, Sp
 if TYPE_CHECKING:
     from lossworks.benchmarks.filtering_study import Losses, Study
 
-# `states_steps=0,100` is easier to type in a shell than a list in brackets, and YAML reads `0` as a number.
-_split = BeforeValidator(lambda value: str(value).split(",") if isinstance(value, str | int) else value)
 _RUN = re.compile(r"(exact|bf16)|(published|tiles-repaired|columns|columns-repaired)@(\d{1,2})")
 _EXACT, _BF16 = "exact", "exact in bf16"
 FILTERS = {
@@ -82,7 +80,7 @@ class FilteringSpec(Spec):
     schedule: ScheduleSpec = ScheduleSpec(warmup_steps=20, final_fraction=0.1)
     batch_size: int = Field(16, ge=1, description="sequences a step")
     steps: int = Field(300, ge=1, description="steps of each run that is trained with a filter")
-    runs: Annotated[tuple[str, ...], _split] = Field(
+    runs: Annotated[tuple[str, ...], COMMAS] = Field(
         ("exact", "bf16", "published@12", "tiles-repaired@12", "columns@12", "columns-repaired@12"),
         description="what to train with; @12 is a threshold of 2^-12, exact must be among them",
     )
@@ -90,11 +88,11 @@ class FilteringSpec(Spec):
     frequent_share: float = Field(
         0.9, gt=0.0, lt=1.0, description="share of the training tokens that the frequent classes cover"
     )
-    states_steps: Annotated[tuple[int, ...], _split] = Field(
+    states_steps: Annotated[tuple[int, ...], COMMAS] = Field(
         (0, 30, 100, 300, 1000), description="steps of the exact run whose hidden states are looked at"
     )
     states_sequences: int = Field(32, ge=1, description="held-out sequences whose hidden states are taken")
-    exponents: Annotated[tuple[int, ...], _split] = Field(
+    exponents: Annotated[tuple[int, ...], COMMAS] = Field(
         (10, 12, 14), description="thresholds 2^-k that the hidden states are filtered with"
     )
     threads: int = Field(1, ge=1, le=1024, description="threads of the CPU")

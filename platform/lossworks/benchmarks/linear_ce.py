@@ -9,10 +9,10 @@ from dataclasses import asdict
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from lossworks.benchmarks.chart import draw_linear_ce
-from lossworks.benchmarks.command import Benchmark
+from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.linear_ce_methods import METHODS, methods_for
 from lossworks.benchmarks.table import Row
 from lossworks.benchmarks.worker import run_worker
@@ -23,28 +23,26 @@ from lossworks.specs import Spec
 if TYPE_CHECKING:
     from lossworks.benchmarks.linear_ce_worker import Case
 
-# `methods=exact,dense` is easier to type in a shell than a list in brackets.
-_split = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
 
 
 class LinearCeSpec(Spec):
     """What ``lossworks bench linear-ce`` compares; lists may be written with commas."""
 
-    shapes: Annotated[tuple[str, ...], _split] = Field(
+    shapes: Annotated[tuple[str, ...], COMMAS] = Field(
         ("2048x32768x512",),
         description="N x V x D: rows, classes, features; with 4096x128256x1024 and 1024x256000x2304, the "
         "heads of large models, it takes more than an hour",
     )
-    distributions: Annotated[tuple[Literal["random", "peaked"], ...], _split] = Field(
+    distributions: Annotated[tuple[Literal["random", "peaked"], ...], COMMAS] = Field(
         ("peaked", "random"),
         description="peaked as a trained head, random as one at the start; methods that skip nothing by "
         "its probability run on the first one only",
     )
-    dtypes: Annotated[tuple[Literal["fp32", "bf16"], ...], _split] = Field(
+    dtypes: Annotated[tuple[Literal["fp32", "bf16"], ...], COMMAS] = Field(
         ("fp32", "bf16"), description="dtype of E, C and the gradients"
     )
-    methods: Annotated[tuple[str, ...] | None, _split] = Field(
+    methods: Annotated[tuple[str, ...] | None, COMMAS] = Field(
         None, description=f"some of {', '.join(METHODS)}; unset, all that are made for the device"
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where to run")
@@ -82,18 +80,13 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return n, v, d
 
 
-def run(overrides: Sequence[str], repeats: int) -> Iterator[Row]:
-    """Measure every method on every shape, distribution and dtype; see :func:`go_on`."""
-    return go_on(overrides, repeats, ())
-
-
-def go_on(overrides: Sequence[str], repeats: int, done: Sequence[Row]) -> Iterator[Row]:
-    """Measure what is not among the figures of an earlier run; progress goes to standard error.
+def run(overrides: Sequence[str], repeats: int, done: Sequence[Row] = ()) -> Iterator[Row]:
+    """Measure every method on every shape, distribution and dtype; progress goes to standard error.
 
     Args:
         overrides: ``key=value``, fields of the spec.
         repeats: Times that every call is timed.
-        done: Figures that are given again instead of being measured.
+        done: Figures of an earlier run, which are given again instead of being measured.
 
     Yields:
         By case and method: seconds of the loss with both gradients, and of the loss alone, as multiples of
@@ -200,5 +193,5 @@ LINEAR_CE = Benchmark(
     run,
     repeats=5,
     draw=draw_linear_ce,
-    go_on=go_on,
+    go_on=run,
 )

@@ -4,12 +4,12 @@ Every loss runs in a fresh process, in turns with linear cross-entropy on the sa
 of the spherical Z-loss takes whole steps at growing numbers of classes, in one process, in turns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
-from lossworks.benchmarks.command import Benchmark
+from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.linear_ce import parse_shape
 from lossworks.benchmarks.table import Row
 from lossworks.benchmarks.worker import run_worker
@@ -18,17 +18,15 @@ from lossworks.errors import RunError
 from lossworks.losses.catalogue import declarations
 from lossworks.specs import Spec
 
-_split = BeforeValidator(lambda value: value.split(",") if isinstance(value, str) else value)
-
 
 class LossesSpec(Spec):
     """What ``lossworks bench losses`` measures; lists may be written with commas."""
 
     shape: str = Field("2048x32768x512", description="N x V x D: rows, classes, features")
-    losses: Annotated[tuple[str, ...] | None, _split] = Field(
+    losses: Annotated[tuple[str, ...] | None, COMMAS] = Field(
         None, description="slugs; unset, all that run without logits and need no further inputs"
     )
-    classes: Annotated[tuple[int, ...], _split] = Field(
+    classes: Annotated[tuple[int, ...], COMMAS] = Field(
         (10_000, 100_000, 1_000_000), description="numbers of classes of the spherical Z-loss's step"
     )
     step_rows: int = Field(128, ge=1, description="rows of such a step")
@@ -55,10 +53,10 @@ def _measured_losses() -> list[str]:
     return [slug for slug, entry in declarations().items() if entry.of_next_tokens]
 
 
-def run(overrides: Sequence[str], repeats: int) -> list[Row]:
+def run(overrides: Sequence[str], repeats: int) -> Iterator[Row]:
     """Measure every loss; progress goes to standard error.
 
-    Returns:
+    Yields:
         For every loss: forward and backward as a multiple of linear cross-entropy's, the same in matrix
         products E·Cᵀ, and memory beyond the gradients in % of the logits. For every number of classes: the
         milliseconds of a step of the factored head, of one of plain descent on dense weights, and the former
@@ -68,13 +66,14 @@ def run(overrides: Sequence[str], repeats: int) -> list[Row]:
 
     spec = LossesSpec().override(overrides)
     console = Console(stderr=True)
-    rows: list[Row] = []
     for slug in spec.losses or _measured_losses():
         with console.status(slug):
-            rows += (new := _loss_rows(spec, slug, repeats))
-        console.print(f"{slug}: {new[0].note or f'{new[0].value:.2f} {new[0].unit}'}", highlight=False)
+            rows = _loss_rows(spec, slug, repeats)
+        console.print(f"{slug}: {rows[0].note or f'{rows[0].value:.2f} {rows[0].unit}'}", highlight=False)
+        yield from rows
     with console.status("steps of the spherical Z-loss"):
-        return rows + _step_rows(spec, repeats)
+        rows = _step_rows(spec, repeats)
+    yield from rows
 
 
 def _loss_rows(spec: LossesSpec, slug: str, repeats: int) -> list[Row]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -39,13 +40,19 @@ class Row:
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write ``{"machine": {...}, "rows": [...]}``, the shape that all benchmarks share."""
-    from lossworks.tracking import machine
-
-    text = json.dumps({"machine": machine(), "rows": [_as_dict(row) for row in rows]}, indent=1)
+    text = json.dumps({"machine": _machine(), "rows": [_as_dict(row) for row in rows]}, indent=1)
     # Never half a file, since it is written while the benchmark goes on.
     part = path.with_name(f"{path.name}.partial")
     part.write_text(f"{text}\n", encoding="utf-8")
     part.replace(path)
+
+
+@cache
+def _machine() -> dict[str, Any]:
+    """Return what this machine is, asked once: figures are written as they come."""
+    from lossworks.tracking import machine
+
+    return machine()
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -61,6 +61,15 @@ class Subject:
         bins = self.hyperparameters.get("bins", BINS)
         return make_example(self.kind, self.requires, rows, seed, bins)
 
+    @property
+    def indivisible(self) -> str | None:
+        """Why parts of a batch needn't give what the whole gives, or None if they must."""
+        if "whole-batch" in self.flags:
+            return "it is declared to look at a whole batch"
+        if "random" in self.flags:
+            return "it draws random numbers, others for other batches"
+        return None
+
     def value(self, reduction: str, example: Example) -> Tensor:
         """Return the loss of a problem."""
         return self.build(reduction)(example.prediction, example.target, **example.context)
@@ -165,10 +174,8 @@ def _worst_slope(subject: Subject, reduction: str, seed: int) -> float:
 
 
 def _unequal_split(subject: Subject) -> Finding:
-    if "whole-batch" in subject.flags:
-        return Finding("", None, "it is declared to look at a whole batch")
-    if "random" in subject.flags:
-        return Finding("", None, "it draws random numbers, others for other batches")
+    if subject.indivisible:
+        return Finding("", None, subject.indivisible)
     example = subject.example(rows=_ROWS - 1)
     whole = subject.value("sum", example)
     parts = sum(subject.value("sum", example.part(rows)) for rows in (slice(0, 2), slice(2, None)))

@@ -1,7 +1,6 @@
 """The part of the audit that needs two processes."""
 
 import os
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,30 @@ from torch import Tensor, nn
 from lossworks.losses.audit import Finding, Subject, judged, subject_of
 from lossworks.losses.examples import Example
 
+_GRADIENT = "gradient.pt"
 _ROWS, _FIRST = 10, 3  # of which the first rank gets so many
 
 
 def two_ranks(subject: Subject) -> Finding:
     """Train one step's gradient of a small model on one process and, in unequal shares, on two."""
-    if "whole-batch" in subject.flags:
-        return Finding("", None, "it is declared to look at a whole batch")
-    if "random" in subject.flags:
-        return Finding("", None, "it draws random numbers, others on every rank")
+    if subject.indivisible:
+        return Finding("", None, subject.indivisible)
     alone = _gradient(subject, slice(None), distributed=False)
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "gradient.pt")
-        arguments = (_free_port(), subject.name, subject.hyperparameters, path)
-        mp.spawn(_rank, args=arguments, nprocs=2, join=True)
-        together = torch.load(path, weights_only=True)
+        mp.spawn(_rank, args=(folder, subject.name, subject.hyperparameters), nprocs=2, join=True)
+        together = torch.load(Path(folder) / _GRADIENT, weights_only=True)
     worst = float((together - alone).abs().max() / alone.abs().max().clamp(min=1e-12))
     return judged(worst, 1e-10, "relative difference of the gradients")
 
 
-def _rank(rank: int, port: int, name: str, hyperparameters: dict[str, Any], path: str) -> None:
+def _rank(rank: int, folder: str, name: str, hyperparameters: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    # They meet in a file: a free port might be taken before they are there.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     rows = slice(0, _FIRST) if rank == 0 else slice(_FIRST, None)
     gradient = _gradient(subject_of(name, hyperparameters), rows, distributed=True)
     if rank == 0:
-        torch.save(gradient, path)
+        torch.save(gradient, Path(folder) / _GRADIENT)
     dist.barrier()
     # gloo's threads may outlive the group, and abort a process that ends by itself.
     os._exit(0)
@@ -63,9 +60,3 @@ def _gradient(subject: Subject, rows: slice, *, distributed: bool) -> Tensor:
     if not isinstance(weight, Tensor) or weight.grad is None:
         raise RuntimeError("no gradient arrived")
     return weight.grad
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -92,7 +92,7 @@ def along_margin(
     slug: str, settings: dict[str, Any], margin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss and its derivative at each margin, both shaped like ``margin``."""
-    loss = create(slug, reduction="none", **_in_type(slug, settings))
+    loss = create(slug, reduction="none", **settings)
     lead = margin.clone().requires_grad_()
     # Spread out, since a loss that normalises the logits sees nothing in equal ones.
     others = torch.linspace(-4.0, 0.0, _CLASSES - 1, dtype=margin.dtype).expand(len(margin), -1)
@@ -103,8 +103,3 @@ def along_margin(
     values = loss(logits, targets)
     (slope,) = torch.autograd.grad(values.sum(), lead)
     return values.detach().reshape(-1), slope
-
-
-def _in_type(slug: str, settings: dict[str, Any]) -> dict[str, Any]:
-    integers = {p.name for p in declaration(slug).hyperparameters if p.type == "integer"}
-    return {name: int(value) if name in integers else value for name, value in settings.items()}

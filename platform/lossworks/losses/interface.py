@@ -16,7 +16,7 @@ from lossworks.head import LogSumExp, Target, VocabParallel, linear_row_loss
 from lossworks.head.arguments import Implementation, all_classes, check_choice, operands
 from lossworks.head.reference import dense_logits
 from lossworks.losses.declaration import Case, Declaration, Hyperparameter, Kind, Paper
-from lossworks.losses.rows import DenseRows, LinearRows, Rows
+from lossworks.losses.rows import DenseRows, LinearRows, Rows, wide
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -151,10 +151,33 @@ class Loss(Entry, nn.Module):
         if self.reduction == "none":
             return values
         total = values.sum()
-        if self.reduction == "sum":
-            return total
-        divisor = divisors.sum()
-        return total / _positive(divisor)
+        return total if self.reduction == "sum" else _divided(total, divisors)
+
+    def weights(self, valid: Tensor, context: Context, like: Tensor) -> Tensor:
+        """Return what each element weighs, 0 where it doesn't count: shaped like ``valid`` (...), bool.
+
+        Raises:
+            UserError: The context's weights have another shape.
+        """
+        if context.weight is None:
+            return valid.to(like)
+        self.require_shape("weight", context.weight, valid)
+        return torch.where(valid, context.weight.detach().to(like), 0)
+
+    def reduce_elements(self, values: Tensor, valid: Tensor, context: Context) -> Tensor:
+        """Return the losses of valid elements, weighted and reduced; ``values`` and ``valid`` are (...)."""
+        weight = self.weights(valid, context, values)
+        # Chosen and not multiplied: a formula may be infinite in a row that counts for nothing.
+        return self.reduce(torch.where(weight > 0, values, 0) * weight, weight)
+
+    def require_shape(self, what: str, given: Tensor, like: Tensor) -> None:
+        """Refuse a tensor of another shape by name.
+
+        Raises:
+            UserError: With both shapes.
+        """
+        if given.shape != like.shape:
+            raise UserError(f"{self.slug}: {what} {tuple(given.shape)} must be {tuple(like.shape)}")
 
 
 class RowLoss(Loss):
@@ -202,10 +225,6 @@ class RowLoss(Loss):
         """Return what the loss is taken of, where that isn't the logits (..., K) themselves."""
         return logits
 
-    def element_weight(self, rows: Rows) -> Tensor | None:  # noqa: ARG002
-        """Return weights that come with the targets, such as class weights, shaped like them."""
-        return None
-
     def valid(self, rows: Rows, context: Context) -> Tensor:  # noqa: ARG002
         """Return which elements count, bool, shaped like the unreduced losses."""
         return rows.valid
@@ -226,8 +245,7 @@ class RowLoss(Loss):
             A scalar, or (...) for ``reduction="none"``; float32 at least.
         """
         context = self.context(given)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        rows = DenseRows(self.prepare(logits.to(wide)), targets, self.ignore_index)
+        rows = DenseRows(self.prepare(wide(logits)), targets, self.ignore_index)
         return self._finish(rows, context)
 
     def linear(
@@ -260,7 +278,7 @@ class RowLoss(Loss):
         """
         context = self.context(given)
         if impl == "reference" or (self.needs_logits and impl == "auto" and vocab_parallel is None):
-            logits = dense_logits(*_flat(e), c, bias, softcap)
+            logits = dense_logits(e.reshape(-1, e.shape[-1]), c, bias, softcap)
             return self.forward(logits.reshape(*targets.shape, -1), targets, **given)
         if self.needs_logits:
             raise UserError(
@@ -293,7 +311,7 @@ class RowLoss(Loss):
         bias: Tensor | None,
         options: dict[str, Any],
     ) -> Tensor:
-        weight = self._weight(rows, context)
+        weight = self.weights(self.valid(rows, context), context, wide(tensors[0][:0]))
         offset = self.target_offset
         total = linear_row_loss(
             *tensors,
@@ -305,30 +323,13 @@ class RowLoss(Loss):
             token_weight=weight,
             **options,
         )
-        return total if self.reduction == "sum" else total / _positive(weight.sum())
-
-    def _weight(self, rows: Rows, context: Context) -> Tensor:
-        """Return what each row weighs, shaped like the targets, 0 where it doesn't count."""
-        weight = self.valid(rows, context).to(torch.float32)
-        for factor in (context.weight, self.element_weight(rows)):
-            if factor is not None:
-                if factor.shape != weight.shape:
-                    raise UserError(
-                        f"{self.slug}: weight {tuple(factor.shape)} must be {tuple(weight.shape)}"
-                    )
-                weight = torch.where(weight > 0, factor.detach().to(weight.device), 0)
-        return weight
+        return total if self.reduction == "sum" else _divided(total, weight)
 
     def _finish(self, rows: Rows, context: Context) -> Tensor:
-        values, weight = self.values(rows, context), self._weight(rows, context)
-        # Chosen and not multiplied: a formula may be infinite in a row that counts for nothing.
-        values = torch.where(weight > 0, values, 0)
-        return self.reduce(values * weight, weight)
+        return self.reduce_elements(self.values(rows, context), self.valid(rows, context), context)
 
 
-def _flat(e: Tensor) -> tuple[Tensor]:
-    return (e.reshape(-1, e.shape[-1]),)
-
-
-def _positive(divisor: Tensor) -> Tensor:
-    return torch.where(divisor > 0, divisor, 1)
+def _divided(total: Tensor, divisors: Tensor) -> Tensor:
+    """Return a sum over the sum of divisors; 0 where that is 0, as the sum is then."""
+    divisor = divisors.sum()
+    return total / torch.where(divisor > 0, divisor, 1)

@@ -8,7 +8,8 @@ from torch import Tensor
 from lossworks.errors import UserError
 from lossworks.head.rows import check_range
 from lossworks.losses.declaration import Kind
-from lossworks.losses.dense import DenseLoss, wide
+from lossworks.losses.interface import Loss
+from lossworks.losses.rows import wide
 
 
 def distinct(positives: Tensor, ignore_index: int) -> Tensor:
@@ -32,7 +33,7 @@ def mean_of_counted(values: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted, values, 0).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
-class MultiLabelLoss(DenseLoss):
+class MultiLabelLoss(Loss):
     """A loss of scores against each row's set of positives; a label that is given twice counts once.
 
     Rows without positives count for nothing. Of scores ⟨f, g⟩ it takes ⟨f, g⟩/τ.

@@ -15,6 +15,11 @@ from lossworks.head.arguments import Implementation
 from lossworks.head.statistics import Name, Statistic
 
 
+def wide(values: Tensor) -> Tensor:
+    """Return half precision in float32, and what is wider as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class Rows(Protocol):
     """What a row loss is a function of.
 
@@ -38,10 +43,10 @@ class Rows(Protocol):
 
 
 class DenseRows:
-    """Rows of logits that are there; those in half precision are read in float32.
+    """Rows of logits that are there.
 
     Args:
-        logits: z, shape (..., K), floating point.
+        logits: z, shape (..., K), float32 or float64.
         targets: Shape (...), int64.
         ignore_index: Target of rows that don't count.
 
@@ -58,8 +63,7 @@ class DenseRows:
             )
         self.targets, self.valid = targets, targets != ignore_index
         self.classes = logits.shape[-1]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        self._logits = logits.reshape(targets.numel(), self.classes).to(wide)
+        self._logits = logits.reshape(targets.numel(), self.classes)
         self._ignore_index = ignore_index
 
     def __call__(self, *statistics: Statistic | Name, offset: Tensor | float = 0.0) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.errors import UserError
-from lossworks.losses.catalogue import declaration, declarations
 from lossworks.specs.base import Spec, apply_overrides, read_yaml
 from lossworks.specs.train import RunSpec, TrainSpec
 
@@ -93,11 +92,7 @@ class ClassifierSpec(RunSpec):
             raise ValueError("activation_checkpointing=true is for language models")
         if self.sharding.vocab_parallel:
             raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
-        able = [slug for slug, entry in declarations().items() if entry.kind == "row"]
-        if declaration(self.loss.name).kind != "row":
-            raise ValueError(
-                f"loss.name={self.loss.name} can't train a classifier; what can: {', '.join(able)}"
-            )
+        self.loss.require(lambda entry: entry.kind == "row", "a classifier")
         return self
 
 

@@ -1,5 +1,6 @@
 """The parts that specs of every room share: data, model, loss, optimiser, schedule, tracking."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -12,7 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-from lossworks.losses.catalogue import declaration
+from lossworks.losses.catalogue import declaration, declarations
+from lossworks.losses.declaration import Declaration
 from lossworks.specs.base import Spec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -134,6 +136,16 @@ class LossSpec(Spec):
     def hyperparameters(self) -> dict[str, Any]:
         """The loss's hyperparameters, defaults included."""
         return dict(self.model_extra or {})
+
+    def require(self, able: Callable[[Declaration], bool], what: str) -> None:
+        """Refuse a loss that can't train something.
+
+        Raises:
+            ValueError: Naming those that can.
+        """
+        if not able(declaration(self.name)):
+            others = ", ".join(slug for slug, entry in declarations().items() if able(entry))
+            raise ValueError(f"loss.name={self.name} can't train {what}; what can: {others}")
 
     @model_validator(mode="after")
     def _fill_in(self) -> Self:

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from lossworks.losses.catalogue import declaration, declarations
+from lossworks.losses.catalogue import declaration
 from lossworks.specs.base import Spec
 from lossworks.specs.parts import (
     CheckpointSpec,
@@ -84,24 +84,16 @@ class TrainSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        self._require_loss_of_tokens()
+        self.loss.require(lambda entry: entry.of_next_tokens, "a language model")
         if self.sharding.vocab_parallel:
             self._require_splittable_head()
         return self
 
-    def _require_loss_of_tokens(self) -> None:
-        loss = declaration(self.loss.name)
-        if not loss.of_next_tokens:
-            able = [slug for slug, entry in declarations().items() if entry.of_next_tokens]
-            raise ValueError(
-                f"loss.name={self.loss.name} can't train a language model; what can: {', '.join(able)}"
-            )
-        if loss.kind == "sequence" and self.sharding.vocab_parallel:
+    def _require_splittable_head(self) -> None:
+        if declaration(self.loss.name).kind == "sequence":
             raise ValueError(
                 f"loss.name={self.loss.name} can't be combined with sharding.vocab_parallel=true"
             )
-
-    def _require_splittable_head(self) -> None:
         if self.sharding.kind != "fsdp":
             raise ValueError(
                 f"sharding.vocab_parallel=true needs sharding=fsdp, not {self.sharding.kind}: "

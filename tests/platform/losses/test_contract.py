@@ -83,7 +83,9 @@ def test_reductions_agree(slug, settings):
     torch.testing.assert_close(
         *(torch.autograd.grad(3 * found, (e, c, b), retain_graph=True) for found in (summed, values.sum()))
     )
-    divisors = weight if not settings.get("class_weight") else weight * none._weights(c, 5)[y.clamp(min=0)]
+    divisors = (
+        weight if not settings.get("class_weight") else weight * none._class_weights(c, 5)[y.clamp(min=0)]
+    )
     expected = values.sum() / divisors[y != IGNORE].sum()
     torch.testing.assert_close(mean.linear(e, c, y, b, weight=weight), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(mean(e @ c.T + b, y, weight=weight), expected, rtol=1e-6, atol=1e-6)

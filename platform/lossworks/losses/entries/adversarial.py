@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.losses.declaration import Paper, integer, number
-from lossworks.losses.dense import wide
 from lossworks.losses.entries.comp_sum import comp_sum
 from lossworks.losses.methods import Method
+from lossworks.losses.rows import wide
 
 _TINY = 1e-12  # under the root, whose derivative at 0 is infinite
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.losses.declaration import Kind, Paper, choice, number
-from lossworks.losses.dense import DenseLoss, wide
+from lossworks.losses.interface import Loss
+from lossworks.losses.rows import wide
 
 _RHO_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
@@ -34,19 +35,21 @@ def bag_means(values: Tensor, bags: Tensor, valid: Tensor | None = None) -> Tens
         bags: Names of bags, int64, shape (N,).
         valid: Which rows are in their bag, bool, shape (N,); None for all. The mean of none is 0.
     """
-    bags, size = numbered(bags)
-    inside = torch.ones_like(values) if valid is None else valid.to(values.dtype)
+    return _means(
+        values, *numbered(bags), torch.ones_like(bags, dtype=torch.bool) if valid is None else valid
+    )
+
+
+def _means(values: Tensor, bags: Tensor, size: int, valid: Tensor) -> Tensor:
+    """Return bag means at every row of ``size`` bags numbered from 0."""
+    inside = valid.to(values.dtype)
     totals = values.new_zeros(size).index_add(0, bags, torch.where(inside > 0, values, 0))
     counts = values.new_zeros(size).index_add(0, bags, inside)
     return (totals / counts.clamp(min=1))[bags]
 
 
-def log_bag_means(logs: Tensor, bags: Tensor, valid: Tensor) -> Tensor:
-    """Return the logarithm of the mean of exp(logs) over its bag at every row, shape (N,); 0 of no row.
-
-    Arguments as for :func:`bag_means`.
-    """
-    bags, size = numbered(bags)
+def _log_means(logs: Tensor, bags: Tensor, size: int, valid: Tensor) -> Tensor:
+    """Return the logarithm of the mean of exp(logs) over its bag at every row, shape (N,); 0 of no row."""
     inside = logs.masked_fill(~valid, -torch.inf)
     largest = logs.new_full((size,), -torch.inf).scatter_reduce(0, bags, inside.detach(), "amax")
     largest = torch.where(largest.isinf(), 0, largest)
@@ -81,7 +84,8 @@ def release(
     if bool(responses.isnan().any()):
         raise UserError("release: a response is NaN; leave such rows out or put a number there")
     bags, size = numbered(bags)
-    means = bag_means(responses.clamp(-clip, clip), bags)
+    clipped = responses.clamp(-clip, clip)
+    means = _means(clipped, bags, size, torch.ones_like(bags, dtype=torch.bool))
     counts = torch.bincount(bags, minlength=size).clamp(min=1).to(means)
     # By the inverse of its distribution function, in float64: u is uniform in (−1/2, 1/2).
     u = torch.rand(size, generator=generator, dtype=torch.float64) - 0.5
@@ -168,7 +172,7 @@ def _errors(
     return torch.stack([(estimate - theta).square().sum() for estimate in found])
 
 
-class AggregateInterpolation(DenseLoss):
+class AggregateInterpolation(Loss):
     """Losses for bags of which only the mean response is known, between bag level and instance level.
 
     ρ = 0 compares the mean prediction of a bag with its mean response: unbiased, and with few bags unstable.
@@ -220,9 +224,10 @@ class AggregateInterpolation(DenseLoss):
             self.require_shape("weight", context.weight, predictions)
             valid = context.weight > 0
         f = wide(predictions)
-        y = bag_means(responses.detach().to(f), bags, valid)
+        bags, size = numbered(bags)
+        y = _means(responses.detach().to(f), bags, size, valid)
         losses = self._squared if self.response == "real" else self._binary
-        of_bag, of_rows = losses(f, y, bags, valid)
+        of_bag, of_rows = losses(f, y, bags, size, valid)
         values = (1 - self.rho) * of_bag + self.rho * of_rows
         return self.reduce_elements(values, valid, context)
 
@@ -231,15 +236,15 @@ class AggregateInterpolation(DenseLoss):
         return torch.tensor(targets.numel(), device=targets.device)
 
     @staticmethod
-    def _squared(f: Tensor, y: Tensor, bags: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        return (bag_means(f, bags, valid) - y).square(), (f - y).square()
+    def _squared(f: Tensor, y: Tensor, bags: Tensor, size: int, valid: Tensor) -> tuple[Tensor, Tensor]:
+        return (_means(f, bags, size, valid) - y).square(), (f - y).square()
 
     @staticmethod
-    def _binary(f: Tensor, y: Tensor, bags: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def _binary(f: Tensor, y: Tensor, bags: Tensor, size: int, valid: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of sigmoids and not the sigmoid of the mean: responses are what is averaged.
 
         In logarithms, since a probability that rounds to 0 or 1 would have no gradient.
         """
         ones, zeros = F.logsigmoid(f), F.logsigmoid(-f)
-        of_bag = y * log_bag_means(ones, bags, valid) + (1 - y) * log_bag_means(zeros, bags, valid)
+        of_bag = y * _log_means(ones, bags, size, valid) + (1 - y) * _log_means(zeros, bags, size, valid)
         return -of_bag, -(y * ones + (1 - y) * zeros)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lossworks.errors import UserError
 from lossworks.losses.declaration import Paper, integer, number, switch
-from lossworks.losses.dense import wide
 from lossworks.losses.methods import Method
+from lossworks.losses.rows import wide
 
 View = Callable[[Tensor], Tensor]
 """A transformed copy of inputs, shaped like them."""

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head import linear_cross_entropy
+from lossworks.head import LogSumExp, linear_cross_entropy
 from lossworks.losses.declaration import Case, Paper, number, numbers
 from lossworks.losses.interface import RowLoss
+from lossworks.losses.rows import DenseRows, wide
 
 
 class CrossEntropy(RowLoss):
@@ -42,10 +43,10 @@ class CrossEntropy(RowLoss):
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """See :meth:`RowLoss.forward`."""
         context = self.context(given)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        w = self._weights(logits, logits.shape[-1])
-        valid = targets != self.ignore_index
-        flat = logits.reshape(-1, logits.shape[-1])
+        logits = wide(logits)
+        rows = DenseRows(logits, targets, self.ignore_index)
+        w = self._class_weights(logits, rows.classes)
+        flat = logits.reshape(-1, rows.classes)
         values = F.cross_entropy(
             *(flat, targets.reshape(-1), w),
             ignore_index=self.ignore_index,
@@ -53,11 +54,10 @@ class CrossEntropy(RowLoss):
             label_smoothing=self.label_smoothing,
         ).reshape(targets.shape)
         if self.z_loss:
-            values = values + self.z_loss * torch.where(valid, logits.logsumexp(-1).square(), 0)
-        weight = valid.to(values.dtype)
-        if context.weight is not None:
-            weight = torch.where(valid, context.weight.detach(), 0)
-        divisors = weight if w is None else weight * w[torch.where(valid, targets, 0)]
+            (lse,) = rows(LogSumExp())
+            values = values + self.z_loss * lse.square()
+        weight = self.weights(rows.valid, context, values)
+        divisors = weight if w is None else weight * w[torch.where(rows.valid, targets, 0)]
         return self.reduce(values * weight, divisors)
 
     def linear(
@@ -69,22 +69,21 @@ class CrossEntropy(RowLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            class_weight=self._weights(c, len(c)),
+            class_weight=self._class_weights(c, len(c)),
             token_weight=options.pop("weight", None),
             z_loss=self.z_loss,
             **options,
         )
         return found if isinstance(found, Tensor) else found[0]
 
-    def _weights(self, like: Tensor, classes: int) -> Tensor | None:
+    def _class_weights(self, like: Tensor, classes: int) -> Tensor | None:
         if self.class_weight is None:
             return None
         if len(self.class_weight) != classes:
             raise UserError(
                 f"{self.slug}: class_weight has {len(self.class_weight)} numbers for {classes} classes"
             )
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return torch.tensor(self.class_weight, dtype=wide, device=like.device)
+        return torch.tensor(self.class_weight, device=like.device).to(wide(like[:0]))
 
 
 class LogZ(CrossEntropy):

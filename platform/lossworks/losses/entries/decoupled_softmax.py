@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from lossworks.errors import UserError
 from lossworks.losses.declaration import Paper, number, switch
-from lossworks.losses.dense import wide
 from lossworks.losses.multi_label import MultiLabelLoss, mean_of_counted, positive_mask
+from lossworks.losses.rows import wide
 
 
 def decoupled(negatives: Tensor, own: Tensor, counted: Tensor) -> Tensor:

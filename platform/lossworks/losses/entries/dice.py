@@ -13,7 +13,7 @@ from lossworks.errors import UserError
 from lossworks.head import Gathered
 from lossworks.losses.declaration import Case, Paper, choice, number, switch
 from lossworks.losses.interface import Context, RowLoss
-from lossworks.losses.rows import Rows
+from lossworks.losses.rows import Rows, wide
 
 _LEAST = 1e-6  # of 1 − p, whose power has an infinite derivative at 0
 
@@ -118,7 +118,7 @@ def counted(logits: Tensor, targets: Tensor, valid: Tensor, classes: str) -> tup
     if logits.shape[-1] <= first:
         raise UserError(f"classes={classes} needs more than {logits.shape[-1]} class")
     # Chosen before the softmax: where nothing counts, the logits may be anything.
-    logits = torch.where(valid[..., None], logits.to(torch.promote_types(logits.dtype, torch.float32)), 0)
+    logits = torch.where(valid[..., None], wide(logits), 0)
     log_p = logits.log_softmax(-1)
     every = torch.arange(logits.shape[-1], device=logits.device)
     actual = ((targets[..., None] == every) & valid[..., None]).to(log_p.dtype)

@@ -13,7 +13,8 @@ from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_row_statistics
 from lossworks.head.rows import check_range
 from lossworks.losses.declaration import Kind, Paper, integer, number, numbers, switch
-from lossworks.losses.dense import DenseLoss, wide
+from lossworks.losses.interface import Loss
+from lossworks.losses.rows import wide
 
 _FLOOR = -20.0  # of a token's log-probability, so that one impossible token doesn't rule out an n-gram
 
@@ -69,7 +70,7 @@ def edit_invariant(
     return losses.sum(1) / grams.sum(1).clamp(min=1)
 
 
-class EISL(DenseLoss):
+class EISL(Loss):
     """EISL: cross-entropy of target n-grams against the places where the output has them.
 
     Robust against targets whose words are shuffled, repeated or blanked. The output must be the model's own
@@ -143,7 +144,7 @@ class EISL(DenseLoss):
         # Chosen first: where nothing counts, the logits may be anything.
         log_p = torch.where(kept[:, :, None], wide(logits), 0).log_softmax(-1)
         index = self._index(targets)[:, None, :].expand(-1, logits.shape[1], -1)
-        return self._finish(log_p.gather(2, index), targets, given)
+        return self._reduced(log_p.gather(2, index), targets, kept, given)
 
     def linear(
         self,
@@ -183,7 +184,7 @@ class EISL(DenseLoss):
             z = torch.bmm(wide(e), F.embedding(index, wide(c)).transpose(1, 2))
         z = z if bias is None else z + wide(bias)[index][:, None, :]
         z = z if softcap is None else softcap * (z / softcap).tanh()
-        return self._finish(z - lse[:, :, None], targets, given)
+        return self._reduced(z - lse[:, :, None], targets, kept, given)
 
     def _places(self, rows: Tensor, targets: Tensor) -> Tensor:
         """Return which output positions count, bool, (B, T)."""
@@ -209,11 +210,12 @@ class EISL(DenseLoss):
             raise UserError(f"{self.slug}: targets are {targets.dtype}; they must be torch.int64 classes")
         check_range(targets.reshape(-1), classes=classes, ignore_index=self.ignore_index)
 
-    def _finish(self, log_p: Tensor, targets: Tensor, given: dict[str, Tensor | None]) -> Tensor:
+    def _reduced(
+        self, log_p: Tensor, targets: Tensor, places: Tensor, given: dict[str, Tensor | None]
+    ) -> Tensor:
         """Reduce log-probabilities (B, T, T*) of all target tokens at all positions."""
         context = self.context(given)
         valid = targets != self.ignore_index
-        places = self._places(log_p, targets)
         costs, noise = log_p.clamp(min=_FLOOR), self._gumbel(log_p)
         options = {"temperature": self.temperature, "noise": noise, "normalise": self.normalise}
         values = torch.stack(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.losses.declaration import Kind, Paper, integer, number
-from lossworks.losses.dense import DenseLoss, wide
+from lossworks.losses.interface import Loss
+from lossworks.losses.rows import wide
 
 _STEEPEST, _FLOOR = 1.0, 1e-6  # of a derivative: clipped at the one, and the other taken off, so that g < 0
 
@@ -36,7 +37,7 @@ def derivatives(margins: Tensor, normal: Tensor, power: float) -> Tensor:
     return g / margins.clamp(min=1) - _FLOOR
 
 
-class EnsLoss(DenseLoss):
+class EnsLoss(Loss):
     """EnsLoss: descends on a random convex, calibrated loss of the margin, another one at every step.
 
     It works like dropout over losses. The value that it returns, the mean of g·m, is no loss: don't stop,

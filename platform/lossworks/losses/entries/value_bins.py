@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lossworks.losses.declaration import Paper, integer, number
-from lossworks.losses.dense import ValueLoss
 from lossworks.losses.interface import Context
+from lossworks.losses.value_head import ValueLoss
 
 _PAPER = Paper(
     "Stop Regressing: Training Value Functions via Classification for Scalable Deep RL",

@@ -1,4 +1,4 @@
-"""What losses on dense predictions share that aren't losses of a row's label."""
+"""What regression by classification shares: heads of bins that stand for a value."""
 
 from typing import Any, ClassVar
 
@@ -8,35 +8,10 @@ from torch import Tensor
 from lossworks.errors import UserError
 from lossworks.losses.declaration import Kind
 from lossworks.losses.interface import Context, Loss
+from lossworks.losses.rows import wide
 
 
-def wide(values: Tensor) -> Tensor:
-    """Return half precision in float32, and what is wider as it is."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-class DenseLoss(Loss):
-    """A loss with one value an element, each weighing 1, or its ``weight``, in a mean."""
-
-    def reduce_elements(self, values: Tensor, valid: Tensor, context: Context) -> Tensor:
-        """Return the losses of valid elements, weighted and reduced; ``values`` and ``valid`` are (...).
-
-        Raises:
-            UserError: The weights have another shape.
-        """
-        weight = valid.to(values.dtype)
-        if context.weight is not None:
-            self.require_shape("weight", context.weight, values)
-            weight = torch.where(valid, context.weight.detach().to(values), 0)
-        return self.reduce(torch.where(weight > 0, values, 0) * weight, weight)
-
-    def require_shape(self, what: str, given: Tensor, like: Tensor) -> None:
-        """Refuse a tensor of another shape by name."""
-        if given.shape != like.shape:
-            raise UserError(f"{self.slug}: {what} {tuple(given.shape)} must be {tuple(like.shape)}")
-
-
-class ValueLoss(DenseLoss):
+class ValueLoss(Loss):
     """Regression by classification: cross-entropy of m bins against a spread-out target.
 
     An element whose target isn't known has weight 0; its target may be NaN then. The least loss is the
