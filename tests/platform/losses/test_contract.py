@@ -19,7 +19,7 @@ IGNORE = -100
 SETTINGS = [
     *((slug, {}) for slug in ROWS),
     ("cross-entropy", {"label_smoothing": 0.2}),
-    ("cross-entropy", {"label_smoothing": 0.2, "class_weight": [0.5, 2.0, 1.0, 0.0, 3.0]}),
+    ("cross-entropy", {"label_smoothing": 0.2, "class_weight": [0.3, 2.0, 1.0, 0.0, 3.0]}),
     ("log-z", {"coefficient": 0.3, "label_smoothing": 0.1}),
     *(("comp-sum", {"tau": tau}) for tau in (0.0, 0.5, 1 - 1e-6, 1.7, 2.0)),
     *(("ldr", {"temperature": t, "margin": c}) for t, c in ((0.1, 2.0), (10.0, 0.0))),

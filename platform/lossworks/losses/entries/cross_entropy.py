@@ -83,7 +83,7 @@ class CrossEntropy(RowLoss):
             raise UserError(
                 f"{self.slug}: class_weight has {len(self.class_weight)} numbers for {classes} classes"
             )
-        return torch.tensor(self.class_weight, device=like.device).to(wide(like[:0]))
+        return torch.tensor(self.class_weight, dtype=wide(like[:0]).dtype, device=like.device)
 
 
 class LogZ(CrossEntropy):
