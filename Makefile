@@ -13,8 +13,9 @@ help: ## say what there is
 demo: $(INSTALLED) ## install, then train a small transformer on two workers (about three minutes)
 	$(BIN)/lossworks train jobs/specs/demo.yaml
 
-test: check ## install, then lint, check types and run the tests
+test: check ## install, then lint, check types, run the tests and audit every loss
 	$(BIN)/pytest --durations=10
+	$(BIN)/lossworks check --all
 
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(BIN)/pytest -m slow --timeout=1800 --durations=10

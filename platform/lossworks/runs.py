@@ -53,6 +53,16 @@ class RunFolder:
         return self.path / "report.png"
 
     @property
+    def telemetry(self) -> Path:
+        """Return the picture of what the loss looked like within, of runs with telemetry."""
+        return self.path / "telemetry.png"
+
+    @property
+    def collapse(self) -> Path:
+        """Return the picture of neural collapse, of classifiers that measure it."""
+        return self.path / "collapse.png"
+
+    @property
     def notices(self) -> Path:
         """Return the sentences that workers leave for the person at the driver, one a line."""
         return self.path / "notices.txt"

@@ -14,7 +14,7 @@ from lossworks.losses.audit import Finding, Subject, judged, subject_of
 from lossworks.losses.examples import Example
 
 _GRADIENT = "gradient.pt"
-_ROWS, _FIRST = 10, 3  # of which the first rank gets so many
+_ROWS, _FIRST = 10, 4  # of which the first rank gets so many: whole bags, which are of two
 
 
 def two_ranks(subject: Subject) -> Finding:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lossworks.reporting.series import series
 from lossworks.runs import RunFolder
 from lossworks.specs import ClassifierSpec
 from lossworks.tracking import Row, deliver, finish_run, read_all
@@ -36,6 +37,37 @@ def draw_report(folder: RunFolder, vocabulary: int | None = None) -> Path:
     )
 
 
+def draw_telemetry(folder: RunFolder) -> Path | None:
+    """Draw ``telemetry.png`` from the run's journal; return its path, or None without telemetry."""
+    from lossworks.reporting.telemetry_report import telemetry_report
+
+    title = f"{folder.spec().name} · {folder.run_id[:8]} · {folder.spec().loss.name} within"
+    return telemetry_report(read_all(folder.journal), title=title, path=folder.telemetry)
+
+
+def draw_collapse(folder: RunFolder) -> Path | None:
+    """Draw ``collapse.png`` from the run's journal and outcome; return its path, or None if not measured."""
+    if not folder.outcome_file.is_file():
+        return None
+    matrices = Outcome.read(folder.outcome_file).collapse
+    if not matrices:
+        return None
+    import torch
+
+    from lossworks.losses import create
+    from lossworks.losses.entries.neural_collapse import MATRICES, Grams
+
+    kinds = [
+        [torch.tensor(matrices[f"{which} {name}"]) for which in ("found", "predicted")] for name in MATRICES
+    ]
+    found, predicted = (Grams(*matrices) for matrices in zip(*kinds, strict=True))
+    rows = read_all(folder.journal)
+    names = ("nc1", "nc2_classifier", "nc2_features", "nc3", "nc4")
+    curves = {name: points for name in names if (points := series(rows, f"eval/{name}")) is not None}
+    create("neural-collapse").draw(found, predicted, curves).savefig(folder.collapse)
+    return folder.collapse
+
+
 def finish_run_folder(
     folder: RunFolder, vocabulary: int | None, *, status: Status, reason: str | None
 ) -> None:
@@ -47,6 +79,7 @@ def finish_run_folder(
     artifacts = [folder.spec_file]
     if folder.journal.is_file():
         artifacts.append(draw_report(folder, vocabulary))
+        artifacts += [path for draw in (draw_telemetry, draw_collapse) if (path := draw(folder)) is not None]
     if folder.outcome_file.is_file():
         artifacts.append(folder.outcome_file)
     tags = {"lossworks.folder": str(folder.path), "lossworks.checkpoints": str(folder.checkpoints)}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BLUE, _ORANGE, _GREY, _DARK = "#2563a8", "#d9541e", "#9aa3ad", "#2b2f36"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 13,
     "axes.titlesize": 15,
     "axes.titleweight": "bold",
@@ -71,7 +71,7 @@ def train_report(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(16, 10), dpi=100, layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2, wspace=0.03, hspace=0.04)  # type: ignore[union-attr,call-arg]
         figure.suptitle(title, fontsize=19, fontweight="bold", x=0.02, ha="left")
@@ -93,7 +93,7 @@ def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int 
     train, held_out = series(rows, "train/loss"), series(rows, "eval/loss")
     axes.set_title("Loss")
     if train is None and held_out is None:
-        _not_measured(axes)
+        not_measured(axes)
         return
     if train is not None:
         _draw_smoothed(axes, train, "training")
@@ -111,7 +111,7 @@ def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int 
 def _draw_rate(axes: "Axes", points: Series | None) -> None:
     axes.set_title("Learning rate")
     if points is None:
-        _not_measured(axes)
+        not_measured(axes)
         return
     axes.plot(*points, color=_BLUE)
     axes.set(xlabel="step", ylabel="learning rate")
@@ -126,7 +126,7 @@ def _draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     unit = "examples" if series(rows, "train/examples_per_second") is not None else "tokens"
     points = series(rows, f"train/{unit}_per_second")
     if points is None:
-        _not_measured(axes)
+        not_measured(axes)
         return
     _draw_smoothed(axes, points, f"{unit}/s")
     median = float(np.median(points[1]))
@@ -162,7 +162,7 @@ def _draw_memory(axes: "Axes", head_memory: Mapping[str, float] | None) -> None:
     axes.set_title("Peak memory of the head")
     sizes = {name: size for name, size in (head_memory or {}).items() if math.isfinite(size)}
     if not sizes:
-        _not_measured(axes)
+        not_measured(axes)
         return
     mib = [size / 2**20 for size in sizes.values()]
     colours = [_BLUE if index == 0 else _GREY for index in range(len(mib))]
@@ -201,7 +201,8 @@ def _mark_level(axes: "Axes", level: float, text: str) -> None:
     axes.margins(y=0.12)
 
 
-def _not_measured(axes: "Axes") -> None:
+def not_measured(axes: "Axes") -> None:
+    """Say so in an empty picture."""
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=_GREY)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color="#e4e7eb")

@@ -18,6 +18,7 @@ from lossworks.specs.parts import (
     OptimizerSpec,
     ScheduleSpec,
     ShardingSpec,
+    TelemetrySpec,
     TrackingSpec,
 )
 from lossworks.specs.train import RunSpec, TrainSpec
@@ -37,6 +38,7 @@ __all__ = [
     "ScheduleSpec",
     "ShardingSpec",
     "Spec",
+    "TelemetrySpec",
     "TrackingSpec",
     "TrainSpec",
     "field_paths",

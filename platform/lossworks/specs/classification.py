@@ -79,6 +79,9 @@ class ClassifierSpec(RunSpec):
     task: Literal["classification"] = Field("classification", description="what is trained")
     data: ExamplesSpec = ExamplesSpec()
     model: ClassifierModelSpec = ClassifierModelSpec()
+    neural_collapse: bool = Field(
+        False, description="with each evaluation, measure NC1 to NC4 on the training examples, and draw them"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -92,7 +95,7 @@ class ClassifierSpec(RunSpec):
             raise ValueError("activation_checkpointing=true is for language models")
         if self.sharding.vocab_parallel:
             raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
-        self.loss.require(lambda entry: entry.kind == "row", "a classifier")
+        self.loss.require(lambda entry: entry.kind in ("row", "logits"), "a classifier")
         return self
 
 

@@ -193,6 +193,28 @@ class EvaluationSpec(Spec):
     sequences: int = Field(64, ge=1, description="held-out sequences or examples an evaluation, all if fewer")
 
 
+class TelemetrySpec(Spec):
+    """What is looked at inside the loss while it trains; nothing unless asked for."""
+
+    shorthand: ClassVar[str | None] = "every"
+
+    every: int = Field(
+        0,
+        ge=0,
+        description="steps between looks at the distributions of single losses, of gradients at "
+        "the logits and of the logits; 0 for none. A look costs a forward pass of a few examples",
+    )
+    rows: int = Field(256, ge=1, le=65536, description="rows of logits that each worker looks at")
+    spike: float | None = Field(
+        None,
+        gt=0.0,
+        description="report a step whose loss is so many deviations above the last 64; null for not",
+    )
+
+    def __str__(self) -> str:
+        return f"every {self.every} steps" if self.every else "none"
+
+
 class CheckpointSpec(Spec):
     """When checkpoints are written and how many stay."""
 

@@ -16,6 +16,7 @@ from lossworks.specs.parts import (
     OptimizerSpec,
     ScheduleSpec,
     ShardingSpec,
+    TelemetrySpec,
     TrackingSpec,
 )
 
@@ -46,6 +47,7 @@ class RunSpec(Spec):
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
+    telemetry: TelemetrySpec = TelemetrySpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()
 
@@ -90,6 +92,11 @@ class TrainSpec(RunSpec):
         return self
 
     def _require_splittable_head(self) -> None:
+        if self.telemetry.every or self.telemetry.spike is not None:
+            raise ValueError(
+                "telemetry can't be combined with sharding.vocab_parallel=true: no worker has whole rows of "
+                "logits"
+            )
         if declaration(self.loss.name).kind == "sequence":
             raise ValueError(
                 f"loss.name={self.loss.name} can't be combined with sharding.vocab_parallel=true"

@@ -1,5 +1,6 @@
 """Training of classifiers: examples, accuracy, calibration."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from lossworks.metrics import ClassSums, class_sums
 from lossworks.models import Classifier, Head, build_classifier
 from lossworks.specs import ClassifierSpec
 from lossworks.training.batches import IGNORE_INDEX
-from lossworks.training.task import Evaluation, Task, as_sums
+from lossworks.training.task import Evaluation, Sums, Task, as_sums
 
 
 class ClassificationTask(Task):
@@ -63,3 +64,16 @@ class ClassificationTask(Task):
         found = ClassSums(sums[2:])
         yardsticks = {f"eval/{name}": value for name, value in found.metrics().items()}
         return Evaluation(float(sums[0] / sums[1]), yardsticks, found.reliability())
+
+    def analysed(self, evaluation: Evaluation, over: Sums) -> Evaluation:
+        """Return the evaluation with the measures of neural collapse, if they are asked for."""
+        if not self.spec.neural_collapse:
+            return evaluation
+        from lossworks.training.collapse import measure_collapse
+
+        measures, matrices = measure_collapse(self.train, len(self._data.names), over)
+        return replace(
+            evaluation,
+            yardsticks=evaluation.yardsticks | {f"eval/{name}": value for name, value in measures.items()},
+            collapse=matrices,
+        )

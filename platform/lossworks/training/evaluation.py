@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lossworks.models import Objective
 from lossworks.training.batches import largest_share, micro_batches, share
-from lossworks.training.task import Evaluation, Task
+from lossworks.training.task import Evaluation, Rows, Task
 from lossworks.training.world import World
 
 _AT_ONCE = 32  # rows, where nothing else is said
@@ -33,19 +34,38 @@ def evaluate(
     """
     total = min(limit or len(task.held_out), len(task.held_out))
     # Evenly spaced, or a small limit would read one document only.
-    rows = (np.arange(total) * len(task.held_out) // total)[share(total, world)]
-    sums: torch.Tensor | None = None
+    chosen = np.arange(total) * len(task.held_out) // total
+    size = micro_batch_size or _AT_ONCE
+
+    def over(measure: Objective, data: Rows, rows: np.ndarray) -> Tensor:
+        return summed(model, measure, data, rows, world, size=size, bf16=bf16)
+
+    return task.analysed(task.evaluation(over(task.measure, task.held_out, chosen)), over)
+
+
+@torch.no_grad()
+def summed(
+    model: nn.Module, measure: Objective, data: Rows, rows: np.ndarray, world: World, *, size: int, bf16: bool
+) -> Tensor:
+    """Return what ``measure`` gives inside the model's forward, float64 (S,), summed over rows and ranks.
+
+    Args:
+        model: A distributed model, which is not in training meanwhile; every rank calls this.
+        measure: Called with features, head and targets; targets may be all ignored.
+        data: Where rows are read.
+        rows: Which, over all ranks.
+        world: The ranks.
+        size: Rows at once.
+        bf16: Run products in bfloat16.
+    """
+    sums: Tensor | None = None
     model.eval()
-    for inputs, targets in micro_batches(
-        task.held_out,
-        rows,
-        size=micro_batch_size or _AT_ONCE,
-        largest_share=largest_share(total, world),
-    ):
+    most = largest_share(len(rows), world)
+    for inputs, targets in micro_batches(data, rows[share(len(rows), world)], size=size, largest_share=most):
         with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
-            found = model(inputs.to(world.device), targets.to(world.device), task.measure)
+            found = model(inputs.to(world.device), targets.to(world.device), measure)
         sums = found if sums is None else sums + found
     model.train()
     if sums is None:
-        raise ValueError("there is nothing held out")
-    return task.evaluation(world.gather(sums.tolist()).sum(dim=0))
+        raise ValueError("there are no rows to measure")
+    return world.gather(sums.tolist()).sum(dim=0)

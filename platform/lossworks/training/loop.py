@@ -18,11 +18,13 @@ from lossworks.training.checkpoint import CheckpointStore
 from lossworks.training.evaluation import evaluate
 from lossworks.training.hardware import peak_flops, peak_memory_bytes
 from lossworks.training.head_memory import measure_head_memory
+from lossworks.training.objective import ElementLosses
 from lossworks.training.optimizer import build_optimizer, non_finite_gradients, set_lr
 from lossworks.training.outcome import Outcome, Status
 from lossworks.training.schedule import lr_factor
 from lossworks.training.sharding import clip_gradients, distribute, gradient_sync
 from lossworks.training.task import Evaluation, build_task
+from lossworks.training.telemetry import Telemetry
 from lossworks.training.world import World
 
 Record = Callable[[int, dict[str, float]], object]
@@ -89,9 +91,10 @@ class Trainer:
         self.bf16 = spec.precision == "bf16"
         self.model = distribute(model, spec, self.world)
         self.optimizer = build_optimizer(self.model, spec.optimizer)
+        self.telemetry = Telemetry(spec.telemetry, ElementLosses(spec.loss), self.world, bf16=self.bf16)
         self.step, self.position = 0, 0
         self.metrics: dict[str, float] = {}
-        self.reliability: dict[str, list[float]] = {}
+        self.evaluation: Evaluation | None = None  # the last
         self.held_out_loss = math.nan  # of this very step, or it would pass for a checkpoint's
         self.checkpoint: Path | None = None
 
@@ -121,7 +124,7 @@ class Trainer:
         self.held_out_loss = math.nan
         if save or self.step % self.spec.evaluation.every == 0:
             evaluation = self._evaluate()
-            self.held_out_loss, self.reliability = evaluation.loss, evaluation.reliability
+            self.held_out_loss, self.evaluation = evaluation.loss, evaluation
             row |= evaluation.metrics()
         self.metrics |= row
         if self.world.leads:
@@ -156,6 +159,9 @@ class Trainer:
         shares = world.gather([loss, stop, peak_memory_bytes(world.device)])
         total = float(shares[:, 0].sum())
         self._refuse_non_finite("loss", step, shares[:, 0])
+        seen, complaint = self.telemetry.look(step, total / elements, self.model, batches, rows)
+        if complaint and world.leads:
+            self.job.notify(complaint)
         norm = clip_gradients(self.model, spec.optimizer.clip_norm)
         if not math.isfinite(norm):
             self._blame_gradient(step)
@@ -168,6 +174,7 @@ class Trainer:
             "train/grad_norm": norm,
             "train/lr": lr,
             "train/peak_memory_bytes": float(shares[:, 2].max()),
+            **seen,
         }
         return _Step(metrics, units, stop=bool(shares[0, 1]))
 
@@ -259,5 +266,6 @@ class Trainer:
             checkpoint=str(self.checkpoint) if self.checkpoint else None,
             best=self.world.agree(str(best.folder) if best else None),
             head_memory=self.world.agree(head_memory),
-            reliability=self.reliability,
+            reliability=self.evaluation.reliability if self.evaluation else {},
+            collapse=self.evaluation.collapse if self.evaluation else {},
         )

@@ -1,12 +1,15 @@
 """The training objective that a spec names."""
 
+import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lossworks.head import VocabParallel
 from lossworks.head.arguments import Implementation
-from lossworks.losses import RowLoss, create
+from lossworks.losses import Loss, RowLoss, create, declaration
 from lossworks.models import Head
 from lossworks.specs import LossSpec
 from lossworks.training.batches import IGNORE_INDEX
@@ -54,7 +57,83 @@ class HeadObjective:
         )
 
 
-def build_objective(spec: LossSpec) -> HeadObjective:
+@dataclass(frozen=True, eq=False)
+class BatchObjective:
+    """The loss of whole batches, each micro-batch of a worker being one; parts weigh alike.
+
+    Attributes:
+        loss: With ``reduction="mean"``, of logits.
+    """
+
+    loss: Loss
+
+    def __call__(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+        """Return the loss of targets (B,) for ``hidden`` (B, D); 0 where none counts."""
+        return self.loss(head.logits(hidden), targets) * self.count(targets)
+
+    def count(self, targets: Tensor) -> int:
+        """Return 1, or 0 for a stand-in that holds no example."""
+        return int((targets != IGNORE_INDEX).any())
+
+
+TrainedObjective = HeadObjective | BatchObjective
+
+
+def build_objective(spec: LossSpec) -> TrainedObjective:
     """Return the objective that ``spec`` names."""
-    loss = create(spec.name, reduction="sum", ignore_index=IGNORE_INDEX, **spec.hyperparameters)
-    return HeadObjective(loss, spec.impl)
+    if "whole-batch" in declaration(spec.name).flags:
+        return BatchObjective(_create(spec, "mean"))
+    return HeadObjective(_create(spec, "sum"), spec.impl)
+
+
+@dataclass(frozen=True, eq=False)
+class ElementLosses:
+    """The trained loss of single elements, for telemetry; called inside a model's forward.
+
+    Args:
+        spec: The loss.
+    """
+
+    spec: LossSpec
+
+    def probe(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+        """Return loss, gradient norm at the logits and norm of the logits, one row each.
+
+        Args:
+            hidden: Shape (B, …, D).
+            head: The head.
+            targets: Shape (B, …), R of which count.
+
+        Returns:
+            Shape (3, R): NaN where there are fewer losses than rows of logits, as of sequences, or none, as
+            of whole batches.
+        """
+        logits = head.logits(hidden).float().detach().requires_grad_()
+        valid = targets != IGNORE_INDEX
+        with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+            values = _create(self.spec, "none")(logits, targets)
+            (slope,) = torch.autograd.grad(values.sum(), logits)
+        values = self._of_elements(values.detach(), targets)
+        losses = logits.new_full((int(valid.sum()),), math.nan)
+        losses[: len(values)] = values
+        return torch.stack((losses, slope[valid].norm(dim=-1), logits.detach()[valid].norm(dim=-1)))
+
+    def of_examples(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+        """Return the mean loss of each example (B,) without building the logits; (0,) for whole batches."""
+        loss = _create(self.spec, "none")
+        if not isinstance(loss, RowLoss):
+            return hidden.new_zeros(0)
+        values = HeadObjective(loss, self.spec.impl)(hidden, head, targets)
+        if values.dim() == 1:
+            return values
+        valid = (targets != IGNORE_INDEX).flatten(1).sum(1).clamp(min=1)
+        return values.flatten(1).sum(1) / valid
+
+    def _of_elements(self, values: Tensor, targets: Tensor) -> Tensor:
+        if "whole-batch" in declaration(self.spec.name).flags:
+            return values[:0]
+        return values[targets != IGNORE_INDEX] if values.shape == targets.shape else values.flatten()
+
+
+def _create(spec: LossSpec, reduction: Literal["mean", "sum", "none"]) -> Any:
+    return create(spec.name, reduction=reduction, ignore_index=IGNORE_INDEX, **spec.hyperparameters)

@@ -23,6 +23,7 @@ class Outcome:
         best: Folder of the checkpoint with the least held-out loss, or None.
         head_memory: Peak bytes of the head, ours and with the logits built; empty if not measured.
         reliability: Of a classifier at its last evaluation: examples, confidence and accuracy by bin.
+        collapse: Gram matrices of a classifier with ``neural_collapse`` at its last evaluation, by name.
     """
 
     status: Status
@@ -33,6 +34,7 @@ class Outcome:
     best: str | None
     head_memory: dict[str, float] = field(default_factory=dict)
     reliability: dict[str, list[float]] = field(default_factory=dict)
+    collapse: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write the outcome as JSON, atomically."""

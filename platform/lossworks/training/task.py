@@ -1,6 +1,7 @@
 """What a run trains: its data, its model, and how it is measured."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lossworks.data import Order, SequenceOrder, TokenizedCorpus
-from lossworks.models import Head, HeadedModel
+from lossworks.models import Head, HeadedModel, Objective
 from lossworks.specs import AnyTrainSpec, ClassifierSpec
-from lossworks.training.objective import HeadObjective, build_objective
+from lossworks.training.objective import TrainedObjective, build_objective
 
 
 class Rows(Protocol):
@@ -32,15 +33,21 @@ class Evaluation:
         loss: Of the training's own objective, a mean over its elements; it chooses the best checkpoint.
         yardsticks: Figures that compare models whatever loss trained them, by tracked name.
         reliability: Of a classifier: examples, confidence and accuracy by bin of confidence.
+        collapse: Of a classifier that asks for it: Gram matrices of features and head, by name.
     """
 
     loss: float
     yardsticks: dict[str, float]
     reliability: dict[str, list[float]] = field(default_factory=dict)
+    collapse: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Return all values under their tracked names."""
         return {"eval/loss": self.loss, **self.yardsticks}
+
+
+Sums = Callable[[Objective, Rows, np.ndarray], Tensor]
+"""Called with what to measure inside the forward, where rows are read, and which: float64 sums (S,)."""
 
 
 class Task(ABC):
@@ -58,7 +65,7 @@ class Task(ABC):
     held_out: Rows
 
     def __init__(self, spec: AnyTrainSpec) -> None:
-        self.objective: HeadObjective = build_objective(spec.loss)
+        self.objective: TrainedObjective = build_objective(spec.loss)
         self._batch_size, self._seed = spec.batch_size, spec.seed
 
     def order(self) -> Order:
@@ -91,6 +98,16 @@ class Task(ABC):
     @abstractmethod
     def evaluation(self, sums: Tensor) -> Evaluation:
         """Return the figures from sums over all micro-batches and ranks."""
+
+    def analysed(self, evaluation: Evaluation, over: "Sums") -> Evaluation:
+        """Return the evaluation with what needs further passes over data; every rank calls.
+
+        Args:
+            evaluation: On held-out data.
+            over: Sums what it is given over rows of data and over ranks.
+        """
+        del over
+        return evaluation
 
     def flops_per_unit(self, model: HeadedModel) -> float | None:
         """Return the floating-point operations of a training step a unit, or None if not known."""

@@ -13,13 +13,19 @@ from lossworks_testing import faulty
 AUDITED = [slug for slug, entry in declarations().items() if entry.kind in EXAMPLES]
 
 
-@pytest.mark.parametrize("slug", AUDITED)
-def test_every_entry_passes_its_audit(slug):
-    """At its defaults, in one process."""
-    findings = list(audit(subject_of(slug, {}), ranks=False))
+def test_every_entry_passes_its_audit(tmp_path, capsys):
+    """At its defaults, in one process; the report has a line for each."""
+    path = tmp_path / "report.json"
+    status = main(["check", "--all", "--one-process", "--json", str(path)])
 
-    assert len(findings) == 6
-    assert [finding for finding in findings if finding.passed is False] == []
+    report = json.loads(path.read_text())
+    failed = {slug: [f for f in found if f["passed"] is False] for slug, found in report.items()}
+    assert not any(failed.values()), failed
+    assert status == 0
+    assert list(report) == AUDITED
+    assert all(len(found) == 6 for found in report.values())
+    printed = capsys.readouterr().out
+    assert all(slug in printed for slug in AUDITED)
 
 
 def test_a_value_head_has_the_bins_that_its_loss_asks_for():
@@ -64,6 +70,8 @@ def test_a_failed_audit_has_exit_status_1(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "check: name one loss, or give --all"),
+        (["ldr", "--all"], "check: name one loss, or give --all"),
         (["dcp"], "dcp: no such loss; did you mean dco?"),
         (["ldr", "temperature=-1"], "ldr: temperature=-1 must be a number above 0"),
         (["ldr", "temperature"], "override 'temperature': write it as hyperparameter=value"),

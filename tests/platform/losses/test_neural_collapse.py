@@ -148,7 +148,7 @@ def test_the_picture_is_drawn(tmp_path):
     moments = ClassMoments.of(torch.randn(40, 6, generator=g), torch.arange(40) % 4, 4)
     entry = create("neural-collapse", decay_w=DECAY_W)
 
-    figure = entry.draw(moments, torch.randn(4, 6, generator=g), entry.predict(COUNTS))
+    figure = entry.draw(*entry.grams(moments, torch.randn(4, 6, generator=g), entry.predict(COUNTS)))
     figure.savefig(tmp_path / "a.png")
 
     assert len([axes for axes in figure.axes if axes.images]) == 6

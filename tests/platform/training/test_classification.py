@@ -4,24 +4,9 @@ import pytest
 
 from lossworks.errors import UserError
 from lossworks.specs import ClassifierSpec, TrainSpec, parse_train_spec, read_train_spec
+from lossworks_testing.classification import tiny
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, run_training
-
-
-def tiny(**changes):
-    values = {
-        "task": "classification",
-        "steps": 6,
-        "batch_size": 30,
-        "workers": 1,
-        "sharding": {"kind": "none"},
-        "data": {"source": "wine"},
-        "model": {"width": 16},
-        "optimizer": {"lr": 0.02},
-        "evaluation": {"every": 3, "sequences": 1000},
-        "checkpoint": {"every": 3},
-    }
-    return {**values, **changes}
 
 
 def test_it_learns_and_is_measured_by_the_yardsticks(tmp_path):
@@ -76,6 +61,53 @@ def test_bags_stay_whole_on_uneven_ranks(tmp_path):
     two = run_ranks(2, run_training, values, None, str(tmp_path / "two"), folder=tmp_path / "results")[0]
 
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+def test_a_loss_of_whole_batches_trains(tmp_path):
+    """Each micro-batch is a batch; telemetry has gradients for it and no losses of single examples."""
+    result = run_training(
+        tiny(steps=60, loss="batch-dice", telemetry={"every": 60}), None, str(tmp_path / "dice")
+    )
+
+    assert result["metrics"]["eval/accuracy"] > 0.9
+    assert 0 < result["metrics"]["eval/loss"] < 0.5
+    assert result["metrics"]["telemetry/gradient_norm_p50"] > 0
+    assert "telemetry/loss_p50" not in result["metrics"]
+
+
+def test_neural_collapse_is_measured_over_all_ranks(tmp_path):
+    """Replicas and split parameters see what one process sees; the collapse goes on with training."""
+    values = tiny(steps=60, neural_collapse=True, evaluation={"every": 20, "sequences": 1000})
+    one = run_training(values, None, str(tmp_path / "one"))
+    curve = [metrics["eval/nc1"] for _, metrics in one["rows"] if "eval/nc1" in metrics]
+
+    assert len(curve) == 3
+    assert curve[-1] < curve[0]
+    assert 0 <= one["metrics"]["eval/nc4"] < 0.1
+    assert len(one["collapse"]) == 6
+    assert len(one["collapse"]["found aligned"]) == 3
+    for kind in ("ddp", "fsdp"):
+        (tmp_path / f"{kind}-results").mkdir()
+        two = run_ranks(
+            2,
+            run_training,
+            {**values, "workers": 2, "sharding": {"kind": kind}},
+            None,
+            str(tmp_path / kind),
+            folder=tmp_path / f"{kind}-results",
+        )[0]
+        for name in ("nc1", "nc2_classifier", "nc2_features", "nc3"):
+            assert two["metrics"][f"eval/{name}"] == pytest.approx(one["metrics"][f"eval/{name}"], rel=0.01)
+
+
+def test_imbalanced_classes_are_compared_with_their_own_optimum(tmp_path):
+    """The predicted rows grow with their classes."""
+    values = tiny(neural_collapse=True, data={"source": "wine", "imbalance": 5})
+    result = run_training(values, None, str(tmp_path / "run"))
+
+    rows = result["collapse"]["predicted classifier"]
+    assert rows[0][0] > rows[1][1] > rows[2][2] >= 0
+    assert rows[0][1] == 0
 
 
 def test_the_task_chooses_the_spec(tmp_path):

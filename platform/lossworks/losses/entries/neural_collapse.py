@@ -5,7 +5,7 @@ M̄ (K, D) the class means of the features.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,21 +25,35 @@ def _exact(values: Tensor) -> Tensor:
     return values.detach().cpu().double()
 
 
+MATRICES = ("classifier", "features", "aligned")
+
+
 @dataclass(frozen=True, eq=False)
-class Prediction:
-    """The Gram matrices at the global optimum, (K, K) float64 each, and its objective.
+class Grams:
+    """Gram matrices of classifier and class means, measured or predicted, (K, K) float64 each.
 
     Attributes:
         classifier: W·Wᵀ.
         features: M̄·M̄ᵀ of the class means.
         aligned: W·M̄ᵀ.
-        objective: Value of the regularised loss there.
+        objective: Value of the regularised loss there; NaN where that is not known.
     """
 
     classifier: Tensor
     features: Tensor
     aligned: Tensor
-    objective: float
+    objective: float = math.nan
+
+    @classmethod
+    def of(cls, weight: Tensor, means: Tensor) -> "Grams":
+        """Return those of W (K, D) and M̄ (K, D)."""
+        return cls(weight @ weight.t(), means @ means.t(), weight @ means.t())
+
+    @classmethod
+    def simplex(cls, classes: int) -> "Grams":
+        """Return those of the balanced optimum up to a factor: I − 11ᵀ/K."""
+        one = torch.eye(classes, dtype=torch.float64) - 1 / classes
+        return cls(one, one, one)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +101,7 @@ class ClassMoments:
 
 def predict_squared(
     counts: Sequence[int], decay_w: float, decay_h: float, depth: int, width: int | None = None
-) -> Prediction:
+) -> Grams:
     """Return the optimum of (1/2N)‖W H − Y‖² + Σ_m (λ_W/2)‖W_m‖² + (λ_H/2)‖H‖² without a bias.
 
     A general orthogonal frame: class k's row has the squared length w_k² = N·λ_H·x_k^M, where x_k minimises
@@ -115,7 +129,7 @@ def predict_squared(
     losses = 1 / (1 + roots**depth) + scale * total / n * roots
     rows = total * decay_h * roots**depth
     denominator = rows + total * decay_h
-    return Prediction(
+    return Grams(
         torch.diag(rows),
         torch.diag(rows / denominator.square()),
         torch.diag(rows / denominator),
@@ -140,7 +154,7 @@ def _smallest(b: float, depth: int) -> float:
     return root if 1 / (1 + root**depth) + b * root < 1 else 0.0
 
 
-def predict_cross_entropy(classes: int, per_class: int, decay_w: float, decay_h: float) -> Prediction:
+def predict_cross_entropy(classes: int, per_class: int, decay_w: float, decay_h: float) -> Grams:
     """Return the optimum of cross-entropy with (λ_W/2)‖W‖² + (λ_H/2)‖H‖², balanced, one matrix.
 
     A simplex: all Gram matrices are multiples of I − 11ᵀ/K, and the label's logit leads by
@@ -158,7 +172,7 @@ def predict_cross_entropy(classes: int, per_class: int, decay_w: float, decay_h:
     simplex = torch.eye(classes, dtype=torch.float64) - 1 / classes
     ratio = math.sqrt(per_class * decay_h / decay_w)  # of the lengths of W's rows and the features
     objective = math.log1p((classes - 1) * math.exp(-gap)) + q * gap
-    return Prediction(gap * ratio * simplex, gap / ratio * simplex, gap * simplex, objective)
+    return Grams(gap * ratio * simplex, gap / ratio * simplex, gap * simplex, objective)
 
 
 def within_over_between(moments: ClassMoments) -> float:
@@ -205,12 +219,21 @@ class NeuralCollapse(Analysis):
         5e-4, "λ_H: decay of the features, in (λ/2)‖H‖²", gt=0, search=(1e-5, 1e-2), log=True
     )
 
-    def predict(self, counts: Sequence[int]) -> Prediction:
+    def predict(self, counts: Sequence[int]) -> Grams:
         """Return the optimum under squared error; see :func:`predict_squared`."""
         return predict_squared(counts, self.decay_w, self.decay_h, self.depth)
 
+    def expect(self, counts: Tensor) -> Grams | None:
+        """Return what to compare a classifier trained on classes of ``counts`` (K,) with.
+
+        None, which stands for the simplex, where the largest class is at most 1.2 times the smallest; else
+        the optimum under squared error, whose rows grow with their classes.
+        """
+        balanced = float(counts.max()) <= 1.2 * float(counts.min())
+        return None if balanced else self.predict([int(count) for count in counts])
+
     def measure(
-        self, moments: ClassMoments, weight: Tensor, predicted: Prediction | None = None
+        self, moments: ClassMoments, weight: Tensor, predicted: Grams | None = None
     ) -> dict[str, float]:
         """Return NC1, NC2 of classifier and features, and NC3.
 
@@ -219,18 +242,23 @@ class NeuralCollapse(Analysis):
             weight: W, (K, D).
             predicted: What to compare with; None for the simplex, for which the means are centred.
         """
-        w, means = _exact(weight), moments.means
-        if predicted is None:
-            means = means - moments.sums.sum(0) / moments.counts.sum()
-            w = w - w.mean(0)
-            simplex = torch.eye(len(w), dtype=torch.float64) - 1 / len(w)
-            predicted = Prediction(simplex, simplex, simplex, math.nan)
+        found, predicted = self.grams(moments, weight, predicted)
         return {
             "nc1": within_over_between(moments),
-            "nc2_classifier": misfit(w @ w.t(), predicted.classifier),
-            "nc2_features": misfit(means @ means.t(), predicted.features),
-            "nc3": misfit(w @ means.t(), predicted.aligned),
+            "nc2_classifier": misfit(found.classifier, predicted.classifier),
+            "nc2_features": misfit(found.features, predicted.features),
+            "nc3": misfit(found.aligned, predicted.aligned),
         }
+
+    def grams(
+        self, moments: ClassMoments, weight: Tensor, predicted: Grams | None = None
+    ) -> tuple[Grams, Grams]:
+        """Return what was found and what is predicted; arguments as for :meth:`measure`."""
+        w, means = _exact(weight), moments.means
+        if predicted is not None:
+            return Grams.of(w, means), predicted
+        centre = moments.sums.sum(0) / moments.counts.sum()
+        return Grams.of(w - w.mean(0), means - centre), Grams.simplex(len(w))
 
     def disagreement(
         self, features: Tensor, moments: ClassMoments, weight: Tensor, bias: Tensor | None = None
@@ -242,26 +270,45 @@ class NeuralCollapse(Analysis):
         nearest = torch.cdist(h, moments.means).argmin(1)
         return float((scores.argmax(1) != nearest).double().mean())
 
-    def draw(self, moments: ClassMoments, weight: Tensor, predicted: Prediction) -> "Figure":
-        """Return a picture of the measured Gram matrices above the predicted ones, each of unit norm."""
+    def draw(
+        self,
+        found: Grams,
+        predicted: Grams,
+        curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    ) -> "Figure":
+        """Return a picture of the measured Gram matrices above the predicted ones, each of unit norm.
+
+        Args:
+            found: Measured.
+            predicted: What to compare with.
+            curves: Steps and values of measures over a training, by name; drawn below where given.
+        """
         from matplotlib.figure import Figure
 
-        w, means = _exact(weight), moments.means
-        pairs = {
-            "classifier, W·Wᵀ": (w @ w.t(), predicted.classifier),
-            "class means, M̄·M̄ᵀ": (means @ means.t(), predicted.features),
-            "together, W·M̄ᵀ": (w @ means.t(), predicted.aligned),
+        titles = {
+            "classifier": "classifier, W·Wᵀ",
+            "features": "class means, M̄·M̄ᵀ",
+            "aligned": "together, W·M̄ᵀ",
         }
-        figure = Figure(figsize=(10, 6.6), dpi=110, layout="constrained")
-        grid = figure.subplots(2, 3)
-        for column, (title, matrices) in enumerate(pairs.items()):
-            unit = [matrix / matrix.norm() for matrix in matrices]
+        lines = 3 if curves else 2
+        figure = Figure(figsize=(10, 3.3 * lines), dpi=110, layout="constrained")
+        grid = figure.add_gridspec(lines, 3)
+        for column, (name, title) in enumerate(titles.items()):
+            unit = [matrix / matrix.norm() for matrix in (getattr(found, name), getattr(predicted, name))]
             reach = max(float(matrix.abs().max()) for matrix in unit)
-            for line, matrix in enumerate(unit):
-                axes = grid[line, column]
+            both = [figure.add_subplot(grid[line, column]) for line in range(2)]
+            for axes, matrix, whose in zip(both, unit, ("measured", "predicted"), strict=True):
                 image = axes.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach)
-                axes.set_title(("measured: " if line == 0 else "predicted: ") + title, fontsize=10)
+                axes.set_title(f"{whose}: {title}", fontsize=10)
                 axes.set(xticks=[], yticks=[])
-            figure.colorbar(image, ax=list(grid[:, column]), shrink=0.6)
+            figure.colorbar(image, ax=both, shrink=0.6)
+        if curves:
+            axes = figure.add_subplot(grid[2, :])
+            for name, (steps, values) in curves.items():
+                axes.plot(steps, values, marker="o", markersize=3, label=name)
+            axes.set(xlabel="step", title="Measures: all 0 at full collapse")
+            axes.set_yscale("symlog", linthresh=1e-2)
+            axes.grid(color="#e4e7eb")
+            axes.legend(ncols=5, fontsize=9)
         figure.suptitle("Neural collapse: Gram matrices of unit norm, classes in order")
         return figure
