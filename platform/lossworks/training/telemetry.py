@@ -6,10 +6,12 @@ B examples, K classes. A row is a row of logits: an example, or a token of a seq
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lossworks.models import Head
 from lossworks.specs import TelemetrySpec
@@ -117,7 +119,11 @@ class Telemetry:
     ) -> Tensor:
         device = self._world.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            return model(inputs.to(device), targets.to(device), look).double().cpu()
+            found = model(inputs.to(device), targets.to(device), look).double().cpu()
+        # FSDP leaves the root's parameters whole after a forward, apart from the gradients of their shards.
+        if isinstance(model, FSDPModule):
+            model.reshard()
+        return cast("Tensor", found)
 
 
 class SpikeWatch:

@@ -77,7 +77,9 @@ def test_a_loss_of_whole_batches_trains(tmp_path):
 
 def test_neural_collapse_is_measured_over_all_ranks(tmp_path):
     """Replicas and split parameters see what one process sees; the collapse goes on with training."""
-    values = tiny(steps=60, neural_collapse=True, evaluation={"every": 20, "sequences": 1000})
+    values = tiny(
+        steps=60, neural_collapse=True, checkpoint={"every": 20}, evaluation={"every": 20, "sequences": 1000}
+    )
     one = run_training(values, None, str(tmp_path / "one"))
     curve = [metrics["eval/nc1"] for _, metrics in one["rows"] if "eval/nc1" in metrics]
 

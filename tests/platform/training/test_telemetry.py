@@ -106,6 +106,7 @@ def test_two_ranks_see_what_one_sees(text, corpus, tmp_path, kind):
     (tmp_path / "results").mkdir()
     both = run_ranks(2, run_training, two, corpus, str(tmp_path / "two"), folder=tmp_path / "results")[0]
 
+    assert losses(both) == pytest.approx(losses(one), rel=2e-5)
     names = [name for name in one["metrics"] if name.startswith("telemetry/")]
     assert len(names) == 13
     for name in names:
