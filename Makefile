@@ -15,10 +15,11 @@ demo: $(INSTALLED) ## install, then train a small transformer on two workers (ab
 
 test: check ## install, then lint, check types, run the tests and audit every loss
 	$(BIN)/pytest --durations=10
-	$(BIN)/lossworks check --all
+	$(BIN)/lossworks check --all --one-process
 
-test-slow: $(INSTALLED) ## the tests that take minutes
+test-slow: $(INSTALLED) ## the tests that take minutes, and the audit of every loss on two ranks
 	$(BIN)/pytest -m slow --timeout=1800 --durations=10
+	$(BIN)/lossworks check --all
 
 check: $(INSTALLED) ## lint, formatting and types
 	$(BIN)/ruff check .
