@@ -1,0 +1,89 @@
+"""Local training, written once: what one client does, for all members of a cohort at once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lossworks.cohort.batches import Batches
+from lossworks.cohort.optimizers import Optimizer
+from lossworks.cohort.rules import LocalRule
+from lossworks.cohort.stacked import Stack, StackedModel
+from lossworks.losses import RowLoss
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedMembers:
+    """Members after their training, in the order they were given in.
+
+    Attributes:
+        params: Their parameters, (M, …).
+        steps: How many steps each has taken, int64 (M,).
+        losses: Mean loss of an example while each trained, without penalties, float32 (M,).
+        finite: Whether all losses and parameters of a member are finite, bool (M,).
+    """
+
+    params: Stack
+    steps: Tensor
+    losses: Tensor
+    finite: Tensor
+
+
+def train_members(
+    model: StackedModel,
+    params: Stack,
+    examples: tuple[Tensor, Tensor],
+    batches: Batches,
+    loss: RowLoss,
+    optimizer: Optimizer,
+    rule: LocalRule | None = None,
+) -> TrainedMembers:
+    """Train members, each on its own examples, and leave what was given as it was.
+
+    A step descends on the mean loss of a member's batch plus the rule's penalty. A member that becomes
+    non-finite disturbs no other.
+
+    Args:
+        model: The architecture.
+        params: Where each member starts, (M, …).
+        examples: Inputs (N, …) and labels (N,) int64, which the batches name by row.
+        batches: Of all members.
+        loss: With ``reduction="none"``.
+        optimizer: New, with per-member values in the order of ``batches.members``.
+        rule: Hooks, with what they keep in the order of ``batches.members``.
+    """
+    rule = rule or LocalRule()
+    inputs, labels = examples
+    now = {name: value.detach()[batches.members].clone() for name, value in params.items()}
+    total = torch.zeros(len(batches.members))
+    seen = torch.zeros(len(batches.members))
+    for step in range(len(batches.rows)):
+        front = batches.at_work(step)
+        leaves = {name: value[:front].requires_grad_() for name, value in now.items()}
+        rows, counts = batches.rows[step, :front], batches.counts[step, :front]
+        valid = torch.arange(rows.shape[1]) < counts[:, None]
+        batch = inputs[rows]
+        hidden, logits = model(leaves, batch)
+        targets = torch.where(valid, labels[rows], loss.ignore_index)
+        means = loss(logits, targets).sum(1) / counts
+        extra = rule.penalty(leaves, batch, hidden, logits, valid)
+        whole = means if extra is None else means + extra
+        # Members share no parameter, so the gradient of the sum is each one's own.
+        gradients = torch.autograd.grad(whole.sum(), list(leaves.values()))
+        with torch.no_grad():
+            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+                moved = optimizer.step(name, leaf, rule.gradient(name, gradient, leaf))
+                now[name].data[:front] += rule.update(name, moved)
+            total[:front] += means.detach() * counts
+            seen[:front] += counts
+    return _in_order(now, batches, total / seen)
+
+
+def _in_order(now: Stack, batches: Batches, losses: Tensor) -> TrainedMembers:
+    """Return the members in the order they were given in."""
+    back = batches.members.argsort()
+    params = {name: value.detach()[back] for name, value in now.items()}
+    finite = losses.isfinite()[back]
+    for value in params.values():
+        finite &= value.isfinite().flatten(1).all(1)
+    return TrainedMembers(params, batches.steps[back], losses[back], finite)
