@@ -1,0 +1,138 @@
+"""Splits give every example to one client, are repeatable, and are as skewed as they say."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lossworks.errors import UserError
+from lossworks_federated.specs import SplitSpec
+from lossworks_federated.split_picture import draw_split
+from lossworks_federated.splits import split_examples, with_feature_noise
+
+KINDS = ("iid", "dirichlet", "shards", "quantity")
+
+
+def labels_of(n=600, classes=10, seed=0):
+    return np.random.default_rng(seed).integers(0, classes, n)
+
+
+def split(labels=None, seed=0, **changes):
+    return split_examples(labels_of() if labels is None else labels, SplitSpec.parse(changes), seed)
+
+
+def everything(found):
+    return np.concatenate([*found.train, *found.test])
+
+
+@settings(deadline=None)  # the first call imports
+@given(
+    kind=st.sampled_from(KINDS),
+    clients=st.integers(1, 20),
+    alpha=st.sampled_from([0.02, 0.1, 1.0, 100.0]),
+    min_size=st.integers(2, 12),
+    test_fraction=st.floats(0, 0.9),
+    seed=st.integers(0, 100),
+)
+def test_every_example_has_one_client(kind, clients, alpha, min_size, test_fraction, seed):
+    """Each has its least and something to train on, whatever is drawn; counts are those of the labels."""
+    labels = labels_of(300, 4, seed)
+    found = split(
+        labels, seed, kind=kind, clients=clients, alpha=alpha, min_size=min_size, test_fraction=test_fraction
+    )
+
+    assert sorted(everything(found).tolist()) == list(range(300))
+    assert len(found.train) == len(found.test) == clients
+    assert all(len(rows) >= 1 for rows in found.train)
+    for client, (train, test) in enumerate(zip(found.train, found.test, strict=True)):
+        rows = np.concatenate((train, test))
+        assert len(rows) >= min_size
+        assert np.bincount(labels[rows], minlength=4).tolist() == found.counts[client].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_decides(kind):
+    """The same one gives the same split, another gives another."""
+    first, again, other = (split(seed=seed, kind=kind) for seed in (1, 1, 2))
+
+    assert all(np.array_equal(a, b) for a, b in zip(first.train, again.train, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first.train, other.train, strict=True))
+
+
+def test_skew_is_measured():
+    """The smaller α the more unlike the clients; two shards hold few classes; iid differs by chance alone."""
+    found = {a: split(alpha=a, clients=10).heterogeneity() for a in (0.05, 0.5, 1000.0)}
+    distances = [found[a]["label_distance"] for a in (0.05, 0.5, 1000.0)]
+    entropies = [found[a]["label_entropy"] for a in (0.05, 0.5, 1000.0)]
+    assert distances == sorted(distances, reverse=True)
+    assert entropies == sorted(entropies)
+
+    assert split(kind="iid", clients=10).heterogeneity()["label_distance"] < 0.25
+    assert split(kind="shards", clients=10).heterogeneity()["classes"] <= 4
+    quantity = split(kind="quantity", clients=10, alpha=0.3).heterogeneity()
+    assert quantity["effective_clients"] < 7
+
+
+def test_the_measures_have_their_closed_forms():
+    """One class a client: no entropy, a distance of 1 - 1/K, all clients count."""
+    labels = np.repeat(np.arange(5), 20)
+    found = split(labels, kind="shards", clients=5, shards_per_client=1).heterogeneity()
+
+    assert found == pytest.approx(
+        {
+            "label_entropy": 0.0,
+            "label_distance": 0.8,
+            "classes": 1.0,
+            "effective_clients": 5.0,
+            "largest": 20.0,
+            "smallest": 20.0,
+        }
+    )
+
+
+def test_moved_examples_are_counted():
+    """Hopeless draws end, where drawing anew would not."""
+    assert split(clients=100, alpha=0.05, min_size=4).moved > 0
+    assert split(kind="iid", clients=10).moved == 0
+
+
+def test_features_may_be_skewed():
+    """Client i's noise has the variance σ·i/M; the first has none."""
+    labels = labels_of(4000)
+    found = split(labels, kind="iid", clients=4)
+    inputs = torch.zeros(4000, 3)
+    noisy = with_feature_noise(inputs, found, 2.0, seed=0)
+
+    assert torch.equal(inputs, torch.zeros(4000, 3))
+    assert with_feature_noise(inputs, found, 0.0, seed=0) is inputs
+    variances = [float(noisy[torch.from_numpy(rows)].var()) for rows in found.train]
+    assert variances == pytest.approx([0.0, 0.5, 1.0, 1.5], rel=0.15)
+    assert torch.equal(noisy, with_feature_noise(inputs, found, 2.0, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clients": 200}, "split.clients=200 with split.min_size=4 need 800 examples; there are 600"),
+        ({"kind": "shards", "clients": 100, "shards_per_client": 9}, "makes 900 shards of 600 examples"),
+        ({"alpha": 0}, "alpha=0: input should be greater than 0"),
+        ({"kind": "dirichlett"}, "kind='dirichlett'"),
+        ({"test_fraction": 1}, "test_fraction=1"),
+    ],
+)
+def test_wrong_splits_are_refused(changes, message):
+    """With the numbers that don't fit."""
+    with pytest.raises(UserError) as error:
+        split(**changes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("clients", [8, 90])
+def test_a_split_is_drawn(tmp_path, clients):
+    """As bars or as an image."""
+    path = draw_split(split(clients=clients, min_size=2), tmp_path / "split.png", title="digits")
+
+    assert struct.unpack(">II", path.read_bytes()[16:24]) == (1600, 800)
