@@ -44,6 +44,7 @@ def draw_split(split: Split, path: Path, *, title: str, names: tuple[str, ...] |
 
 def _draw_bars(figure: "Figure", counts: np.ndarray, names: tuple[str, ...]) -> None:
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
     colours = colormaps["tab20"].resampled(max(len(names), 2))
@@ -51,6 +52,7 @@ def _draw_bars(figure: "Figure", counts: np.ndarray, names: tuple[str, ...]) -> 
     for number, name in enumerate(names):
         axes.bar(range(len(counts)), counts[:, number], 0.85, below, color=colours(number), label=name)
         below += counts[:, number]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="client", ylabel="examples", xlim=(-0.7, len(counts) - 0.3))
     axes.spines[["top", "right"]].set_visible(False)
     if len(names) <= 20:

@@ -1,10 +1,20 @@
 """On data the losses do what their papers say, beyond the noise of seeds."""
 
 import pytest
+import torch
 
-from lossworks_testing.evidence import methods, rows
+from lossworks_testing.evidence import dense, methods, rows
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small layers lose by a second one, much so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def clearly(gain: tuple[float, float], least: float = 0.0) -> bool:
@@ -84,3 +94,56 @@ def test_collapse_in_training():
     for name, factor in (("nc1", 10), ("nc3", 5), ("nc2_features", 2)):
         assert study.mean("after", name) * factor < study.mean("before", name), study.markdown()
     assert study.mean("after", "nc4") < 0.01, study.markdown()
+
+
+def test_a_rare_class():
+    """Dice of batches finds more of it, the weight of misses raises recall, and from scratch it collapses."""
+    study = dense.rare_class(5)
+    assert clearly(study.gain("batch self-adjusting Dice", "cross-entropy", "F1")), study.markdown()
+    mild, strict = "batch Tversky, α = 0.2, β = 0.8", "batch Tversky, α = 0.8, β = 0.2"
+    assert clearly(study.gain(mild, strict, "recall")), study.markdown()
+    assert study.mean("Dice of examples, from scratch", "F1") < 0.2, study.markdown()
+
+
+def test_moving_targets():
+    """From the second stage on the error of bins is at most a third of squared error's."""
+    study = dense.moving_targets(5)
+    for row in ("two-hot", "hl-gauss"):
+        for stage in ("stage 2", "stage 3"):
+            assert 3 * study.mean(row, stage) < study.mean("squared error", stage), study.markdown()
+
+
+def test_where_a_network_overfits():
+    """EnsLoss is ahead of the logistic loss over four pairs of digits."""
+    study = dense.overfitting(5)
+    assert clearly(study.gain("ensloss", "cross-entropy", "all pairs")), study.markdown()
+
+
+def test_sets_of_labels():
+    """Decoupled, a certain label may be certain; both losses rank better than cross-entropy."""
+    study = dense.certain_label(5)
+    column = "softmax probability of the certain label"
+    assert study.mean("cross-entropy of all positives", column) == pytest.approx(0.2, abs=0.01)
+    assert study.mean("decoupled-softmax", column) > 0.8
+
+    study = dense.best_labels(5)
+    for row in ("decoupled-softmax", "soft-top-k, k = 5"):
+        for k in (1, 3, 5):
+            gain = study.gain(row, "cross-entropy of all positives", f"precision at {k}")
+            assert clearly(gain), study.markdown()
+
+
+def test_training_against_attacks():
+    """Far more accuracy under attack, for little of the accuracy without."""
+    study = dense.attacks(5)
+    for row in ("ν = 0.1", "ν = 0.3"):
+        assert clearly(study.gain(row, "cross-entropy", "accuracy under attack"), least=0.3), study.markdown()
+        assert study.gain(row, "cross-entropy", "accuracy")[0] > -0.03, study.markdown()
+
+
+def test_a_norm_lowers_the_sensitivity_to_the_rate():
+    """At no price at the best rate."""
+    study = dense.rates(5)
+    plain, normed = "plain", "with a norm before the head"
+    assert clearly(study.gain(plain, normed, "sensitivity"), least=0.3), study.markdown()
+    assert study.gain(normed, plain, "best loss")[0] < 0.03, study.markdown()

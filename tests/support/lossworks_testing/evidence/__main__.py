@@ -3,12 +3,16 @@
 import sys
 from pathlib import Path
 
-from lossworks_testing.evidence import methods, rows
+import torch
+
+from lossworks_testing.evidence import dense, methods, rows
 
 SEEDS = 5
 STUDIES = (
     *(rows.wrong_labels, rows.coverage, rows.ranking, rows.partition),
     *(methods.edits, methods.bags, methods.calibration, methods.collapse),
+    *(dense.rare_class, dense.moving_targets, dense.overfitting, dense.certain_label),
+    *(dense.best_labels, dense.attacks, dense.rates),
 )
 _HEAD = """# Evidence
 
@@ -20,6 +24,7 @@ intervals of the mean. `make test-slow` runs them again and holds the directions
 
 def main() -> None:
     page = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/evidence.md")
+    torch.set_num_threads(1)  # small layers lose by a second one
     tables = []
     for study in STUDIES:
         tables.append(study(SEEDS).markdown())
