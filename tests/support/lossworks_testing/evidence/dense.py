@@ -213,7 +213,7 @@ def best_labels(seeds: int) -> Study:
     study = Study(
         "soft-top-k",
         "With a model that can't fit all labels, a loss through the five best is ahead of cross-entropy "
-        "averaged over positives. It can't be told from decoupled softmax, which is ahead at the first three.",
+        "averaged over positives. It can't be told from decoupled softmax, ahead at the first three.",
         "500 queries, 200 labels, the five best by a random map of rank 24 with noise are positive; "
         "a linear map of rank 8, 150 full-batch steps of Adam at 0.02; 2,000 held-out queries.",
     )
