@@ -21,7 +21,8 @@ def telemetry_report(rows: Sequence[Mapping[str, Any]], *, title: str, path: Pat
         title: Heading.
         path: File to write, in an existing folder.
     """
-    if series(rows, "telemetry/zero_gradient") is None:
+    without = series(rows, "telemetry/zero_gradient")
+    if without is None:
         return None
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -33,9 +34,7 @@ def telemetry_report(rows: Sequence[Mapping[str, Any]], *, title: str, path: Pat
         _draw_bands(loss, rows, "loss", "Loss of single elements")
         _draw_bands(slope, rows, "gradient_norm", "Gradient norm at the logits of a row")
         _draw_bands(logits, rows, "logit_norm", "Norm of a row of logits")
-        points = series(rows, "telemetry/zero_gradient")
-        if points is not None:
-            zero.plot(*points, color=_BLUE, marker="o" if points[0].size <= 50 else "")
+        zero.plot(*without, color=_BLUE, marker="o" if without[0].size <= 50 else "")
         zero.set_title("Share of rows without a gradient")
         zero.set(xlabel="step", ylim=(-0.04, 1.04))
         _mark_spikes(loss, rows)

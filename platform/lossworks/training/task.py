@@ -99,7 +99,7 @@ class Task(ABC):
     def evaluation(self, sums: Tensor) -> Evaluation:
         """Return the figures from sums over all micro-batches and ranks."""
 
-    def analysed(self, evaluation: Evaluation, over: "Sums") -> Evaluation:
+    def analysed(self, evaluation: Evaluation, over: Sums) -> Evaluation:
         """Return the evaluation with what needs further passes over data; every rank calls.
 
         Args:
