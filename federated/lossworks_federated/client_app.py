@@ -1,0 +1,69 @@
+"""The ClientApp: the same in Flower's simulation and on a real federation's SuperNodes."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from lossworks.errors import RunError
+from lossworks_federated.clients import Client, Reply, test_clients, train_clients
+from lossworks_federated.privacy import client_mods
+from lossworks_federated.records import CONFIG, METRICS, array_record
+from lossworks_federated.specs import PrivacySpec
+from lossworks_federated.world import World, world_of
+
+DROPPED_OUT = "fault: dropped out"
+
+
+def client_app(config: Mapping[str, Any] | None = None, privacy: PrivacySpec | None = None) -> ClientApp:
+    """Return the app.
+
+    Args:
+        config: Run configuration where the engine brings none: ``task``, the task as JSON, and optionally
+            ``state-folder`` and ``deadline-s``.
+        privacy: Which of Flower's mods it has.
+    """
+    app = ClientApp(mods=client_mods(privacy or PrivacySpec()))
+    given = dict(config or {})
+
+    def configured(context: Context) -> tuple[World, Client]:
+        context.run_config = {**given, **context.run_config}
+        return world_of(str(context.run_config["task"])), Client(partition_of(context), context)
+
+    @app.query()
+    def _query(message: Message, context: Context) -> Message:
+        answer = ConfigRecord({"partition-id": partition_of(context)})
+        return Message(RecordDict({CONFIG: answer}), reply_to=message)
+
+    @app.train()
+    def _train(message: Message, context: Context) -> Message:
+        world, client = configured(context)
+        reply = train_clients(world, message.content, [client])[0]
+        if reply.fault == "drop_out":
+            raise RunError(DROPPED_OUT)
+        if reply.fault == "straggle":
+            time.sleep(float(context.run_config.get("deadline-s", 0)) + 1)
+        return Message(as_records(reply), reply_to=message)
+
+    @app.evaluate()
+    def _evaluate(message: Message, context: Context) -> Message:
+        world, client = configured(context)
+        return Message(as_records(test_clients(world, message.content, [client])[0]), reply_to=message)
+
+    return app
+
+
+def partition_of(context: Context) -> int:
+    """Return the partition that a node was started with."""
+    return int(context.node_config["partition-id"])
+
+
+def as_records(reply: Reply, *, local: bool = False) -> RecordDict:
+    """Return a reply as Flower's records; see :func:`lossworks_federated.records.array_record`."""
+    content = RecordDict()
+    for name, member in reply.arrays.items():
+        content[name] = array_record(member, local=local)
+    content[METRICS] = MetricRecord(reply.metrics)  # type: ignore[arg-type]
+    return content

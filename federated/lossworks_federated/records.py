@@ -1,0 +1,86 @@
+"""Between Flower's records and tensors by name."""
+
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+
+from lossworks.cohort import Member
+
+MODEL, CONFIG, METRICS = "arrays", "config", "metrics"
+"""Records of a message: parameters, configuration, metrics. A method's further arrays are under its slug."""
+
+
+class LocalArray(Array):
+    """An array that stays in this process: it is serialised only if somebody asks for its bytes.
+
+    Args:
+        values: What it holds; not copied.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.__dict__.update(
+            dtype=str(values.dtype), shape=tuple(values.shape), stype="numpy.ndarray", values=values
+        )
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """Bytes in numpy's format."""
+        buffer = BytesIO()
+        np.save(buffer, self.__dict__["values"], allow_pickle=False)
+        return buffer.getvalue()
+
+    def numpy(self) -> np.ndarray:
+        """Return the values themselves."""
+        values: np.ndarray = self.__dict__["values"]
+        return values
+
+
+def array_record(member: Mapping[str, torch.Tensor], *, local: bool = False) -> ArrayRecord:
+    """Return tensors as a record.
+
+    Args:
+        member: Tensors by name.
+        local: Whether the record stays in this process and so needs no bytes; it then shares memory.
+    """
+    make = LocalArray if local else Array
+    record = ArrayRecord()
+    for name, value in member.items():
+        record[name] = make(value.detach().cpu().numpy())
+    return record
+
+
+def member_from(record: ArrayRecord) -> Member:
+    """Return a record as tensors; those of records that stay in this process share memory."""
+    return {name: _tensor(array.numpy()) for name, array in record.items()}
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    # A read-only array would give a tensor that nobody may write to, with a warning.
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Return the bytes of all arrays in a message: entries times their size."""
+    return sum(
+        int(np.prod(array.shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize
+        for record in content.array_records.values()
+        for array in record.values()
+    )
+
+
+def flattened(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return tensors by group and name as tensors by ``group/name``."""
+    return {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}
+
+
+def grouped(flat: Mapping[str, Any], groups: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return what ``flattened`` made apart again, with empty groups for those named."""
+    found: dict[str, dict[str, Any]] = {group: {} for group in groups}
+    for key, value in flat.items():
+        group, _, name = key.partition("/")
+        found.setdefault(group, {})[name] = value
+    return found

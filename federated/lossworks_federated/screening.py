@@ -1,0 +1,174 @@
+"""Which replies of a round are usable, and why the others are not. m replies are usable."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from lossworks.cohort import Member, Stack
+from lossworks_federated.records import METRICS, MODEL, member_from
+from lossworks_federated.specs import GuardSpec
+
+REASONS = {
+    "late": "no reply before the deadline",
+    "failed": "an error in place of a reply",
+    "empty": "no arrays, or no examples",
+    "shape": "arrays of other names or shapes than were sent",
+    "nonfinite": "NaN or infinity",
+    "too_long": "an update longer than guard.largest_norm times the median",
+    "opposed": "an update whose cosine with the median is below guard.least_cosine",
+}
+"""Why a reply is left out, in the order in which it is found."""
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """The replies of a round, in the order of partitions.
+
+    Attributes:
+        messages: The usable ones.
+        partitions: Whose they are.
+        examples: On how many each trained, float64 (m,).
+        metrics: What each reported.
+        params: Where each ended, (m, …).
+        updates: g_i = w_i − w⁰, (m, …).
+        sent: By slug of a part, what clients sent for it, (m, …).
+        refused: By reason, the partitions of replies that are left out.
+    """
+
+    messages: tuple[Message, ...]
+    partitions: tuple[int, ...]
+    examples: Tensor
+    metrics: tuple[dict[str, float], ...]
+    params: Stack
+    updates: Stack
+    sent: dict[str, Stack]
+    refused: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def nothing(cls, refused: Mapping[str, Sequence[int]] | None = None) -> "Received":
+        """Return a round without a usable reply."""
+        left_out = {reason: tuple(who) for reason, who in (refused or {}).items() if who}
+        return cls((), (), torch.zeros(0, dtype=torch.float64), (), {}, {}, {}, left_out)
+
+    def column(self, name: str) -> Tensor:
+        """Return what each client reported under a name, float64 (m,)."""
+        return torch.tensor([one[name] for one in self.metrics], dtype=torch.float64)
+
+    def mean(self, name: str) -> float:
+        """Return the mean over all examples of what clients reported."""
+        return float((self.examples * self.column(name)).sum() / self.examples.sum())
+
+
+def screen(
+    replies: Sequence[tuple[int, Message]],
+    asked: Sequence[int],
+    origin: Member,
+    sending: Sequence[str],
+    guard: GuardSpec,
+) -> Received:
+    """Return the usable replies of a round.
+
+    Args:
+        replies: With their partitions, sorted by them.
+        asked: Partitions that were asked.
+        origin: w⁰.
+        sending: Slugs of the parts for which clients send arrays, named and shaped like the parameters.
+        guard: What else is refused.
+    """
+    refused: dict[str, list[int]] = {reason: [] for reason in REASONS}
+    heard = {partition for partition, _ in replies}
+    refused["late"] = [partition for partition in asked if partition not in heard]
+    shapes = {name: tuple(value.shape) for name, value in origin.items()}
+    usable = []
+    for partition, reply in replies:
+        reason = _defect(reply, shapes, sending)
+        if reason:
+            refused[reason].append(partition)
+        else:
+            usable.append((partition, reply))
+    if not usable:
+        return Received.nothing(refused)
+    stacks = {which: _stacked([reply for _, reply in usable], which, shapes) for which in (MODEL, *sending)}
+    keep = torch.stack([_finite(stack) for stack in stacks.values()]).all(0)
+    _note(refused["nonfinite"], usable, keep)
+    updates = {name: value - origin[name] for name, value in stacks[MODEL].items()}
+    for reason, good in _guarded(updates, keep, guard).items():
+        _note(refused[reason], usable, good | ~keep)
+        keep &= good
+    if not keep.any():
+        return Received.nothing(refused)
+    if not keep.all():
+        usable = [pair for pair, good in zip(usable, keep.tolist(), strict=True) if good]
+        stacks = {which: _rows(stack, keep) for which, stack in stacks.items()}
+        updates = _rows(updates, keep)
+    for _, reply in usable:
+        for slug in sending:
+            del reply.content[slug]  # Flower's strategies take every array they find for parameters
+    metrics = tuple(dict(_metrics(reply)) for _, reply in usable)
+    return Received(
+        messages=tuple(reply for _, reply in usable),
+        partitions=tuple(partition for partition, _ in usable),
+        examples=torch.tensor([one["num-examples"] for one in metrics], dtype=torch.float64),
+        metrics=metrics,
+        params=stacks[MODEL],
+        updates=updates,
+        sent={slug: stacks[slug] for slug in sending},
+        refused={reason: tuple(who) for reason, who in refused.items() if who},
+    )
+
+
+def _metrics(reply: Message) -> Any:
+    return reply.content.metric_records.get(METRICS, {})
+
+
+def _defect(reply: Message, shapes: Mapping[str, tuple[int, ...]], sending: Sequence[str]) -> str | None:
+    """Return what is wrong with a reply before its numbers are looked at."""
+    if reply.has_error():
+        return "failed"
+    arrays = reply.content.array_records
+    examples = _metrics(reply).get("num-examples", 0)
+    if not arrays.get(MODEL) or not isinstance(examples, int | float) or not examples > 0:
+        return "empty"
+    for which in (MODEL, *sending):
+        found = {name: tuple(array.shape) for name, array in arrays.get(which, {}).items()}
+        if found != dict(shapes):
+            return "shape"
+    return None
+
+
+def _stacked(replies: Sequence[Message], which: str, shapes: Mapping[str, Any]) -> Stack:
+    members = [member_from(reply.content.array_records[which]) for reply in replies]
+    return {name: torch.stack([member[name] for member in members]) for name in shapes}
+
+
+def _finite(stack: Stack) -> Tensor:
+    """Return which members are finite, bool (m,)."""
+    return torch.stack([value.flatten(1).isfinite().all(1) for value in stack.values()]).all(0)
+
+
+def _guarded(updates: Stack, keep: Tensor, guard: GuardSpec) -> dict[str, Tensor]:
+    """Return by reason which updates pass, bool (m,), judged by those that are kept."""
+    passed: dict[str, Tensor] = {}
+    if (guard.largest_norm is None and guard.least_cosine is None) or not keep.any():
+        return passed
+    flat = torch.cat([value.flatten(1) for value in updates.values()], 1).nan_to_num(0, 0, 0)
+    norms = flat.norm(dim=1)
+    if guard.largest_norm is not None:
+        passed["too_long"] = norms <= guard.largest_norm * norms[keep].median()
+    if guard.least_cosine is not None:
+        middle = flat[keep].median(0).values
+        cosines = flat @ middle / (norms * middle.norm()).clamp(min=1e-30)
+        passed["opposed"] = cosines >= guard.least_cosine
+    return passed
+
+
+def _note(where: list[int], usable: Sequence[tuple[int, Message]], good: Tensor) -> None:
+    where += [partition for (partition, _), fine in zip(usable, good.tolist(), strict=True) if not fine]
+
+
+def _rows(stack: Stack, keep: Tensor) -> Stack:
+    return {name: value[keep] for name, value in stack.items()}

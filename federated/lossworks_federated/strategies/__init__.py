@@ -1,0 +1,1 @@
+"""Strategies: a file each, with what a client does and what the server does."""

@@ -1,0 +1,60 @@
+"""FedBN (Li et al. 2021)."""
+
+import torch
+from torch import Tensor
+
+from lossworks.cohort import Member, Stack
+from lossworks_federated.strategies.fedavg import NoSettings
+from lossworks_federated.strategies.interface import Federated, Reproducible
+from lossworks_federated.strategies.parts import Cohort, Outcome, Part
+
+
+class LocalNormsPart(Part):
+    """Keeps scale and shift of normalisation layers in the client, which trains and tests with its own.
+
+    Our classifiers normalise by GroupNorm, which has no running statistics; a parameter belongs to a
+    normalisation layer if its name says so (``norm``, or a layer that :func:`of_norms` is told).
+    """
+
+    slug = "fedbn"
+    keeps = True
+
+    def initial(self, origin: Member) -> Member:
+        """Return the global ones, with which a client begins."""
+        return {name: value for name, value in origin.items() if is_norm(name, origin)}
+
+    def start(self, params: Stack, kept: Stack) -> Stack:
+        """Put the client's own in place of the global ones."""
+        return {**params, **kept}
+
+    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> Outcome:
+        """Return the client's own, to keep."""
+        del steps
+        return Outcome(kept={name: ended[name] for name in cohort.kept})
+
+    def returned(self, origin: Member, ended: Stack) -> Stack:
+        """Send the global ones back, so that an average leaves them as they are."""
+        return {
+            name: origin[name].expand_as(value) if is_norm(name, origin) else value
+            for name, value in ended.items()
+        }
+
+
+class FedBN(Federated, Reproducible):
+    """FedAvg of all but the normalisation layers, which every client keeps for itself."""
+
+    slug = "fedbn"
+    paper = "Li et al. 2021, FedBN: Federated Learning on Non-IID Features via Local Batch Normalization"
+    Settings = NoSettings
+    part = LocalNormsPart
+    averages = True
+
+
+def is_norm(name: str, member: Member) -> bool:
+    """Return whether a parameter is scale or shift of a normalisation layer.
+
+    These have one axis, and the layer's weight has one, too; a linear or convolutional layer's has more.
+    """
+    layer, _, leaf = name.rpartition(".")
+    weight = member.get(f"{layer}.weight")
+    return leaf in ("weight", "bias") and weight is not None and torch.Tensor.dim(weight) == 1

@@ -1,0 +1,67 @@
+"""FedDyn (Acar et al. 2021)."""
+
+from pydantic import Field
+from torch import Tensor
+
+from lossworks.cohort import LocalRule, Member, Stack
+from lossworks.specs import Spec
+from lossworks_federated.rules import Dynamic
+from lossworks_federated.screening import Received
+from lossworks_federated.strategies.interface import Federated, Reproducible, moved
+from lossworks_federated.strategies.parts import Cohort, Outcome, Part
+from lossworks_federated.strategies.scaffold import equal_weights, zeros
+
+
+class DynamicSettings(Spec):
+    """Hyperparameters of FedDyn."""
+
+    alpha: float = Field(0.1, gt=0.0, le=10.0, description="α of the dynamic penalty")
+
+
+class DynamicPart(Part):
+    """The penalty (α/2)‖w − w⁰‖² − ⟨h_i, w⟩; a client keeps h_i."""
+
+    slug = "feddyn"
+    keeps = True
+    settings: DynamicSettings
+
+    def initial(self, origin: Member) -> Member:
+        """Return h_i = 0."""
+        return zeros(origin)
+
+    def rule(self, cohort: Cohort) -> LocalRule:
+        """Return the penalty's gradient."""
+        return Dynamic(cohort.origin, cohort.placed(cohort.kept), self.settings.alpha)
+
+    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> Outcome:
+        """Return h_i − α(w − w⁰), to keep."""
+        del steps
+        return Outcome(kept=Dynamic.renewed(cohort.kept, cohort.origin, ended, self.settings.alpha))
+
+
+class FedDyn(Federated, Reproducible):
+    """Dynamic penalties in clients; h ← h − (α/M) Σ (w_i − w⁰) and w ← mean w_i − h/α, all clients alike."""
+
+    slug = "feddyn"
+    paper = "Acar et al. 2021, Federated Learning Based on Dynamic Regularization"
+    Settings = DynamicSettings
+    part = DynamicPart
+    settings: DynamicSettings
+    _h: Member | None = None
+
+    def combine(self, received: Received) -> Member:
+        """Return the mean of the clients' parameters minus h/α."""
+        alpha, h = self.settings.alpha, self._h or zeros(self.origin)
+        self._h = {
+            name: h[name] - alpha / self.clients * update.sum(0) for name, update in received.updates.items()
+        }
+        mean = moved(self.origin, received.updates, equal_weights(received))
+        return {name: value - self._h[name] / alpha for name, value in mean.items()}
+
+    def server_state(self) -> Member:
+        """Return h."""
+        return self._h or {}
+
+    def restore_server(self, state: Member) -> None:
+        """Set h."""
+        self._h = state or None

@@ -1,0 +1,341 @@
+"""What every strategy has: repeatable draws, checked replies, sums in a fixed order, state that is saved.
+
+A strategy is a class with :class:`Federated` first and :class:`Reproducible` last, and between them the class
+of Flower's that it is, if any: Flower's call ``super()`` and so reach :class:`Reproducible` where they mean
+FedAvg. m replies are usable in a round, of the clients that were asked.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from lossworks.cohort import Member, Stack
+from lossworks.errors import RunError
+from lossworks.specs import Spec
+from lossworks_federated.records import CONFIG, METRICS, MODEL, array_record, flattened, grouped, member_from
+from lossworks_federated.screening import Received, screen
+from lossworks_federated.specs import GuardSpec
+from lossworks_federated.strategies.catalogue import part_of
+from lossworks_federated.strategies.parts import Part
+
+_TRAIN, _TEST, _EXPLORE = range(3)  # what a draw is for
+Nodes = list[tuple[int, int]]
+"""Partition and node id of every client, sorted."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a strategy is told besides its hyperparameters.
+
+    Attributes:
+        seed: Of the draws of clients.
+        clients_per_round: How many train in a round; all if None.
+        clients_tested: How many test the global model; all if None.
+        test_every: Rounds between tests.
+        rounds: The last round, which is always tested; None if unknown.
+        guard: Which replies are refused.
+        deadline_s: Seconds to wait for replies outside of rounds.
+        terms: Whether clients measure their loss after training, in rounds that are tested.
+    """
+
+    seed: int = 0
+    clients_per_round: int | None = None
+    clients_tested: int | None = None
+    test_every: int = 1
+    rounds: int | None = None
+    guard: GuardSpec = field(default_factory=GuardSpec)
+    deadline_s: float = 3600.0
+    terms: bool = False
+
+    def tests(self, server_round: int) -> bool:
+        """Return whether the global model is tested after a round."""
+        return server_round % self.test_every == 0 or server_round == self.rounds
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A client's test of the global model on its own examples: how many, loss and accuracy."""
+
+    examples: int
+    loss: float
+    accuracy: float
+
+
+class Federated(Strategy):
+    """A strategy as it is declared, and the parts that its clients have.
+
+    Args:
+        plan: Draws and checks.
+        also: Parts of other methods to add, as mappings of ``name`` and hyperparameters.
+        hyperparameters: Of ``Settings``.
+
+    Attributes:
+        slug: Name in specs; empty for classes that are no strategy themselves.
+        paper: Where it is from.
+        Settings: Its hyperparameters.
+        part: Its part in clients, if it has one.
+        averages: Whether the next model is w⁰ plus the mean update, weighted by examples.
+
+    Raises:
+        UserError: A hyperparameter is unknown or out of range.
+    """
+
+    slug: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    Settings: ClassVar[type[Spec]] = Spec
+    part: ClassVar[type[Part] | None] = None
+    averages: ClassVar[bool] = False
+
+    def __init__(
+        self, *, plan: Plan | None = None, also: Sequence[Mapping[str, Any]] = (), **hyperparameters: Any
+    ) -> None:
+        self.settings = self.Settings.parse(hyperparameters, source=f"strategy {self.slug}")
+        super().__init__(**self.flower_arguments())
+        self.plan = plan or Plan()
+        own = {"name": self.slug, **self.settings.model_dump(mode="json")}
+        self.described = [own, *map(dict, also)] if self.part else [dict(entry) for entry in also]
+        self.parts = [part_of(entry) for entry in self.described]
+
+    def flower_arguments(self) -> dict[str, Any]:
+        """Return what the constructor of Flower's class is given; FedAvg's needs nothing."""
+        return {}
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate usable replies; the result has the dtypes that were sent.
+
+        Some of Flower's strategies give float64.
+        """
+        found, metrics = super().aggregate_train(server_round, replies)  # type: ignore[safe-super]
+        if found is None:
+            return None, metrics
+        origin = self.origin
+        typed = {name: value.to(origin[name].dtype) for name, value in member_from(found).items()}
+        self._check_finite(typed, server_round)
+        return array_record(typed), metrics
+
+    def state(self) -> Member:
+        """Return everything that the next round depends on besides the global model."""
+        return flattened({part.slug: part.state() for part in self.parts} | {"server": self.server_state()})
+
+    def restore(self, state: Member) -> None:
+        """Go on with what ``state`` returned."""
+        groups = grouped(state, ["server", *(part.slug for part in self.parts)])
+        for part in self.parts:
+            part.restore(groups[part.slug])
+        self.restore_server(groups["server"])
+
+    def server_state(self) -> Member:
+        """Return what the server itself keeps, without its parts."""
+        return {}
+
+    def restore_server(self, state: Member) -> None:
+        """Go on with what ``server_state`` returned."""
+
+    origin: Member
+
+    def _check_finite(self, member: Member, server_round: int) -> None:
+        bad = [name for name, value in member.items() if not value.isfinite().all()]
+        if bad:
+            raise RunError(
+                f"round {server_round}: the aggregated {bad[0]} of {self.slug} is not finite, though every "
+                "reply is; a server learning rate may be too large"
+            )
+
+
+class Reproducible(FlowerFedAvg):
+    """FedAvg with the same clients and the same sums for the same seed, in every engine.
+
+    Clients are drawn by a generator of (seed, round) from those sorted by partition. Replies that are errors,
+    empty, of a wrong shape, not finite, or refused by the guard are left out and counted in ``received``; the
+    others are taken in the order of their partitions.
+
+    Attributes:
+        received: The last round's replies.
+        tested: By partition, each client's last test.
+    """
+
+    plan: Plan
+    parts: list[Part]
+    described: list[dict[str, Any]]
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.origin: Member = {}
+        self.received: Received = Received.nothing()
+        self.tested: dict[int, Tested] = {}
+        self.clients = 0
+        self._partitions: dict[int, int] = {}
+        self._asked: list[tuple[int, Message]] = []
+
+    def combine(self, received: Received) -> Member:
+        """Return the next global parameters: w⁰ + Σ p_i g_i, p_i the share of examples of client i."""
+        return moved(self.origin, received.updates, received.examples / received.examples.sum())
+
+    def summary(self) -> None:
+        """Say nothing: Lossworks shows what a person needs."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return instructions for the clients drawn for a round."""
+        self.origin = member_from(arrays)
+        nodes = self.nodes(grid)
+        self.clients = len(nodes)
+        chosen = self._drawn(nodes, self.plan.clients_per_round, server_round, _TRAIN)
+        partitions = [partition for partition, _ in chosen]
+        for part in self.parts:
+            part.before(partitions, lambda share, epochs: self._explore(share, epochs, nodes, arrays, grid))
+        content = self.content(
+            server_round, arrays, config, terms=self.plan.terms and self.plan.tests(server_round)
+        )
+        return self._messages(content, chosen, MessageType.TRAIN)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return instructions for the clients that test the global model after this round, if any."""
+        if not self.plan.tests(server_round):
+            return []
+        chosen = self._drawn(self.nodes(grid), self.plan.clients_tested, server_round, _TEST)
+        content = self.content(server_round, arrays, config)
+        return self._messages(content, chosen, MessageType.EVALUATE)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the next global parameters and the mean loss, or None if no reply is usable."""
+        del server_round
+        good, _ = self._check_and_log_replies(replies, is_train=True)
+        if not good:
+            return None, None
+        record = array_record(self.combine(self.received))
+        return record, MetricRecord({"loss": self.received.mean("loss")})
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the mean loss and accuracy over the examples of the clients that answered."""
+        del server_round
+        self.tested = {}
+        for partition, reply in self._known(replies):
+            if reply.has_error():
+                continue
+            found: Any = reply.content[METRICS]
+            if found["num-examples"]:
+                loss, accuracy = float(found["loss"]), float(found["accuracy"])
+                self.tested[partition] = Tested(int(found["num-examples"]), loss, accuracy)
+        total = sum(one.examples for one in self.tested.values())
+        if not total:
+            return None
+        means = {
+            name: sum(getattr(one, name) * one.examples for one in self.tested.values()) / total
+            for name in ("loss", "accuracy")
+        }
+        return MetricRecord(means)
+
+    def content(
+        self, server_round: int, arrays: ArrayRecord, config: Mapping[str, Any] | None = None, **more: Any
+    ) -> RecordDict:
+        """Return what goes to clients: model, further arrays of parts, and configuration."""
+        settings = ConfigRecord({**(config or {}), "server-round": server_round, **more})
+        settings["parts"] = json.dumps(self.described)
+        content = RecordDict({MODEL: arrays, CONFIG: settings})
+        for part in self.parts:
+            further = part.to_clients(self.origin)
+            if further:
+                content[part.slug] = array_record(further)
+        return content
+
+    def nodes(self, grid: Grid) -> Nodes:
+        """Return the clients there are, asking those that are new for their partition."""
+        present = list(grid.get_node_ids())
+        new = [node for node in present if node not in self._partitions]
+        known = getattr(grid, "partitions", None)
+        if known is not None:
+            self._partitions.update({node: known[node] for node in new})
+        elif new:
+            question = RecordDict({CONFIG: ConfigRecord()})
+            asked = [Message(question, node, MessageType.QUERY) for node in new]
+            for reply in grid.send_and_receive(asked):
+                if not reply.has_error():
+                    answer: Any = reply.content[CONFIG]
+                    self._partitions[reply.metadata.src_node_id] = int(answer["partition-id"])
+        return sorted((self._partitions[node], node) for node in present if node in self._partitions)
+
+    def _explore(self, share: float, epochs: int, nodes: Nodes, arrays: ArrayRecord, grid: Grid) -> Received:
+        """Let a share of the clients train plainly from w⁰, outside a round, and return usable replies."""
+        chosen = self._drawn(nodes, max(1, round(share * len(nodes))), 0, _EXPLORE)
+        settings = ConfigRecord({"server-round": 0, "parts": "[]", "epochs": epochs})
+        content = RecordDict({MODEL: arrays, CONFIG: settings})
+        replies = grid.send_and_receive(
+            self._messages(content, chosen, MessageType.TRAIN), timeout=self.plan.deadline_s
+        )
+        return screen(self._known(replies), self._asked_of(), self.origin, [], self.plan.guard)
+
+    def _check_and_log_replies(
+        self, replies: Iterable[Message], is_train: bool, validate: bool = True
+    ) -> tuple[list[Message], list[Message]]:
+        """Return the usable replies in the order of partitions, and the errors.
+
+        All of Flower's strategies ask this method for the replies they aggregate.
+        """
+        del is_train, validate
+        replies = list(replies)
+        sending = [part.slug for part in self.parts if part.sends]
+        received = screen(self._known(replies), self._asked_of(), self.origin, sending, self.plan.guard)
+        self.received = received
+        if received.messages:
+            for part in self.parts:
+                part.absorb(received.sent.get(part.slug, {}), received.updates, self.clients)
+        return list(received.messages), [reply for reply in replies if reply.has_error()]
+
+    def _known(self, replies: Iterable[Message]) -> list[tuple[int, Message]]:
+        """Return replies with their partitions, sorted by them.
+
+        They are matched by the instruction they answer, since the server answers for clients it has lost.
+        """
+        ids = {asked.metadata.message_id: partition for partition, asked in self._asked}
+        found = []
+        for reply in replies:
+            partition = ids.get(reply.metadata.reply_to_message_id)
+            if partition is None:
+                partition = self._partitions.get(reply.metadata.src_node_id)
+            if partition is not None:
+                found.append((partition, reply))
+        return sorted(found, key=lambda pair: pair[0])
+
+    def _asked_of(self) -> list[int]:
+        return [partition for partition, _ in self._asked]
+
+    def _drawn(self, nodes: Nodes, count: int | None, server_round: int, purpose: int) -> Nodes:
+        if count is None or count >= len(nodes):
+            return nodes
+        stream = np.random.default_rng([self.plan.seed, server_round, purpose])
+        return [nodes[index] for index in np.sort(stream.choice(len(nodes), count, replace=False))]
+
+    def _messages(self, content: RecordDict, chosen: Nodes, kind: str) -> list[Message]:
+        self._asked = [(partition, Message(content, node, kind)) for partition, node in chosen]
+        return [message for _, message in self._asked]
+
+
+def moved(origin: Member, updates: Stack, weights: Tensor) -> Member:
+    """Return w⁰ + Σ_i weights_i · g_i.
+
+    Args:
+        origin: w⁰.
+        updates: g_i, (m, …).
+        weights: Shape (m,).
+    """
+    return {
+        name: origin[name] + torch.tensordot(weights.to(update), update, dims=1)
+        for name, update in updates.items()
+    }

@@ -1,0 +1,95 @@
+"""SCAFFOLD (Karimireddy et al. 2020)."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lossworks.cohort import LocalRule, Member, Stack
+from lossworks.errors import UserError
+from lossworks.specs import Spec
+from lossworks_federated.rules import ControlVariates
+from lossworks_federated.screening import Received
+from lossworks_federated.strategies.interface import Federated, Reproducible, moved
+from lossworks_federated.strategies.parts import Cohort, Outcome, Part
+
+
+class ScaffoldSettings(Spec):
+    """Hyperparameters of SCAFFOLD."""
+
+    server_lr: float = Field(1.0, gt=0.0, le=10.0, description="η_g, factor of the mean update")
+
+
+class ControlPart(Part):
+    """Corrects each step by c − c_i; a client keeps c_i and sends its change, the server keeps c.
+
+    c_i⁺ counts the steps really taken at the clients' learning rate, so clients must take plain SGD steps.
+    Under FedLEx's guidance it is the mean *guided* gradient, since that is what the steps followed.
+    """
+
+    slug = "scaffold"
+    exchanges = True
+    sends = True
+    keeps = True
+    _c: Member | None = None
+
+    def initial(self, origin: Member) -> Member:
+        """Return c_i = 0."""
+        return zeros(origin)
+
+    def rule(self, cohort: Cohort) -> LocalRule:
+        """Return the correction."""
+        return ControlVariates(cohort.received, cohort.placed(cohort.kept))
+
+    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> Outcome:
+        """Return c_i⁺ to keep and c_i⁺ − c_i to send."""
+        if cohort.local.optimizer != "sgd" or cohort.local.momentum:
+            raise UserError("scaffold needs local.optimizer=sgd and local.momentum=0: c_i is a mean gradient")
+        new = ControlVariates.renewed(
+            cohort.kept, cohort.received, cohort.origin, ended, steps, cohort.local.lr
+        )
+        return Outcome(new, {name: value - cohort.kept[name] for name, value in new.items()})
+
+    def to_clients(self, origin: Member) -> Member:
+        """Return c, 0 at first."""
+        if self._c is None:
+            self._c = zeros(origin)
+        return self._c
+
+    def absorb(self, sent: Stack, updates: Stack, clients: int) -> None:
+        """Add Σ (c_i⁺ − c_i)/M to c, M all clients."""
+        del updates
+        c = self._c or {}
+        self._c = {name: c[name] + change.sum(0) / clients for name, change in sent.items()}
+
+    def state(self) -> Member:
+        """Return c."""
+        return self._c or {}
+
+    def restore(self, state: Member) -> None:
+        """Set c."""
+        self._c = state or None
+
+
+class Scaffold(Federated, Reproducible):
+    """Steps corrected by control variates; w ← w⁰ + η_g/m · Σ (w_i − w⁰), all clients alike."""
+
+    slug = "scaffold"
+    paper = "Karimireddy et al. 2020, SCAFFOLD: Stochastic Controlled Averaging for Federated Learning"
+    Settings = ScaffoldSettings
+    part = ControlPart
+    settings: ScaffoldSettings
+
+    def combine(self, received: Received) -> Member:
+        """Return w⁰ + η_g times the plain mean of updates."""
+        return moved(self.origin, received.updates, equal_weights(received) * self.settings.server_lr)
+
+
+def zeros(like: Member) -> Member:
+    """Return zeros of the same names and shapes."""
+    return {name: torch.zeros_like(value) for name, value in like.items()}
+
+
+def equal_weights(received: Received) -> Tensor:
+    """Return 1/m for each of the usable replies."""
+    m = len(received.partitions)
+    return torch.full((m,), 1 / m, dtype=torch.float64)

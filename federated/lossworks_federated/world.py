@@ -1,0 +1,71 @@
+"""What clients of a simulated federation have in common: data, split, architecture and loss."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from lossworks.cohort import Member, StackedModel
+from lossworks.data.examples import ExampleData, load_examples
+from lossworks.errors import UserError
+from lossworks.losses import RowLoss, create
+from lossworks.models import build_classifier
+from lossworks_federated.specs import TaskSpec
+from lossworks_federated.splits import Split, split_examples, with_feature_noise
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """Everything that follows from a task.
+
+    Attributes:
+        task: What it follows from.
+        data: All examples; the held-out ones are the server's.
+        split: Whose the training examples are.
+        inputs: Of all training examples, with each client's feature noise, (N, …).
+        labels: Their classes, int64 (N,).
+        model: The architecture.
+        initial: Parameters before the first round.
+        loss: The local objective, unreduced.
+    """
+
+    task: TaskSpec
+    data: ExampleData
+    split: Split
+    inputs: Tensor
+    labels: Tensor
+    model: StackedModel
+    initial: Member
+    loss: RowLoss
+
+
+def make_world(task: TaskSpec) -> World:
+    """Return the world of a task; the same task gives the same world in every process.
+
+    Raises:
+        UserError: The data can't be read or split, or the loss is none of classifiers' rows.
+    """
+    data = load_examples(task.data, task.seed)
+    split = split_examples(data.train.labels.numpy(), task.split, task.seed)
+    model = build_classifier(task.model, shape=data.shape, classes=len(data.names), seed=task.seed)
+    if any(True for _ in model.buffers()):
+        raise UserError("the model keeps buffers, which federated averaging would not know how to treat")
+    loss = create(task.loss.name, reduction="none", **task.loss.hyperparameters)
+    if not isinstance(loss, RowLoss):
+        raise UserError(f"loss.name={task.loss.name}: a federation's clients need a loss of rows")
+    return World(
+        task=task,
+        data=data,
+        split=split,
+        inputs=with_feature_noise(data.train.inputs, split, task.split.noise, task.seed),
+        labels=data.train.labels,
+        model=StackedModel(model),
+        initial={name: value.detach().clone() for name, value in model.named_parameters()},
+        loss=loss,
+    )
+
+
+@lru_cache(maxsize=2)
+def world_of(task: str) -> World:
+    """Return the world of a task given as JSON, made once in a process."""
+    return make_world(TaskSpec.model_validate_json(task))
