@@ -18,19 +18,20 @@ DROPPED_OUT = "fault: dropped out"
 
 
 def client_app(config: Mapping[str, Any] | None = None, privacy: PrivacySpec | None = None) -> ClientApp:
-    """Return the app.
+    """Return the app; what it is to do comes with each message.
 
     Args:
-        config: Run configuration where the engine brings none: ``task``, the task as JSON, and optionally
-            ``state-folder`` and ``deadline-s``.
+        config: Run configuration where the engine brings none: ``state-folder``, where clients keep what
+            they keep, and ``deadline-s``, which those that are made to straggle outlast.
         privacy: Which of Flower's mods it has.
     """
     app = ClientApp(mods=client_mods(privacy or PrivacySpec()))
     given = dict(config or {})
 
-    def configured(context: Context) -> tuple[World, Client]:
+    def configured(message: Message, context: Context) -> tuple[World, Client]:
         context.run_config = {**given, **context.run_config}
-        return world_of(str(context.run_config["task"])), Client(partition_of(context), context)
+        told: Any = message.content[CONFIG]
+        return world_of(str(told["task"])), Client(partition_of(context), context)
 
     @app.query()
     def _query(message: Message, context: Context) -> Message:
@@ -39,7 +40,7 @@ def client_app(config: Mapping[str, Any] | None = None, privacy: PrivacySpec | N
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:
-        world, client = configured(context)
+        world, client = configured(message, context)
         reply = train_clients(world, message.content, [client])[0]
         if reply.fault == "drop_out":
             raise RunError(DROPPED_OUT)
@@ -49,7 +50,7 @@ def client_app(config: Mapping[str, Any] | None = None, privacy: PrivacySpec | N
 
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
-        world, client = configured(context)
+        world, client = configured(message, context)
         return Message(as_records(test_clients(world, message.content, [client])[0]), reply_to=message)
 
     return app

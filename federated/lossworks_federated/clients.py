@@ -4,8 +4,9 @@ M clients of one instruction; w⁰ is the model they are sent.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import Context, RecordDict
@@ -26,7 +27,7 @@ from lossworks.cohort import (
 )
 from lossworks.metrics.classification import class_sums
 from lossworks_federated.faults import afflicted, fault_of
-from lossworks_federated.memory import keep, recall
+from lossworks_federated.memory import Moment, keep, recall
 from lossworks_federated.records import CONFIG, MODEL, member_from
 from lossworks_federated.rules import Together
 from lossworks_federated.specs import LocalSpec
@@ -96,7 +97,8 @@ def _train_at_once(world: World, content: RecordDict, clients: Sequence[Client],
         epochs=epochs,
         seeds=[(task.seed, server_round, client.partition) for client in clients],
     )
-    kept = _recalled(parts, clients, origin, server_round)
+    moment = _moment(config, server_round)
+    kept = _recalled(parts, clients, origin, moment)
     cohorts = [
         Cohort(world.model, origin, batches, task.local, _sent(content, part), kept[part.slug])
         for part in parts
@@ -118,7 +120,7 @@ def _train_at_once(world: World, content: RecordDict, clients: Sequence[Client],
         part.finish(cohort, trained.params, trained.steps)
         for part, cohort in zip(parts, cohorts, strict=True)
     ]
-    _keep(parts, outcomes, clients, server_round, local)
+    _keep(parts, outcomes, clients, moment, local)
     returned = trained.params
     for part in parts:
         returned = part.returned(origin, returned)
@@ -148,7 +150,7 @@ def test_clients(world: World, content: RecordDict, clients: Sequence[Client]) -
     server_round = int(config["server-round"])  # type: ignore[arg-type]
     origin = member_from(content.array_records[MODEL])
     parts = [part_of(entry) for entry in json.loads(str(config["parts"]))]
-    kept = _recalled(parts, clients, origin, server_round + 1)
+    kept = _recalled(parts, clients, origin, _moment(config, server_round + 1))
     own: Stack = {}
     for part in parts:
         # Only what a part changes is stacked: without that, all clients test one and the same model.
@@ -211,12 +213,12 @@ def _sent(content: RecordDict, part: Part) -> Member:
 
 
 def _recalled(
-    parts: Sequence[Part], clients: Sequence[Client], origin: Member, server_round: int
+    parts: Sequence[Part], clients: Sequence[Client], origin: Member, moment: Moment
 ) -> dict[str, Stack]:
     """Return what each client kept, stacked, by slug of the part."""
     keeping = [part for part in parts if part.keeps]
     slugs = [part.slug for part in keeping]
-    found = [recall(client.context, slugs, server_round) for client in clients] if keeping else []
+    found = [recall(client.context, slugs, moment) for client in clients] if keeping else []
     stacks: dict[str, Stack] = {part.slug: {} for part in parts}
     for part in keeping:
         initial = part.initial(origin)
@@ -228,7 +230,7 @@ def _keep(
     parts: Sequence[Part],
     outcomes: Sequence[Outcome],
     clients: Sequence[Client],
-    server_round: int,
+    moment: Moment,
     local: bool,
 ) -> None:
     keeping = [(part.slug, outcome.kept) for part, outcome in zip(parts, outcomes, strict=True) if part.keeps]
@@ -240,7 +242,12 @@ def _keep(
             slug: {name: value.clone() for name, value in member_of(stacked, index).items()}
             for slug, stacked in keeping
         }
-        keep(client.context, kept, server_round, local=local)
+        keep(client.context, kept, moment, local=local)
+
+
+def _moment(config: Mapping[str, Any], server_round: int) -> Moment:
+    every = int(config.get("checkpoint-every", 1))
+    return Moment(str(config.get("federation", "")), server_round, every)
 
 
 def _each(origin: Member, own: Stack, count: int) -> list[Member]:

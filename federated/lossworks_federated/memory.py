@@ -8,6 +8,7 @@ after the round it goes on from.
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
@@ -18,61 +19,81 @@ from lossworks_federated.records import array_record, flattened, grouped, member
 
 _KEPT = "kept."
 _ROUND = "kept-round"
-_VERSIONS = 2  # the newest of an unfinished round, and the one before it
 
 
-def recall(context: Context, slugs: Iterable[str], server_round: int) -> dict[str, Member]:
+@dataclass(frozen=True)
+class Moment:
+    """When something is recalled or kept.
+
+    Attributes:
+        federation: Name of the run; what was kept for another is not recalled.
+        server_round: The round.
+        checkpoint_every: Rounds between the states that the server may go on from.
+    """
+
+    federation: str
+    server_round: int
+    checkpoint_every: int = 1
+
+
+def recall(context: Context, slugs: Iterable[str], moment: Moment) -> dict[str, Member]:
     """Return what a client kept before a round, by slug of the part that it is for.
 
-    Args:
-        context: The client's.
-        slugs: Of the parts.
-        server_round: The round about to start; what was kept in it or later belongs to an attempt that was
-            stopped, and is left.
+    What was kept in that round or later belongs to an attempt that was stopped, and is left.
     """
     known = context.state.config_records.get(_ROUND)
-    if known is None or int(known["round"]) >= server_round:  # type: ignore[arg-type]
-        _read(context, server_round)
+    fits = known is not None and known["federation"] == moment.federation
+    if known is None or not fits or int(known["round"]) >= moment.server_round:  # type: ignore[arg-type]
+        _read(context, moment)
     records = context.state.array_records
     return {slug: member_from(records[_KEPT + slug]) for slug in slugs if _KEPT + slug in records}
 
 
-def keep(context: Context, kept: dict[str, Member], server_round: int, *, local: bool) -> None:
+def keep(context: Context, kept: dict[str, Member], moment: Moment, *, local: bool) -> None:
     """Keep what parts have for a client's next round."""
     for slug, member in kept.items():
         context.state[_KEPT + slug] = array_record(member, local=local)
-    context.state[_ROUND] = ConfigRecord({"round": server_round})
-    folder = _folder(context)
+    _mark(context, moment, moment.server_round)
+    folder = _folder(context, moment)
     if folder is not None and kept:
-        _write(folder, kept, server_round)
+        _write(folder, kept, moment)
 
 
-def _folder(context: Context) -> Path | None:
+def _mark(context: Context, moment: Moment, server_round: int) -> None:
+    context.state[_ROUND] = ConfigRecord({"round": server_round, "federation": moment.federation})
+
+
+def _folder(context: Context, moment: Moment) -> Path | None:
     named = context.run_config.get("state-folder")
-    return Path(str(named)) / str(context.node_config["partition-id"]) if named else None
+    if not named:
+        return None
+    # The name comes from the server: only its last part may name a folder here.
+    return Path(str(named)) / Path(moment.federation).name / str(context.node_config["partition-id"])
 
 
-def _write(folder: Path, kept: dict[str, Member], server_round: int) -> None:
+def _write(folder: Path, kept: dict[str, Member], moment: Moment) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / f"{server_round}.safetensors", flattened(kept))
-    for _, old in _versions(folder)[:-_VERSIONS]:
+    write_tensors(folder / f"{moment.server_round}.safetensors", flattened(kept))
+    # The server may go on from the last state it saved before this round.
+    safe = (moment.server_round - 1) // moment.checkpoint_every * moment.checkpoint_every
+    for _, old in [version for version in _versions(folder) if version[0] <= safe][:-1]:
         old.unlink(missing_ok=True)
 
 
-def _read(context: Context, server_round: int) -> None:
+def _read(context: Context, moment: Moment) -> None:
     """Put the newest version from before a round into the context, or nothing if there is none."""
     for name in [name for name in context.state if name.startswith(_KEPT)]:
         del context.state[name]
-    context.state[_ROUND] = ConfigRecord({"round": -1})
-    folder = _folder(context)
+    _mark(context, moment, -1)
+    folder = _folder(context, moment)
     versions = [] if folder is None or not folder.is_dir() else _versions(folder)
-    usable = [(number, file) for number, file in versions if number < server_round]
+    usable = [(number, file) for number, file in versions if number < moment.server_round]
     if not usable:
         return
     number, file = usable[-1]
     for slug, member in grouped(load_tensors(file)).items():
         context.state[_KEPT + slug] = array_record(member)
-    context.state[_ROUND] = ConfigRecord({"round": number})
+    _mark(context, moment, number)
 
 
 def _versions(folder: Path) -> list[tuple[int, Path]]:

@@ -2,17 +2,16 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from lossworks.cohort import Member
-from lossworks.errors import RunError
+from lossworks.errors import LossworksError, RunError
 from lossworks.tracking import Journal
 from lossworks_federated.counted_grid import CountedGrid
 from lossworks_federated.measures import drift, held_out, loss_terms, spread
@@ -20,17 +19,10 @@ from lossworks_federated.memory import load_tensors, write_tensors
 from lossworks_federated.privacy import with_privacy
 from lossworks_federated.records import array_record, flattened, grouped, member_from
 from lossworks_federated.screening import REASONS
-from lossworks_federated.specs import FederationSpec, StrategySpec
+from lossworks_federated.specs import FederationSpec, StrategySpec, TaskSpec
 from lossworks_federated.strategies.catalogue import strategy
-from lossworks_federated.strategies.interface import Plan
+from lossworks_federated.strategies.interface import Federated, Plan
 from lossworks_federated.world import World
-
-if TYPE_CHECKING:
-    from lossworks_federated.strategies.interface import Federated, Reproducible
-
-    class Ours(Federated, Reproducible):
-        """A strategy of ours."""
-
 
 _SAVED = 2  # newest states that stay
 _HOUR = 3600.0
@@ -49,7 +41,6 @@ class RoundFiles:
         self.journal = path / "metrics.jsonl"
         self.model = path / "model.safetensors"
         self.outcome = path / "outcome.json"
-        self.clients = path / "clients"
         self._states = path / "states"
 
     def save(self, server_round: int, groups: Mapping[str, Member], totals: Mapping[str, int]) -> None:
@@ -59,6 +50,11 @@ class RoundFiles:
         write_tensors(file, flattened(groups), totals=json.dumps(totals))
         for old in sorted(self._states.glob("*.safetensors"))[:-_SAVED]:
             old.unlink()
+
+    def rounds_done(self) -> int:
+        """Return the round of the newest state, 0 if there is none."""
+        saved = self.newest()
+        return saved[0] if saved else 0
 
     def newest(self) -> tuple[int, dict[str, Member], dict[str, int]] | None:
         """Return the newest whole state: its round, tensors and totals; None if there is none."""
@@ -79,7 +75,7 @@ class FederationOutcome:
     """How one strategy with one seed ended.
 
     Attributes:
-        status: finished or failed.
+        status: finished, stopped or failed.
         rounds: Rounds done.
         reason: Why it failed.
         metrics: The last round's.
@@ -122,38 +118,35 @@ class Rounds:
     ) -> None:
         self._spec, self._world, self._files = spec, world, files
         self._grid = CountedGrid(grid)
-        self.strategy = build_strategy(spec, chosen, world.task.seed)
+        self.strategy = build_strategy(spec, chosen, world.task, files.path.name)
         asked = min(spec.clients_per_round or spec.split.clients, spec.split.clients)
         self._outer: Strategy = with_privacy(self.strategy, spec.privacy, asked)
         self._timeout = spec.deadline_s or _HOUR
 
-    def run(self, proceed: Callable[[], bool] = lambda: True) -> FederationOutcome:
+    def run(self) -> FederationOutcome:
         """Do all rounds that are left and return how it ended.
-
-        Args:
-            proceed: Asked before each round; rounds end early, resumably, when it says no.
 
         Raises:
             RunError: A round had too few usable replies, or an aggregate is not finite. The last good model
                 is saved.
         """
         done, model = self._begin()
-        status, reason = "failed", "interrupted"
+        status, reason = "stopped", "interrupted"
         metrics: dict[str, float] = {}
         try:
             with Journal.open(self._files.journal) as journal:
                 if done == 0:
                     journal.write(0, held_out(self._world, model))
-                while done < self._spec.rounds and proceed():
+                while done < self._spec.rounds:
                     model, found = self._round(done + 1, model)
                     done += 1
                     journal.write(done, found)
                     metrics |= found
                     if done % self._spec.checkpoint_every == 0 or done == self._spec.rounds:
                         self._save(done, model)
-            status, reason = ("finished" if done == self._spec.rounds else "stopped"), ""
-        except RunError as error:
-            reason = str(error)
+            status, reason = "finished", ""
+        except LossworksError as error:
+            status, reason = "failed", str(error)
             raise
         finally:
             write_tensors(self._files.model, model)
@@ -184,9 +177,9 @@ class Rounds:
         usable = len(received.partitions)
         if aggregated is None or usable < self._spec.min_replies:
             raise RunError(
-                f"round {server_round}: {usable} usable replies of {len(asked)}, fewer than "
-                f"min_replies={self._spec.min_replies} ({described(received.refused)}); the last global model "
-                f"is {self._files.model}"
+                f"round {server_round}: {usable} usable replies of {len(asked)}, fewer than min_replies="
+                f"{self._spec.min_replies} ({described(received.refused)}); the last global model is "
+                f"{self._files.model}"
             )
         new = member_from(aggregated)
         ended = time.perf_counter()
@@ -234,10 +227,22 @@ class Rounds:
         }
 
 
-def build_strategy(spec: FederationSpec, chosen: StrategySpec, seed: int) -> "Ours":
-    """Return a strategy as a federation's spec asks for it."""
+def build_strategy(
+    spec: FederationSpec, chosen: StrategySpec, task: TaskSpec, federation: str = ""
+) -> Federated:
+    """Return a strategy as a federation's spec asks for it.
+
+    Args:
+        spec: The federation.
+        chosen: The strategy.
+        task: What its clients are told.
+        federation: Name under which clients keep what they keep.
+    """
     plan = Plan(
-        seed=seed,
+        seed=task.seed,
+        task=task.model_dump_json(),
+        federation=federation,
+        checkpoint_every=spec.checkpoint_every,
         clients_per_round=spec.clients_per_round,
         clients_tested=spec.measure.clients,
         test_every=spec.measure.every,
@@ -246,8 +251,7 @@ def build_strategy(spec: FederationSpec, chosen: StrategySpec, seed: int) -> "Ou
         deadline_s=spec.deadline_s or _HOUR,
         terms=spec.measure.terms,
     )
-    made = strategy(chosen.name)(plan=plan, also=chosen.also, **chosen.hyperparameters)
-    return made  # type: ignore[return-value]
+    return strategy(chosen.name)(plan=plan, also=chosen.also, **chosen.hyperparameters)
 
 
 def described(refused: Mapping[str, tuple[int, ...]]) -> str:

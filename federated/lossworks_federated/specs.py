@@ -157,10 +157,15 @@ class StrategySpec(Spec):
         from lossworks_federated.strategies.catalogue import check_settings
 
         usual = check_settings(self.name, {})
-        set_here = [f"{name}={value}" for name, value in self.hyperparameters.items() if value != usual[name]]
-        set_here += [f"lr={self.lr}"] if self.lr is not None else []
+        variant = f" ({self.hyperparameters['variant']})" if "variant" in usual else ""
+        set_here = [
+            f"{name}={value}"
+            for name, value in self.hyperparameters.items()
+            if value != usual[name] and name != "variant"
+        ]
+        set_here += [f"lr={self.lr:g}"] if self.lr is not None else []
         others = "".join(f" + {entry['name']}" for entry in self.also)
-        return " ".join([self.name + others, *set_here])
+        return " ".join([self.name + variant + others, *set_here])
 
     @model_validator(mode="after")
     def _fill_in(self) -> Self:
@@ -201,7 +206,9 @@ class FederationSpec(Spec):
         "simulation over Ray)",
     )
     strategies: tuple[StrategySpec, ...] = Field(
-        (StrategySpec(),), min_length=1, description="strategies to compare: slugs or mappings"
+        default_factory=lambda: (StrategySpec(),),  # not now: the strategies import this module
+        min_length=1,
+        description="strategies to compare: slugs or mappings",
     )
     seeds: tuple[int, ...] = Field(
         (0,), min_length=1, description="seeds; each has its own split, initial parameters and orders"
@@ -226,6 +233,33 @@ class FederationSpec(Spec):
     privacy: PrivacySpec = PrivacySpec()
     measure: MeasureSpec = MeasureSpec()
     tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        from lossworks_federated.privacy import require_compatible
+
+        self.loss.require(lambda entry: entry.kind == "row", "the clients of a federation")
+        if self.model.dropout:
+            raise ValueError(
+                f"model.dropout={self.model.dropout}: must be 0, since what is dropped would depend on who "
+                "else is trained in the same process"
+            )
+        if self.min_replies > min(self.clients_per_round or self.split.clients, self.split.clients):
+            raise ValueError(f"min_replies={self.min_replies}: more than the clients of a round")
+        if self.faults.straggle and self.engine == "flower" and self.deadline_s is None:
+            raise ValueError("faults.straggle with engine=flower needs a deadline_s that they outlast")
+        titles = [strategy.title for strategy in self.strategies]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"strategies: {title} is there twice; set label to tell them apart")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)}: the same seed twice gives the same result twice")
+        for strategy in self.strategies:
+            require_compatible(strategy, self.privacy)
+            names = [strategy.name, *(entry["name"] for entry in strategy.also)]
+            if "scaffold" in names and (self.local.optimizer != "sgd" or self.local.momentum):
+                raise ValueError("scaffold needs local.optimizer=sgd and local.momentum=0")
+        return self
 
     def task(self, strategy: StrategySpec, seed: int) -> TaskSpec:
         """Return what clients are told for one strategy and seed."""

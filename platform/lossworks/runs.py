@@ -6,10 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lossworks.errors import UserError, nearest
 from lossworks.home import runs_folder
-from lossworks.specs import AnyTrainSpec, RunSpec, read_train_spec
+from lossworks.specs import AnyTrainSpec, read_train_spec, read_yaml
+
+
+class Stored(Protocol):
+    """What a run's folder needs of its spec."""
+
+    @property
+    def storage(self) -> str | None:
+        """Folder of runs; that in the home folder if None."""
+
+    def to_yaml(self) -> str:
+        """Return the whole spec."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class RunFolder:
             yield
 
     @staticmethod
-    def check_storage(spec: RunSpec) -> None:
+    def check_storage(spec: Stored) -> None:
         """Check that folders of runs can be made.
 
         Raises:
@@ -111,7 +123,7 @@ class RunFolder:
             raise UserError(f"storage={folder}: can't be written: {error.strerror}") from None
 
     @classmethod
-    def create(cls, spec: RunSpec, run_id: str) -> "RunFolder":
+    def create(cls, spec: Stored, run_id: str) -> "RunFolder":
         """Make the folder of a new run and store its spec."""
         folder = cls((Path(spec.storage) if spec.storage else runs_folder()) / run_id)
         folder.path.mkdir(parents=True)
@@ -151,6 +163,6 @@ def _newest_first(folder: Path) -> Iterator[RunFolder]:
 
 def _name(folder: RunFolder) -> str:
     try:
-        return folder.spec().name
+        return str(read_yaml(folder.spec_file).get("name", ""))
     except UserError:
         return ""

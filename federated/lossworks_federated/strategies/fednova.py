@@ -17,7 +17,7 @@ class FedNova(Federated, Reproducible):
     """
 
     slug = "fednova"
-    paper = "Wang et al. 2020, Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization"
+    paper = "Wang et al. 2020, Tackling the Objective Inconsistency Problem in Federated Optimization"
     Settings = NoSettings
 
     def combine(self, received: Received) -> Member:

@@ -42,6 +42,9 @@ class Plan:
         clients_tested: How many test the global model; all if None.
         test_every: Rounds between tests.
         rounds: The last round, which is always tested; None if unknown.
+        task: What clients are told, as JSON; see :class:`lossworks_federated.specs.TaskSpec`.
+        federation: Name under which clients keep what they keep.
+        checkpoint_every: Rounds between states that the server saves.
         guard: Which replies are refused.
         deadline_s: Seconds to wait for replies outside of rounds.
         terms: Whether clients measure their loss after training, in rounds that are tested.
@@ -52,6 +55,9 @@ class Plan:
     clients_tested: int | None = None
     test_every: int = 1
     rounds: int | None = None
+    task: str = "{}"
+    federation: str = ""
+    checkpoint_every: int = 1
     guard: GuardSpec = field(default_factory=GuardSpec)
     deadline_s: float = 3600.0
     terms: bool = False
@@ -143,6 +149,9 @@ class Federated(Strategy):
         """Go on with what ``server_state`` returned."""
 
     origin: Member
+    plan: Plan
+    received: Received
+    tested: dict[int, Tested]
 
     def _check_finite(self, member: Member, server_round: int) -> None:
         bad = [name for name, value in member.items() if not value.isfinite().all()]
@@ -196,9 +205,8 @@ class Reproducible(FlowerFedAvg):
         partitions = [partition for partition, _ in chosen]
         for part in self.parts:
             part.before(partitions, lambda share, epochs: self._explore(share, epochs, nodes, arrays, grid))
-        content = self.content(
-            server_round, arrays, config, terms=self.plan.terms and self.plan.tests(server_round)
-        )
+        terms = self.plan.terms and self.plan.tests(server_round)
+        content = self.content(server_round, arrays, config, terms=terms)
         return self._messages(content, chosen, MessageType.TRAIN)
 
     def configure_evaluate(
@@ -246,8 +254,7 @@ class Reproducible(FlowerFedAvg):
         self, server_round: int, arrays: ArrayRecord, config: Mapping[str, Any] | None = None, **more: Any
     ) -> RecordDict:
         """Return what goes to clients: model, further arrays of parts, and configuration."""
-        settings = ConfigRecord({**(config or {}), "server-round": server_round, **more})
-        settings["parts"] = json.dumps(self.described)
+        settings = ConfigRecord({**(config or {}), **self._told(), "server-round": server_round, **more})
         content = RecordDict({MODEL: arrays, CONFIG: settings})
         for part in self.parts:
             further = part.to_clients(self.origin)
@@ -274,7 +281,7 @@ class Reproducible(FlowerFedAvg):
     def _explore(self, share: float, epochs: int, nodes: Nodes, arrays: ArrayRecord, grid: Grid) -> Received:
         """Let a share of the clients train plainly from w⁰, outside a round, and return usable replies."""
         chosen = self._drawn(nodes, max(1, round(share * len(nodes))), 0, _EXPLORE)
-        settings = ConfigRecord({"server-round": 0, "parts": "[]", "epochs": epochs})
+        settings = ConfigRecord({**self._told(), "parts": "[]", "server-round": 0, "epochs": epochs})
         content = RecordDict({MODEL: arrays, CONFIG: settings})
         replies = grid.send_and_receive(
             self._messages(content, chosen, MessageType.TRAIN), timeout=self.plan.deadline_s
@@ -312,6 +319,16 @@ class Reproducible(FlowerFedAvg):
             if partition is not None:
                 found.append((partition, reply))
         return sorted(found, key=lambda pair: pair[0])
+
+    def _told(self) -> dict[str, Any]:
+        """Return the configuration that clients get with every instruction."""
+        plan = self.plan
+        return {
+            "parts": json.dumps(self.described),
+            "task": plan.task,
+            "federation": plan.federation,
+            "checkpoint-every": plan.checkpoint_every,
+        }
 
     def _asked_of(self) -> list[int]:
         return [partition for partition, _ in self._asked]

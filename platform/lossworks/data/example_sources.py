@@ -38,6 +38,8 @@ def read_examples(spec: ExamplesSpec, seed: int) -> Read:
             return _image_folder(_folder(name), spec.image_size)
         case "hf":
             return _hugging_face(name, spec)
+        case "blobs":
+            return _blobs(int(name), seed)
         case "mnist1d":
             return _mnist1d(seed)
         case _:
@@ -83,6 +85,16 @@ def _scikit_learn(name: str) -> Read:
     found = loaders[name]()
     inputs = found.images[:, None] if name == "digits" else found.data
     return inputs, found.target.astype(np.int64), tuple(str(label) for label in found.target_names)
+
+
+def _blobs(examples: int, seed: int) -> Read:
+    """Return points around 10 centres in 32 dimensions, which no classifier tells apart without errors."""
+    from sklearn.datasets import make_blobs
+
+    inputs, labels = make_blobs(
+        examples, n_features=32, centers=10, cluster_std=2.5, center_box=(-1.5, 1.5), random_state=seed
+    )
+    return inputs, labels.astype(np.int64), tuple(str(number) for number in range(10))
 
 
 def _mnist1d(seed: int) -> Read:

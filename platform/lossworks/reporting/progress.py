@@ -22,11 +22,14 @@ _FORMATS = {
     "train/loss": "loss {:.4f}",
     "eval/loss": "held-out {:.4f}",
     "eval/accuracy": "accuracy {:.4f}",
+    "server/accuracy": "accuracy {:.4f}",
+    "clients/accuracy_worst10": "worst tenth {:.4f}",
     "train/tokens_per_second": "{:,.0f} tokens/s",
     "train/examples_per_second": "{:,.0f} examples/s",
 }
 _BAR = (
     "train/loss",
+    "server/accuracy",
     "train/tokens_per_second",
     "train/examples_per_second",
 )  # more does not fit into 80 columns
@@ -42,13 +45,21 @@ class TrainProgress:
         total_steps: Steps of the whole run.
         first_step: Steps that were done before, when a run goes on.
         console: Where to; standard output if unset.
+        unit: What is counted.
     """
 
-    def __init__(self, total_steps: int, *, first_step: int = 0, console: Console | None = None) -> None:
-        self._total = total_steps
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        console: Console | None = None,
+        unit: str = "step",
+    ) -> None:
+        self._total, self._unit = total_steps, unit
         self._step = first_step
         self._console = console or Console()
-        self._bar = _bar(self._console) if self._console.is_terminal else None
+        self._bar = _bar(self._console, unit) if self._console.is_terminal else None
         self._task = (
             None
             if self._bar is None
@@ -104,7 +115,11 @@ class TrainProgress:
     def _print_line(self) -> None:
         self._printed_at, self._printed_step = time.monotonic(), self._step
         elapsed = time.monotonic() - self._began
-        parts = [f"step {self._step}/{self._total}", self._facts(_FORMATS), f"elapsed {_duration(elapsed)}"]
+        parts = [
+            f"{self._unit} {self._step}/{self._total}",
+            self._facts(_FORMATS),
+            f"elapsed {_duration(elapsed)}",
+        ]
         if self._first_row is not None and self._step < self._total:
             at, step = self._first_row
             if self._step > step:
@@ -117,10 +132,10 @@ class TrainProgress:
         return "  ".join(_FORMATS[name].format(self._values[name]) for name in known)
 
 
-def _bar(console: Console) -> Progress:
+def _bar(console: Console, unit: str) -> Progress:
     return Progress(
         BarColumn(bar_width=None),
-        TextColumn("step"),
+        TextColumn(unit),
         MofNCompleteColumn(),
         TextColumn("{task.fields[facts]}", markup=False),
         TimeElapsedColumn(),

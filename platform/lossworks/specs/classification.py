@@ -12,6 +12,7 @@ from lossworks.specs.train import RunSpec, TrainSpec
 
 BUILT_IN = ("digits", "breast-cancer", "wine", "mnist1d")
 FROM_PATH = ("csv", "npz", "imagefolder")
+_FORMS = ", ".join([*BUILT_IN, "blobs:N", *(f"{kind}:PATH" for kind in FROM_PATH)]) + " or hf:NAME"
 
 
 class ExamplesSpec(Spec):
@@ -19,7 +20,7 @@ class ExamplesSpec(Spec):
 
     source: str = Field(
         "digits",
-        description=f"{', '.join(BUILT_IN)}, csv:PATH (numeric columns and a label), npz:PATH (arrays x and "
+        description=f"{', '.join(BUILT_IN)}, blobs:N (N points around 10 centres), csv:PATH (numeric columns and a label), npz:PATH (arrays x and "
         "y), imagefolder:PATH (a folder a class) or hf:NAME (the datasets library; needs a network)",
     )
     label: str = Field(
@@ -47,12 +48,10 @@ class ExamplesSpec(Spec):
     @classmethod
     def _is_known(cls, value: str) -> str:
         kind, colon, name = value.partition(":")
-        if value in BUILT_IN or (colon and name and kind in (*FROM_PATH, "hf")):
+        blobs = kind == "blobs" and name.isdigit() and 20 <= int(name) <= 10**8
+        if value in BUILT_IN or blobs or (colon and name and kind in (*FROM_PATH, "hf")):
             return value
-        raise ValueError(
-            f"must be one of {', '.join(BUILT_IN)}, or {', '.join(f'{kind}:PATH' for kind in FROM_PATH)} or "
-            "hf:NAME"
-        )
+        raise ValueError(f"must be one of {_FORMS}, with at least 20 blobs")
 
 
 class ClassifierModelSpec(Spec):

@@ -1,0 +1,110 @@
+"""``federate(spec)``: strategies compared over seeds, tracked in MLflow."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lossworks.errors import RunError
+from lossworks.runs import RunFolder
+from lossworks_federated.comparison import Comparison, compare
+from lossworks_federated.session import Child, Session, Watcher, finish_session, open_session
+from lossworks_federated.specs import FederationSpec
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+    from lossworks_federated.world import World
+
+
+@dataclass(frozen=True)
+class FederationResult:
+    """A federation that has ended.
+
+    Attributes:
+        folder: Its folder, named after its id in MLflow.
+        comparison: Figures of every strategy.
+        pictures: What was drawn.
+        failed: Titles of the children that failed, with the reason.
+    """
+
+    folder: RunFolder
+    comparison: Comparison
+    pictures: tuple[Path, ...]
+    failed: tuple[tuple[str, str], ...]
+
+
+def federate(
+    spec: FederationSpec, *, resume: RunFolder | None = None, watcher: Watcher | None = None
+) -> FederationResult:
+    """Run a federation as ``spec`` says, or go on with one, and return how it ended.
+
+    Args:
+        spec: The federation.
+        resume: Go on with this run: what finished is kept, the rest goes on from the last saved round.
+        watcher: Sees it go on.
+
+    Raises:
+        UserError: Something in the spec can't work; no client was started.
+        RunError: The engine failed. A strategy that fails is in the result instead.
+    """
+    from lossworks.tracking import check_tracking
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    watcher = watcher or Watcher()
+    check_tracking(spec.tracking)
+    RunFolder.check_storage(spec)
+    # Data, split and models are made once before anything is entered anywhere, to see that they can be.
+    Session.check(spec)
+    session = open_session(spec, resume, watcher)
+    with session.folder.hold():
+        try:
+            _run(session)
+        finally:
+            pictures = draw(session)
+            try:
+                finish_session(session, [*pictures, session.folder.path / "comparison.csv"])
+            except RunError as error:
+                watcher.say(str(error))
+    ended = [(child, child.outcome) for child in session.children]
+    failed = tuple((child.title, end.reason) for child, end in ended if end and end.status == "failed")
+    return FederationResult(session.folder, compare(session), tuple(pictures), failed)
+
+
+def _run(session: Session) -> None:
+    spec, state = session.spec, str(session.folder.path / "clients")
+    if all(child.outcome and child.outcome.status == "finished" for child in session.children):
+        return
+    if spec.engine == "flower":
+        from lossworks_federated.simulation import simulate
+
+        simulate(spec, lambda grid: session.run(lambda _world, _child: grid), state_folder=state)
+        return
+    from lossworks_federated.grid import CohortGrid
+
+    def grid_of(world: "World", child: Child) -> "Grid":
+        del child
+        return CohortGrid(world, {"state-folder": state}, spec.privacy)
+
+    session.run(grid_of)
+
+
+def draw(session: Session) -> list[Path]:
+    """Draw the comparison and each seed's split; return what was drawn."""
+    from lossworks_federated.comparison_picture import draw_comparison
+    from lossworks_federated.split_picture import draw_split
+
+    comparison = compare(session)
+    comparison.write_csv(session.folder.path / "comparison.csv")
+    pictures = []
+    if comparison.entries:
+        path = session.folder.path / "comparison.png"
+        pictures.append(draw_comparison(comparison, path, title=session.spec.name))
+    for seed in session.spec.seeds:
+        child = next(child for child in session.children if child.seed == seed)
+        if child.files.journal.is_file():
+            world = session.world(child)
+            path = session.folder.path / f"split-seed{seed}.png"
+            title = f"{session.spec.name}, seed {seed}: {session.spec.split.kind}"
+            pictures.append(draw_split(world.split, path, title=title, names=world.data.names))
+    return pictures

@@ -1,0 +1,68 @@
+"""``engine=flower``: Flower's own simulation, a process a core, over Ray."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from lossworks.errors import RunError
+from lossworks_federated.specs import FederationSpec
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+    from flwr.serverapp import Grid
+
+
+def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_folder: str) -> None:
+    """Do ``work`` with the Grid of a simulation that has the spec's clients.
+
+    Args:
+        spec: The federation.
+        work: Called in a thread.
+        state_folder: Where clients keep what they keep.
+
+    Raises:
+        RunError: The simulation failed.
+    """
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    from lossworks_federated.client_app import client_app
+
+    server = ServerApp()
+    failures: list[BaseException] = []
+
+    @server.main()
+    def _main(grid: "Grid", context: "Context") -> None:
+        del context
+        try:
+            work(grid)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    config = {"state-folder": state_folder, "deadline-s": spec.deadline_s or 0.0}
+    # Its advice to use the command line doesn't fit a library that calls it.
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            run_simulation(
+                server,
+                client_app(config, spec.privacy),
+                spec.split.clients,
+                backend_config={
+                    "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                    "init_args": {
+                        "num_cpus": len(os.sched_getaffinity(0)),
+                        "include_dashboard": False,
+                        "log_to_driver": False,
+                        "logging_level": "ERROR",
+                    },
+                },
+            )
+        except Exception as error:
+            if failures:
+                raise failures[0] from None
+            raise RunError(f"engine=flower: the simulation failed: {error}") from error
