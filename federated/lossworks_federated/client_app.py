@@ -1,14 +1,14 @@
 """The ClientApp: the same in Flower's simulation and on a real federation's SuperNodes."""
 
 import time
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from lossworks.errors import RunError
-from lossworks_federated.clients import Client, Reply, test_clients, train_clients
+from lossworks_federated.clients import Client, Reply, evaluate_clients, train_clients
 from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG, METRICS, array_record
 from lossworks_federated.specs import PrivacySpec
@@ -17,21 +17,24 @@ from lossworks_federated.world import World, world_of
 DROPPED_OUT = "fault: dropped out"
 
 
-def client_app(config: Mapping[str, Any] | None = None, privacy: PrivacySpec | None = None) -> ClientApp:
+def client_app(
+    state_folder: Path | None = None, privacy: PrivacySpec | None = None, deadline_s: float = 0.0
+) -> ClientApp:
     """Return the app; what it is to do comes with each message.
 
     Args:
-        config: Run configuration where the engine brings none: ``state-folder``, where clients keep what
-            they keep, and ``deadline-s``, which those that are made to straggle outlast.
+        state_folder: Where clients keep things beyond the end of their process; a node's own configuration
+            ``state-folder`` comes first.
         privacy: Which of Flower's mods it has.
+        deadline_s: What a client that is made to straggle outlasts.
     """
     app = ClientApp(mods=client_mods(privacy or PrivacySpec()))
-    given = dict(config or {})
 
-    def configured(message: Message, context: Context) -> tuple[World, Client]:
-        context.run_config = {**given, **context.run_config}
+    def configured(message: Message, context: Context) -> tuple[World, Client, Path | None]:
         told: Any = message.content[CONFIG]
-        return world_of(str(told["task"])), Client(partition_of(context), context)
+        named = context.node_config.get("state-folder")
+        folder = Path(str(named)) if named else state_folder
+        return world_of(str(told["task"])), Client(partition_of(context), context), folder
 
     @app.query()
     def _query(message: Message, context: Context) -> Message:
@@ -40,18 +43,19 @@ def client_app(config: Mapping[str, Any] | None = None, privacy: PrivacySpec | N
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:
-        world, client = configured(message, context)
-        reply = train_clients(world, message.content, [client])[0]
+        world, client, folder = configured(message, context)
+        reply = train_clients(world, message.content, [client], folder=folder)[0]
         if reply.fault == "drop_out":
             raise RunError(DROPPED_OUT)
         if reply.fault == "straggle":
-            time.sleep(float(context.run_config.get("deadline-s", 0)) + 1)
+            time.sleep(deadline_s + 1)
         return Message(as_records(reply), reply_to=message)
 
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
-        world, client = configured(message, context)
-        return Message(as_records(test_clients(world, message.content, [client])[0]), reply_to=message)
+        world, client, folder = configured(message, context)
+        reply = evaluate_clients(world, message.content, [client], folder=folder)[0]
+        return Message(as_records(reply), reply_to=message)
 
     return app
 

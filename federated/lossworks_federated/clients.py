@@ -6,6 +6,7 @@ M clients of one instruction; w⁰ is the model they are sent.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,12 @@ class Reply:
 
 
 def train_clients(
-    world: World, content: RecordDict, clients: Sequence[Client], *, local: bool = False
+    world: World,
+    content: RecordDict,
+    clients: Sequence[Client],
+    *,
+    folder: Path | None = None,
+    local: bool = False,
 ) -> list[Reply]:
     """Train clients as an instruction says.
 
@@ -70,6 +76,7 @@ def train_clients(
         world: Theirs.
         content: The instruction: model, configuration, further arrays of parts.
         clients: Who.
+        folder: Where they keep things beyond the end of this process; None for nowhere.
         local: Whether what they keep stays in this process.
 
     Returns:
@@ -80,11 +87,13 @@ def train_clients(
     return [
         reply
         for start in range(0, len(clients), at_once)
-        for reply in _train_at_once(world, content, clients[start : start + at_once], local)
+        for reply in _train_at_once(world, content, clients[start : start + at_once], folder, local)
     ]
 
 
-def _train_at_once(world: World, content: RecordDict, clients: Sequence[Client], local: bool) -> list[Reply]:
+def _train_at_once(
+    world: World, content: RecordDict, clients: Sequence[Client], folder: Path | None, local: bool
+) -> list[Reply]:
     task, config = world.task, content.config_records[CONFIG]
     server_round = int(config["server-round"])  # type: ignore[arg-type]
     epochs = int(config.get("epochs", task.local.epochs))  # type: ignore[arg-type]
@@ -97,7 +106,7 @@ def _train_at_once(world: World, content: RecordDict, clients: Sequence[Client],
         epochs=epochs,
         seeds=[(task.seed, server_round, client.partition) for client in clients],
     )
-    moment = _moment(config, server_round)
+    moment = _moment(config, server_round, folder)
     kept = _recalled(parts, clients, origin, moment)
     cohorts = [
         Cohort(world.model, origin, batches, task.local, _sent(content, part), kept[part.slug])
@@ -144,13 +153,15 @@ def _train_at_once(world: World, content: RecordDict, clients: Sequence[Client],
     return replies
 
 
-def test_clients(world: World, content: RecordDict, clients: Sequence[Client]) -> list[Reply]:
+def evaluate_clients(
+    world: World, content: RecordDict, clients: Sequence[Client], *, folder: Path | None = None
+) -> list[Reply]:
     """Test the model that clients are sent on their own test examples; see ``train_clients``."""
     config = content.config_records[CONFIG]
     server_round = int(config["server-round"])  # type: ignore[arg-type]
     origin = member_from(content.array_records[MODEL])
     parts = [part_of(entry) for entry in json.loads(str(config["parts"]))]
-    kept = _recalled(parts, clients, origin, _moment(config, server_round + 1))
+    kept = _recalled(parts, clients, origin, _moment(config, server_round + 1, folder))
     own: Stack = {}
     for part in parts:
         # Only what a part changes is stacked: without that, all clients test one and the same model.
@@ -245,9 +256,9 @@ def _keep(
         keep(client.context, kept, moment, local=local)
 
 
-def _moment(config: Mapping[str, Any], server_round: int) -> Moment:
+def _moment(config: Mapping[str, Any], server_round: int, folder: Path | None) -> Moment:
     every = int(config.get("checkpoint-every", 1))
-    return Moment(str(config.get("federation", "")), server_round, every)
+    return Moment(str(config.get("federation", "")), server_round, every, folder)
 
 
 def _each(origin: Member, own: Stack, count: int) -> list[Member]:

@@ -124,7 +124,7 @@ def _draw_spread(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[
         return
     boxes = axes.boxplot(
         values,
-        vert=False,
+        orientation="horizontal",
         widths=0.6,
         patch_artist=True,
         whis=(10, 90),

@@ -72,7 +72,7 @@ def federate(
 
 
 def _run(session: Session) -> None:
-    spec, state = session.spec, str(session.folder.path / "clients")
+    spec, state = session.spec, session.folder.path / "clients"
     if all(child.outcome and child.outcome.status == "finished" for child in session.children):
         return
     if spec.engine == "flower":
@@ -84,7 +84,7 @@ def _run(session: Session) -> None:
 
     def grid_of(world: "World", child: Child) -> "Grid":
         del child
-        return CohortGrid(world, {"state-folder": state}, spec.privacy)
+        return CohortGrid(world, state, spec.privacy)
 
     session.run(grid_of)
 

@@ -1,6 +1,7 @@
 """A Grid whose clients live in this process and are trained at once."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
@@ -10,7 +11,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from lossworks_federated.client_app import DROPPED_OUT, as_records
-from lossworks_federated.clients import Client, Reply, test_clients, train_clients
+from lossworks_federated.clients import Client, Reply, evaluate_clients, train_clients
 from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG
 from lossworks_federated.specs import PrivacySpec
@@ -27,16 +28,16 @@ class CohortGrid(Grid):
 
     Args:
         world: What clients have in common.
-        config: Run configuration that clients see.
+        state_folder: Where clients keep things beyond the end of this process; None for nowhere.
         privacy: Flower's mods around each reply.
     """
 
     def __init__(
-        self, world: World, config: Mapping[str, Any] | None = None, privacy: PrivacySpec | None = None
+        self, world: World, state_folder: Path | None = None, privacy: PrivacySpec | None = None
     ) -> None:
         # Messages take their run and sender from here; inside `flwr run` Flower sets it.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, 1, 1
-        self._world, self._config = world, dict(config or {})
+        self._world, self._folder = world, state_folder
         self._mods = client_mods(privacy or PrivacySpec())
         self._contexts: dict[int, Context] = {}
         self._run = Run.create_empty(_RUN)
@@ -105,9 +106,9 @@ class CohortGrid(Grid):
             ]
         content = group[0].content
         if kind == MessageType.TRAIN:
-            replies = train_clients(self._world, content, clients, local=True)
+            replies = train_clients(self._world, content, clients, folder=self._folder, local=True)
         else:
-            replies = test_clients(self._world, content, clients)
+            replies = evaluate_clients(self._world, content, clients, folder=self._folder)
         return [
             answer
             for message, client, reply in zip(group, clients, replies, strict=True)
@@ -138,7 +139,7 @@ class CohortGrid(Grid):
                 node_id=node,
                 node_config={"partition-id": partition, "num-partitions": len(self.partitions)},
                 state=RecordDict(),
-                run_config=self._config,
+                run_config={},
             )
             self._contexts[partition] = context
         return Client(partition, context)

@@ -1,8 +1,7 @@
 """What a client keeps between rounds: in Flower's context, and in a folder of its own if it has one.
 
-The context lives as long as the client's node. The folder, named by the run configuration's
-``state-folder``, outlives it, so that a federation that was stopped goes on with the clients as they were
-after the round it goes on from.
+The context lives as long as the client's node. The folder outlives it, so that a federation that was stopped
+goes on with the clients as they were after the round it goes on from.
 """
 
 import json
@@ -29,11 +28,13 @@ class Moment:
         federation: Name of the run; what was kept for another is not recalled.
         server_round: The round.
         checkpoint_every: Rounds between the states that the server may go on from.
+        folder: Where clients of this process keep things beyond its end; None for nowhere.
     """
 
     federation: str
     server_round: int
     checkpoint_every: int = 1
+    folder: Path | None = None
 
 
 def recall(context: Context, slugs: Iterable[str], moment: Moment) -> dict[str, Member]:
@@ -64,11 +65,10 @@ def _mark(context: Context, moment: Moment, server_round: int) -> None:
 
 
 def _folder(context: Context, moment: Moment) -> Path | None:
-    named = context.run_config.get("state-folder")
-    if not named:
+    if moment.folder is None:
         return None
     # The name comes from the server: only its last part may name a folder here.
-    return Path(str(named)) / Path(moment.federation).name / str(context.node_config["partition-id"])
+    return moment.folder / Path(moment.federation).name / str(context.node_config["partition-id"])
 
 
 def _write(folder: Path, kept: dict[str, Member], moment: Moment) -> None:

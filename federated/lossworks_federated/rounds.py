@@ -18,7 +18,7 @@ from lossworks_federated.measures import drift, held_out, loss_terms, spread
 from lossworks_federated.memory import load_tensors, write_tensors
 from lossworks_federated.privacy import with_privacy
 from lossworks_federated.records import array_record, flattened, grouped, member_from
-from lossworks_federated.screening import REASONS
+from lossworks_federated.screening import REASONS, Received
 from lossworks_federated.specs import FederationSpec, StrategySpec, TaskSpec
 from lossworks_federated.strategies.catalogue import strategy
 from lossworks_federated.strategies.interface import Federated, Plan
@@ -178,7 +178,7 @@ class Rounds:
         if aggregated is None or usable < self._spec.min_replies:
             raise RunError(
                 f"round {server_round}: {usable} usable replies of {len(asked)}, fewer than min_replies="
-                f"{self._spec.min_replies} ({described(received.refused)}); the last global model is "
+                f"{self._spec.min_replies} ({described(received)}); the last global model is "
                 f"{self._files.model}"
             )
         new = member_from(aggregated)
@@ -254,10 +254,11 @@ def build_strategy(
     return strategy(chosen.name)(plan=plan, also=chosen.also, **chosen.hyperparameters)
 
 
-def described(refused: Mapping[str, tuple[int, ...]]) -> str:
+def described(received: Received) -> str:
     """Return in words which clients' replies are left out and why."""
     parts = []
-    for reason, who in refused.items():
+    for reason, who in received.refused.items():
         shown = ", ".join(map(str, who[:5])) + (", …" if len(who) > 5 else "")
-        parts.append(f"{REASONS[reason]}: client{'s' if len(who) > 1 else ''} {shown}")
+        says = f", says {received.error!r}" if reason == "failed" else ""
+        parts.append(f"{REASONS[reason]}: client{'s' if len(who) > 1 else ''} {shown}{says}")
     return "; ".join(parts) or "all that were asked answered"

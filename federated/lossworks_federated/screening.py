@@ -37,6 +37,7 @@ class Received:
         updates: g_i = w_i − w⁰, (m, …).
         sent: By slug of a part, what clients sent for it, (m, …).
         refused: By reason, the partitions of replies that are left out.
+        error: What the first client that failed says.
     """
 
     messages: tuple[Message, ...]
@@ -47,12 +48,13 @@ class Received:
     updates: Stack
     sent: dict[str, Stack]
     refused: dict[str, tuple[int, ...]]
+    error: str = ""
 
     @classmethod
-    def nothing(cls, refused: Mapping[str, Sequence[int]] | None = None) -> "Received":
+    def nothing(cls, refused: Mapping[str, Sequence[int]] | None = None, error: str = "") -> "Received":
         """Return a round without a usable reply."""
         left_out = {reason: tuple(who) for reason, who in (refused or {}).items() if who}
-        return cls((), (), torch.zeros(0, dtype=torch.float64), (), {}, {}, {}, left_out)
+        return cls((), (), torch.zeros(0, dtype=torch.float64), (), {}, {}, {}, left_out, error)
 
     def column(self, name: str) -> Tensor:
         """Return what each client reported under a name, float64 (m,)."""
@@ -90,8 +92,9 @@ def screen(
             refused[reason].append(partition)
         else:
             usable.append((partition, reply))
+    error = next((_last_line(reply.error.reason) for _, reply in replies if reply.has_error()), "")
     if not usable:
-        return Received.nothing(refused)
+        return Received.nothing(refused, error)
     stacks = {which: _stacked([reply for _, reply in usable], which, shapes) for which in (MODEL, *sending)}
     keep = torch.stack([_finite(stack) for stack in stacks.values()]).all(0)
     _note(refused["nonfinite"], usable, keep)
@@ -100,7 +103,7 @@ def screen(
         _note(refused[reason], usable, good | ~keep)
         keep &= good
     if not keep.any():
-        return Received.nothing(refused)
+        return Received.nothing(refused, error)
     if not keep.all():
         usable = [pair for pair, good in zip(usable, keep.tolist(), strict=True) if good]
         stacks = {which: _rows(stack, keep) for which, stack in stacks.items()}
@@ -118,7 +121,15 @@ def screen(
         updates=updates,
         sent={slug: stacks[slug] for slug in sending},
         refused={reason: tuple(who) for reason, who in refused.items() if who},
+        error=error,
     )
+
+
+def _last_line(reason: str | None) -> str:
+    """Return the line of an error's text that says what it was; Flower sends whole tracebacks."""
+    lines = [line.strip(" '>") for line in (reason or "").replace("\\n", "\n").splitlines()]
+    lines = [line for line in lines if line]
+    return lines[-1].split("Message: ")[-1][-200:] if lines else ""
 
 
 def _metrics(reply: Message) -> Any:

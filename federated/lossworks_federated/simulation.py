@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossworks.errors import RunError
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 
-def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_folder: str) -> None:
+def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_folder: Path) -> None:
     """Do ``work`` with the Grid of a simulation that has the spec's clients.
 
     Args:
@@ -42,7 +43,6 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
             failures.append(error)
             raise
 
-    config = {"state-folder": state_folder, "deadline-s": spec.deadline_s or 0.0}
     # Its advice to use the command line doesn't fit a library that calls it.
     logging.getLogger("flwr").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -50,7 +50,7 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
         try:
             run_simulation(
                 server,
-                client_app(config, spec.privacy),
+                client_app(state_folder, spec.privacy, spec.deadline_s or 0.0),
                 spec.split.clients,
                 backend_config={
                     "client_resources": {"num_cpus": 1, "num_gpus": 0.0},

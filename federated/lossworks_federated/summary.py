@@ -96,11 +96,9 @@ def _table(comparison: Comparison, seeds: int) -> Table:
     ]
     if comparison.target is not None:
         columns.append((f"rounds to {comparison.target:g}", comparison.reached))
-        columns.append(
-            ("MiB to it", lambda name: _mean(comparison, name, "bytes_to_target", "{:.1f}", 2**20))
-        )
+        columns.append(("MiB to it", lambda name: _mean(comparison, name, "bytes_to_target", "{:.1f}", _MIB)))
     columns += [
-        ("MiB sent", lambda name: _mean(comparison, name, "bytes", "{:.1f}", 2**20)),
+        ("MiB sent", lambda name: _mean(comparison, name, "bytes", "{:.1f}", _MIB)),
         ("left out", lambda name: _mean(comparison, name, "left_out", "{:.0f}")),
         ("s a round", lambda name: _mean(comparison, name, "seconds_per_round", "{:.3f}")),
     ]

@@ -38,10 +38,8 @@ def read_examples(spec: ExamplesSpec, seed: int) -> Read:
             return _image_folder(_folder(name), spec.image_size)
         case "hf":
             return _hugging_face(name, spec)
-        case "blobs":
-            return _blobs(int(name), seed)
-        case "mnist1d":
-            return _mnist1d(seed)
+        case "blobs" | "mnist1d":
+            return _blobs(int(name), seed) if kind == "blobs" else _mnist1d(seed)
         case _:
             return _scikit_learn(kind)
 

@@ -20,8 +20,9 @@ class ExamplesSpec(Spec):
 
     source: str = Field(
         "digits",
-        description=f"{', '.join(BUILT_IN)}, blobs:N (N points around 10 centres), csv:PATH (numeric columns and a label), npz:PATH (arrays x and "
-        "y), imagefolder:PATH (a folder a class) or hf:NAME (the datasets library; needs a network)",
+        description=f"{', '.join(BUILT_IN)}, blobs:N (N points around 10 centres), csv:PATH (numeric "
+        "columns and a label), npz:PATH (arrays x and y), imagefolder:PATH (a folder a class) or hf:NAME "
+        "(the datasets library; needs a network)",
     )
     label: str = Field(
         "label", min_length=1, description="column with the class, of a csv file or hf data set"
