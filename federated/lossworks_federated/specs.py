@@ -20,10 +20,11 @@ class SplitSpec(Spec):
 
     shorthand: ClassVar[str | None] = "kind"
 
-    kind: Literal["iid", "dirichlet", "shards", "quantity"] = Field(
+    kind: Literal["iid", "dirichlet", "shards", "quantity", "natural"] = Field(
         "dirichlet",
         description="iid; dirichlet (each class is cut by its own draw of shares); shards (examples sorted "
-        "by label are cut into equal shards, so many a client); quantity (sizes are drawn, labels alike)",
+        "by label are cut into equal shards, so many a client); quantity (sizes are drawn, labels alike); "
+        "natural (by data.owner; where owners are more than clients, several share one)",
     )
     clients: int = Field(20, ge=1, le=1_000_000, description="clients, M")
     alpha: float = Field(
@@ -239,6 +240,8 @@ class FederationSpec(Spec):
         from lossworks_federated.privacy import require_compatible
 
         self.loss.require(lambda entry: entry.kind == "row", "the clients of a federation")
+        if (self.split.kind == "natural") != (self.data.owner is not None):
+            raise ValueError("split.kind=natural and data.owner need each other")
         if self.model.dropout:
             raise ValueError(
                 f"model.dropout={self.model.dropout}: must be 0, since what is dropped would depend on who "

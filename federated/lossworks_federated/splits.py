@@ -54,11 +54,17 @@ class Split:
         }
 
 
-def split_examples(labels: np.ndarray, spec: SplitSpec, seed: int) -> Split:
-    """Return a split of examples with labels (N,) int64 in [0, K).
+def split_examples(labels: np.ndarray, spec: SplitSpec, seed: int, owners: np.ndarray | None = None) -> Split:
+    """Return a split of examples.
+
+    Args:
+        labels: Shape (N,), int64 in [0, K).
+        spec: How.
+        seed: Of all draws.
+        owners: Whom each example belongs to, shape (N,), for ``kind=natural``.
 
     Raises:
-        UserError: There are too few examples for the clients.
+        UserError: There are too few examples, or owners, for the clients.
     """
     need = spec.clients * spec.min_size
     if len(labels) < need:
@@ -68,7 +74,10 @@ def split_examples(labels: np.ndarray, spec: SplitSpec, seed: int) -> Split:
         )
     # Partitioners cut classes and sizes in the order they find.
     shuffled = np.random.default_rng([seed, _ORDER]).permutation(len(labels))
-    parts = [shuffled[rows] for rows in _partition(labels[shuffled], spec, seed)]
+    if spec.kind == "natural":
+        parts = _by_owner(owners, spec.clients)
+    else:
+        parts = [shuffled[rows] for rows in _partition(labels[shuffled], spec, seed)]
     parts, moved = _with_least(parts, spec.min_size)
     classes = int(labels.max()) + 1
     counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in parts])
@@ -121,6 +130,17 @@ def _shards(labels: np.ndarray, spec: SplitSpec, seed: int) -> list[np.ndarray]:
     shards = np.array_split(labels.argsort(kind="stable"), pieces)
     dealt = np.random.default_rng([seed, _SIZES]).permutation(pieces).reshape(spec.clients, each)
     return [np.concatenate([shards[piece] for piece in own]) for own in dealt]
+
+
+def _by_owner(owners: np.ndarray | None, clients: int) -> list[np.ndarray]:
+    """Return each client's rows: one owner's, or those of several, in the order of their names."""
+    if owners is None:
+        raise UserError("split.kind=natural: the examples have no owners; name their column as data.owner")
+    names, numbers = np.unique(owners, return_inverse=True)
+    if len(names) < clients:
+        raise UserError(f"split.clients={clients}: the examples have {len(names)} owners")
+    client_of = np.arange(len(names)) * clients // len(names)
+    return [np.flatnonzero(client_of[numbers] == client) for client in range(clients)]
 
 
 def _with_least(parts: list[np.ndarray], least: int) -> tuple[list[np.ndarray], int]:

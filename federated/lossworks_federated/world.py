@@ -46,7 +46,7 @@ def make_world(task: TaskSpec) -> World:
         UserError: The data can't be read or split, or the loss is none of classifiers' rows.
     """
     data = load_examples(task.data, task.seed)
-    split = split_examples(data.train.labels.numpy(), task.split, task.seed)
+    split = split_examples(data.train.labels.numpy(), task.split, task.seed, data.owners)
     model = build_classifier(task.model, shape=data.shape, classes=len(data.names), seed=task.seed)
     if any(True for _ in model.buffers()):
         raise UserError("the model keeps buffers, which federated averaging would not know how to treat")

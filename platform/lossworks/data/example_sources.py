@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,12 +14,27 @@ from lossworks.data.readers import hub_call, import_datasets
 from lossworks.errors import UserError
 from lossworks.specs import ExamplesSpec
 
-Read = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
+class Read(NamedTuple):
+    """What a source gives.
+
+    Attributes:
+        inputs: Shape (N, …), numbers.
+        labels: Shape (N,), int64 in [0, K).
+        names: Of the K classes.
+        owners: Whom each example belongs to, texts of shape (N,), or None if nobody asked.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+    owners: np.ndarray | None = None
+
+
 def read_examples(spec: ExamplesSpec, seed: int) -> Read:
-    """Return inputs (N, …) of floats, labels (N,) int64 in [0, K) and the K names.
+    """Return the examples of a source.
 
     Args:
         spec: Names the source.
@@ -31,9 +46,9 @@ def read_examples(spec: ExamplesSpec, seed: int) -> Read:
     kind, _, name = spec.source.partition(":")
     match kind:
         case "csv":
-            return _csv(_file(name), spec.label)
+            return _csv(_file(name), spec.label, spec.owner)
         case "npz":
-            return _npz(_file(name))
+            return _npz(_file(name), spec.owner)
         case "imagefolder":
             return _image_folder(_folder(name), spec.image_size)
         case "hf":
@@ -82,7 +97,7 @@ def _scikit_learn(name: str) -> Read:
     }
     found = loaders[name]()
     inputs = found.images[:, None] if name == "digits" else found.data
-    return inputs, found.target.astype(np.int64), tuple(str(label) for label in found.target_names)
+    return Read(inputs, found.target.astype(np.int64), tuple(str(label) for label in found.target_names))
 
 
 def _blobs(examples: int, seed: int) -> Read:
@@ -92,7 +107,7 @@ def _blobs(examples: int, seed: int) -> Read:
     inputs, labels = make_blobs(
         examples, n_features=32, centers=10, cluster_std=2.5, center_box=(-1.5, 1.5), random_state=seed
     )
-    return inputs, labels.astype(np.int64), tuple(str(number) for number in range(10))
+    return Read(inputs, labels.astype(np.int64), tuple(str(number) for number in range(10)))
 
 
 def _mnist1d(seed: int) -> Read:
@@ -105,7 +120,7 @@ def _mnist1d(seed: int) -> Read:
         found = make_dataset(arguments)
     inputs = np.concatenate((found["x"], found["x_test"]))[:, None]
     labels = np.concatenate((found["y"], found["y_test"])).astype(np.int64)
-    return inputs, labels, tuple(str(digit) for digit in range(10))
+    return Read(inputs, labels, tuple(str(digit) for digit in range(10)))
 
 
 @contextmanager
@@ -119,12 +134,12 @@ def _streams_kept() -> Iterator[None]:
         np.random.set_state(theirs)
 
 
-def _csv(path: Path, label: str) -> Read:
+def _csv(path: Path, label: str, owner: str | None) -> Read:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             columns = next(reader, [])
-            _require_columns(path, columns, label)
+            _require_columns(path, columns, label, owner)
             # The reader's count of lines is right where fields span lines, and where lines are empty.
             rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -137,21 +152,25 @@ def _csv(path: Path, label: str) -> Read:
             raise UserError(f"{path}, line {line}: holds {len(row)} values for {len(columns)} columns")
         if not row[at].strip():
             raise UserError(f"{path}, line {line}, column {label}: is empty")
-    features = [index for index in range(len(columns)) if index != at]
+    others = {at} if owner is None else {at, columns.index(owner)}
+    features = [index for index in range(len(columns)) if index not in others]
     inputs = [
         [_number(row[index], f"{path}, line {line}, column {columns[index]}") for index in features]
         for line, row in rows
     ]
-    return np.array(inputs), *numbered([row[at] for _, row in rows])
+    owners = None if owner is None else np.array([row[columns.index(owner)] for _, row in rows])
+    return Read(np.array(inputs), *numbered([row[at] for _, row in rows]), owners)
 
 
-def _require_columns(path: Path, columns: list[str], label: str) -> None:
-    if label not in columns:
-        raise UserError(f"{path}: data.label={label} is no column; there are {', '.join(columns) or 'none'}")
+def _require_columns(path: Path, columns: list[str], label: str, owner: str | None) -> None:
+    for field, name in (("label", label), ("owner", owner)):
+        if name is not None and name not in columns:
+            there = ", ".join(columns) or "none"
+            raise UserError(f"{path}: data.{field}={name} is no column; there are {there}")
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise UserError(f"{path}: the header names {', '.join(twice)} more than once")
-    if len(columns) == 1:
+    if len(columns) <= len({label, owner or label}):
         raise UserError(f"{path}: has no feature beside {label}")
 
 
@@ -165,19 +184,24 @@ def _number(text: str, where: str) -> float:
     return value
 
 
-def _npz(path: Path) -> Read:
+def _npz(path: Path, owner: str | None) -> Read:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            missing = {"x", "y"} - set(arrays.files)
-            if missing:
-                raise UserError(f"{path}: holds {', '.join(arrays.files)}; the arrays x and y are needed")
+            needed = ["x", "y", *([owner] if owner else [])]
+            if set(needed) - set(arrays.files):
+                raise UserError(
+                    f"{path}: holds {', '.join(arrays.files)}; the arrays {' and '.join(needed)} are needed"
+                )
             inputs, labels = arrays["x"], arrays["y"]
+            owners = arrays[owner].astype(str) if owner else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: can't be read as npz: {error}") from None
     _require_arrays(path, inputs, labels)
-    return inputs, *numbered(labels)
+    if owners is not None and owners.shape != labels.shape:
+        raise UserError(f"{path}: {owner} {owners.shape} must be {labels.shape}, as y")
+    return Read(inputs, *numbered(labels), owners)
 
 
 def _require_arrays(path: Path, inputs: np.ndarray, labels: np.ndarray) -> None:
@@ -196,7 +220,7 @@ def _image_folder(path: Path, size: int) -> Read:
     if not files:
         raise UserError(f"{path}: holds no images in a folder a class ({', '.join(_IMAGES)})")
     inputs = np.stack([_image(file, size) for file in files])
-    return inputs, *numbered([file.parent.name for file in files])
+    return Read(inputs, *numbered([file.parent.name for file in files]))
 
 
 def _image(source: Any, size: int) -> np.ndarray:
@@ -217,7 +241,7 @@ def _hugging_face(name: str, spec: ExamplesSpec) -> Read:
     where = f"data.source='hf:{name}'"
     load_dataset = import_datasets(where).load_dataset
     found = hub_call(where, lambda: load_dataset(name, split="train"))
-    for column in (spec.input, spec.label):
+    for column in filter(None, (spec.input, spec.label, spec.owner)):
         if column not in found.column_names:
             raise UserError(f"{where}: has no column {column}; there are {', '.join(found.column_names)}")
     values = found[spec.input]
@@ -225,4 +249,5 @@ def _hugging_face(name: str, spec: ExamplesSpec) -> Read:
     arrays = [_image(value, spec.image_size) if images else np.asarray(value).reshape(-1) for value in values]
     if len({array.shape for array in arrays}) != 1 or arrays[0].dtype.kind not in "biuf":
         raise UserError(f"{where}: column {spec.input} must hold images, or numbers, equally many a row")
-    return np.stack(arrays), *numbered(found[spec.label])
+    owners = np.array([str(one) for one in found[spec.owner]]) if spec.owner else None
+    return Read(np.stack(arrays), *numbered(found[spec.label]), owners)

@@ -49,11 +49,13 @@ class ExampleData:
         train: With noise, imbalance and bags, if any.
         held_out: As they came, standardised alike.
         names: Of the classes, in the order of their numbers.
+        owners: Whom each training example belongs to, if the source was asked.
     """
 
     train: Examples
     held_out: Examples
     names: tuple[str, ...]
+    owners: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,7 +73,7 @@ def load_examples(spec: ExamplesSpec, seed: int) -> ExampleData:
     Raises:
         UserError: The source can't be read, or has too few examples of a class.
     """
-    inputs, labels, names = read_examples(spec, seed)
+    inputs, labels, names, owners = read_examples(spec, seed)
     held_out = _held_out(labels, spec.held_out_fraction, seed, names)
     train = np.flatnonzero(~held_out)
     train = train[_kept(labels[train], spec.imbalance, len(names), seed)]
@@ -82,6 +84,7 @@ def load_examples(spec: ExamplesSpec, seed: int) -> ExampleData:
         Examples(torch.from_numpy(x[train][dealt]), torch.from_numpy(noisy[dealt]), spec.bag_size),
         Examples(torch.from_numpy(x[held_out]), torch.from_numpy(labels[held_out])),
         names,
+        None if owners is None else owners[train][dealt],
     )
 
 

@@ -27,6 +27,12 @@ class ExamplesSpec(Spec):
     label: str = Field(
         "label", min_length=1, description="column with the class, of a csv file or hf data set"
     )
+    owner: str | None = Field(
+        None,
+        min_length=1,
+        description="column (of npz files: array) with whom an example belongs to, such as a site or "
+        "writer, of a csv or npz file or hf data set; no feature",
+    )
     input: str = Field("image", min_length=1, description="column of an hf data set with the input")
     image_size: int = Field(32, ge=4, le=1024, description="pixels a side that images are brought to")
     held_out_fraction: float = Field(
@@ -44,6 +50,12 @@ class ExamplesSpec(Spec):
     bag_size: int = Field(
         1, ge=1, le=65536, description="training examples are dealt into bags of so many, which stay together"
     )
+
+    @model_validator(mode="after")
+    def _has_owners(self) -> Self:
+        if self.owner is not None and self.source.partition(":")[0] not in ("csv", "npz", "hf"):
+            raise ValueError(f"owner={self.owner}: source={self.source} doesn't say whose an example is")
+        return self
 
     @field_validator("source")
     @classmethod
