@@ -8,7 +8,7 @@ import torch
 from lossworks.cohort import Member
 from lossworks.metrics.classification import class_sums
 from lossworks_federated.screening import Received
-from lossworks_federated.strategies.interface import Tested
+from lossworks_federated.strategies.interface import OwnTest
 from lossworks_federated.world import World
 
 _EXAMPLES_AT_ONCE = 2**17  # times the clients whose models are tested together
@@ -84,7 +84,7 @@ def drift(received: Received, origin: Member, new: Member) -> dict[str, float]:
     }
 
 
-def spread(tested: Mapping[int, Tested]) -> dict[str, float]:
+def spread(tested: Mapping[int, OwnTest]) -> dict[str, float]:
     """Return how the clients' accuracies on their own test examples are spread.
 
     Returns:

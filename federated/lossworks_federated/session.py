@@ -1,8 +1,7 @@
 """A federation as a run: its folder, its children (one a strategy and seed), their tracking."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -102,17 +101,15 @@ class Session:
             outcome = child.outcome
             if outcome is not None and outcome.status == "finished":
                 continue
-            world = self.world(child)
-            with self._tracked(child) as child_id:
-                done = child.files.rounds_done()
-                self._watcher.begin(child, number, len(self.children), done)
-                try:
-                    Rounds(self.spec, child.strategy, world, grid_of(world, child), child.files).run()
-                except LossworksError as error:
-                    self._watcher.say(f"{child.title}: failed: {error}")
-                finally:
-                    self._watcher.end(child)
-                    self._finish(child, child_id)
+            child_id = self._enter(child)
+            self._watcher.begin(child, number, len(self.children), child.files.rounds_done())
+            try:
+                self._follow(child, child_id, grid_of)
+            except LossworksError as error:
+                self._watcher.say(f"{child.title}: failed: {error}")
+            finally:
+                self._watcher.end(child)
+                self._finish(child, child_id)
 
     def world(self, child: Child) -> World:
         """Return what a child's clients have in common."""
@@ -121,10 +118,19 @@ class Session:
         common = _world(self.spec.task(StrategySpec(), child.seed).model_dump_json())
         return replace(common, task=task)
 
-    @contextmanager
-    def _tracked(self, child: Child) -> Iterator[str]:
-        """Follow a child's journal into its MLflow run."""
-        from lossworks.tracking import Follower, create_run, open_run
+    def _follow(self, child: Child, child_id: str, grid_of: Callable[[World, Child], "Grid"]) -> None:
+        """Do a child's rounds while its journal goes to MLflow and to the watcher."""
+        from lossworks.tracking import Follower
+
+        watcher, world = self._watcher, self.world(child)
+        journal = child.files.journal
+        follower = Follower(self.spec.tracking, child_id, journal, on_row=watcher.row, on_message=watcher.say)
+        with follower:
+            Rounds(self.spec, child.strategy, world, grid_of(world, child), child.files).run()
+
+    def _enter(self, child: Child) -> str:
+        """Return a child's id in MLflow, entering it if it is new."""
+        from lossworks.tracking import create_run, open_run
 
         tracking = self.spec.tracking
         marker = child.files.path / "run-id"
@@ -132,29 +138,22 @@ class Session:
         if marker.is_file():
             child_id = marker.read_text().strip()
             open_run(tracking, child_id)
-        else:
-            child_id = create_run(
-                tracking,
-                name=child.title,
-                parameters={
-                    **_parameters(alone),
-                    "strategy": child.strategy.title,
-                    "seed": child.seed,
-                    **{f"strategy.{k}": v for k, v in child.strategy.hyperparameters.items()},
-                },
-                tags={"lossworks.strategy": child.strategy.name},
-                parent=self.folder.run_id,
-            )
-            marker.write_text(child_id)
-            (child.files.path / "spec.yaml").write_text(alone.to_yaml())
-        with Follower(
+            return child_id
+        child_id = create_run(
             tracking,
-            child_id,
-            child.files.journal,
-            on_row=self._watcher.row,
-            on_message=self._watcher.say,
-        ):
-            yield child_id
+            name=child.title,
+            parameters={
+                **_parameters(alone),
+                "strategy": child.strategy.title,
+                "seed": child.seed,
+                **{f"strategy.{k}": v for k, v in child.strategy.hyperparameters.items()},
+            },
+            tags={"lossworks.strategy": child.strategy.name},
+            parent=self.folder.run_id,
+        )
+        marker.write_text(child_id)
+        (child.files.path / "spec.yaml").write_text(alone.to_yaml())
+        return child_id
 
     def _finish(self, child: Child, child_id: str) -> None:
         from lossworks.tracking import finish_run

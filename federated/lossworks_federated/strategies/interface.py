@@ -68,7 +68,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Tested:
+class OwnTest:
     """A client's test of the global model on its own examples: how many, loss and accuracy."""
 
     examples: int
@@ -151,7 +151,7 @@ class Federated(Strategy):
     origin: Member
     plan: Plan
     received: Received
-    tested: dict[int, Tested]
+    tested: dict[int, OwnTest]
 
     def _check_finite(self, member: Member, server_round: int) -> None:
         bad = [name for name, value in member.items() if not value.isfinite().all()]
@@ -182,7 +182,7 @@ class Reproducible(FlowerFedAvg):
         super().__init__(**arguments)
         self.origin: Member = {}
         self.received: Received = Received.nothing()
-        self.tested: dict[int, Tested] = {}
+        self.tested: dict[int, OwnTest] = {}
         self.clients = 0
         self._partitions: dict[int, int] = {}
         self._asked: list[tuple[int, Message]] = []
@@ -240,7 +240,7 @@ class Reproducible(FlowerFedAvg):
             found: Any = reply.content[METRICS]
             if found["num-examples"]:
                 loss, accuracy = float(found["loss"]), float(found["accuracy"])
-                self.tested[partition] = Tested(int(found["num-examples"]), loss, accuracy)
+                self.tested[partition] = OwnTest(int(found["num-examples"]), loss, accuracy)
         total = sum(one.examples for one in self.tested.values())
         if not total:
             return None

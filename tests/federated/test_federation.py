@@ -1,0 +1,450 @@
+"""Whole federations: faults, what is measured, what is kept, tracking, privacy and the command."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+
+from lossworks.cli import main
+from lossworks.errors import RunError, UserError
+from lossworks.runs import RunFolder
+from lossworks.tracking import read_all
+from lossworks_federated.comparison import Mean
+from lossworks_federated.faults import KINDS, fault_of
+from lossworks_federated.federate import federate
+from lossworks_federated.measures import drift, spread
+from lossworks_federated.memory import Moment, keep, load_tensors, recall
+from lossworks_federated.rounds import FederationOutcome
+from lossworks_federated.specs import FaultSpec, FederationSpec
+from lossworks_federated.strategies.interface import OwnTest
+from lossworks_testing.federation import difference, equal, rounds_of, tiny, trained, world_of
+
+logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
+COMMAND = "import sys; from lossworks.cli import main; sys.exit(main())"
+
+
+def rows_of(path: Path) -> list[dict[str, float]]:
+    return [row["metrics"] for row in read_all(path / "child" / "metrics.jsonl")]
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("drop_out", "failed"),
+        ("straggle", "late"),
+        ("nan", "nonfinite"),
+        ("shape", "shape"),
+        ("empty", "empty"),
+    ],
+)
+def test_faulty_replies_are_left_out_and_counted(fault: str, reason: str, tmp_path: Path) -> None:
+    spec = tiny(faults={fault: 0.4}, rounds=4)
+    seed = spec.seeds[0]
+    expected = [
+        sum(fault_of(spec.faults, seed, number, client) == fault for client in range(6))
+        for number in range(1, 5)
+    ]
+    assert 0 < sum(expected) < 24
+    model = trained(spec, tmp_path)
+    rows = rows_of(tmp_path)[1:]
+    assert [row[f"round/{reason}"] for row in rows] == expected
+    assert [row["round/usable"] for row in rows] == [6 - lost for lost in expected]
+    assert all(value.isfinite().all() for value in model.values())
+
+
+def test_a_round_is_what_its_usable_replies_make_it(tmp_path: Path) -> None:
+    spec = tiny(faults={"nan_clients": [0, 3]}, rounds=1)
+    rounds = rounds_of(spec, tmp_path)
+    rounds.run()
+    received, origin = rounds.strategy.received, rounds.strategy.origin
+    assert received.partitions == (1, 2, 4, 5)
+    assert received.refused == {"nonfinite": (0, 3)}
+    p = received.examples / received.examples.sum()
+    after = load_tensors(tmp_path / "child" / "model.safetensors")
+    for name, updates in received.updates.items():
+        expected = origin[name] + torch.tensordot(p, updates.double(), dims=1)
+        torch.testing.assert_close(after[name].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_too_few_replies_end_the_run_with_the_last_model_saved(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"0 usable replies of 6.*says 'fault: dropped out'"):
+        trained(tiny(faults={"drop_out": 1.0}), tmp_path)
+    outcome = FederationOutcome.read(tmp_path / "child" / "outcome.json")
+    assert (outcome.status, outcome.rounds) == ("failed", 0)
+    assert equal(load_tensors(tmp_path / "child" / "model.safetensors"), world_of(tiny()).initial)
+    with pytest.raises(RunError, match=r"5 usable replies of 6, fewer than min_replies=6 \(NaN or infinity"):
+        trained(tiny(faults={"nan_clients": [2]}, min_replies=6), tmp_path / "strict")
+
+
+def test_liars_are_refused_by_a_guard_and_outvoted_by_a_median(tmp_path: Path) -> None:
+    guard = {"largest_norm": 5.0, "least_cosine": 0.0}
+    split = {"kind": "iid", "clients": 10}
+    changes = {"split": split, "faults": {"lying_clients": [7]}, "rounds": 2}
+    rounds = rounds_of(tiny(guard=guard, **changes), tmp_path / "guarded")
+    rounds.run()
+    assert rounds.strategy.received.refused == {"opposed": (7,)}
+    honest = tiny(split=split, rounds=2)
+    misled, robust = (trained(tiny(entry, **changes), tmp_path / entry) for entry in ("fedavg", "fedmedian"))
+    right = trained(honest, tmp_path / "honest")
+    assert difference(robust, right) < difference(misled, right)
+    scaled = rounds_of(tiny(guard=guard, split=split, rounds=1, faults={"scale": 0.15}), tmp_path / "scaled")
+    scaled.run()
+    shouting = [c for c in range(10) if fault_of(FaultSpec(scale=0.15), 0, 1, c)]
+    assert shouting
+    assert scaled.strategy.received.refused == {"too_long": tuple(shouting)}
+
+
+def test_faults_have_their_shares_and_repeat() -> None:
+    spec = FaultSpec(drop_out=0.3, nan=0.2)
+    drawn = [fault_of(spec, 0, number, client) for number in range(40) for client in range(100)]
+    assert drawn == [fault_of(spec, 0, number, client) for number in range(40) for client in range(100)]
+    assert abs(drawn.count("drop_out") / 4000 - 0.3) < 0.03
+    assert abs(drawn.count("nan") / 4000 - 0.2) < 0.03
+    assert {kind for kind in drawn if kind} <= set(KINDS)
+
+
+# Measures
+
+
+def test_loss_terms_add_up_to_the_global_loss(tmp_path: Path) -> None:
+    trained(tiny(), tmp_path)
+    for row in rows_of(tmp_path)[1:]:
+        terms = [row[f"terms/{name}"] for name in ("local", "shift", "aggregation")]
+        assert sum(terms) == pytest.approx(row["terms/global"], abs=1e-12)
+        assert row["terms/global"] == pytest.approx(row["server/cross_entropy"], abs=1e-5)
+
+
+def test_local_loss_is_that_of_the_clients_own_models(tmp_path: Path) -> None:
+    rounds = rounds_of(tiny(rounds=1), tmp_path)
+    rounds.run()
+    world, received = rounds._world, rounds.strategy.received
+    total = 0.0
+    for index, client in enumerate(received.partitions):
+        rows = torch.from_numpy(world.split.train[client])
+        own = {name: value[index : index + 1] for name, value in received.params.items()}
+        logits = world.model(own, world.inputs[rows][None])[1][0]
+        total += float(torch.nn.functional.cross_entropy(logits, world.labels[rows], reduction="sum"))
+    expected = total / float(received.examples.sum())
+    assert rows_of(tmp_path)[1]["terms/local"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_drift_against_its_definition(tmp_path: Path) -> None:
+    rounds = rounds_of(tiny("fedld", rounds=1), tmp_path)
+    rounds.run()
+    received, origin = rounds.strategy.received, rounds.strategy.origin
+    new = load_tensors(tmp_path / "child" / "model.safetensors")
+    found = drift(received, origin, new)
+    g = torch.cat([value.flatten(1).double() for value in received.updates.values()], 1)
+    p = received.examples / received.examples.sum()
+    mean = p @ g
+    applied = torch.cat([(new[name] - origin[name]).flatten().double() for name in received.updates])
+    norms = g.norm(dim=1)
+    expected = {
+        "drift/norm": norms.mean(),
+        "drift/disagreement": ((g - mean).square().sum(1).mean() / g.square().sum(1).mean()).sqrt(),
+        "drift/cosine": (g @ mean / (norms * mean.norm())).mean(),
+        "drift/applied_norm": applied.norm() / mean.norm(),
+        "drift/applied_cosine": applied @ mean / (applied.norm() * mean.norm()),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-4), name
+
+
+def test_spread_over_clients() -> None:
+    tested = {client: OwnTest(10 * (client + 1), 0.0, client / 20) for client in range(20)}
+    found = spread(tested)
+    assert found["clients/accuracy_worst10"] == pytest.approx(np.mean([0, 1 / 20]))
+    assert found["clients/accuracy_mean"] == pytest.approx(np.mean(np.arange(20) / 20))
+    assert found["clients/accuracy_min"] == 0
+    assert found["clients/accuracy_weighted"] > found["clients/accuracy_mean"]
+    assert spread({}) == {}
+
+
+def test_bytes_are_those_of_the_arrays(tmp_path: Path) -> None:
+    size = 4 * sum(value.numel() for value in world_of(tiny()).initial.values())
+    for entry, down, up in (
+        ("fedavg", 2 * 6, 2 * 6),
+        ("scaffold", 4 * 6, 4 * 6),  # control variates both ways
+        ("fedlex", 4 * 6 + 6, 2 * 6 + 6),  # the guidance, and the exploration
+    ):
+        trained(tiny(entry, rounds=2), tmp_path / entry)
+        last = rows_of(tmp_path / entry)[-1]
+        assert (last["bytes/down"] / size, last["bytes/up"] / size) == (down, up)
+
+
+def test_rounds_that_are_not_measured_have_no_measures(tmp_path: Path) -> None:
+    trained(tiny(rounds=5, measure={"every": 2, "clients": 3}), tmp_path)
+    measured = ["server/accuracy" in row for row in rows_of(tmp_path)]
+    assert measured == [True, False, True, False, True, True]
+    assert all("train/loss" in row for row in rows_of(tmp_path)[1:])
+
+
+def test_intervals_are_students() -> None:
+    found = Mean.of([1.0, 2.0, 3.0])
+    assert found is not None
+    assert found.value == 2.0
+    assert found.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t of 2 degrees, deviation 1
+    assert Mean.of([1.0]).half_width is None  # type: ignore[union-attr]
+    assert Mean.of([float("nan")]) is None
+
+
+# What clients keep
+
+
+def test_clients_recall_what_was_kept_before_a_round(tmp_path: Path) -> None:
+    def client() -> Context:
+        return Context(1, 1, {"partition-id": 4}, RecordDict(), {})
+
+    def moment(number: int, name: str = "run") -> Moment:
+        return Moment(name, number, 2, tmp_path)
+
+    def value(number: float) -> dict:
+        return {"scaffold": {"w": torch.full((2,), number)}}
+
+    first = client()
+    for number in range(1, 6):
+        keep(first, value(number), moment(number), local=False)
+    assert float(recall(first, ["scaffold"], moment(6))["scaffold"]["w"][0]) == 5
+    # A new process, going on after the state that the server saved at round 4, and again after round 2.
+    assert float(recall(client(), ["scaffold"], moment(5))["scaffold"]["w"][0]) == 4
+    assert recall(client(), ["scaffold"], moment(9, "other")) == {}
+    assert sorted(int(file.stem) for file in tmp_path.rglob("*.safetensors")) == [4, 5]
+    # The same node in another federation starts anew.
+    assert recall(first, ["scaffold"], moment(6, "other")) == {}
+
+
+def test_a_federations_name_can_not_leave_the_folder(tmp_path: Path) -> None:
+    context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
+    kept = {"scaffold": {"w": torch.ones(2)}}
+    keep(context, kept, Moment("../../elsewhere", 1, 1, tmp_path / "in"), local=False)
+    assert [file.parent.parent.parent.name for file in tmp_path.rglob("*.safetensors")] == ["in"]
+
+
+# Privacy
+
+
+def test_local_privacy_clips_and_adds_noise(tmp_path: Path) -> None:
+    size = sum(value.numel() for value in world_of(tiny()).initial.values())
+    privacy = {"kind": "local", "clipping_norm": 0.5, "epsilon": 1e6, "delta": 1e-5}
+    for entry in ("fedavg", {"name": "fedprox", "mu": 0.1}, "fedld", "moon"):
+        rounds = rounds_of(tiny(entry, rounds=1, privacy=privacy), tmp_path / str(entry))
+        rounds.run()
+        norms = torch.cat([u.flatten(1) for u in rounds.strategy.received.updates.values()], 1).norm(dim=1)
+        assert norms.max() < 0.5 + 1e-4 * size  # ε of a million is next to no noise
+    loud = {**privacy, "epsilon": 10.0}
+    rounds = rounds_of(tiny(rounds=1, privacy=loud), tmp_path / "loud")
+    rounds.run()
+    sigma = 2 * 0.5 * np.sqrt(2 * np.log(1.25 / 1e-5)) / 10
+    norms = torch.cat([u.flatten(1) for u in rounds.strategy.received.updates.values()], 1).norm(dim=1)
+    assert norms.mean() == pytest.approx(sigma * size**0.5, rel=0.1)
+
+
+def test_central_privacy_adds_the_servers_noise(tmp_path: Path) -> None:
+    privacy = {"kind": "central", "clipping_norm": 0.5, "noise_multiplier": 0.0}
+    quiet = trained(tiny(rounds=1, privacy=privacy), tmp_path / "quiet")
+    noisy = trained(tiny(rounds=1, privacy={**privacy, "noise_multiplier": 1.2}), tmp_path / "noisy")
+    noise = torch.cat([(noisy[name] - quiet[name]).flatten() for name in quiet])
+    assert float(noise.std()) == pytest.approx(1.2 * 0.5 / 6, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind", "why"),
+    [
+        ("fedld", "secagg", "individual updates"),
+        ("fedld", "central", "aggregates otherwise"),
+        ("fedadam", "central", "aggregates otherwise"),
+        ("scaffold", "local", "further arrays"),
+        ({"name": "fedprox", "also": ["fedlex"]}, "central", "further arrays"),
+    ],
+)
+def test_privacy_that_can_not_be_had_is_refused(entry: object, kind: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        tiny(entry, privacy=kind)
+
+
+# The run and the command
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOSSWORKS_HOME", str(home))
+    return home
+
+
+def test_a_comparison_is_tracked_as_parent_and_children(at_home: Path) -> None:
+    from mlflow import MlflowClient
+
+    spec = tiny().model_copy(update={"name": "compared"})
+    spec = FederationSpec.parse(
+        {**spec.model_dump(mode="json"), "strategies": ["fedavg", "fedld"], "seeds": [0, 1]}
+    )
+    result = federate(spec)
+    client = MlflowClient(tracking_uri=f"sqlite:///{at_home / 'mlflow.db'}")
+    parent = client.get_run(result.folder.run_id)
+    assert parent.info.status == "FINISHED"
+    found = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    names = {run.info.run_name for run in found}
+    assert names == {f"{title}, seed {seed}" for title in ("fedavg", "fedld (paper)") for seed in (0, 1)}
+    for run in found:
+        points = client.get_metric_history(run.info.run_id, "server/accuracy")
+        assert sorted(point.step for point in points) == [0, 1, 2, 3]
+        files = {item.path for item in client.list_artifacts(run.info.run_id)}
+        assert {"model.safetensors", "outcome.json", "spec.yaml"} <= files
+    files = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    pictures = {"comparison.png", "split-seed0.png", "split-seed1.png"}
+    assert pictures | {"comparison.csv", "spec.yaml"} <= files
+    assert {path.name for path in result.pictures} == pictures
+    mean = result.comparison.mean("fedavg", "accuracy")
+    assert mean is not None
+    assert mean.count == 2
+
+
+def test_one_strategy_that_fails_does_not_stop_the_others(at_home: Path) -> None:
+    del at_home
+    values = {**tiny().model_dump(mode="json"), "min_replies": 6, "faults": {"nan_clients": [0]}}
+    values |= {"strategies": ["fedavg", "fedmedian"], "rounds": 1}
+    result = federate(FederationSpec.parse(values))
+    assert [title for title, _ in result.failed] == ["fedavg, seed 0", "fedmedian, seed 0"]
+
+
+def write_spec(path: Path, **changes: object) -> Path:
+    file = path / "spec.yaml"
+    values = {**json.loads(tiny().model_dump_json()), **changes}
+    file.write_text(json.dumps(values))  # JSON is YAML
+    return file
+
+
+def test_a_killed_run_goes_on_to_the_same_result(at_home: Path, tmp_path: Path) -> None:
+    changes = {"strategies": ["scaffold"], "clients_per_round": 4, "rounds": 40, "name": "killed"}
+    file = write_spec(tmp_path, **changes)
+    whole = federate(FederationSpec.read(file))
+    command = [sys.executable, "-c", COMMAND, "federate", str(file)]
+    before = set((at_home / "runs").iterdir())
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    deadline = time.monotonic() + 60
+    states: list[Path] = []
+    while len(states) < 2 and time.monotonic() < deadline:
+        new = set((at_home / "runs").iterdir()) - before
+        states = [state for folder in new for state in folder.rglob("states/*.safetensors")]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder,) = set((at_home / "runs").iterdir()) - before
+    journal = next(folder.rglob("metrics.jsonl"))
+    assert 0 < len(read_all(journal)) < 41
+    assert main(["federate", "--resume", str(folder)]) == 0
+    models = [next(path.rglob("model.safetensors")) for path in (folder, whole.folder.path)]
+    assert equal(*(load_tensors(model) for model in models))
+    curves = [read_all(next(path.rglob("metrics.jsonl"))) for path in (folder, whole.folder.path)]
+    accuracies = [[(row["step"], row["metrics"]["server/accuracy"]) for row in rows] for rows in curves]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_the_command_prints_a_table(
+    at_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del at_home
+    file = write_spec(tmp_path, measure={"target": 0.2}, rounds=2)
+    assert main(["federate", str(file), "strategies=[fedavg,{name: fedld, rho: 0.5}]"]) == 0
+    out = capsys.readouterr().out
+    for text in ("fedld (paper) rho=0.5", "held-out accuracy", "worst tenth", "rounds to 0.2", "round 2/2"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["strategies=[fedavg,fedavg]"], "twice"),
+        (["strategies=[fedagv]"], "did you mean"),
+        (["split.clients=5000"], "need"),
+        (["privacy=secagg"], "secure aggregation"),
+        (["model.dropout=0.5"], "dropout"),
+        (["loss=eisl"], "can't train"),
+        (["faults.straggle=0.5", "engine=flower"], "deadline_s"),
+        (["min_replies=7"], "more than the clients"),
+        (["strategies=[scaffold]", "local.momentum=0.5"], "scaffold needs"),
+        (["split=natural"], "data.owner"),
+        (["seeds=[1,1]"], "same seed twice"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    overrides: list[str], says: str, tmp_path: Path, at_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = at_home / "runs"
+    before = set(runs.iterdir()) if runs.is_dir() else set()
+    assert main(["federate", str(write_spec(tmp_path)), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert (set(runs.iterdir()) if runs.is_dir() else set()) == before
+
+
+def test_resume_refuses_what_is_no_federation(
+    at_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del at_home
+    (tmp_path / "spec.yaml").write_text("task: classification\n")
+    assert main(["federate", "--resume", str(tmp_path)]) == 2
+    assert "is no federation" in capsys.readouterr().err
+    assert main(["federate", "--resume", str(tmp_path), "rounds=3"]) == 2
+
+
+def test_natural_owners_become_clients(at_home: Path, tmp_path: Path) -> None:
+    del at_home
+    stream = np.random.default_rng(0)
+    owners = np.array([f"site-{index % 7}" for index in range(210)])
+    labels = stream.integers(0, 3, 210)
+    x = stream.normal(size=(210, 5)) + labels[:, None]
+    np.savez(tmp_path / "sites.npz", x=x, y=labels, site=owners)
+    data = {"source": f"npz:{tmp_path / 'sites.npz'}", "owner": "site"}
+    spec = tiny(data=data, split={"kind": "natural", "clients": 7, "min_size": 2})
+    world = world_of(spec)
+    assert world.data.owners is not None
+    for client in range(7):
+        mine = {world.data.owners[row] for row in (*world.split.train[client], *world.split.test[client])}
+        assert mine == {f"site-{client}"}
+    grouped = world_of(tiny(data=data, split={"kind": "natural", "clients": 3, "min_size": 2}))
+    assert [len(set(world.data.owners[rows])) for rows in grouped.split.train] == [3, 2, 2]
+    with pytest.raises(UserError, match="7 owners"):
+        world_of(tiny(data=data, split={"kind": "natural", "clients": 8, "min_size": 2}))
+    trained(spec, tmp_path / "run")
+
+
+def test_flowers_own_simulation_gives_the_same_models(at_home: Path, tmp_path: Path) -> None:
+    """In a process of its own: Flower shuts Ray down at the end, and other tests use it."""
+    strategies = ["fedavg", "scaffold", {"name": "fedlex", "explore_epochs": 1}]
+    split = {"kind": "dirichlet", "clients": 4, "alpha": 0.5}
+    changes = {"strategies": strategies, "rounds": 2, "split": split, "faults": {"nan_clients": [2]}}
+    file = write_spec(tmp_path, **changes)
+    found = {}
+    for engine in ("cohort", "flower"):
+        before = set((at_home / "runs").iterdir()) if (at_home / "runs").is_dir() else set()
+        command = [sys.executable, "-c", COMMAND, "federate", str(file), f"engine={engine}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        (folder,) = set((at_home / "runs").iterdir()) - before
+        found[engine] = [load_tensors(model) for model in sorted(folder.glob("*/model.safetensors"))]
+        assert RunFolder.find(str(folder)).run_id == folder.name
+    for ours, theirs in zip(found["cohort"], found["flower"], strict=True):
+        assert difference(ours, theirs) < 1e-5

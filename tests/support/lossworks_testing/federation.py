@@ -1,0 +1,88 @@
+"""Small federations for tests: run in this process, with what a test wants to look at."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+
+from lossworks.cohort import Member
+from lossworks_federated.client_app import client_app
+from lossworks_federated.grid import CohortGrid
+from lossworks_federated.rounds import RoundFiles, Rounds
+from lossworks_federated.specs import FederationSpec
+from lossworks_federated.world import World, make_world
+
+TINY: dict[str, Any] = {
+    "rounds": 3,
+    "data": {"source": "digits"},
+    "split": {"kind": "dirichlet", "clients": 6, "alpha": 0.3, "min_size": 8},
+    "model": {"kind": "mlp", "layers": 1, "width": 8},
+    "local": {"epochs": 1, "batch_size": 32, "lr": 0.1},
+}
+
+
+def tiny(strategy: Any = "fedavg", **changes: Any) -> FederationSpec:
+    """Return a small spec of one strategy; changes replace whole fields."""
+    return FederationSpec.parse({**TINY, "strategies": [strategy], **changes})
+
+
+def world_of(spec: FederationSpec) -> World:
+    """Return the world of a spec's only strategy and seed."""
+    return make_world(spec.task(spec.strategies[0], spec.seeds[0]))
+
+
+def rounds_of(spec: FederationSpec, path: Path, grid: Any = None) -> Rounds:
+    """Return the rounds of a spec's only strategy, to run in a folder."""
+    world = world_of(spec)
+    engine = CohortGrid(world, path / "clients", spec.privacy) if grid is None else grid(world)
+    return Rounds(spec, spec.strategies[0], world, engine, RoundFiles(path / "child"))
+
+
+def trained(spec: FederationSpec, path: Path, grid: Any = None) -> Member:
+    """Return the global model after all rounds."""
+    from lossworks_federated.memory import load_tensors
+
+    rounds_of(spec, path, grid).run()
+    return load_tensors(path / "child" / "model.safetensors")
+
+
+def difference(first: Member, second: Member) -> float:
+    """Return the largest difference of two models."""
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def equal(first: Member, second: Member) -> bool:
+    """Return whether two models are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class OneByOneGrid(CohortGrid):
+    """Calls the ClientApp once a message, as a real federation does, in an order of its own."""
+
+    def __init__(self, world: World, state_folder: Path | None = None) -> None:
+        super().__init__(world, state_folder)
+        self.app = client_app(state_folder)
+        del self.partitions  # so that clients are asked for them
+
+    def get_node_ids(self) -> list[int]:
+        """Return ids that say nothing about partitions."""
+        return [1000 - client for client in range(self._world.task.split.clients)]
+
+    def _group(self, kind: str, group: list[Message]) -> list[Message]:
+        del kind
+        return [self._answer(message) for message in reversed(group)]
+
+    def _answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        if node not in self._contexts:
+            config = {"partition-id": 1000 - node}
+            self._contexts[node] = Context(1, node, config, RecordDict(), {})
+        try:
+            return self.app(message, self._contexts[node])
+        except Exception as error:  # noqa: BLE001  (as Flower does)
+            return Message(Error(2, str(error)), reply_to=message)
+
+
+TRAIN = MessageType.TRAIN
