@@ -4,14 +4,14 @@ Shapes: M members, B examples a member, D features, K classes.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from lossworks.errors import UserError
-from lossworks.models import HeadedModel
+from lossworks.models import Classifier, HeadedModel
 
 Member = dict[str, Tensor]
 """One member's parameters or buffers by name, shape (…)."""
@@ -57,11 +57,64 @@ class _FeaturesAndLogits(nn.Module):
         return hidden, self.model.head().logits(hidden)
 
 
+Layers = list[tuple[str, nn.Module]]
+"""Names and layers of a perceptron, in order; the head is the last."""
+
+_OF_PERCEPTRONS = (nn.Flatten, nn.Linear, nn.ReLU)
+
+
+def _perceptron(model: HeadedModel) -> Layers | None:
+    """Return the layers of a model that is a perceptron and nothing else, else None."""
+    if not isinstance(model, Classifier):
+        return None
+    found: Layers = []
+    for index, block in enumerate(model.layers):
+        if not isinstance(block, nn.Sequential) or any(type(part) not in _OF_PERCEPTRONS for part in block):
+            return None
+        found += [(f"layers.{index}.{place}", part) for place, part in enumerate(block)]
+    return [*found, ("classifier", model.classifier)]
+
+
+class _StackedLinear(torch.autograd.Function):
+    """x·Wᵀ + b for every member.
+
+    Autograd's own gradient of a transposed product is a transposed one, which makes every later step on the
+    weights slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.transpose(1, 2)).add_(bias[:, None])
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (slope,) = slopes
+        of_x = torch.bmm(slope, weight) if ctx.needs_input_grad[0] else None
+        return of_x, torch.bmm(slope.transpose(1, 2), x), slope.sum(1)
+
+
+def _products(layers: Layers, params: Stack, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features and logits of perceptrons, each layer one batched product."""
+    x = hidden = inputs
+    for name, layer in layers:
+        hidden = x
+        if isinstance(layer, nn.Flatten):
+            x = x.flatten(2)
+        elif isinstance(layer, nn.ReLU):
+            x = x.relu()
+        else:
+            x = _StackedLinear.apply(x, params[f"{name}.weight"], params[f"{name}.bias"])
+    return hidden, x
+
+
 class StackedModel:
     """A model as a function of stacked parameters.
 
-    Models whose forward ``torch.func.vmap`` can't take, or that draw random numbers in training, which would
-    differ from those of a member on its own, are called member by member; ``reason`` then says why.
+    Perceptrons are batched matrix products, which take a third of the time of ``torch.func.vmap``; other
+    models go through that. Those whose forward it can't take, or that draw random numbers in training, which
+    would differ from those of a member on its own, are called member by member; ``reason`` then says why.
 
     Args:
         model: Gives the architecture; its own parameters are not touched.
@@ -73,9 +126,12 @@ class StackedModel:
     def __init__(self, model: HeadedModel) -> None:
         self._call = _FeaturesAndLogits(model)
         self.reason = self._obstacle(model)
+        self._layers = _perceptron(model)
 
     def __call__(self, params: Stack, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (M, B, D) and logits (M, B, K) of inputs (M, B, …), differentiable."""
+        if self.reason is None and self._layers is not None:
+            return _products(self._layers, params, inputs)
         if self.reason is None:
             return vmap(self._one)(params, inputs)
         parts = [self._one(member_of(params, index), inputs[index]) for index in range(len(inputs))]
