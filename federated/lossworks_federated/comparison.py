@@ -118,10 +118,19 @@ def compare(session: Session) -> Comparison:
     return Comparison(tuple(entry for entry in entries if entry.curves), target)
 
 
-def _entry(child: Child, target: float | None) -> Entry:
-    rows = read_all(child.files.journal)
+def figures_of(journal: Path, target: float | None) -> dict[str, float]:
+    """Return the figures of one journal; see :class:`Entry`."""
+    return _figures(_curves(journal), target)
+
+
+def _curves(journal: Path) -> dict[str, Series]:
+    rows = read_all(journal)
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
-    curves = {name: found for name in names if (found := series(rows, name)) is not None}
+    return {name: found for name in names if (found := series(rows, name)) is not None}
+
+
+def _entry(child: Child, target: float | None) -> Entry:
+    curves = _curves(child.files.journal)
     return Entry(child.strategy.title, child.seed, curves, child.outcome, _figures(curves, target))
 
 
