@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Message
 from torch import Tensor
 
 from lossworks.cohort import Member, Stack
-from lossworks_federated.records import METRICS, MODEL, member_from
+from lossworks_federated.records import METRICS, MODEL
 from lossworks_federated.specs import GuardSpec
 
 REASONS = {
@@ -152,8 +153,8 @@ def _defect(reply: Message, shapes: Mapping[str, tuple[int, ...]], sending: Sequ
 
 
 def _stacked(replies: Sequence[Message], which: str, shapes: Mapping[str, Any]) -> Stack:
-    members = [member_from(reply.content.array_records[which]) for reply in replies]
-    return {name: torch.stack([member[name] for member in members]) for name in shapes}
+    records = [reply.content.array_records[which] for reply in replies]
+    return {name: torch.from_numpy(np.stack([record[name].numpy() for record in records])) for name in shapes}
 
 
 def _finite(stack: Stack) -> Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,23 @@ from lossworks_federated.specs import FederationSpec
 if TYPE_CHECKING:
     from flwr.app import Context
     from flwr.serverapp import Grid
+
+
+_LIMIT_S = 120.0
+_LOOK_S = 0.05
+
+
+def await_clients(grid: "Grid", clients: int, limit_s: float) -> None:
+    """Wait until all clients are connected: who is drawn depends on who is there.
+
+    Raises:
+        RunError: They are not after ``limit_s`` seconds.
+    """
+    end = time.monotonic() + limit_s
+    while (there := len(list(grid.get_node_ids()))) < clients:
+        if time.monotonic() > end:
+            raise RunError(f"split.clients={clients}: only {there} nodes connected within {limit_s:g} s")
+        time.sleep(_LOOK_S)
 
 
 def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_folder: Path) -> None:
@@ -38,6 +56,7 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
     def _main(grid: "Grid", context: "Context") -> None:
         del context
         try:
+            await_clients(grid, spec.split.clients, _LIMIT_S)
             work(grid)
         except BaseException as error:
             failures.append(error)

@@ -152,6 +152,7 @@ class Federated(Strategy):
     plan: Plan
     received: Received
     tested: dict[int, OwnTest]
+    drawn: Any
 
     def _check_finite(self, member: Member, server_round: int) -> None:
         bad = [name for name, value in member.items() if not value.isfinite().all()]
@@ -201,7 +202,7 @@ class Reproducible(FlowerFedAvg):
         self.origin = member_from(arrays)
         nodes = self.nodes(grid)
         self.clients = len(nodes)
-        chosen = self._drawn(nodes, self.plan.clients_per_round, server_round, _TRAIN)
+        chosen = self.drawn(nodes, self.plan.clients_per_round, server_round, _TRAIN)
         partitions = [partition for partition, _ in chosen]
         for part in self.parts:
             part.before(partitions, lambda share, epochs: self._explore(share, epochs, nodes, arrays, grid))
@@ -215,7 +216,7 @@ class Reproducible(FlowerFedAvg):
         """Return instructions for the clients that test the global model after this round, if any."""
         if not self.plan.tests(server_round):
             return []
-        chosen = self._drawn(self.nodes(grid), self.plan.clients_tested, server_round, _TEST)
+        chosen = self.drawn(self.nodes(grid), self.plan.clients_tested, server_round, _TEST)
         content = self.content(server_round, arrays, config)
         return self._messages(content, chosen, MessageType.EVALUATE)
 
@@ -278,9 +279,16 @@ class Reproducible(FlowerFedAvg):
                     self._partitions[reply.metadata.src_node_id] = int(answer["partition-id"])
         return sorted((self._partitions[node], node) for node in present if node in self._partitions)
 
+    def drawn(self, nodes: Nodes, count: int | None, server_round: int, purpose: int = _TRAIN) -> Nodes:
+        """Return the clients drawn for a round, sorted; all if ``count`` is None or more than there are."""
+        if count is None or count >= len(nodes):
+            return nodes
+        stream = np.random.default_rng([self.plan.seed, server_round, purpose])
+        return [nodes[index] for index in np.sort(stream.choice(len(nodes), count, replace=False))]
+
     def _explore(self, share: float, epochs: int, nodes: Nodes, arrays: ArrayRecord, grid: Grid) -> Received:
         """Let a share of the clients train plainly from w⁰, outside a round, and return usable replies."""
-        chosen = self._drawn(nodes, max(1, round(share * len(nodes))), 0, _EXPLORE)
+        chosen = self.drawn(nodes, max(1, round(share * len(nodes))), 0, _EXPLORE)
         settings = ConfigRecord({**self._told(), "parts": "[]", "server-round": 0, "epochs": epochs})
         content = RecordDict({MODEL: arrays, CONFIG: settings})
         replies = grid.send_and_receive(
@@ -332,12 +340,6 @@ class Reproducible(FlowerFedAvg):
 
     def _asked_of(self) -> list[int]:
         return [partition for partition, _ in self._asked]
-
-    def _drawn(self, nodes: Nodes, count: int | None, server_round: int, purpose: int) -> Nodes:
-        if count is None or count >= len(nodes):
-            return nodes
-        stream = np.random.default_rng([self.plan.seed, server_round, purpose])
-        return [nodes[index] for index in np.sort(stream.choice(len(nodes), count, replace=False))]
 
     def _messages(self, content: RecordDict, chosen: Nodes, kind: str) -> list[Message]:
         self._asked = [(partition, Message(content, node, kind)) for partition, node in chosen]

@@ -4,6 +4,7 @@ torch's own take one number for all; the rules here are theirs, M members at onc
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,11 @@ class Optimizer(ABC):
             gradient: Of the loss.
         """
 
+    def move(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        """Step all parameters in place, and return True, if the rule is simple enough to do so at once."""
+        del params, gradients
+        return False
+
 
 @dataclass
 class Sgd(Optimizer):
@@ -57,6 +63,14 @@ class Sgd(Optimizer):
 
     def __post_init__(self) -> None:
         self._velocity: Stack = {}
+
+    def move(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        """See :class:`Optimizer`."""
+        numbers = (self.lr, self.weight_decay)
+        if self.momentum or any(isinstance(number, Tensor) for number in numbers) or self.weight_decay:
+            return False
+        torch._foreach_add_(list(params), list(gradients), alpha=-float(self.lr))
+        return True
 
     def step(self, name: str, param: Tensor, gradient: Tensor) -> Tensor:
         """See :class:`Optimizer`."""

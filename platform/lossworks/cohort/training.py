@@ -1,5 +1,6 @@
 """Local training, written once: what one client does, for all members of a cohort at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,31 +53,36 @@ def train_members(
         optimizer: New, with per-member values in the order of ``batches.members``.
         rule: Hooks, with what they keep in the order of ``batches.members``.
     """
-    rule = rule or LocalRule()
     inputs, labels = examples
     now = {name: value.detach()[batches.members].clone() for name, value in params.items()}
-    total = torch.zeros(len(batches.members))
-    seen = torch.zeros(len(batches.members))
-    for step in range(len(batches.rows)):
-        front = batches.at_work(step)
+    # All that doesn't depend on parameters is made for all steps at once: a step is short.
+    counts = batches.counts
+    valid = torch.arange(batches.rows.shape[2]) < counts[..., None]
+    targets = torch.where(valid, labels[batches.rows], loss.ignore_index)
+    means = torch.zeros(counts.shape)
+    for step, front in enumerate((counts > 0).sum(1).tolist()):
         leaves = {name: value[:front].requires_grad_() for name, value in now.items()}
-        rows, counts = batches.rows[step, :front], batches.counts[step, :front]
-        valid = torch.arange(rows.shape[1]) < counts[:, None]
-        batch = inputs[rows]
+        batch = inputs[batches.rows[step, :front]]
         hidden, logits = model(leaves, batch)
-        targets = torch.where(valid, labels[rows], loss.ignore_index)
-        means = loss(logits, targets).sum(1) / counts
-        extra = rule.penalty(leaves, batch, hidden, logits, valid)
-        whole = means if extra is None else means + extra
+        own = loss(logits, targets[step, :front]).sum(1) / counts[step, :front]
+        extra = rule.penalty(leaves, batch, hidden, logits, valid[step, :front]) if rule else None
+        whole = own if extra is None else own + extra
         # Members share no parameter, so the gradient of the sum is each one's own.
         gradients = torch.autograd.grad(whole.sum(), list(leaves.values()))
+        means[step, :front] = own.detach()
         with torch.no_grad():
-            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-                moved = optimizer.step(name, leaf, rule.gradient(name, gradient, leaf))
-                now[name].data[:front] += rule.update(name, moved)
-            total[:front] += means.detach() * counts
-            seen[:front] += counts
-    return _in_order(now, batches, total / seen)
+            _move(leaves, gradients, optimizer, rule)
+    losses = (means * counts).sum(0) / counts.sum(0)
+    return _in_order(now, batches, losses)
+
+
+def _move(leaves: Stack, gradients: Sequence[Tensor], optimizer: Optimizer, rule: LocalRule | None) -> None:
+    """Take one step in place."""
+    if rule is None and optimizer.move(list(leaves.values()), gradients):
+        return
+    rule = rule or LocalRule()
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        leaf.add_(rule.update(name, optimizer.step(name, leaf, rule.gradient(name, gradient, leaf))))
 
 
 def _in_order(now: Stack, batches: Batches, losses: Tensor) -> TrainedMembers:
