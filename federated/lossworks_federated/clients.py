@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
@@ -36,6 +37,7 @@ from lossworks_federated.strategies.catalogue import part_of
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
 from lossworks_federated.world import World
 
+_EXAMPLES_AT_ONCE = 2**17  # of clients whose losses are measured together
 _FLOATS_AT_ONCE = 2**26  # entries of the parameters of clients that are trained at once
 
 
@@ -268,10 +270,16 @@ def _each(origin: Member, own: Stack, count: int) -> list[Member]:
 @torch.no_grad()
 def _losses_at(world: World, params: Stack, clients: Sequence[Client]) -> list[float]:
     """Return each client's mean loss on its own training examples at its own parameters."""
-    losses = []
-    for index, client in enumerate(clients):
-        rows = torch.from_numpy(world.split.train[client.partition])
-        one = {name: value[index : index + 1] for name, value in params.items()}
-        _, logits = world.model(one, world.inputs[rows][None])
-        losses.append(float(world.loss(logits[0], world.labels[rows]).mean()))
+    sizes = torch.tensor([len(world.split.train[client.partition]) for client in clients])
+    valid = torch.arange(int(sizes.max())) < sizes[:, None]
+    rows = torch.zeros(valid.shape, dtype=torch.int64)
+    rows[valid] = torch.from_numpy(np.concatenate([world.split.train[c.partition] for c in clients]))
+    targets = torch.where(valid, world.labels[rows], world.loss.ignore_index)
+    losses: list[float] = []
+    at_once = max(1, _EXAMPLES_AT_ONCE // valid.shape[1])
+    for start in range(0, len(clients), at_once):
+        some = slice(start, start + at_once)
+        own = {name: value[some] for name, value in params.items()}
+        _, logits = world.model(own, world.inputs[rows[some]])
+        losses += (world.loss(logits, targets[some]).double().sum(1) / sizes[some]).tolist()
     return losses
