@@ -16,7 +16,6 @@ from flwr.app import Context, RecordDict
 
 from lossworks.cli import main
 from lossworks.errors import RunError, UserError
-from lossworks.runs import RunFolder
 from lossworks.tracking import read_all
 from lossworks_federated.comparison import Mean
 from lossworks_federated.faults import KINDS, fault_of
@@ -25,6 +24,7 @@ from lossworks_federated.measures import drift, spread
 from lossworks_federated.memory import Moment, keep, load_tensors, recall
 from lossworks_federated.rounds import FederationOutcome
 from lossworks_federated.specs import FaultSpec, FederationSpec
+from lossworks_federated.strategies.catalogue import strategies as catalogue
 from lossworks_federated.strategies.interface import OwnTest
 from lossworks_testing.federation import difference, equal, rounds_of, tiny, trained, world_of
 
@@ -431,20 +431,35 @@ def test_natural_owners_become_clients(at_home: Path, tmp_path: Path) -> None:
     trained(spec, tmp_path / "run")
 
 
-def test_flowers_own_simulation_gives_the_same_models(at_home: Path, tmp_path: Path) -> None:
+SIMULATED = ["fedavg", "scaffold", {"name": "fedlex", "explore_epochs": 1}]
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        SIMULATED,
+        pytest.param(
+            [name for name in sorted(catalogue()) if name not in ("fedavg", "scaffold")],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["some", "the others"],
+)
+def test_flowers_own_simulation_gives_the_same_models(
+    strategies: list[object], at_home: Path, tmp_path: Path
+) -> None:
     """In a process of its own: Flower shuts Ray down at the end, and other tests use it."""
-    strategies = ["fedavg", "scaffold", {"name": "fedlex", "explore_epochs": 1}]
     split = {"kind": "dirichlet", "clients": 4, "alpha": 0.5}
     changes = {"strategies": strategies, "rounds": 2, "split": split, "faults": {"nan_clients": [2]}}
     file = write_spec(tmp_path, **changes)
-    found = {}
-    for engine in ("cohort", "flower"):
-        before = set((at_home / "runs").iterdir()) if (at_home / "runs").is_dir() else set()
-        command = [sys.executable, "-c", COMMAND, "federate", str(file), f"engine={engine}"]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        (folder,) = set((at_home / "runs").iterdir()) - before
-        found[engine] = [load_tensors(model) for model in sorted(folder.glob("*/model.safetensors"))]
-        assert RunFolder.find(str(folder)).run_id == folder.name
-    for ours, theirs in zip(found["cohort"], found["flower"], strict=True):
-        assert difference(ours, theirs) < 1e-5
+    cohort = federate(FederationSpec.read(file)).folder.path
+    before = set((at_home / "runs").iterdir())
+    command = [sys.executable, "-c", COMMAND, "federate", str(file), "engine=flower"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (flower,) = set((at_home / "runs").iterdir()) - before
+    models = [sorted(folder.glob("*/model.safetensors")) for folder in (cohort, flower)]
+    assert [len(found) for found in models] == [len(strategies)] * 2
+    for ours, theirs in zip(*models, strict=True):
+        assert ours.parent.name == theirs.parent.name
+        assert difference(load_tensors(ours), load_tensors(theirs)) < 1e-5

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from lossworks_testing import federated_report
 from lossworks_testing.evidence import dense, methods, rows
 
 SEEDS = 5
@@ -29,6 +30,7 @@ def main() -> None:
     for study in STUDIES:
         tables.append(study(SEEDS).markdown())
         print(tables[-1], flush=True)
+    tables.append(federated_report.section())  # of runs that are kept: they take half an hour
     page.write_text("\n".join([_HEAD, "\n\n".join(tables)]) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,56 @@
+"""The benchmark's methods do the same work, and its rows have the names that others read."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from lossworks.benchmarks.table import Row
+from lossworks.errors import UserError
+from lossworks_federated import benchmark
+from lossworks_federated.benchmark_chart import draw_benchmark
+from lossworks_federated.benchmark_worker import by_cohort, by_loop
+from lossworks_federated.specs import FederationSpec
+from lossworks_federated.world import make_world
+
+
+def test_the_bare_loop_does_what_the_cohort_does() -> None:
+    spec = FederationSpec.parse(
+        {
+            "rounds": 2,
+            "clients_per_round": 3,
+            "split": {"kind": "dirichlet", "clients": 5, "alpha": 0.3, "min_size": 8},
+            "local": {"epochs": 1, "batch_size": 32, "lr": 0.1},
+        }
+    )
+    world = make_world(spec.task(spec.strategies[0], 0))
+    ours, theirs = by_cohort(spec, world), by_loop(spec, world)
+    assert len(ours["seconds"]) == len(theirs["seconds"]) == 2
+    assert all((ours["model"][name] - value).abs().max() < 1e-4 for name, value in theirs["model"].items())
+
+
+def test_rows_of_a_small_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"data": {"source": "digits"}, "model": {"kind": "mlp", "layers": 1, "width": 8}}
+    monkeypatch.setitem(benchmark._MAIN, "mlp-100-20", small)
+    rows = list(benchmark.run(["cases=mlp-100-20", "methods=cohort,loop", "rounds=3", "curves=false"], 1))
+    found = {(row.case, row.method, row.metric): row for row in rows}
+    assert set(found) == {
+        ("mlp-100-20", "cohort", "seconds_per_round"),
+        ("mlp-100-20", "loop", "seconds_per_round"),
+        ("mlp-100-20", "loop", "over cohort"),
+        ("mlp-100-20", "loop", "difference of updates"),
+    }
+    assert all(row.value is not None and math.isfinite(row.value) and not row.note for row in rows)
+
+
+def test_unknown_cases_and_methods_are_refused() -> None:
+    for wrong in ("cases=mlp", "methods=cohort,flour"):
+        with pytest.raises(UserError):
+            list(benchmark.run([wrong], 1))
+
+
+def test_the_chart_draws_bars_and_curves(tmp_path: Path) -> None:
+    rows = [Row("mlp-100-20", method, "seconds_per_round", 0.1, "s") for method in ("cohort", "flower")]
+    rows += [Row(f"{n} clients a round", "cohort", "seconds_per_round", n / 1e3, "s") for n in (10, 100)]
+    rows += [Row("10 clients a round, 10k parameters", "loop", "seconds_per_round", None, "s", "too slow")]
+    assert draw_benchmark(rows, tmp_path / "chart.png").stat().st_size > 10_000
