@@ -67,6 +67,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from lossworks.runs import RunFolder
 
     folder = RunFolder.find(arguments.run_name)
+    folder.spec()  # refuses what is no training run
     if not folder.journal.is_file():
         raise UserError(f"run {folder.run_id}: has recorded nothing yet")
     print(draw_report(folder))

@@ -408,6 +408,10 @@ def test_resume_refuses_what_is_no_federation(
     assert main(["federate", "--resume", str(tmp_path)]) == 2
     assert "is no federation" in capsys.readouterr().err
     assert main(["federate", "--resume", str(tmp_path), "rounds=3"]) == 2
+    write_spec(tmp_path)
+    for command in ("report", "sync"):
+        assert main([command, str(tmp_path)]) == 2
+        assert "spec of a federation" in capsys.readouterr().err
 
 
 def test_natural_owners_become_clients(at_home: Path, tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ def draw_report(folder: RunFolder, vocabulary: int | None = None) -> Path:
     """Draw ``report.png`` from the run's journal and outcome, and return its path."""
     from lossworks.reporting.train_report import train_report
 
+    spec = folder.spec()  # first, since it refuses runs of other rooms
     rows: list[Row] = read_all(folder.journal)
     outcome = Outcome.read(folder.outcome_file) if folder.outcome_file.is_file() else None
-    spec = folder.spec()
     plain = spec.loss.name == "cross-entropy"
     row = "example" if isinstance(spec, ClassifierSpec) else "token"
     return train_report(

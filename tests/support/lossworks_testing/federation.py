@@ -1,16 +1,17 @@
 """Small federations for tests: run in this process, with what a test wants to look at."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 from lossworks.cohort import Member
 from lossworks_federated.client_app import client_app
 from lossworks_federated.grid import CohortGrid
 from lossworks_federated.rounds import RoundFiles, Rounds
-from lossworks_federated.specs import FederationSpec
+from lossworks_federated.specs import FederationSpec, TaskSpec
 from lossworks_federated.world import World, make_world
 
 TINY: dict[str, Any] = {
@@ -28,8 +29,13 @@ def tiny(strategy: Any = "fedavg", **changes: Any) -> FederationSpec:
 
 
 def world_of(spec: FederationSpec) -> World:
-    """Return the world of a spec's only strategy and seed."""
-    return make_world(spec.task(spec.strategies[0], spec.seeds[0]))
+    """Return the world of a spec's only strategy and seed, made once."""
+    return _made(spec.task(spec.strategies[0], spec.seeds[0]).model_dump_json())
+
+
+@lru_cache(maxsize=8)
+def _made(task: str) -> World:
+    return make_world(TaskSpec.model_validate_json(task))
 
 
 def rounds_of(spec: FederationSpec, path: Path, grid: Any = None) -> Rounds:
@@ -83,6 +89,3 @@ class OneByOneGrid(CohortGrid):
             return self.app(message, self._contexts[node])
         except Exception as error:  # noqa: BLE001  (as Flower does)
             return Message(Error(2, str(error)), reply_to=message)
-
-
-TRAIN = MessageType.TRAIN
