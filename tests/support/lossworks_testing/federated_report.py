@@ -29,17 +29,18 @@ FedLEx it is; `rescale` is ours. All of it is `federated/specs/study.yaml`; ever
 """
 _FOUND = """What it says, and no more than that of two small tasks and small perceptrons:
 
-- Neither FedLD nor FedLEx is above FedAvg beyond the intervals in any cell, in either variant, and both fall
-  further behind the more the labels differ. FedLD's update is shorter where clients disagree and points
-  elsewhere; FedLEx's multipliers leave most parameters nearly still.
-- Giving FedLD's update the norm of the mean (`rescale=norm`) wins back two thirds of the distance under severe
-  skew on digits, dividing FedLEx's matrix by its mean (`rescale=mean`) nine tenths: in most cells it is within
-  FedAvg's interval. So what they lose is mostly length, and for FedLD also direction.
-- FedDyn and FedAdam are the best under skew where ten of fifty clients take part, by 1 to 2 points on digits and
-  6 to 10 on mnist1d. SCAFFOLD leads with five clients on digits, and falls behind FedAvg with ten of fifty and
-  severe skew: its control variates are old there. FedProx and FedNova are near FedAvg everywhere.
-- A learning rate of 1, the best on two seeds, diverged on one of five others (for instance FedAvg's, mnist1d,
-  five clients, α = 100): hence the widest intervals. It is left as it came."""
+- Neither FedLD nor FedLEx is above FedAvg beyond the intervals in any cell, in either variant, and both
+  fall further behind the more the labels differ. FedLD's update is shorter where clients disagree and
+  points elsewhere; FedLEx's multipliers leave most parameters nearly still.
+- Giving FedLD's update the norm of the mean (`rescale=norm`) wins back two thirds of the distance under
+  severe skew on digits, dividing FedLEx's matrix by its mean (`rescale=mean`) nine tenths: in most cells
+  it is within FedAvg's interval. So what they lose is mostly length, and for FedLD also direction.
+- FedDyn and FedAdam are the best under skew where ten of fifty clients take part, by 1 to 2 points on
+  digits and 6 to 10 on mnist1d. SCAFFOLD leads with five clients on digits, and falls behind FedAvg with
+  ten of fifty and severe skew: its control variates are old there. FedProx and FedNova are near FedAvg
+  everywhere.
+- A learning rate of 1, the best on two seeds, diverged on one of five others (for instance FedAvg's,
+  mnist1d, five clients, α = 100): hence the widest intervals. It is left as it came."""
 
 
 class Results:
