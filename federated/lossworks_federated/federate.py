@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks_federated.comparison import Comparison, compare
-from lossworks_federated.session import Child, Session, Watcher, finish_session, open_session
+from lossworks_federated.session import (
+    Child,
+    Session,
+    Watcher,
+    finish_session,
+    open_session,
+    read_session_spec,
+)
 from lossworks_federated.specs import FederationSpec
 
 if TYPE_CHECKING:
@@ -35,7 +42,11 @@ class FederationResult:
 
 
 def federate(
-    spec: FederationSpec, *, resume: RunFolder | None = None, watcher: Watcher | None = None
+    spec: FederationSpec,
+    *,
+    resume: RunFolder | None = None,
+    watcher: Watcher | None = None,
+    grid: "Grid | None" = None,
 ) -> FederationResult:
     """Run a federation as ``spec`` says, or go on with one, and return how it ended.
 
@@ -43,6 +54,7 @@ def federate(
         spec: The federation.
         resume: Go on with this run: what finished is kept, the rest goes on from the last saved round.
         watcher: Sees it go on.
+        grid: Of a deployed federation, in place of the spec's engine.
 
     Raises:
         UserError: Something in the spec can't work; no client was started.
@@ -59,21 +71,34 @@ def federate(
     session = open_session(spec, resume, watcher)
     with session.folder.hold():
         try:
-            _run(session)
+            _run(session, grid)
         finally:
             pictures = draw(session)
             try:
                 finish_session(session, [*pictures, session.folder.path / "comparison.csv"])
             except RunError as error:
                 watcher.say(str(error))
+    return _result(session, pictures)
+
+
+def result_of(folder: RunFolder) -> FederationResult:
+    """Return the result of a run that has ended, from its folder."""
+    session = Session(read_session_spec(folder), folder, Watcher())
+    return _result(session, sorted(folder.path.glob("*.png")))
+
+
+def _result(session: Session, pictures: list[Path]) -> FederationResult:
     ended = [(child, child.outcome) for child in session.children]
     failed = tuple((child.title, end.reason) for child, end in ended if end and end.status == "failed")
     return FederationResult(session.folder, compare(session), tuple(pictures), failed)
 
 
-def _run(session: Session) -> None:
+def _run(session: Session, grid: "Grid | None") -> None:
     spec, state = session.spec, session.folder.path / "clients"
     if all(child.outcome and child.outcome.status == "finished" for child in session.children):
+        return
+    if grid is not None:
+        session.run(lambda _world, _child: grid)
         return
     if spec.engine == "flower":
         from lossworks_federated.simulation import simulate

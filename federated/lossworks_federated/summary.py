@@ -70,8 +70,14 @@ class Display(Watcher):
             self._progress = None
 
 
-def show(spec: FederationSpec, result: FederationResult) -> None:
-    """Print the comparison, where everything is, and what to do next."""
+def show(spec: FederationSpec, result: FederationResult, *, where: str | None = None) -> None:
+    """Print the comparison, where everything is, and what to do next.
+
+    Args:
+        spec: The federation.
+        result: How it ended.
+        where: What it ran on; the spec's engine if unset.
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH_OF_FILES)
@@ -82,7 +88,7 @@ def show(spec: FederationSpec, result: FederationResult) -> None:
     look = redact(uri) if uri.startswith("http") else f"{program()} ui"
     again = f"{program()} federate --resume {result.folder.run_id}"
     commands = [("see the runs in MLflow", look), *([("try again", again)] if result.failed else [])]
-    print_summary(f"{spec.name}: {spec.rounds} rounds, engine {spec.engine}", lines, commands)
+    print_summary(f"{spec.name}: {spec.rounds} rounds, {where or f'engine {spec.engine}'}", lines, commands)
 
 
 def _table(comparison: Comparison, seeds: int) -> Table:

@@ -1,0 +1,284 @@
+"""A real federation on this machine: ``python -m lossworks_federated.loopback SPEC [key.path=value ...]``.
+
+It makes certificates and keys, starts a SuperLink that takes only TLS and registered SuperNodes, starts a
+SuperNode a client, submits the federation with ``flwr run`` as anybody would, waits for its end and stops
+everything. All of it listens on 127.0.0.1 alone. Each instruction starts a process, so it is for a few
+clients, to see that what ran in a simulation runs in a deployment; ``--folder`` keeps everything for a look.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from lossworks.errors import LossworksError, RunError, UserError
+from lossworks.home import switch_off_usage_reports
+from lossworks_federated.credentials import make_certificates, make_node_key
+from lossworks_federated.specs import FederationSpec
+
+_MOST = 10
+_START_S = 60.0
+_STOP_S = 15.0
+_APP = """\
+[project]
+name = "lossworks-federation"
+version = "1.0.0"
+description = "A federation of Lossworks"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "lossworks"
+
+[tool.flwr.app.components]
+serverapp = "deployed.server:app"
+clientapp = "deployed.client:app"
+
+[tool.flwr.app.config]
+spec = {spec}
+result = {result}
+"""
+_SERVER = 'from lossworks_federated.server_app import app\n\n__all__ = ["app"]\n'
+_CLIENT = "from lossworks_federated.client_app import client_app\n\napp = client_app()\n"
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@dataclass
+class Deployment:
+    """The processes and files of a federation; a context manager that stops them, nodes first.
+
+    Args:
+        folder: Of all files; must be new or empty.
+
+    Attributes:
+        port: Of the SuperLink.
+    """
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    _nodes: list[subprocess.Popen] = field(default_factory=list)
+    _link: subprocess.Popen | None = None
+
+    def __enter__(self) -> Self:
+        """Make credentials and start the SuperLink.
+
+        Raises:
+            RunError: It doesn't come up.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.authority, certificate, key = make_certificates(self.folder)
+        home = self._home("cli")
+        (home / "config.toml").write_text(
+            '[superlink]\ndefault = "lab"\n\n[superlink.lab]\n'
+            f'address = "127.0.0.1:{self.port}"\nroot-certificates = {json.dumps(str(self.authority))}\n'
+        )
+        files = {"--ssl-ca-certfile": self.authority, "--ssl-certfile": certificate, "--ssl-keyfile": key}
+        options = [text for name, file in files.items() for text in (name, str(file))]
+        options += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
+        options += ["--host", "127.0.0.1", "--port", str(self.port)]
+        self._link = self._start("flower-superlink", options, "superlink")
+        self._await_port()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the nodes, then the SuperLink."""
+        for process in (*self._nodes, *([self._link] if self._link else [])):
+            _stop(process)
+
+    def add_node(self, partition: int, clients: int, *, registered: bool = True) -> subprocess.Popen:
+        """Start a client's SuperNode with a key of its own.
+
+        Args:
+            partition: The client.
+            clients: How many there are.
+            registered: Whether the SuperLink is told the key; it lets nobody else in.
+        """
+        private, public = make_node_key(self.folder, f"node-{partition}")
+        if registered:
+            self.flwr("supernode", "register", str(public), "lab")
+        state = self.folder / f"state-{partition}"
+        config = f'partition-id={partition} num-partitions={clients} state-folder="{state}"'
+        options = ["--superlink", f"127.0.0.1:{self.port}", "--root-certificates", str(self.authority)]
+        options += ["--auth-supernode-private-key", str(private), "--node-config", config]
+        options += ["--host", "127.0.0.1", "--port", str(free_port())]
+        node = self._start("flower-supernode", options, f"node-{partition}")
+        self._nodes.append(node)
+        return node
+
+    def run(self, spec: FederationSpec) -> Path:
+        """Submit a federation, wait for its end and return its run's folder.
+
+        Raises:
+            RunError: It failed.
+        """
+        app, result = self.folder / "app", self.folder / "result"
+        (app / "deployed").mkdir(parents=True)
+        (app / "deployed" / "__init__.py").write_text("")
+        (app / "deployed" / "server.py").write_text(_SERVER)
+        (app / "deployed" / "client.py").write_text(_CLIENT)
+        # JSON's strings are TOML's.
+        texts = {"spec": json.dumps(spec.model_dump_json()), "result": json.dumps(str(result))}
+        (app / "pyproject.toml").write_text(_APP.format(**texts))
+        output = self.flwr("run", str(app), "lab", "--stream")
+        if result.is_file():
+            return Path(result.read_text(encoding="utf-8"))
+        error = result.with_suffix(".error")
+        reason = error.read_text(encoding="utf-8") if error.is_file() else output.strip()[-500:]
+        raise RunError(f"the federation failed: {reason}")
+
+    def flwr(self, *arguments: str) -> str:
+        """Run Flower's command line and return what it prints.
+
+        Raises:
+            RunError: It failed.
+        """
+        command = [_program("flwr"), *arguments]
+        done = subprocess.run(
+            command, env=self._environment("cli"), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            said = " ".join((done.stdout + done.stderr).split())
+            raise RunError(f"flwr {' '.join(arguments[:2])} failed: {said[-500:]}")
+        return done.stdout
+
+    def log(self, name: str) -> str:
+        """Return what the process ``superlink`` or ``node-NUMBER`` has said so far."""
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def _start(self, program: str, options: Sequence[str], name: str) -> subprocess.Popen:
+        with (self.folder / f"{name}.log").open("w") as log:
+            return subprocess.Popen(
+                [_program(program), *options],
+                env=self._environment(name),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _await_port(self) -> None:
+        end = time.monotonic() + _START_S
+        while time.monotonic() < end and self._link is not None and self._link.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.2)
+        raise RunError(f"the SuperLink did not start: {' '.join(self.log('superlink').split())[-500:]}")
+
+    def _home(self, name: str) -> Path:
+        home = self.folder / f"flwr-{name}"
+        home.mkdir(exist_ok=True)
+        return home
+
+    def _environment(self, name: str) -> dict[str, str]:
+        quiet = {
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        }
+        paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        return {**os.environ, **quiet, "FLWR_HOME": str(self._home(name)), "PATH": paths}
+
+
+def require_deployable(spec: FederationSpec) -> None:
+    """Refuse what this script can't do.
+
+    Raises:
+        UserError: With the reason.
+    """
+    if spec.split.clients > _MOST:
+        raise UserError(
+            f"split.clients={spec.split.clients}: {_MOST} are the most here, since every instruction to a "
+            "client starts a process; engine=cohort takes thousands"
+        )
+    if spec.privacy.kind != "none":
+        raise UserError(
+            f"privacy.kind={spec.privacy.kind}: a deployed ClientApp brings its own mods: see client_app()"
+        )
+
+
+def _program(name: str) -> str:
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else name
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Ask a process and its children to end, and see that they do."""
+    for number, patience in ((signal.SIGTERM, _STOP_S), (signal.SIGKILL, _STOP_S)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+
+
+@contextlib.contextmanager
+def _folder(named: str | None) -> Iterator[Path]:
+    if named is None:
+        with tempfile.TemporaryDirectory(prefix="lossworks-", ignore_cleanup_errors=True) as path:
+            yield Path(path)
+        return
+    folder = Path(named).absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--folder {named}: is not empty")
+    yield folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    switch_off_usage_reports()
+    parser = argparse.ArgumentParser(prog="python -m lossworks_federated.loopback", description=__doc__)
+    parser.add_argument("spec", help="YAML file such as federated/specs/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--folder", help="new folder for certificates, keys and logs; default: one that goes")
+    parsed = parser.parse_intermixed_args(arguments)
+    try:
+        spec = FederationSpec.read(parsed.spec, parsed.overrides)
+        require_deployable(spec)
+        with _folder(parsed.folder) as folder:
+            _run(spec, folder)
+    except LossworksError as error:
+        print(f"loopback: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("loopback: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(spec: FederationSpec, folder: Path) -> None:
+    from lossworks.runs import RunFolder
+    from lossworks_federated.federate import result_of
+    from lossworks_federated.summary import show
+
+    with Deployment(folder) as deployment:
+        print(f"SuperLink on 127.0.0.1:{deployment.port}, TLS, registered nodes only", flush=True)
+        for partition in range(spec.split.clients):
+            deployment.add_node(partition, spec.split.clients)
+        print(f"{spec.split.clients} SuperNodes started; flwr run", flush=True)
+        found = result_of(RunFolder(deployment.run(spec)))
+    show(spec, found, where="SuperLink and SuperNodes")
+    if found.failed:
+        title, reason = found.failed[0]
+        raise RunError(f"{title}: {reason}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
