@@ -24,6 +24,7 @@ pytestmark = pytest.mark.timeout(240)
 
 SLOW = pytest.mark.slow
 ONLY_DDP = pytest.mark.parametrize("finished", ["ddp", pytest.param("fsdp", marks=SLOW)], indirect=True)
+ONLY_FSDP = pytest.mark.parametrize("finished", [pytest.param("ddp", marks=SLOW), "fsdp"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,7 @@ def test_a_run_learns(finished, spec):
     assert finished.folder.report.read_bytes().startswith(b"\x89PNG")
 
 
+@ONLY_FSDP
 def test_a_killed_worker_is_replaced_and_changes_nothing(finished, home, cluster):
     """kill -9 in mid-run: the run ends with the very curve of the run that was left alone."""
     spec = finished.folder.spec()
