@@ -1,4 +1,4 @@
-"""``lossworks bench federated``: seconds a round of the cohort engine, a bare loop and Flower's engine.
+"""``lossworks bench federated``: seconds a round of the cohort engine, a bare loop, Flower's engine and pfl.
 
 All methods take the same batches of the same clients, each in a fresh process, in turns. The first round is
 left out: it fills caches.
@@ -7,6 +7,7 @@ left out: it fills caches.
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ _MAIN: dict[str, dict[str, Any]] = {
     "mlp-100-20": {"data": {"source": "mnist1d"}, "model": {"kind": "mlp", "layers": 2, "width": 100}},
     "cnn-100-20": {"data": {"source": "mnist1d"}, "model": {"kind": "cnn", "layers": 2, "width": 32}},
 }
+_METHODS = ("cohort", "loop", "flower", "pfl")
 _SAME = 1e-2  # difference of updates, as a share, at which methods count as having done the same: rounding
 # can put a ReLU on its other side, after which one weight takes another step
 _WIDTHS = {"10k": 80, "100k": 290, "1M": 975, "10M": 3140}
@@ -39,7 +41,7 @@ class FederatedSpec(Spec):
         tuple(_MAIN), description=f"of {', '.join(_MAIN)}: 100 clients, 20 a round, 5 local epochs"
     )
     methods: Annotated[tuple[str, ...], COMMAS] = Field(
-        ("cohort", "loop", "flower"), description="of cohort, loop and flower"
+        _METHODS, description=f"of {', '.join(_METHODS)}; pfl (Apple's simulator) where it is installed"
     )
     rounds: int = Field(8, ge=3, le=1000, description="rounds of each measurement, the first left out")
     curves: bool = Field(
@@ -51,7 +53,7 @@ class FederatedSpec(Spec):
     @field_validator("cases", "methods")
     @classmethod
     def _are_known(cls, values: tuple[str, ...], info: Any) -> tuple[str, ...]:
-        known = {"cases": list(_MAIN), "methods": ["cohort", "loop", "flower"]}[info.field_name]
+        known = {"cases": list(_MAIN), "methods": list(_METHODS)}[info.field_name]
         return tuple(require_one(value, known, info.field_name.removesuffix("s")) for value in values)
 
 
@@ -89,8 +91,12 @@ def _compare(
     """Yield the rows of one case, its methods measured in turns."""
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     notes: dict[str, str] = {}
+    if "pfl" in methods and find_spec("pfl") is None:
+        notes["pfl"] = "not installed: pip install 'lossworks[bench]'"
     for _ in range(repeats):
         for method in methods:
+            if method in notes:
+                continue
             try:
                 found[method].append(workers.measure(method, changes))
             except RunError as error:
@@ -184,5 +190,5 @@ def _draw(rows: Sequence[Row], path: Path) -> object:
 
 
 FEDERATED = Benchmark(
-    "rounds of the cohort engine beside a bare loop over clients and Flower's engine", run, 2, _draw
+    "rounds of the cohort engine beside a bare loop over clients, Flower's engine and pfl", run, 2, _draw
 )

@@ -11,7 +11,7 @@ from lossworks.reporting.train_report import STYLE, not_measured
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = {"cohort": "#2563a8", "loop": "#9aa3ad", "flower": "#d9541e"}
+_COLOURS = {"cohort": "#2563a8", "loop": "#9aa3ad", "flower": "#d9541e", "pfl": "#6b8f3a"}
 _CLIENTS = re.compile(r"(\d+) clients a round$")
 _SIZES = re.compile(r"10 clients a round, (\d+)(k|M) parameters")
 

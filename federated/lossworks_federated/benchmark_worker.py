@@ -13,7 +13,7 @@ import torch
 from flwr.app import ConfigRecord
 from torch import nn
 
-from lossworks.cohort import Member, plan_batches
+from lossworks.cohort import Member
 from lossworks.errors import RunError
 from lossworks.models import build_classifier
 from lossworks_federated.grid import CohortGrid
@@ -87,27 +87,27 @@ def by_loop(spec: FederationSpec, world: World) -> dict[str, Any]:
 
 def _train(model: nn.Module, world: World, number: int, client: int) -> None:
     """Train one client as plain torch code would, on the batches that all methods take."""
-    task = world.task
-    batches = plan_batches(
-        [world.split.train[client]],
-        batch_size=task.local.batch_size,
-        epochs=task.local.epochs,
-        seeds=[(task.seed, number, client)],
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=task.local.lr)
+    optimizer = torch.optim.SGD(model.parameters(), lr=world.task.local.lr)
     loss = nn.CrossEntropyLoss()
-    for step in range(len(batches.rows)):
-        rows = batches.rows[step, 0, : batches.counts[step, 0]]
+    for rows in world.batches_of(client, number):
         optimizer.zero_grad()
         logits = model.logits(world.inputs[rows])  # type: ignore[operator]
         loss(logits, world.labels[rows]).backward()
         optimizer.step()
 
 
+def by_pfl(spec: FederationSpec, world: World) -> dict[str, Any]:
+    """Do the rounds in Apple's pfl simulator."""
+    from lossworks_federated.benchmark_pfl import federate_by_pfl
+
+    return federate_by_pfl(spec, world)
+
+
 METHODS: dict[str, Callable[[FederationSpec, World], dict[str, Any]]] = {
     "cohort": by_cohort,
     "loop": by_loop,
     "flower": by_flower,
+    "pfl": by_pfl,
 }
 
 

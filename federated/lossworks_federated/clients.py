@@ -22,7 +22,6 @@ from lossworks.cohort import (
     Sgd,
     Stack,
     member_of,
-    plan_batches,
     repeat,
     stack,
     train_members,
@@ -101,13 +100,7 @@ def _train_at_once(
     epochs = int(config.get("epochs", task.local.epochs))  # type: ignore[arg-type]
     origin = member_from(content.array_records[MODEL])
     parts = [part_of(entry) for entry in json.loads(str(config["parts"]))]
-    rows = [world.split.train[client.partition] for client in clients]
-    batches = plan_batches(
-        rows,
-        batch_size=task.local.batch_size,
-        epochs=epochs,
-        seeds=[(task.seed, server_round, client.partition) for client in clients],
-    )
+    batches = world.batches([client.partition for client in clients], server_round, epochs)
     moment = _moment(config, server_round, folder)
     kept = _recalled(parts, clients, origin, moment)
     cohorts = [
@@ -142,7 +135,7 @@ def _train_at_once(
     for index, client in enumerate(clients):
         fault = fault_of(task.faults, task.seed, server_round, client.partition) if server_round else None
         metrics = {
-            "num-examples": len(rows[index]),
+            "num-examples": len(world.split.train[client.partition]),
             "loss": float(trained.losses[index]),
             "steps": int(trained.steps[index]),
             "step-weight": float(weights[index]),

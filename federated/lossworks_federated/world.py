@@ -1,11 +1,12 @@
 """What clients of a simulated federation have in common: data, split, architecture and loss."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import Tensor
 
-from lossworks.cohort import Member, StackedModel
+from lossworks.cohort import Batches, Member, StackedModel, plan_batches
 from lossworks.data.examples import ExampleData, load_examples
 from lossworks.errors import UserError
 from lossworks.losses import RowLoss, create
@@ -37,6 +38,21 @@ class World:
     model: StackedModel
     initial: Member
     loss: RowLoss
+
+    def batches_of(self, client: int, server_round: int) -> Iterator[Tensor]:
+        """Yield the rows of each batch that a client takes in a round, one int64 tensor a step."""
+        batches = self.batches([client], server_round, self.task.local.epochs)
+        for rows, counts in zip(batches.rows, batches.counts, strict=True):
+            yield rows[0, : counts[0]]
+
+    def batches(self, clients: Sequence[int], server_round: int, epochs: int) -> Batches:
+        """Return the batches that clients take in a round."""
+        return plan_batches(
+            [self.split.train[client] for client in clients],
+            batch_size=self.task.local.batch_size,
+            epochs=epochs,
+            seeds=[(self.task.seed, server_round, client) for client in clients],
+        )
 
 
 def make_world(task: TaskSpec) -> World:

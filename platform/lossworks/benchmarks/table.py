@@ -105,7 +105,8 @@ def _table(case: str, rows: Sequence[Row]) -> "Table":
 def _header(metric: str, unit: str) -> str:
     from rich.markup import escape
 
-    words, units = (wrap(text.replace("+", " + "), _WIDTH_OF_HEADERS) for text in (metric, unit))
+    shown = metric.replace("_", " "), unit
+    words, units = (wrap(text.replace("+", " + "), _WIDTH_OF_HEADERS) for text in shown)
     return "\n".join([*words, *(f"[dim]{escape(line)}[/]" for line in units)])
 
 
