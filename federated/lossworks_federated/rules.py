@@ -25,13 +25,11 @@ class Together(LocalRule):
     def __init__(self, rules: Sequence[LocalRule]) -> None:
         self._rules = tuple(rules)
 
-    def penalty(
-        self, params: Stack, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor
-    ) -> Tensor | None:
+    def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
         """See :class:`lossworks.cohort.LocalRule`."""
         total: Tensor | None = None
         for rule in self._rules:
-            extra = rule.penalty(params, inputs, hidden, logits, valid)
+            extra = rule.penalty(inputs, hidden, logits, valid)
             if extra is not None:
                 total = extra if total is None else total + extra
         return total
@@ -135,11 +133,9 @@ class Contrast(LocalRule):
         self._model, self._origin, self._previous = model, origin, previous
         self._mu, self._temperature = mu, temperature
 
-    def penalty(
-        self, params: Stack, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor
-    ) -> Tensor | None:
+    def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
         """Return the contrast of each client."""
-        del params, logits
+        del logits
         count = len(inputs)
         with torch.no_grad():
             whole = {name: value.expand(count, *value.shape) for name, value in self._origin.items()}
@@ -171,11 +167,9 @@ class Margin(LocalRule):
     ) -> None:
         self._strength, self._on, self._reduce = strength, on, reduce
 
-    def penalty(
-        self, params: Stack, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor
-    ) -> Tensor | None:
+    def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
         """Return the penalty of each client."""
-        del params, inputs, hidden
+        del inputs, hidden
         outputs = logits if self._on == "logits" else logits.softmax(-1)
         squares = outputs.square().sum(-1)
         if self._reduce == "sample":

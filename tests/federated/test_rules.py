@@ -80,15 +80,23 @@ def test_without_strength_it_is_plain_training(rule):
     assert_same(trained(LocalRule())[0], trained(rule)[0])
 
 
+class Penalty(LocalRule):
+    """Adds the derivative of a penalty on parameters, as autograd finds it."""
+
+    def __init__(self, of):
+        self._of = of
+
+    def gradient(self, name, gradient, param):
+        leaf = param.detach().requires_grad_()
+        with torch.enable_grad():
+            return gradient + torch.autograd.grad(self._of(name, leaf), leaf)[0]
+
+
 def test_a_proximal_term_is_its_penalty():
-    """The gradient hook equals (μ/2)‖w − w⁰‖² in the loss."""
+    """The gradient hook is the derivative of (μ/2)‖w − w⁰‖²."""
+    penalty = Penalty(lambda name, p: 0.35 * (p - member()[name]).square().sum())
 
-    class Penalty(LocalRule):
-        def penalty(self, params, inputs, hidden, logits, valid):  # noqa: ARG002
-            origin = member()
-            return sum(0.35 * (p - origin[n]).square().flatten(1).sum(1) for n, p in params.items())
-
-    assert_same(trained(Penalty())[0], trained(Proximal(member(), 0.7))[0])
+    assert_same(trained(penalty)[0], trained(Proximal(member(), 0.7))[0])
 
 
 def test_dynamic_regularisation_is_its_penalty():
@@ -97,16 +105,11 @@ def test_dynamic_regularisation_is_its_penalty():
     batches = trained(LocalRule())[1]
     ordered = {name: value[batches.members] for name, value in own.items()}
 
-    class Penalty(LocalRule):
-        def penalty(self, params, inputs, hidden, logits, valid):  # noqa: ARG002
-            origin, total = member(), 0.0
-            for n, p in params.items():
-                pull = 0.5 * alpha * (p - origin[n]).square() - ordered[n][: len(p)] * p
-                total = total + pull.flatten(1).sum(1)
-            return total
+    def penalty(name, p):
+        return (0.5 * alpha * (p - member()[name]).square() - ordered[name][: len(p)] * p).sum()
 
     result = trained(Dynamic(member(), ordered, alpha))[0]
-    assert_same(trained(Penalty())[0], result)
+    assert_same(trained(Penalty(penalty))[0], result)
     renewed = Dynamic.renewed(own, member(), result.params, alpha)
     for name, value in renewed.items():
         assert torch.allclose(value, own[name] - alpha * (result.params[name] - member()[name]))
@@ -138,8 +141,8 @@ def outputs(seed=0, m=2, b=5):
 def test_margin_control_in_both_forms():
     """λ·log(1 + ‖o‖²) by example, or one logarithm of the batch's softmax; what doesn't count is left out."""
     logits, valid = outputs()
-    sample = Margin(0.3).penalty({}, logits, logits, logits, valid)
-    batch = Margin(0.3, "softmax", "batch").penalty({}, logits, logits, logits, valid)
+    sample = Margin(0.3).penalty(logits, logits, logits, valid)
+    batch = Margin(0.3, "softmax", "batch").penalty(logits, logits, logits, valid)
 
     for client in range(2):
         z = logits[client][valid[client]]
@@ -155,7 +158,7 @@ def test_contrast_has_its_closed_form():
     params = repeat(member(2), 2)
     hidden, logits = model(params, inputs)
     rule = Contrast(model, member(), repeat(member(1), 3), mu=2.0, temperature=0.7)
-    found = rule.penalty(params, inputs, hidden, logits, valid)
+    found = rule.penalty(inputs, hidden, logits, valid)
 
     for client in range(2):
         x = inputs[client][valid[client]]
@@ -185,8 +188,8 @@ def test_rules_together_are_the_sum_of_their_parts():
     rules = [Proximal(member(), 0.5), Margin(0.2)]
 
     class Sum(LocalRule):
-        def penalty(self, params, inputs, hidden, logits, valid):
-            return rules[1].penalty(params, inputs, hidden, logits, valid)
+        def penalty(self, inputs, hidden, logits, valid):
+            return rules[1].penalty(inputs, hidden, logits, valid)
 
         def gradient(self, name, gradient, param):
             return rules[0].gradient(name, gradient, param)

@@ -2,8 +2,6 @@
 
 from torch import Tensor
 
-from lossworks.cohort.stacked import Stack
-
 
 class LocalRule:
     """Hooks of a local step; the defaults leave it as it is.
@@ -12,19 +10,16 @@ class LocalRule:
     are still at work, so a hook takes the front part of what it keeps.
     """
 
-    def penalty(
-        self, params: Stack, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor
-    ) -> Tensor | None:
-        """Return what is added to each member's loss, shape (m,), or None.
+    def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
+        """Return what is added to each member's loss, shape (m,), or None; a function of its outputs.
 
         Args:
-            params: The members' parameters.
             inputs: Shape (m, B, …).
             hidden: Features, shape (m, B, D).
             logits: Shape (m, B, K).
             valid: Which examples count, bool, shape (m, B).
         """
-        del params, inputs, hidden, logits, valid
+        del inputs, hidden, logits, valid
         return None
 
     def gradient(self, name: str, gradient: Tensor, param: Tensor) -> Tensor:

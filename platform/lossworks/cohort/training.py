@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,19 +62,35 @@ def train_members(
     targets = torch.where(valid, labels[batches.rows], loss.ignore_index)
     means = torch.zeros(counts.shape)
     for step, front in enumerate((counts > 0).sum(1).tolist()):
-        leaves = {name: value[:front].requires_grad_() for name, value in now.items()}
+        leaves = {name: value[:front] for name, value in now.items()}
         batch = inputs[batches.rows[step, :front]]
-        hidden, logits = model(leaves, batch)
-        own = loss(logits, targets[step, :front]).sum(1) / counts[step, :front]
-        extra = rule.penalty(leaves, batch, hidden, logits, valid[step, :front]) if rule else None
-        whole = own if extra is None else own + extra
-        # Members share no parameter, so the gradient of the sum is each one's own.
-        gradients = torch.autograd.grad(whole.sum(), list(leaves.values()))
-        means[step, :front] = own.detach()
+        given = _Given(batch, *(each[step, :front] for each in (targets, valid, counts, means)))
+        gradients = model.gradients(leaves, batch, partial(_objective, loss, rule, given))
         with torch.no_grad():
             _move(leaves, gradients, optimizer, rule)
     losses = (means * counts).sum(0) / counts.sum(0)
     return _in_order(now, batches, losses)
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What the members at work have at one step: and room for (m,) losses."""
+
+    inputs: Tensor
+    targets: Tensor
+    valid: Tensor
+    counts: Tensor
+    means: Tensor
+
+
+def _objective(
+    loss: RowLoss, rule: LocalRule | None, given: _Given, hidden: Tensor, logits: Tensor
+) -> Tensor:
+    """Return what each member descends on, (m,), and keep its mean loss."""
+    own = loss(logits, given.targets).sum(1) / given.counts
+    given.means.copy_(own.detach())
+    extra = rule.penalty(given.inputs, hidden, logits, given.valid) if rule else None
+    return own if extra is None else own + extra
 
 
 def _move(leaves: Stack, gradients: Sequence[Tensor], optimizer: Optimizer, rule: LocalRule | None) -> None:
@@ -87,9 +104,11 @@ def _move(leaves: Stack, gradients: Sequence[Tensor], optimizer: Optimizer, rule
 
 def _in_order(now: Stack, batches: Batches, losses: Tensor) -> TrainedMembers:
     """Return the members in the order they were given in."""
+    finite = losses.isfinite()
+    for value in now.values():
+        finite &= torch.linalg.vector_norm(value.detach().flatten(1), torch.inf, dim=1).isfinite()
     back = batches.members.argsort()
+    if torch.equal(back, torch.arange(len(back))):  # mostly: members of equal sizes stay where they are
+        return TrainedMembers({n: v.detach() for n, v in now.items()}, batches.steps, losses, finite)
     params = {name: value.detach()[back] for name, value in now.items()}
-    finite = losses.isfinite()[back]
-    for value in params.values():
-        finite &= value.isfinite().flatten(1).all(1)
-    return TrainedMembers(params, batches.steps[back], losses[back], finite)
+    return TrainedMembers(params, batches.steps[back], losses[back], finite[back])

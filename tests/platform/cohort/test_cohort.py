@@ -189,32 +189,59 @@ def test_a_member_that_diverges_disturbs_no_other():
 
 
 def test_the_hooks_of_a_rule():
-    """A pull to the start as penalty and as gradient are the same; an update of 0 is no training."""
+    """Decay by hand is the optimiser's, a penalty shrinks the logits, and an update of 0 is no training."""
     examples, rows = problem()
     batches, loss, model = planned(rows), create("cross-entropy", reduction="none"), StackedModel(model_of())
     origin = {name: p.detach() for name, p in model_of().named_parameters()}
 
     class Penalty(LocalRule):
-        def penalty(self, params, inputs, hidden, logits, valid):
+        def penalty(self, inputs, hidden, logits, valid):
             assert hidden.shape[:2] == logits.shape[:2] == valid.shape == inputs.shape[:2]
-            return sum(0.5 * (p - origin[n]).square().flatten(1).sum(1) for n, p in params.items())
+            return logits.square().sum((1, 2)) + hidden.square().sum((1, 2))
 
-    class Gradient(LocalRule):
-        def gradient(self, name, gradient, param):
-            return gradient + (param - origin[name])
+    class Decay(LocalRule):
+        def gradient(self, name, gradient, param):  # noqa: ARG002
+            return gradient + 0.1 * param
 
     class Frozen(LocalRule):
         def update(self, name, step):  # noqa: ARG002
             return torch.zeros_like(step)
 
     ended = [
-        train_members(model, start(model_of()), examples, batches, loss, Sgd(0.1), rule).params
-        for rule in (Penalty(), Gradient(), LocalRule(), Frozen())
+        train_members(model, start(model_of()), examples, batches, loss, optimizer, rule).params
+        for optimizer, rule in (
+            (Sgd(0.1), Decay()),
+            (Sgd(0.1, 0.1), LocalRule()),
+            (Sgd(0.1), Frozen()),
+            (Sgd(0.1), LocalRule()),
+            (Sgd(0.1), Penalty()),
+        )
     ]
     for name, value in origin.items():
         assert torch.allclose(ended[0][name], ended[1][name], atol=1e-11)
-        assert (ended[0][name][1] - value).norm() < (ended[2][name][1] - value).norm()
-        assert torch.equal(ended[3][name], value.expand_as(ended[3][name]))
+        assert torch.equal(ended[2][name], value.expand_as(ended[2][name]))
+    plain, shrunk = (
+        model(params, examples[0].expand(len(SIZES), *examples[0].shape))[1] for params in ended[3:]
+    )
+    assert shrunk.norm() < plain.norm() / 2
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("looks_at", ["logits", "both"])
+def test_gradients_of_perceptrons_are_autograds(layers, looks_at):
+    """They are written by hand, for what a loss and a rule make of logits and features."""
+    network = model_of(layers=layers)
+    by_hand, by_autograd = StackedModel(network), StackedModel(network)
+    by_autograd._layers = None
+    params = {name: value + 0.1 * torch.randn_like(value) for name, value in start(network).items()}
+    inputs = torch.randn(len(SIZES), 9, 6, dtype=torch.float64)
+
+    def objective(hidden, logits):
+        of_features = hidden.pow(3).sum((1, 2)) if looks_at == "both" else 0.0
+        return logits.logsumexp(-1).sum(1) + of_features
+
+    pairs = zip(*(m.gradients(params, inputs, objective) for m in (by_hand, by_autograd)), strict=True)
+    assert all(torch.allclose(ours, theirs, atol=1e-12) for ours, theirs in pairs)
 
 
 @given(
