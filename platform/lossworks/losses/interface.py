@@ -4,6 +4,8 @@ A loss sums and whoever trains divides: ``reduction="sum"`` with ``count`` is wh
 that micro-batches and ranks of unequal size weigh every element alike.
 """
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -184,12 +186,19 @@ class RowLoss(Loss):
     """A loss of each row of logits through a few statistics, with the logits or without them.
 
     A subclass implements :meth:`phi` if the target's logit and one logsumexp are all it needs (it then costs
-    the three products of plain cross-entropy), and :meth:`values` otherwise.
+    the three products of plain cross-entropy), and :meth:`values` otherwise. It names in ``per_row`` the
+    hyperparameters that its formula takes as tensors, too, so that models trained at once may differ in them;
+    see :func:`of_members`.
     """
 
     kind: ClassVar[Kind] = "row"
     without_logits = True
     products = 3.0
+
+    @property
+    def per_row(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that may be tensors which broadcast with the targets."""
+        return ()
 
     @property
     def lse_temperature(self) -> float:
@@ -218,7 +227,8 @@ class RowLoss(Loss):
 
     def values(self, rows: Rows, context: Context) -> Tensor:  # noqa: ARG002 - others look at it
         """Return the losses of all elements; what they are in rows that don't count does not matter."""
-        target, lse = rows(Target(), LogSumExp(self.lse_temperature), offset=self.target_offset)
+        temperature, offset = (flat(value, rows) for value in (self.lse_temperature, self.target_offset))
+        target, lse = rows(Target(), LogSumExp(temperature), offset=offset)
         return self.phi(target, lse, rows.classes)
 
     def prepare(self, logits: Tensor) -> Tensor:
@@ -327,6 +337,44 @@ class RowLoss(Loss):
 
     def _finish(self, rows: Rows, context: Context) -> Tensor:
         return self.reduce_elements(self.values(rows, context), self.valid(rows, context), context)
+
+
+def of_members(losses: Sequence[RowLoss], dtype: torch.dtype = torch.float32) -> RowLoss:
+    """Return one loss of logits (M, B, K) that is ``losses[i]`` of the i-th of M parts.
+
+    Args:
+        losses: M of one class, alike in all that :attr:`RowLoss.per_row` of the first doesn't name.
+        dtype: Of the logits.
+
+    Raises:
+        UserError: They differ in more.
+
+    Example:
+        >>> from lossworks.losses import create
+        >>> both = of_members([create("ldr", temperature=t, reduction="none") for t in (0.5, 2.0)])
+        >>> both(torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.int64)).shape
+        torch.Size([2, 3])
+    """
+    first = losses[0]
+    together = copy(first)
+    for name in first.settings():
+        values = [getattr(loss, name) for loss in losses]
+        if all(value == values[0] for value in values):
+            continue
+        if name not in first.per_row:
+            raise UserError(f"{first.slug}: {name} must be alike in losses that are taken together")
+        object.__setattr__(together, name, torch.tensor(values, dtype=dtype)[:, None])
+    return together
+
+
+def flat(value: Tensor | float, rows: Rows) -> Tensor | float:
+    """Return a hyperparameter as the statistics of rows take it: one number, or one each, flat."""
+    return value.expand(rows.targets.shape).reshape(-1) if isinstance(value, Tensor) else value
+
+
+def active(value: Tensor | float) -> bool:
+    """Return whether a weight can be other than 0."""
+    return isinstance(value, Tensor) or value != 0
 
 
 def _divided(total: Tensor, divisors: Tensor) -> Tensor:

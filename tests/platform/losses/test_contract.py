@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.losses import Declaration, create, declarations
+from lossworks.losses.interface import of_members
 from lossworks_testing.formulas import FORMULAS, of_rows
 
 ROWS = [slug for slug, entry in declarations().items() if entry.kind == "row"]
@@ -65,6 +66,34 @@ def test_values_are_those_of_the_paper_with_and_without_logits(slug, settings):
     torch.testing.assert_close(linear, expected, rtol=2e-8, atol=1e-9)
     torch.testing.assert_close(
         *(torch.autograd.grad(found @ upstream, (e, c, b), retain_graph=True) for found in (linear, dense))
+    )
+
+
+@by_slug
+def test_models_trained_at_once_may_differ_in_hyperparameters(slug):
+    """Parts of a batch with hyperparameters of their own have the values and gradients they have alone."""
+    declared = {p.name: p for p in declarations()[slug].hyperparameters}
+    alone = [create(slug, reduction="none")]
+    for share in (0.0, 0.6, 1.0):  # the ends, and what lies between
+        spaces = {name: declared[name].search for name in alone[0].per_row if declared[name].search}
+        settings = {name: low + share * (high - low) for name, (low, high) in spaces.items()}
+        alone.append(create(slug, reduction="none", **settings))
+    g = torch.Generator().manual_seed(0)
+    z = (3 * torch.randn(len(alone), 6, 5, dtype=torch.float64, generator=g)).requires_grad_()
+    y = torch.randint(0, 5, z.shape[:2], generator=g)
+    y[:, 1] = IGNORE
+    upstream = torch.randn(*z.shape[:2], dtype=torch.float64, generator=g)
+
+    together = of_members(alone, torch.float64)(z, y)
+    expected = torch.stack([loss(*part) for loss, part in zip(alone, zip(z, y, strict=True), strict=True)])
+
+    assert alone[0].per_row, "every row loss of the catalogue has a hyperparameter that may differ"
+    torch.testing.assert_close(together, expected)
+    torch.testing.assert_close(
+        *(
+            torch.autograd.grad((found * upstream).sum(), z, retain_graph=True)
+            for found in (together, expected)
+        )
     )
 
 

@@ -1,5 +1,6 @@
 """The comp-sum family: cross-entropy, generalised cross-entropy, mean absolute error and between."""
 
+import torch
 from torch import Tensor
 
 from lossworks.losses.declaration import Case, Paper, number
@@ -8,17 +9,24 @@ from lossworks.losses.interface import RowLoss
 _LARGEST = 80.0  # of the exponent, so that 1/p stays finite in float32
 
 
-def comp_sum(target: Tensor, logsumexp: Tensor, tau: float) -> Tensor:
+def comp_sum(target: Tensor, logsumexp: Tensor, tau: float | Tensor) -> Tensor:
     """Return Φ_τ(1/p_y − 1) = expm1((τ−1)·log p_y)/(1−τ), or −log p_y at τ = 1; shapes (N,).
 
     Args:
         target: z_y, shape (N,).
         logsumexp: Shape (N,).
-        tau: τ ≥ 0.
+        tau: τ ≥ 0, a number or a tensor that broadcasts with the rows.
     """
     log_p = target - logsumexp
-    if tau == 1:
-        return -log_p
+    if isinstance(tau, Tensor):
+        plain = tau == 1
+        # Rows of τ = 1 are given another, since a gradient of 0/0 would be NaN though it isn't chosen.
+        return torch.where(plain, -log_p, comp_sum_apart(log_p, torch.where(plain, 0, tau)))
+    return -log_p if tau == 1 else comp_sum_apart(log_p, tau)
+
+
+def comp_sum_apart(log_p: Tensor, tau: float | Tensor) -> Tensor:
+    """Return the same of log p_y for τ ≠ 1."""
     return ((tau - 1) * log_p).clamp(max=_LARGEST).expm1() / (1 - tau)
 
 
@@ -44,6 +52,11 @@ class CompSum(RowLoss):
     tau: float = number(
         1.0, "τ: 0 sum-exponential, 1 cross-entropy, 2 mean absolute error", ge=0, search=(0, 2)
     )
+
+    @property
+    def per_row(self) -> tuple[str, ...]:
+        """τ."""
+        return ("tau",)
 
     def phi(self, target: Tensor, logsumexp: Tensor, classes: int) -> Tensor:  # noqa: ARG002
         """See :meth:`RowLoss.phi`."""

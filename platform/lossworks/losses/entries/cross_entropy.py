@@ -9,7 +9,7 @@ from torch import Tensor
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_cross_entropy
 from lossworks.losses.declaration import Case, Paper, number, numbers
-from lossworks.losses.interface import RowLoss
+from lossworks.losses.interface import RowLoss, active
 from lossworks.losses.rows import DenseRows, wide
 
 
@@ -40,25 +40,42 @@ class CrossEntropy(RowLoss):
 
     z_loss = 0.0
 
+    @property
+    def per_row(self) -> tuple[str, ...]:
+        """α."""
+        return ("label_smoothing",)
+
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """See :meth:`RowLoss.forward`."""
         context = self.context(given)
         logits = wide(logits)
         rows = DenseRows(logits, targets, self.ignore_index)
         w = self._class_weights(logits, rows.classes)
-        flat = logits.reshape(-1, rows.classes)
-        values = F.cross_entropy(
-            *(flat, targets.reshape(-1), w),
-            ignore_index=self.ignore_index,
-            reduction="none",
-            label_smoothing=self.label_smoothing,
-        ).reshape(targets.shape)
-        if self.z_loss:
+        values = self._smoothed(logits, targets, w)
+        if active(self.z_loss):
             (lse,) = rows(LogSumExp())
             values = values + self.z_loss * lse.square()
+        if self.reduction == "none" and context.weight is None:
+            return values  # 0 already where a row doesn't count
         weight = self.weights(rows.valid, context, values)
         divisors = weight if w is None else weight * w[torch.where(rows.valid, targets, 0)]
         return self.reduce(values * weight, divisors)
+
+    def _smoothed(self, logits: Tensor, targets: Tensor, w: Tensor | None) -> Tensor:
+        """Return the losses of rows, shaped like the targets."""
+        if isinstance(self.label_smoothing, Tensor):
+            # It is linear in α: between the label's and the mean over classes.
+            plain, uniform = (self._of_smoothing(logits, targets, w, alpha) for alpha in (0.0, 1.0))
+            return torch.lerp(plain, uniform, self.label_smoothing)
+        return self._of_smoothing(logits, targets, w, self.label_smoothing)
+
+    def _of_smoothing(self, logits: Tensor, targets: Tensor, w: Tensor | None, alpha: float) -> Tensor:
+        return F.cross_entropy(
+            *(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), w),
+            ignore_index=self.ignore_index,
+            reduction="none",
+            label_smoothing=alpha,
+        ).reshape(targets.shape)
 
     def linear(
         self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any
@@ -106,6 +123,11 @@ class LogZ(CrossEntropy):
     coefficient: float = number(
         1e-4, "ζ: weight of lse²; 0 is cross-entropy", ge=0, search=(1e-5, 1e-2), log=True
     )
+
+    @property
+    def per_row(self) -> tuple[str, ...]:
+        """α and ζ."""
+        return (*super().per_row, "coefficient")
 
     @property
     def z_loss(self) -> float:  # type: ignore[override]

@@ -144,6 +144,12 @@ class _OfExamples(PlainDice, RowLoss):
         """Whether ``phi`` is all there is."""
         return not self.needs_logits
 
+    @property
+    def per_row(self) -> tuple[str, ...]:
+        """All its numbers, where only the target's class counts."""
+        numbers = tuple(p.name for p in self.hyperparameters if p.type == "number")
+        return () if self.needs_logits else numbers
+
     def phi(self, target: Tensor, logsumexp: Tensor, classes: int) -> Tensor:  # noqa: ARG002
         """See :meth:`RowLoss.phi`."""
         soft = self.soft((target - logsumexp).clamp(max=0))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lossworks.head import ExpectedLogit, LogSumExp, Target
 from lossworks.losses.declaration import Case, Paper, choice, integer, number
-from lossworks.losses.interface import Context, RowLoss
+from lossworks.losses.interface import Context, RowLoss, flat
 from lossworks.losses.rows import Rows
 
 _PAPER = Paper(
@@ -41,6 +41,11 @@ class LDR(RowLoss):
     )
     margin: float = number(0.1, "c: by how much the label must lead", ge=0, search=(0, 2))
     normalisation: str = choice("none", _NORMALISATION, _CHOICES)
+
+    @property
+    def per_row(self) -> tuple[str, ...]:
+        """λ and c."""
+        return ("temperature", "margin")
 
     @property
     def lse_temperature(self) -> float:
@@ -100,6 +105,11 @@ class AdaptiveLDR(RowLoss):
     normalisation: str = choice("abs-mean", _NORMALISATION, _CHOICES)
 
     @property
+    def per_row(self) -> tuple[str, ...]:
+        """λ0, c and α."""
+        return ("temperature", "margin", "alpha")
+
+    @property
     def needs_logits(self) -> bool:
         """Whether the normalisation does."""
         return self.normalisation.endswith("-mean")
@@ -112,19 +122,19 @@ class AdaptiveLDR(RowLoss):
         """See :meth:`RowLoss.values`."""
         log_classes = math.log(rows.classes)
         temperature = self._fixed_point(rows, log_classes)
-        target, lse = rows(Target(), LogSumExp(temperature.reshape(-1)), offset=-self.margin)
+        target, lse = rows(Target(), LogSumExp(temperature.reshape(-1)), offset=flat(-self.margin, rows))
         penalty = self.alpha * log_classes / (2 * self.temperature)
         return lse - target - temperature * log_classes - penalty * (temperature - self.temperature).square()
 
     @torch.no_grad()
     def _fixed_point(self, rows: Rows, log_classes: float) -> Tensor:
         """Return λ, shaped like the targets."""
-        temperature = torch.full_like(rows(Target())[0], self.temperature)
+        temperature = torch.zeros_like(rows(Target())[0]) + self.temperature
         for _ in range(self.steps if log_classes else 0):
             own = temperature.reshape(-1)
-            lse, expected = rows(LogSumExp(own), ExpectedLogit(own), offset=-self.margin)
+            lse, expected = rows(LogSumExp(own), ExpectedLogit(own), offset=flat(-self.margin, rows))
             divergence = (expected - lse) / temperature + log_classes
-            share = (divergence / (self.alpha * log_classes)).clamp(0, 1 / self.alpha)
+            share = (divergence / (self.alpha * log_classes)).clamp(min=0).clamp(max=1 / self.alpha)
             temperature = self.temperature * (1 - share)
         return temperature
 

@@ -38,6 +38,11 @@ class SphericalZ(RowLoss):
     a: float = number(1.0, "slope: large is a hinge at ζ = b", gt=0, search=(0.1, 10), log=True)
     b: float = number(1.0, "ζ that is asked for; at most √(K−1) can be reached", ge=0, search=(0, 10))
 
+    @property
+    def per_row(self) -> tuple[str, ...]:
+        """Slope and place."""
+        return ("a", "b")
+
     def values(self, rows: Rows, context: Context) -> Tensor:  # noqa: ARG002
         """See :meth:`RowLoss.values`."""
         target, mean, variance = rows(Target(), Mean(), Variance())
