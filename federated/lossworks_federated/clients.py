@@ -37,7 +37,9 @@ from lossworks_federated.strategies.parts import Cohort, Outcome, Part
 from lossworks_federated.world import World
 
 _EXAMPLES_AT_ONCE = 2**17  # of clients whose losses are measured together
-_FLOATS_AT_ONCE = 2**26  # entries of the parameters of clients that are trained at once
+_FLOATS_AT_ONCE = (
+    2**22
+)  # entries of the parameters of clients trained at once, so that a step stays in caches
 
 
 @dataclass(frozen=True)

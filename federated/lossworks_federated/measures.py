@@ -37,7 +37,7 @@ def loss_terms(world: World, received: Received, new: Member) -> dict[str, float
     at_once = max(1, _EXAMPLES_AT_ONCE // len(inputs))
     own: list[float] = []
     for start in range(0, len(p), at_once):
-        some = {name: value[start : start + at_once] for name, value in received.params.items()}
+        some = received.params(slice(start, start + at_once))
         count = len(next(iter(some.values())))
         _, logits = world.model(some, inputs.expand(count, *inputs.shape))
         own += world.loss(logits, labels.expand(count, -1)).double().mean(1).tolist()

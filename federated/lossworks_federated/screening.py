@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Message
 from torch import Tensor
 
 from lossworks.cohort import Member, Stack
-from lossworks_federated.records import METRICS, MODEL
+from lossworks_federated.records import METRICS, MODEL, member_from
 from lossworks_federated.specs import GuardSpec
 
 REASONS = {
@@ -34,7 +33,7 @@ class Received:
         partitions: Whose they are.
         examples: On how many each trained, float64 (m,).
         metrics: What each reported.
-        params: Where each ended, (m, …).
+        origin: w⁰.
         updates: g_i = w_i − w⁰, (m, …).
         sent: By slug of a part, what clients sent for it, (m, …).
         refused: By reason, the partitions of replies that are left out.
@@ -45,7 +44,7 @@ class Received:
     partitions: tuple[int, ...]
     examples: Tensor
     metrics: tuple[dict[str, float], ...]
-    params: Stack
+    origin: Member
     updates: Stack
     sent: dict[str, Stack]
     refused: dict[str, tuple[int, ...]]
@@ -56,6 +55,13 @@ class Received:
         """Return a round without a usable reply."""
         left_out = {reason: tuple(who) for reason, who in (refused or {}).items() if who}
         return cls((), (), torch.zeros(0, dtype=torch.float64), (), {}, {}, {}, left_out, error)
+
+    def params(self, rows: slice) -> Stack:
+        """Return where some of the clients ended, w_i.
+
+        They are made of the updates, since a second stack of all would double the server's memory.
+        """
+        return {name: self.origin[name] + value[rows] for name, value in self.updates.items()}
 
     def column(self, name: str) -> Tensor:
         """Return what each client reported under a name, float64 (m,)."""
@@ -96,10 +102,11 @@ def screen(
     error = next((_last_line(reply.error.reason) for _, reply in replies if reply.has_error()), "")
     if not usable:
         return Received.nothing(refused, error)
-    stacks = {which: _stacked([reply for _, reply in usable], which, shapes) for which in (MODEL, *sending)}
+    messages = [reply for _, reply in usable]
+    stacks = {which: _stacked(messages, which, origin) for which in (MODEL, *sending)}
     keep = torch.stack([_finite(stack) for stack in stacks.values()]).all(0)
     _note(refused["nonfinite"], usable, keep)
-    updates = {name: value - origin[name] for name, value in stacks[MODEL].items()}
+    updates = {name: value.sub_(origin[name]) for name, value in stacks.pop(MODEL).items()}
     for reason, good in _guarded(updates, keep, guard).items():
         _note(refused[reason], usable, good | ~keep)
         keep &= good
@@ -118,7 +125,7 @@ def screen(
         partitions=tuple(partition for partition, _ in usable),
         examples=torch.tensor([one["num-examples"] for one in metrics], dtype=torch.float64),
         metrics=metrics,
-        params=stacks[MODEL],
+        origin=origin,
         updates=updates,
         sent={slug: stacks[slug] for slug in sending},
         refused={reason: tuple(who) for reason, who in refused.items() if who},
@@ -152,14 +159,20 @@ def _defect(reply: Message, shapes: Mapping[str, tuple[int, ...]], sending: Sequ
     return None
 
 
-def _stacked(replies: Sequence[Message], which: str, shapes: Mapping[str, Any]) -> Stack:
-    records = [reply.content.array_records[which] for reply in replies]
-    return {name: torch.from_numpy(np.stack([record[name].numpy() for record in records])) for name in shapes}
+def _stacked(replies: Sequence[Message], which: str, like: Member) -> Stack:
+    """Return what clients sent, in the server's dtypes whatever theirs are."""
+    members = [member_from(reply.content.array_records[which]) for reply in replies]
+    return {
+        name: torch.stack([member[name].to(value.dtype) for member in members])
+        for name, value in like.items()
+    }
 
 
 def _finite(stack: Stack) -> Tensor:
     """Return which members are finite, bool (m,)."""
-    return torch.stack([value.flatten(1).isfinite().all(1) for value in stack.values()]).all(0)
+    # The largest magnitude is one pass, and NaN or infinite where anything is.
+    largest = [torch.linalg.vector_norm(value.flatten(1), torch.inf, dim=1) for value in stack.values()]
+    return torch.stack(largest).isfinite().all(0)
 
 
 def _guarded(updates: Stack, keep: Tensor, guard: GuardSpec) -> dict[str, Tensor]:

@@ -135,7 +135,7 @@ def test_local_loss_is_that_of_the_clients_own_models(tmp_path: Path) -> None:
     total = 0.0
     for index, client in enumerate(received.partitions):
         rows = torch.from_numpy(world.split.train[client])
-        own = {name: value[index : index + 1] for name, value in received.params.items()}
+        own = received.params(slice(index, index + 1))
         logits = world.model(own, world.inputs[rows][None])[1][0]
         total += float(torch.nn.functional.cross_entropy(logits, world.labels[rows], reduction="sum"))
     expected = total / float(received.examples.sum())
