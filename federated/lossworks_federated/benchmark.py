@@ -117,7 +117,7 @@ def _seconds(runs: Sequence[Mapping[str, Any]]) -> float:
 
 def _weights(case: str, method: str, found: Mapping[str, list[dict[str, Any]]]) -> Row:
     """Return how far a method's weights end from the cohort engine's, as a share of how far these went."""
-    from lossworks_federated.memory import load_tensors
+    from lossworks.tensors import load_tensors
 
     ours, theirs = (load_tensors(found[name][0]["model"]) for name in ("cohort", method))
     apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in ours) ** 0.5

@@ -16,8 +16,8 @@ from torch import nn
 from lossworks.cohort import Member
 from lossworks.errors import RunError
 from lossworks.models import build_classifier
+from lossworks.tensors import write_tensors
 from lossworks_federated.grid import CohortGrid
-from lossworks_federated.memory import write_tensors
 from lossworks_federated.records import array_record, member_from
 from lossworks_federated.rounds import build_strategy, described
 from lossworks_federated.simulation import simulate

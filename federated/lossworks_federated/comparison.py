@@ -2,12 +2,12 @@
 
 import csv
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from lossworks.metrics.intervals import Mean
 from lossworks.reporting.series import Series, series
 from lossworks.tracking import read_all
 from lossworks_federated.rounds import FederationOutcome
@@ -15,33 +15,6 @@ from lossworks_federated.screening import REASONS
 from lossworks_federated.session import Child, Session
 
 _LAST = 10  # measured rounds whose mean is reported: a last or best round says less
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds with the half width of its 95 % interval (Student's t), None for one seed."""
-
-    value: float
-    half_width: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Mean | None":
-        """Return the mean of finite values, or None if there are none."""
-        from scipy.stats import t
-
-        found = np.array([value for value in values if math.isfinite(value)])
-        if not len(found):
-            return None
-        half = None
-        if len(found) > 1:
-            half = float(t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
-        return cls(float(found.mean()), half, len(found))
-
-    def text(self, form: str = "{:.4f}") -> str:
-        """Return mean ± half width."""
-        shown = form.format(self.value)
-        return shown if self.half_width is None else f"{shown} ± {form.format(self.half_width)}"
 
 
 @dataclass(frozen=True, eq=False)

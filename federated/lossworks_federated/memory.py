@@ -4,7 +4,6 @@ The context lives as long as the client's node. The folder outlives it, so that 
 goes on with the clients as they were after the round it goes on from.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context
 
 from lossworks.cohort import Member
-from lossworks.errors import RunError
+from lossworks.tensors import load_tensors, write_tensors
 from lossworks_federated.records import array_record, flattened, grouped, member_from
 
 _KEPT = "kept."
@@ -99,29 +98,3 @@ def _read(context: Context, moment: Moment) -> None:
 def _versions(folder: Path) -> list[tuple[int, Path]]:
     files = [file for file in folder.glob("*.safetensors") if re.fullmatch(r"\d+", file.stem)]
     return sorted((int(file.stem), file) for file in files)
-
-
-def write_tensors(file: Path, tensors: Member, **metadata: str) -> None:
-    """Write tensors to a file in one piece, with their order and further texts."""
-    from safetensors.torch import save_file
-
-    partial = file.with_suffix(".partial")
-    whole = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(whole, partial, metadata={"order": json.dumps(list(whole)), **metadata})
-    partial.replace(file)
-
-
-def load_tensors(file: Path) -> Member:
-    """Return the tensors of a file in the order in which they were saved.
-
-    Raises:
-        RunError: The file is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as found:
-            order = json.loads((found.metadata() or {})["order"])
-            return {name: found.get_tensor(name) for name in order}
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise RunError(f"{file}: is damaged: {error}") from None

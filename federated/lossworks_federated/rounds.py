@@ -12,10 +12,10 @@ from flwr.serverapp.strategy import Strategy
 
 from lossworks.cohort import Member
 from lossworks.errors import LossworksError, RunError
+from lossworks.tensors import load_tensors, write_tensors
 from lossworks.tracking import Journal
 from lossworks_federated.counted_grid import CountedGrid
 from lossworks_federated.measures import drift, held_out, loss_terms, spread
-from lossworks_federated.memory import load_tensors, write_tensors
 from lossworks_federated.privacy import with_privacy
 from lossworks_federated.records import array_record, flattened, grouped, member_from
 from lossworks_federated.screening import REASONS, Received

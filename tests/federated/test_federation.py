@@ -16,12 +16,13 @@ from flwr.app import Context, RecordDict
 
 from lossworks.cli import main
 from lossworks.errors import RunError, UserError
+from lossworks.metrics.intervals import Mean
+from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
-from lossworks_federated.comparison import Mean
 from lossworks_federated.faults import KINDS, fault_of
 from lossworks_federated.federate import federate
 from lossworks_federated.measures import drift, spread
-from lossworks_federated.memory import Moment, keep, load_tensors, recall
+from lossworks_federated.memory import Moment, keep, recall
 from lossworks_federated.rounds import FederationOutcome
 from lossworks_federated.specs import FaultSpec, FederationSpec
 from lossworks_federated.strategies.catalogue import strategies as catalogue

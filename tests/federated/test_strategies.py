@@ -10,8 +10,8 @@ import torch
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from lossworks.errors import RunError, UserError
+from lossworks.tensors import load_tensors
 from lossworks_federated.grid import CohortGrid
-from lossworks_federated.memory import load_tensors
 from lossworks_federated.principal import principal_update
 from lossworks_federated.records import LocalArray, array_record, member_from
 from lossworks_federated.strategies.catalogue import strategies, strategy

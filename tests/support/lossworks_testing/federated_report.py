@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lossworks_federated.comparison import Mean
+from lossworks.metrics.intervals import Mean
 from lossworks_federated.specs import StrategySpec
 from lossworks_testing.federated_study import RESULTS, STUDY, best_lr, cells, key
 

@@ -47,7 +47,7 @@ def rounds_of(spec: FederationSpec, path: Path, grid: Any = None) -> Rounds:
 
 def trained(spec: FederationSpec, path: Path, grid: Any = None) -> Member:
     """Return the global model after all rounds."""
-    from lossworks_federated.memory import load_tensors
+    from lossworks.tensors import load_tensors
 
     rounds_of(spec, path, grid).run()
     return load_tensors(path / "child" / "model.safetensors")

@@ -1,0 +1,49 @@
+"""Named tensors in a file of safetensors: written in one piece, read without running anything."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from lossworks.errors import RunError
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Write tensors to a file in one piece, with their order and further texts."""
+    from safetensors.torch import save_file
+
+    partial = file.with_suffix(".partial")
+    whole = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(whole, partial, metadata={"order": json.dumps(list(whole)), **metadata})
+    partial.replace(file)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file in the order in which they were saved.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as found:
+            order = json.loads((found.metadata() or {})["order"])
+            return {name: found.get_tensor(name) for name in order}
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise RunError(f"{file}: is damaged: {error}") from None
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """Return the texts that a file was written with.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as found:
+            return dict(found.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{file}: is damaged: {error}") from None
