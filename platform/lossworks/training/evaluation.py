@@ -9,7 +9,7 @@ from lossworks.training.batches import largest_share, micro_batches, share
 from lossworks.training.task import Evaluation, Rows, Task
 from lossworks.training.world import World
 
-_AT_ONCE = 32  # rows, where nothing else is said
+AT_ONCE = 32  # rows, where nothing else is said
 
 
 @torch.no_grad()
@@ -32,15 +32,22 @@ def evaluate(
         micro_batch_size: Rows at once; None takes a rank's share at once, at most 32.
         bf16: Run products in bfloat16.
     """
-    total = min(limit or len(task.held_out), len(task.held_out))
-    # Evenly spaced, or a small limit would read one document only.
-    chosen = np.arange(total) * len(task.held_out) // total
-    size = micro_batch_size or _AT_ONCE
+    chosen = spaced(limit, len(task.held_out))
+    size = micro_batch_size or AT_ONCE
 
     def over(measure: Objective, data: Rows, rows: np.ndarray) -> Tensor:
         return summed(model, measure, data, rows, world, size=size, bf16=bf16)
 
     return task.analysed(task.evaluation(over(task.measure, task.held_out, chosen)), over)
+
+
+def spaced(limit: int | None, rows: int) -> np.ndarray:
+    """Return which of so many rows are read, int64: at most ``limit``, or all.
+
+    They are evenly spaced, or a small limit would read one document only.
+    """
+    total = min(limit or rows, rows)
+    return np.arange(total) * rows // total
 
 
 @torch.no_grad()
