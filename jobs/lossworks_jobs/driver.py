@@ -1,6 +1,5 @@
 """The driver's part of a training run: workers, journal, tracking, report."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from lossworks.errors import RunError, UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import AnyTrainSpec
 from lossworks.training.outcome import Outcome
-from lossworks_jobs.cluster import threads
+from lossworks_jobs.fitting import fit, last_line, read_outcome
 from lossworks_jobs.stopping import run_until_done
 
 if TYPE_CHECKING:
@@ -70,13 +69,13 @@ class Driver:
             status, reason = "FAILED", "the driver failed"
             try:
                 self._follow(folder)
-                outcome = _read_outcome(folder)
+                outcome = read_outcome(folder)
                 status, reason = TRACKED_STATUS[outcome.status], outcome.reason
             except KeyboardInterrupt:
                 status, reason = "KILLED", "stopped at once, without a checkpoint"
                 raise
             except Exception as error:
-                reason = _last_line(error)
+                reason = last_line(error)
                 raise
             finally:
                 self._finish(folder, status, reason)
@@ -116,7 +115,7 @@ class Driver:
         )
         with follower:
             run_until_done(
-                lambda: self._fit(folder),
+                lambda: fit(spec, folder, self.corpus),
                 stop_file=folder.stop_file,
                 say=self._say,
                 look=notices.pass_on,
@@ -125,45 +124,6 @@ class Driver:
             self._say(
                 f"{follower.undelivered} rows wait for the tracking server: {program()} sync {folder.run_id}"
             )
-
-    def _fit(self, folder: RunFolder) -> None:
-        """Run the workers to their end, replacing those that are lost.
-
-        Raises:
-            RunError: More were lost than ``max_failures``, or the training function failed.
-        """
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchTrainer
-
-        from lossworks_jobs.worker import run_worker
-
-        spec = self.spec
-        config = {
-            "spec": spec.model_dump(mode="json"),
-            "folder": str(folder.path),
-            "corpus": str(self.corpus.folder) if self.corpus else None,
-            "threads": threads(spec),
-        }
-        trainer = TorchTrainer(
-            run_worker,
-            train_loop_config=config,
-            scaling_config=ScalingConfig(
-                num_workers=spec.workers,
-                use_gpu=spec.resources_per_worker.get("GPU", 0) > 0,
-                resources_per_worker=spec.resources_per_worker,
-            ),
-            run_config=RunConfig(
-                # A name that storage knows would make Ray resume by itself; resuming is the loop's business.
-                name=f"attempt-{time.time_ns()}",
-                storage_path=str(folder.path / "ray"),
-                failure_config=FailureConfig(max_failures=spec.max_failures),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads(spec))}},
-            ),
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise RunError(f"run {folder.run_id}: {_cause(error)}") from error
 
     def _show(self, row: "Row") -> None:
         if self.first_step_s is None and "train/loss" in row["metrics"]:
@@ -201,25 +161,3 @@ class _Notices:
             for line in file.read().splitlines():
                 self._say(line)
             self._seen = file.tell()
-
-
-def _read_outcome(folder: RunFolder) -> Outcome:
-    if not folder.outcome_file.is_file():
-        raise RunError(
-            f"run {folder.run_id}: the workers ended without an outcome; see {folder.path / 'ray'}"
-        )
-    return Outcome.read(folder.outcome_file)
-
-
-def _cause(error: BaseException) -> str:
-    """Return one line: the last line of what the lowest failed rank raised, or of the error itself."""
-    failures = getattr(error, "worker_failures", None) or {}
-    if failures:
-        rank = min(failures)
-        return f"rank {rank} failed: {_last_line(failures[rank])}"
-    return _last_line(error)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -9,7 +9,7 @@ MLflow, which takes over a second.
 from lossworks.tracking.address import check_tracking, redact, tracking_uri
 from lossworks.tracking.delivery import deliver
 from lossworks.tracking.follower import Follower
-from lossworks.tracking.journal import Journal, Row, last_step, read_all, read_rows
+from lossworks.tracking.journal import Journal, Row, last_step, read_all, read_rows, rows_while
 from lossworks.tracking.machine import machine
 from lossworks.tracking.store import create_run, finish_run, open_run
 
@@ -27,5 +27,6 @@ __all__ = [
     "read_all",
     "read_rows",
     "redact",
+    "rows_while",
     "tracking_uri",
 ]

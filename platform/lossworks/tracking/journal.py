@@ -7,7 +7,8 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict
@@ -18,6 +19,9 @@ _logger = logging.getLogger(__name__)
 
 # What MLflow takes on every system, at most 250 characters.
 _NAME = re.compile(r"[A-Za-z0-9_.\-/ ]{1,250}")
+
+
+_LOOK_S = 0.2
 
 
 class Row(TypedDict):
@@ -155,6 +159,22 @@ def read_rows(path: str | Path, offset: int = 0, *, limit: int | None = None) ->
     except FileNotFoundError:
         pass
     return rows, offset
+
+
+def rows_while(path: str | Path, work: Callable[[], object]) -> Iterator[Row]:
+    """Do some work in a thread and yield all rows of a journal meanwhile, those that were there before too.
+
+    Raises:
+        BaseException: What the work raises, behind its last row.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        working, offset = pool.submit(work), 0
+        ended = False
+        while not ended:
+            ended = bool(wait([working], timeout=_LOOK_S).done)
+            rows, offset = read_rows(path, offset)
+            yield from rows
+        working.result()
 
 
 def read_all(path: str | Path) -> list[Row]:

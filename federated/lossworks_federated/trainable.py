@@ -1,0 +1,50 @@
+"""Federations as a sweep varies them: one strategy, its rounds in the process that asks for them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lossworks.errors import UserError
+from lossworks.trainables import Report, Trainable
+from lossworks_federated.specs import FederationSpec
+
+
+def _parse(values: Mapping[str, Any], source: str) -> FederationSpec:
+    spec = FederationSpec.parse(values, source=source)
+    if len(spec.strategies) != 1:
+        raise UserError(f"{source}: strategies: a sweep takes a federation of one strategy")
+    if spec.engine != "cohort":
+        raise UserError(f"{source}: engine={spec.engine}: a sweep's federations train by engine=cohort")
+    return spec
+
+
+def _seeded(values: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    return {**values, "seeds": [seed]}
+
+
+def _steps(spec: FederationSpec) -> int:
+    return spec.rounds
+
+
+def _cpus(spec: FederationSpec) -> float:
+    del spec
+    return 1.0
+
+
+def _train(spec: FederationSpec, path: Path, report: Report) -> None:
+    from lossworks.tracking import rows_while
+    from lossworks_federated.grid import CohortGrid
+    from lossworks_federated.rounds import RoundFiles, Rounds
+    from lossworks_federated.world import make_world
+
+    (strategy,), (seed,) = spec.strategies, spec.seeds
+    world = make_world(spec.task(strategy, seed))
+    files = RoundFiles(path)
+    grid = CohortGrid(world, path / "clients", spec.privacy)
+    rounds = Rounds(spec, strategy, world, grid, files)
+    for row in rows_while(files.journal, rounds.run):
+        if row["step"] > 0 and "server/accuracy" in row["metrics"]:
+            report(row["step"], row["metrics"])
+
+
+TRAINABLE = Trainable(parse=_parse, seeded=_seeded, steps=_steps, cpus=_cpus, train=_train)

@@ -1,0 +1,85 @@
+"""The workers of a run in Ray Train: started, replaced when they are lost, and what they leave."""
+
+import time
+from typing import TYPE_CHECKING
+
+from lossworks.errors import RunError
+from lossworks.runs import RunFolder
+from lossworks.specs import AnyTrainSpec
+from lossworks.training.outcome import Outcome
+from lossworks_jobs.cluster import threads
+
+if TYPE_CHECKING:
+    from lossworks.data import TokenizedCorpus
+
+
+def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None") -> None:
+    """Run the workers to their end, replacing those that are lost.
+
+    Args:
+        spec: The run.
+        folder: Where they go on from, and leave their journal and outcome.
+        corpus: The tokens of a text; None for classifiers.
+
+    Raises:
+        RunError: More were lost than ``max_failures``, or the training function failed.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    from lossworks_jobs.worker import run_worker
+
+    config = {
+        "spec": spec.model_dump(mode="json"),
+        "folder": str(folder.path),
+        "corpus": str(corpus.folder) if corpus else None,
+        "threads": threads(spec),
+    }
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=spec.workers,
+            use_gpu=spec.resources_per_worker.get("GPU", 0) > 0,
+            resources_per_worker=spec.resources_per_worker,
+        ),
+        run_config=RunConfig(
+            # A name that storage knows would make Ray resume by itself; resuming is the loop's business.
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(folder.path / "ray"),
+            failure_config=FailureConfig(max_failures=spec.max_failures),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads(spec))}},
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise RunError(f"run {folder.run_id}: {_cause(error)}") from error
+
+
+def read_outcome(folder: RunFolder) -> Outcome:
+    """Return what the workers left.
+
+    Raises:
+        RunError: They left nothing.
+    """
+    if not folder.outcome_file.is_file():
+        raise RunError(
+            f"run {folder.run_id}: the workers ended without an outcome; see {folder.path / 'ray'}"
+        )
+    return Outcome.read(folder.outcome_file)
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of what an error says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _cause(error: BaseException) -> str:
+    """Return one line: the last line of what the lowest failed rank raised, or of the error itself."""
+    failures = getattr(error, "worker_failures", None) or {}
+    if failures:
+        rank = min(failures)
+        return f"rank {rank} failed: {last_line(failures[rank])}"
+    return last_line(error)

@@ -1,0 +1,59 @@
+"""What a sweep can train, found through entry points, since rooms don't import each other.
+
+A room offers what it trains as an entry point of the group ``lossworks.trainables`` that names a
+:class:`Trainable`; the entry point's name is the task.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from lossworks.errors import UserError
+from lossworks.specs import Spec
+
+_GROUP = "lossworks.trainables"
+
+Report = Callable[[int, dict[str, float]], None]
+"""Called with a step, counted from 1, and what was measured there."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """One kind of training.
+
+    Attributes:
+        parse: Takes a spec's values and its source's name, and returns the spec, checked.
+        seeded: Returns a spec's values with another seed.
+        steps: Returns how many steps a spec's training reports up to.
+        cpus: Returns how many CPUs it takes.
+        starts_workers: Whether these are taken by workers that it starts, and not by its own process.
+        train: Trains in a folder, from where an earlier call in it stopped, and reports on the way. It is
+            called in a process of a running Ray cluster.
+    """
+
+    parse: Callable[[Mapping[str, Any], str], Spec]
+    seeded: Callable[[Mapping[str, Any], int], dict[str, Any]]
+    steps: Callable[[Any], int]
+    cpus: Callable[[Any], float]
+    train: Callable[[Any, Path, Report], None]
+    starts_workers: bool = False
+
+
+def task_of(values: Mapping[str, Any]) -> str:
+    """Return the name of what a spec's values train."""
+    return "federation" if "strategies" in values else str(values.get("task", "language-model"))
+
+
+def trainable(task: str) -> Trainable:
+    """Return what trains a task.
+
+    Raises:
+        UserError: No installed room does.
+    """
+    points = {point.name: point for point in entry_points(group=_GROUP)}
+    if task not in points:
+        raise UserError(f"task={task}: nothing here trains it; known: {', '.join(sorted(points))}")
+    found: Trainable = points[task].load()
+    return found
