@@ -1,0 +1,67 @@
+"""``lossworks tune``."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from lossworks.cli import Command
+from lossworks.errors import UserError
+
+if TYPE_CHECKING:
+    from lossworks.runs import RunFolder
+    from lossworks_tune.specs import SweepSpec
+
+_EPILOG = """\
+SPEC is a YAML file such as tune/specs/label-noise.yaml; every field can be overridden, as in trials=100
+search=tpe scheduler=asha base.data.label_noise=0.6 losses=[cross-entropy,ldr] seeds=[0,1,2]. Ctrl-C ends the
+sweep; --resume goes on, and repeats no trial that has ended."""
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.add_argument("spec", nargs="?", metavar="SPEC", help="YAML file; optional with RUN")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="fields that replace the spec's"
+    )
+    parser.add_argument("--resume", metavar="RUN", help="go on with a sweep that was interrupted")
+    parser.add_argument("--address", help="Ray cluster to join, for engine=ray; default: a new one here")
+    parser.add_argument("--print-spec", action="store_true", help="print the whole resolved spec and end")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    spec, resume = _resolve(arguments)
+    if arguments.print_spec:
+        print(spec.to_yaml(), end="")
+        return 0
+    from lossworks_tune.summary import Display, show
+    from lossworks_tune.sweep import sweep
+
+    with Display(spec) as display:
+        result = sweep(spec, resume=resume, address=arguments.address, watcher=display)
+    show(spec, result)
+    return 0
+
+
+def _resolve(arguments: argparse.Namespace) -> "tuple[SweepSpec, RunFolder | None]":
+    from lossworks.runs import RunFolder
+    from lossworks_tune.specs import SweepSpec
+    from lossworks_tune.sweep import read_sweep_spec, require_same
+
+    overrides = list(arguments.overrides)
+    file = arguments.spec
+    if file is not None and "=" in file:
+        overrides.insert(0, file)
+        file = None
+    if not arguments.resume:
+        if file is None:
+            raise UserError(
+                "SPEC is missing: give a YAML file such as tune/specs/label-noise.yaml, or --resume RUN"
+            )
+        return SweepSpec.read(file, overrides), None
+    folder = RunFolder.find(arguments.resume)
+    stored = read_sweep_spec(folder)
+    asked = SweepSpec.read(file, overrides) if file is not None else stored.override(overrides)
+    require_same(stored, asked)
+    return asked, folder
+
+
+TUNE = Command("search losses and their hyperparameters, many trials at once", _configure, _run)
