@@ -1,4 +1,4 @@
-"""What all tests share: repeatable examples, and GPU tests skipped where there is no GPU."""
+"""What all tests share: repeatable examples, one Ray instance, GPU tests skipped where there is no GPU."""
 
 import pytest
 from hypothesis import settings
@@ -18,3 +18,20 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use; this machine has none"))
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A Ray instance of four logical CPUs; yields its address."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        context = ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        yield context.address_info["gcs_address"]
+        ray.shutdown()

@@ -1,4 +1,4 @@
-"""One Ray instance for all tests that need one, a home of their own, and a small run."""
+"""A home of their own, and a small run."""
 
 import pytest
 
@@ -17,23 +17,6 @@ def home(session_home, monkeypatch):
     monkeypatch.setenv("LOSSWORKS_HOME", str(session_home))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return session_home
-
-
-@pytest.fixture(scope="session")
-def cluster():
-    """A Ray instance of four logical CPUs; yields its address."""
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        context = ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=False,
-        )
-        yield context.address_info["gcs_address"]
-        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,7 @@ def set_scale(axes: "Axes", dimension: DimensionSpec) -> None:
     axes.update_datalim([(low, 0), (high, 0)], updatey=False)  # all that was searched
     if dimension.logarithmic:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,), numticks=6))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 50 else (1,), numticks=6))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:

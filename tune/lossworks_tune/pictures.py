@@ -85,7 +85,7 @@ def draw_hyperparameters(figure: "Figure", results: Results) -> bool:
     head(figure, results, f"{metric} over what was searched", beyond)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for index, (axes, name) in enumerate(zip(panels, names, strict=False)):
-        axes.set_title(name)
+        axes.set_title(name if len(name) < 30 else name.replace(".", ".\n"))
         set_scale(axes, results.dimensions[name])
         own = [mark for mark in marks if name in mark.values]
         x = [position(results.dimensions[name], mark.values[name], mark.trial) for mark in own]
@@ -101,14 +101,14 @@ def draw_hyperparameters(figure: "Figure", results: Results) -> bool:
 
 
 def draw_parallel(figure: "Figure", results: Results) -> bool:
-    """Draw finished trials as lines through what all have in common; return whether there are any."""
+    """Draw finished trials as lines through what all have in common; return whether any differ."""
     space = Space(results.spec)
     names = [LOSS, *space.general] if LOSS in results.dimensions else list(results.dimensions)
     marks = [mark for mark in marks_of(results) if mark.kind != "stopped" and {*names} <= {*mark.values}]
-    if not marks:
-        return False
     metric, mode = next(iter(results.spec.objectives.items()))
-    low, high = span([mark.objective for mark in marks], mode)
+    low, high = span([mark.objective for mark in marks], mode) if marks else (0.0, 0.0)
+    if low == high:
+        return False
     worst, best = (low, high) if mode == "max" else (high, low)
     beyond = sum(not low <= mark.objective <= high for mark in marks)
     head(figure, results, f"trials by {metric}, the best on top", beyond)
@@ -118,7 +118,7 @@ def draw_parallel(figure: "Figure", results: Results) -> bool:
     objectives = np.clip([mark.objective for mark in marks], low, high)
     lines = [
         [*(height(results.dimensions[name], mark.values[name], mark.trial) for name in names), last]
-        for mark, last in zip(marks, (objectives - worst) / ((best - worst) or 1.0), strict=True)
+        for mark, last in zip(marks, (objectives - worst) / (best - worst), strict=True)
     ]
     _draw_lines(axes, lines, objectives, _titled(results, marks[0].trial), highest=mode == "max")
     figure.colorbar(axes.collections[0], ax=axes, label=_axis(results, metric), pad=0.01, aspect=40)

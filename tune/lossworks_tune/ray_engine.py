@@ -26,7 +26,7 @@ from lossworks_tune.specs import SweepSpec
 from lossworks_tune.stopping import Leader, require_reported
 
 _WAITING_CPUS = 0.01  # of a process that waits for the workers it has started; Ray takes no 0
-_ENVIRONMENT = {
+ENVIRONMENT = {
     **QUIET_ENVIRONMENT,
     "RAY_AIR_NEW_OUTPUT": "0",  # our own display shows the trials
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in specs are from where the command was called
@@ -313,7 +313,7 @@ def _cluster(address: str | None) -> Iterator[float]:
     if ray.is_initialized():
         yield ray.available_resources().get("CPU", 0.0)
         return
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     alone = address is None and "RAY_ADDRESS" not in os.environ
     try:
@@ -324,7 +324,7 @@ def _cluster(address: str | None) -> Iterator[float]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": _ENVIRONMENT},
+            runtime_env={"env_vars": ENVIRONMENT},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

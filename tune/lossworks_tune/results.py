@@ -54,7 +54,11 @@ class Results:
         """Trials that came to the end of all seeds, the best in the first objective first."""
         metric = self.metrics[0]
         sign = -1 if self.spec.objectives[metric] == "max" else 1
-        whole = [t for t in self.trials if t.status == "finished" and math.isfinite(t.value(metric))]
+        whole = [
+            trial
+            for trial in self.trials
+            if trial.status == "finished" and all(math.isfinite(trial.value(m)) for m in self.metrics)
+        ]
         return sorted(whole, key=lambda t: (sign * t.value(metric), t.configuration.number))
 
     @cached_property
