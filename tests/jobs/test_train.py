@@ -169,7 +169,7 @@ def lossworks(*arguments, home, address):
     ("finished", "number"),
     [
         ("ddp", signal.SIGINT),
-        ("fsdp", signal.SIGKILL),
+        pytest.param("fsdp", signal.SIGKILL, marks=SLOW),
         pytest.param("ddp", signal.SIGKILL, marks=SLOW),
         pytest.param("fsdp", signal.SIGINT, marks=SLOW),
     ],

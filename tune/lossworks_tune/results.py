@@ -73,6 +73,12 @@ class Results:
         plain = [t for t in anchors if t.configuration.loss == "cross-entropy"]
         return next(iter([*plain, *anchors]), None)
 
+    @property
+    def rival(self) -> Trial | None:
+        """The best of the baseline's loss, searched as long as the others: a fairer comparison than that."""
+        loss = self.baseline.configuration.loss if self.baseline else None
+        return next((trial for trial in self.ranked if trial.configuration.loss == loss), None)
+
     def neutral(self, loss: str) -> Trial | None:
         """Return the trial at which a loss equals its parent, if it has such a point."""
         own = [t for t in self.trials if t.configuration.anchor and t.configuration.loss == loss]
@@ -85,7 +91,7 @@ class Results:
             return []
         best = (self.front if len(self.metrics) == 2 else self.ranked)[:top]
         losses = dict.fromkeys(trial.configuration.loss for trial in best)
-        others = [self.baseline, *map(self.neutral, losses)]
+        others = [self.baseline, self.rival, *map(self.neutral, losses)]
         compared = [trial for trial in others if trial is not None and trial.status == "finished"]
         return list({trial.configuration.number: trial for trial in [*best, *compared]}.values())
 

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -89,7 +90,8 @@ def table(results: Results, *, title: str, count: int) -> Table:
         found.add_column(f"{metric}\nseed{many} {', '.join(map(str, seeds))}", justify="right")
         if results.confirmed:
             found.add_column(f"{metric}\n{len(results.spec.confirm.seeds)} fresh seeds", justify="right")
-    for place, trial in enumerate(_best(results)[:count], 1):
+    shown = results.front if len(results.metrics) == 2 else results.ranked
+    for place, trial in enumerate(best_first(results, shown)[:count], 1):
         cells = []
         for metric in results.metrics:
             cells.append(f"{trial.value(metric):.4f}")
@@ -101,7 +103,7 @@ def table(results: Results, *, title: str, count: int) -> Table:
     return found
 
 
-def _best(results: Results) -> list[Trial]:
+def best_first(results: Results, trials: Sequence[Trial]) -> list[Trial]:
     """Return trials in the order to show them: those on fresh seeds by these, then the others."""
     again = {trial.configuration.number for trial in results.confirmed if trial.finals}
     metric = results.metrics[0]
@@ -111,8 +113,7 @@ def _best(results: Results) -> list[Trial]:
         fresh = results.fresh(trial, metric)
         return trial.configuration.number not in again, sign * (fresh.value if fresh else trial.value(metric))
 
-    shown = results.front if len(results.metrics) == 2 else results.ranked
-    return sorted(shown if len(results.metrics) == 2 else results.ranked, key=key)
+    return sorted(trials, key=key)
 
 
 def show(spec: SweepSpec, result: SweepResult) -> None:
@@ -122,7 +123,7 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
         console = Console(width=_WIDTH_OF_FILES)
     what = "Pareto front" if len(results.metrics) == 2 else "best trials; those on fresh seeds first"
     console.print(table(results, title=f"{what} of {_counts(results)}", count=_SHOWN))
-    lines = [*_gains(results), ("pictures", ", ".join(path.name for path in result.pictures))]
+    lines = [*gains(results), ("pictures", ", ".join(path.name for path in result.pictures))]
     failed = [trial for trial in results.trials if trial.status == "failed"]
     if failed:
         lines.append(("failed", f"{len(failed)}, the first because {failed[0].reason}"))
@@ -135,7 +136,8 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
     print_summary(spec.name, lines, commands)
 
 
-def _gains(results: Results) -> list[tuple[str, str]]:
+def gains(results: Results) -> list[tuple[str, str]]:
+    """Return who won and by how much, in words."""
     winner = results.winner
     if winner is None:
         return []
@@ -143,10 +145,14 @@ def _gains(results: Results) -> list[tuple[str, str]]:
     if not results.confirmed:
         named += " of the search (not confirmed on fresh seeds)"
     lines = [(named, winner.configuration.title)]
-    compared = {"over the baseline": results.baseline, "over its neutral point": None}
-    compared["over its neutral point"] = results.neutral(winner.configuration.loss)
+    rival = results.rival
+    compared = {
+        "over the baseline": results.baseline,
+        f"over the best {rival.configuration.loss}" if rival else "": rival,
+        "over its neutral point": results.neutral(winner.configuration.loss),
+    }
     for what, other in compared.items():
-        if other is None or other is winner:
+        if other is None or other.configuration.number == winner.configuration.number:
             continue
         for metric in results.metrics:
             gain = results.gain(winner, other, metric)

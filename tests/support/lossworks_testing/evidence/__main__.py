@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lossworks_testing import federated_report
+from lossworks_testing import federated_report, sweep_report
 from lossworks_testing.evidence import dense, methods, rows
 
 SEEDS = 5
@@ -30,7 +30,8 @@ def main() -> None:
     for study in STUDIES:
         tables.append(study(SEEDS).markdown())
         print(tables[-1], flush=True)
-    tables.append(federated_report.section())  # of runs that are kept: they take half an hour
+    # Of runs that are kept: they take half an hour.
+    tables += [sweep_report.section(), federated_report.section()]
     page.write_text("\n".join([_HEAD, "\n\n".join(tables)]) + "\n", encoding="utf-8")
 
 
