@@ -1,7 +1,7 @@
 """What the ready sweeps find: runs tune/specs/*.yaml, keeps docs/tune-sweeps.json, and writes tables of it.
 
-``PYTHONPATH=tests/support python -m lossworks_testing.sweep_report [NAME …]`` takes three minutes on two cores,
-and ten with lm-head.
+``PYTHONPATH=tests/support python -m lossworks_testing.sweep_report [NAME …]`` takes three minutes on two
+cores, and ten with lm-head.
 """
 
 import json
@@ -16,10 +16,11 @@ KEPT = Path("docs/tune-sweeps.json")
 PICTURES = {"label-noise": ("hyperparameters.png", "docs/tune-label-noise.png")}
 _HEAD = """## searched losses
 
-What the sweeps in `tune/specs/` find; each is run by `lossworks tune`. The search ranks by the mean over its own
-seeds; the tables have the best of that, and what they are compared with, by the mean over fresh seeds (± 95 %
-interval), which no choice was made on. Gains are paired, seed by seed. The baseline is cross-entropy with nothing
-tuned; the best cross-entropy was searched like every other loss. Kept in `docs/tune-sweeps.json` by
+What the sweeps in `tune/specs/` find; each is run by `lossworks tune`. The search ranks by the mean over its
+own seeds; the tables have the best of that, and what they are compared with, by the mean over fresh seeds
+(± 95 % interval), of which the best is called the winner. Gains are paired, seed by seed. The baseline is
+cross-entropy with nothing tuned; the best cross-entropy was searched like every other loss. Kept in
+`docs/tune-sweeps.json` by
 `PYTHONPATH=tests/support python -m lossworks_testing.sweep_report`.
 """
 _FOUND = {}
