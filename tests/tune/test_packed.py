@@ -12,11 +12,12 @@ from lossworks_testing.training import run_training
 from lossworks_tune.packed import PackedSweep
 from lossworks_tune.space import Space
 
-KINDS = ["none", "asha", "hyperband", "median", "pbt"]
+KINDS = ["none", "asha", "hyperband", "median", "pbt", "pb2"]
+POPULATIONS = ("pbt", "pb2")
 
 
 def scheduled(kind, **changes):
-    seeds = [0] if kind == "pbt" else [0, 1]
+    seeds = [0] if kind in POPULATIONS else [0, 1]
     scheduler = {"kind": kind, "reduction": 2}
     return tiny_sweep(scheduler=scheduler, seeds=seeds, trials=9, wilcoxon=0.0, **changes)
 
@@ -58,7 +59,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(kind, tmp_path, monkeyp
     """Stopped in several places, between any two saved states: as if nothing had happened."""
     spec = scheduled(kind, at_once=5 if kind in ("none", "asha") else None)
     expected = packed(spec, tmp_path / "whole")
-    monkeypatch.setattr(engine, "_SAVE_S", 0.0 if kind == "pbt" else 1e9)
+    monkeypatch.setattr(engine, "_SAVE_S", 0.0 if kind in POPULATIONS else 1e9)
     calls, advance = [], engine.advance
 
     def interrupted(runs, steps):
@@ -179,9 +180,10 @@ def test_widths_are_packed_apart_and_trained_all_the_same(tmp_path):
     assert len({trial.configuration.fields.get("model.width") for trial in found.trials}) > 2
 
 
-def test_population_based_training_hands_parameters_on(tmp_path):
+@pytest.mark.parametrize("kind", POPULATIONS)
+def test_population_based_training_hands_parameters_on(kind, tmp_path):
     """Some configurations end with others than they began with, and none outside its range."""
-    spec = tiny_sweep(scheduler={"kind": "pbt", "grace_steps": 4}, trials=12)
+    spec = tiny_sweep(scheduler={"kind": kind, "grace_steps": 4}, trials=12)
     found = packed(spec, tmp_path)
     rates = [t.configuration.fields["optimizer.lr"] for t in found.trials if not t.configuration.anchor]
     drawn = {

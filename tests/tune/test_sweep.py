@@ -21,7 +21,7 @@ from lossworks_tune.space import Space
 from lossworks_tune.specs import SweepSpec
 from lossworks_tune.sweep import engine_of, sweep
 
-COMMAND = "import sys; from lossworks.cli import main; sys.exit(main())"
+COMMAND = [sys.executable, "-c", "import sys; from lossworks.cli import main; sys.exit(main())"]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def home(tmp_path_factory):
 @pytest.fixture
 def at_home(home, monkeypatch):
     monkeypatch.setenv("LOSSWORKS_HOME", str(home))
+    (home / "runs").mkdir(exist_ok=True)
     return home
 
 
@@ -39,6 +40,24 @@ def write_spec(path, spec):
     file = path / "sweep.yaml"
     file.write_text(json.dumps(spec.model_dump(mode="json")))  # JSON is YAML
     return file
+
+
+def killed(home, file, *, ended):
+    """Start a sweep, kill it with SIGKILL once so many trials have ended, and return its folder."""
+    before = set((home / "runs").iterdir())
+    process = subprocess.Popen(
+        [*COMMAND, "tune", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    )
+    deadline, new = time.monotonic() + 200, set()
+    while time.monotonic() < deadline:
+        new = set((home / "runs").iterdir()) - before
+        if sum(1 for folder in new for _ in folder.glob("trials/*/end.json")) >= ended:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder,) = new
+    return folder
 
 
 def test_a_sweep_is_tracked_as_parent_and_children(at_home):
@@ -84,16 +103,7 @@ def test_a_killed_sweep_goes_on_to_the_same_result(at_home, tmp_path, capsys):
     changes = {"trials": 60, "at_once": 4, "scheduler": "asha", "name": "killed"}
     spec = tiny_sweep(**changes)
     expected = packed(spec, tmp_path / "whole")
-    command = [sys.executable, "-c", COMMAND, "tune", str(write_spec(tmp_path, spec))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-    before, ended, deadline = set((at_home / "runs").iterdir()), [], time.monotonic() + 60
-    while len(ended) < 8 and time.monotonic() < deadline:
-        new = set((at_home / "runs").iterdir()) - before
-        ended = [file for folder in new for file in folder.glob("trials/*/end.json")]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (folder,) = set((at_home / "runs").iterdir()) - before
+    folder = killed(at_home, write_spec(tmp_path, spec), ended=8)
     kept = {file.parent.name: file.read_text() for file in folder.glob("trials/*/end.json")}
     assert 0 < len(kept) < 63
 
@@ -218,19 +228,12 @@ def test_a_killed_sweep_of_ray_tune_goes_on(at_home, tmp_path):
     """Trials that had ended are kept as they are, those that had begun go on from their checkpoints."""
     spec = tiny_sweep(losses=["comp-sum"], trials=3, engine="ray", seeds=[0, 1], name="by-ray", at_once=2)
     spec = SweepSpec.parse({**spec.model_dump(mode="json"), "confirm": {"top": 0}})
-    command = [sys.executable, "-c", COMMAND, "tune", str(write_spec(tmp_path, spec))]
-    before = set((at_home / "runs").iterdir())
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-    ended, deadline = [], time.monotonic() + 200
-    while not ended and time.monotonic() < deadline:
-        new = set((at_home / "runs").iterdir()) - before
-        ended = [file for folder in new for file in folder.glob("trials/*/end.json")]
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (folder,) = set((at_home / "runs").iterdir()) - before
-    kept = {file.parent.name: read_all(file.parent / "metrics.jsonl") for file in ended}
-    subprocess.run([*command[:3], "tune", "--resume", str(folder)], check=True, env=os.environ, timeout=300)
+    folder = killed(at_home, write_spec(tmp_path, spec), ended=1)
+    kept = {
+        file.parent.name: read_all(file.parent / "metrics.jsonl") for file in folder.glob("trials/*/end.json")
+    }
+    again = [*COMMAND, "tune", "--resume", str(folder)]
+    subprocess.run(again, check=True, env=os.environ, timeout=300)
     found: Results = results(spec, folder)
 
     assert [trial.status for trial in found.trials] == ["finished"] * 4

@@ -246,14 +246,14 @@ class PackedSweep:
             return str(TrialScheduler.CONTINUE)
         result = {TIME: member.reports, **dict(zip(self._spec.objectives, values, strict=True))}
         decision = self._controller.decide(member.scheduled, result)
-        if self._spec.scheduler.kind == "pbt":
+        if self._spec.scheduler.of_populations:
             self._take_over()
             return str(TrialScheduler.CONTINUE)
         member.waits = decision == TrialScheduler.PAUSE
         return decision
 
     def _take_over(self) -> None:
-        """Let those whom population-based training has told to take over others' parameters do so."""
+        """Let those who are told to take over others' parameters do so."""
         by_name = {member.name: member for member in self._live}
         for member in self._live:
             source = None if member.scheduled is None else source_of(member.scheduled)

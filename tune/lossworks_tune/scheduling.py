@@ -1,6 +1,7 @@
 """Ray Tune's schedulers, and what they call of its controller, for trials that live in this process."""
 
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from ray.tune import schedulers
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 
+from lossworks.errors import UserError
 from lossworks_tune.space import LOSS, Space
 from lossworks_tune.specs import DimensionSpec, SweepSpec
 
@@ -47,21 +49,33 @@ def build_scheduler(spec: SweepSpec, space: Space, reports: int, every: int) -> 
     if kind == "median":
         # It would pause trials to compare with others; these go on at once instead.
         return schedulers.MedianStoppingRule(**common, grace_period=grace, min_time_slice=_NEVER)
+    if spec.scheduler.of_populations:
+        common |= {"perturbation_interval": grace, "log_config": False, "synch": True}
+        common["custom_explore_fn"] = _Clip(space.dimensions)
     if kind == "pbt":
-        return schedulers.PopulationBasedTraining(
-            **common,
-            perturbation_interval=grace,
-            hyperparam_mutations=_mutations(space),
-            custom_explore_fn=_Clip(space.dimensions),
-            log_config=False,
-            synch=True,
-        )
+        return schedulers.PopulationBasedTraining(**common, hyperparam_mutations=_mutations(space))
+    if kind == "pb2":
+        from ray.tune.schedulers.pb2 import PB2
+
+        return PB2(**common, hyperparam_bounds=_bounds(space))
     return schedulers.FIFOScheduler()
 
 
 def _mutations(space: Space) -> "dict[str, Domain | list[Any]]":
     """Return what population-based training may change: everything but the loss itself."""
     return {name: _domain(of) for name, of in space.dimensions.items() if name != LOSS}
+
+
+def _bounds(space: Space) -> dict[str, list[float]]:
+    """Return the ranges of all numbers, which alone a Gaussian process can choose.
+
+    Raises:
+        UserError: There is no number.
+    """
+    numbers = {name: list(of.range) for name, of in space.dimensions.items() if of.choice is None}
+    if not numbers:
+        raise UserError("scheduler.kind=pb2 chooses numbers, and only choices are searched; use pbt")
+    return numbers
 
 
 def _domain(dimension: DimensionSpec) -> "Domain | list[Any]":
@@ -177,7 +191,9 @@ class Controller:
         random.setstate(self._streams[0])
         np.random.set_state(self._streams[1])
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a scheduler's own fits complain of helps nobody
+                yield
         finally:
             self._streams = random.getstate(), np.random.get_state()
             random.setstate(before[0])

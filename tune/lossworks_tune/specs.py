@@ -93,16 +93,24 @@ class SchedulerSpec(Spec):
 
     shorthand: ClassVar[str | None] = "kind"
 
-    kind: Literal["none", "asha", "hyperband", "median", "pbt"] = Field(
+    kind: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = Field(
         "none",
         description="Ray Tune's: none; asha (asynchronous successive halving); hyperband; median (stops what "
         "is below the others' median); pbt (population-based training: the worst take over the best's "
-        "parameters and change their hyperparameters; one seed, engine=packed)",
+        "parameters and change their hyperparameters; one seed, engine=packed); pb2 (the same, with changes "
+        "that a Gaussian process chooses)",
     )
     grace_steps: int | None = Field(
-        None, ge=1, description="steps before any stop, or between changes of pbt; default: one evaluation"
+        None,
+        ge=1,
+        description="steps before any stop, or between changes of a population; one evaluation if unset",
     )
     reduction: float = Field(3.0, gt=1.0, le=100.0, description="η: one in so many goes on at each rung")
+
+    @property
+    def of_populations(self) -> bool:
+        """Whether it hands parameters from one configuration to another."""
+        return self.kind in ("pbt", "pb2")
 
 
 class ConfirmSpec(Spec):

@@ -124,11 +124,9 @@ def engine_of(spec: SweepSpec, space: Space) -> str:
     if spec.engine == "packed" and why:
         raise UserError(f"engine=packed: {why}; use engine=ray")
     name = "ray" if spec.engine == "ray" or why else "packed"
-    if name == "ray" and spec.scheduler.kind == "pbt":
-        raise UserError(
-            "scheduler.kind=pbt copies parameters between trainings, which engine=packed does"
-            + (f", but {why}" if why else "")
-        )
+    if name == "ray" and spec.scheduler.of_populations:
+        copies = "copies parameters between trainings, which engine=packed does"
+        raise UserError(f"scheduler.kind={spec.scheduler.kind} {copies}" + (f", but {why}" if why else ""))
     return name
 
 
