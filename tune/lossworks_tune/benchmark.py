@@ -136,4 +136,5 @@ def _saved(case: str, measure: Any, early: Mapping[str, Any]) -> Iterator[Row]:
     yield Row(case, "asha", "steps over random's", found["asha"]["steps"] / found["random"]["steps"], "x")
 
 
-TUNE = Benchmark("configurations a minute: packed, ordinary Ray Tune, and a bare loop", run, 2)
+# Once: ordinary Ray Tune takes four minutes of each turn.
+TUNE = Benchmark("configurations a minute: packed, ordinary Ray Tune, and a bare loop", run, 1)
