@@ -135,6 +135,16 @@ def test_the_command_refuses_in_one_line(at_home, tmp_path, capsys):
     assert "is no sweep" in capsys.readouterr().err
 
 
+def test_more_trials_at_once_than_have_room_are_refused_before_anything_starts(at_home, tmp_path, capsys):
+    """With what is needed and what is there; no run is entered."""
+    before = set((at_home / "runs").iterdir())
+    file = write_spec(tmp_path, tiny_sweep(engine="ray", at_once=10_000))
+
+    assert main(["tune", str(file)]) == 2
+    assert "at_once=10000: trials of 1 CPUs each need 10000, but" in capsys.readouterr().err
+    assert set((at_home / "runs").iterdir()) == before
+
+
 def test_all_that_fails_fails_the_run_with_the_reason(at_home, monkeypatch):
     """And it is so in MLflow."""
     from mlflow import MlflowClient

@@ -289,6 +289,20 @@ def _short_name(trial: RayTrial) -> str:
     return f"trial-{trial.config['configuration']['number']:05d}-{trial.trial_id}"
 
 
+def require_local_room(spec: SweepSpec, space: Space) -> None:
+    """Check that trials have room on this machine, before anything is started.
+
+    Raises:
+        UserError: They have not.
+    """
+    training = space.training(space.anchors()[0][1], spec.seeds[0])
+    _at_once(spec, space.trainable.cpus(training), _usable_cpus())
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _at_once(spec: SweepSpec, cpus: float, free: float) -> int:
     """Return how many trials have room.
 
@@ -314,7 +328,7 @@ def _cluster(address: str | None) -> Iterator[float]:
         yield ray.available_resources().get("CPU", 0.0)
         return
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = _usable_cpus()
     alone = address is None and "RAY_ADDRESS" not in os.environ
     try:
         ray.init(

@@ -1,5 +1,6 @@
 """``sweep(spec)``: configurations trained, ranked, confirmed on fresh seeds, drawn, and kept in MLflow."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,12 @@ def sweep(
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     space = Space(spec)
-    name = engine_of(spec, space)  # before anything is entered anywhere
+    # Before anything is entered anywhere.
+    name = engine_of(spec, space)
+    if name == "ray" and address is None and "RAY_ADDRESS" not in os.environ:
+        from lossworks_tune.ray_engine import require_local_room
+
+        require_local_room(spec, space)
     folder = _open(spec, resume)
     with folder.hold():
         engine = _make(name, spec, space, folder.path, address)
