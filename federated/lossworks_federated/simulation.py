@@ -6,9 +6,10 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import RunError
+from lossworks.home import private_ray
 from lossworks_federated.specs import FederationSpec
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
             failures.append(error)
             raise
 
+    private_ray()
     # Its advice to use the command line doesn't fit a library that calls it.
     logging.getLogger("flwr").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -73,15 +75,18 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
                 spec.split.clients,
                 backend_config={
                     "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-                    "init_args": {
-                        "num_cpus": len(os.sched_getaffinity(0)),
-                        "include_dashboard": False,
-                        "log_to_driver": False,
-                        "logging_level": "ERROR",
-                    },
+                    "init_args": _ray_arguments(),
                 },
             )
         except Exception as error:
             if failures:
                 raise failures[0] from None
             raise RunError(f"engine=flower: the simulation failed: {error}") from error
+
+
+def _ray_arguments() -> dict[str, Any]:
+    """Return how Flower starts Ray: on this machine, or joined where a job runs on a cluster."""
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if "RAY_ADDRESS" in os.environ:
+        return arguments
+    return arguments | {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}

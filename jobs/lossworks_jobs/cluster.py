@@ -3,19 +3,24 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lossworks.errors import UserError
-from lossworks.home import QUIET_ENVIRONMENT
+from lossworks.home import private_ray, ray_variables
 from lossworks.specs import RunSpec
 
 
 @contextmanager
-def cluster(spec: RunSpec, address: str | None) -> Iterator[None]:
+def cluster(spec: RunSpec, address: str | None, say: Callable[[str], object] = str) -> Iterator[None]:
     """Connect to the Ray cluster at ``address``, or to one found running, or start one here.
 
     What was started is shut down at the end; a cluster that was joined goes on.
+
+    Args:
+        spec: The run.
+        address: Of the cluster.
+        say: Called with a sentence if the workers have to wait for others.
 
     Raises:
         UserError: There is no cluster at the address, or it can't hold the workers.
@@ -26,12 +31,12 @@ def cluster(spec: RunSpec, address: str | None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        require_resources(spec, ray.available_resources())
+        _joined(spec, say)
         yield
         return
     _start(address)
     try:
-        require_resources(spec, ray.available_resources())
+        _joined(spec, say)
         yield
     finally:
         ray.shutdown()
@@ -42,6 +47,8 @@ def _start(address: str | None) -> None:
 
     if address is not None:
         _require_answer(address)
+    else:
+        private_ray()
     try:
         ray.init(
             address=address,
@@ -49,7 +56,7 @@ def _start(address: str | None) -> None:
             # Workers leave what a person should see in the run's folder; the rest is in Ray's own logs.
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": QUIET_ENVIRONMENT},
+            runtime_env={"env_vars": ray_variables()},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -83,24 +90,49 @@ def require_local_resources(spec: RunSpec) -> None:
         UserError: The workers need more CPUs than this process may use.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    require_resources(spec, {"CPU": float(usable)}, only=("CPU",))
+    require_room(spec, [{"CPU": float(usable)}], only=("CPU",))
 
 
-def require_resources(spec: RunSpec, free: Mapping[str, float], only: tuple[str, ...] = ()) -> None:
-    """Check that ``free`` holds all workers.
+def require_room(spec: RunSpec, nodes: Sequence[Mapping[str, float]], only: tuple[str, ...] = ()) -> None:
+    """Check that nodes can hold the workers, or as many as elastic training needs.
 
     Args:
         spec: The run.
-        free: Amounts by resource, as Ray counts them.
+        nodes: What each node has, by resource, as Ray counts it.
         only: Check these resources alone; all if empty.
 
     Raises:
-        UserError: Naming the resource, what is needed and what is free.
+        UserError: Naming a resource that is too little, what is needed and what there is.
     """
-    for name, each in spec.resources_per_worker.items():
-        needed, there = each * spec.workers, free.get(name, 0.0)
-        if needed > there and (not only or name in only):
+    workers = spec.elastic.min_workers or spec.workers
+    each = {
+        name: need for name, need in spec.resources_per_worker.items() if need and name in (only or [name])
+    }
+    for name, need in each.items():
+        there = sum(node.get(name, 0.0) for node in nodes)
+        if need * workers > there:
             raise UserError(
-                f"workers={spec.workers} with resources_per_worker.{name}={each:g} need {needed:g} {name}, "
-                f"but {there:g} are free: use fewer workers or less {name} for each"
+                f"workers={workers} with resources_per_worker.{name}={need:g} need {need * workers:g} {name}, "
+                f"but there are {there:g}: use fewer workers or less {name} for each"
             )
+    room = sum(
+        int(min((node.get(name, 0.0) // need for name, need in each.items()), default=workers))
+        for node in nodes
+    )
+    if room < workers:
+        raise UserError(
+            f"workers={workers} with resources_per_worker={spec.resources_per_worker}: there is room "
+            f"for {room} on {len(nodes)} nodes, since a worker lies on one: use fewer workers or less for each"
+        )
+
+
+def _joined(spec: RunSpec, say: Callable[[str], object]) -> None:
+    """Check a spec against the cluster that this process has joined, and say if it must wait."""
+    import ray
+
+    require_room(spec, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    free = ray.available_resources()
+    workers = spec.elastic.min_workers or spec.workers
+    for name, need in spec.resources_per_worker.items():
+        if need * workers > free.get(name, 0.0):
+            say(f"waiting for {need * workers:g} {name}: {free.get(name, 0.0):g} are free, others are in use")

@@ -79,7 +79,7 @@ class Driver:
                 raise
             finally:
                 self._finish(folder, status, reason)
-        if outcome.status == "diverged":
+        if outcome.status in ("diverged", "storage"):
             raise RunError(f"run {folder.run_id}: {outcome.reason}")
         if outcome.status == "failed":
             raise UserError(f"run {folder.run_id}: {outcome.reason}")

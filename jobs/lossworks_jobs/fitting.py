@@ -1,7 +1,9 @@
 """The workers of a run in Ray Train: started, replaced when they are lost, and what they leave."""
 
+import contextlib
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
@@ -10,6 +12,8 @@ from lossworks.training.outcome import Outcome
 from lossworks_jobs.cluster import threads
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
+
     from lossworks.data import TokenizedCorpus
 
 
@@ -35,11 +39,13 @@ def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None")
         "corpus": str(corpus.folder) if corpus else None,
         "threads": threads(spec),
     }
+    least = spec.elastic.min_workers
     trainer = TorchTrainer(
         run_worker,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=spec.workers,
+            num_workers=spec.workers if least is None else (least, spec.workers),
+            elastic_resize_monitor_interval_s=spec.elastic.resize_every_s,
             use_gpu=spec.resources_per_worker.get("GPU", 0) > 0,
             resources_per_worker=spec.resources_per_worker,
         ),
@@ -48,6 +54,7 @@ def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None")
             name=f"attempt-{time.time_ns()}",
             storage_path=str(folder.path / "ray"),
             failure_config=FailureConfig(max_failures=spec.max_failures),
+            callbacks=[losses_noticed(folder.notices, spec)],
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads(spec))}},
         ),
     )
@@ -55,6 +62,24 @@ def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None")
         trainer.fit()
     except TrainingFailedError as error:
         raise RunError(f"run {folder.run_id}: {_cause(error)}") from error
+
+
+def losses_noticed(notices: Path, spec: AnyTrainSpec) -> "UserCallback":
+    """Return a callback that tells the person at the driver of lost workers; it runs in Ray's controller."""
+    from ray.train import UserCallback
+
+    least = spec.elastic.min_workers
+    when = f"all {spec.workers} workers have" if least is None else f"at least {least} of them have"
+
+    class Losses(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            del run_context
+            ranks = ", ".join(map(str, sorted(worker_exceptions)))
+            cause = last_line(worker_exceptions[min(worker_exceptions)])
+            with contextlib.suppress(OSError), notices.open("a", encoding="utf-8") as file:
+                file.write(f"lost rank {ranks} ({cause[:200]}); starting again once {when} room\n")
+
+    return Losses()
 
 
 def read_outcome(folder: RunFolder) -> Outcome:

@@ -39,6 +39,10 @@ class NonFiniteLossError(RunError):
         return (_rebuild_non_finite, (str(self), self.step, self.ranks))
 
 
+class StorageError(RunError):
+    """Storage refused for longer than a run waits; all its ranks raise it alike."""
+
+
 def _rebuild_non_finite(message: str, step: int, ranks: tuple[int, ...]) -> NonFiniteLossError:
     return NonFiniteLossError(message, step=step, ranks=ranks)
 

@@ -1,6 +1,9 @@
 """Where Lossworks keeps its files, and the usage reports it switches off."""
 
+import json
 import os
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 # Libraries read these once, when they are imported; a value the user set himself stays.
@@ -18,6 +21,31 @@ def switch_off_usage_reports() -> None:
     """Turn off the telemetry of Ray, MLflow, Flower and Hugging Face before they are imported."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def private_ray() -> None:
+    """Let nobody else into the Ray instance that this process may start.
+
+    Ray listens on all interfaces and runs whatever it is sent, so it gets a token that only this process and
+    its children know, unless the user has settled it. A running cluster that asks for no token ignores it.
+    """
+    if not any(
+        name in os.environ
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
+    ):
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def ray_variables(further: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the variables that Ray's workers get from a driver, less those that its job has settled.
+
+    Ray refuses a driver that names a variable which the job that it runs in was submitted with.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    settled = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {
+        name: value for name, value in {**QUIET_ENVIRONMENT, **(further or {})}.items() if name not in settled
+    }
 
 
 def home() -> Path:

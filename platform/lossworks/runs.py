@@ -1,6 +1,8 @@
 """The folder of a run: what lies in it, and how one is found again."""
 
+import contextlib
 import fcntl
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,9 @@ from typing import Protocol
 from lossworks.errors import UserError, nearest
 from lossworks.home import runs_folder
 from lossworks.specs import AnyTrainSpec, read_train_spec, read_yaml
+
+JOB_VARIABLE = "LOSSWORKS_JOB"
+"""Names the folder of the submitted job that this process runs; the run that it begins is noted there."""
 
 
 class Stored(Protocol):
@@ -85,8 +90,8 @@ class RunFolder:
         return self.path / "stop"
 
     def notify(self, text: str) -> None:
-        """Append a sentence to the notices."""
-        with self.notices.open("a", encoding="utf-8") as file:
+        """Append a sentence to the notices; one that storage refuses is lost, which must not end a run."""
+        with contextlib.suppress(OSError), self.notices.open("a", encoding="utf-8") as file:
             file.write(f"{' '.join(text.split())}\n")
 
     def spec(self) -> AnyTrainSpec:
@@ -128,6 +133,8 @@ class RunFolder:
         folder = cls((Path(spec.storage) if spec.storage else runs_folder()) / run_id)
         folder.path.mkdir(parents=True)
         folder.spec_file.write_text(spec.to_yaml())
+        if job := os.environ.get(JOB_VARIABLE):
+            note_run(Path(job), folder)
         return folder
 
     @classmethod
@@ -153,6 +160,19 @@ class RunFolder:
         guess = nearest(name, [*names, *(folder.run_id for folder in known)])
         hint = f"did you mean {guess}?" if guess else "give an id, a name, or the path of a run's folder"
         raise UserError(f"run {name}: not found in {runs_folder()}; {hint}")
+
+
+def note_run(job: Path, folder: RunFolder) -> None:
+    """Note in the folder of a submitted job which run is the job's."""
+    partial = job / ".run"
+    partial.write_text(str(folder.path), encoding="utf-8")
+    partial.replace(job / "run")
+
+
+def run_of(job: Path) -> RunFolder | None:
+    """Return the run of a submitted job, or None if it has not begun one."""
+    file = job / "run"
+    return RunFolder(Path(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def _newest_first(folder: Path) -> Iterator[RunFolder]:

@@ -15,7 +15,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from lossworks.errors import LossworksError, RunError, UserError
-from lossworks.home import QUIET_ENVIRONMENT
+from lossworks.home import private_ray, ray_variables
 from lossworks.tracking import Journal
 from lossworks_tune.ledger import Configuration, End, Trial, folder_of, folders
 from lossworks_tune.proposals import Proposals
@@ -27,7 +27,6 @@ from lossworks_tune.stopping import Leader, require_reported
 
 _WAITING_CPUS = 0.01  # of a process that waits for the workers it has started; Ray takes no 0
 ENVIRONMENT = {
-    **QUIET_ENVIRONMENT,
     "RAY_AIR_NEW_OUTPUT": "0",  # our own display shows the trials
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in specs are from where the command was called
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -330,6 +329,8 @@ def _cluster(address: str | None) -> Iterator[float]:
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     usable = _usable_cpus()
     alone = address is None and "RAY_ADDRESS" not in os.environ
+    if alone:
+        private_ray()
     try:
         ray.init(
             address="local" if alone else address,
@@ -338,7 +339,7 @@ def _cluster(address: str | None) -> Iterator[float]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": ENVIRONMENT},
+            runtime_env={"env_vars": ray_variables(ENVIRONMENT)},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

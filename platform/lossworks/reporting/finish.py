@@ -14,6 +14,7 @@ TRACKED_STATUS: dict[str, Status] = {
     "stopped": "KILLED",
     "diverged": "FAILED",
     "failed": "FAILED",
+    "storage": "FAILED",
 }
 
 

@@ -193,6 +193,28 @@ class EvaluationSpec(Spec):
     sequences: int = Field(64, ge=1, description="held-out sequences or examples an evaluation, all if fewer")
 
 
+class ElasticSpec(Spec):
+    """What happens while there is no room for all workers.
+
+    ``elastic=1`` is short for ``elastic.min_workers=1``.
+    """
+
+    shorthand: ClassVar[str | None] = "min_workers"
+
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="go on with as few workers when nodes are lost, from the last checkpoint; unset: wait "
+        "until all have room again",
+    )
+    resize_every_s: float = Field(
+        60.0, ge=1.0, description="seconds between looks for room for more workers, up to `workers`"
+    )
+
+    def __str__(self) -> str:
+        return "no" if self.min_workers is None else f"from {self.min_workers} workers"
+
+
 class TelemetrySpec(Spec):
     """What is looked at inside the loss while it trains; nothing unless asked for."""
 
@@ -220,6 +242,9 @@ class CheckpointSpec(Spec):
 
     every: int = Field(100, ge=1, description="steps between checkpoints; the last step is always saved")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay, besides the best by held-out loss")
+    patience_s: float = Field(
+        60.0, ge=0.0, description="seconds to try again while storage refuses, before the run ends"
+    )
 
 
 class TrackingSpec(Spec):

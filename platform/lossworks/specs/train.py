@@ -10,6 +10,7 @@ from lossworks.specs.base import Spec
 from lossworks.specs.parts import (
     CheckpointSpec,
     DataSpec,
+    ElasticSpec,
     EvaluationSpec,
     LossSpec,
     ModelSpec,
@@ -35,6 +36,7 @@ class RunSpec(Spec):
     resources_per_worker: dict[str, float] = Field(
         {"CPU": 1}, description="what each worker gets from Ray, for instance {CPU: 4, GPU: 1}"
     )
+    elastic: ElasticSpec = ElasticSpec()
     sharding: ShardingSpec = ShardingSpec()
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the products under autocast")
     activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
@@ -57,6 +59,9 @@ class RunSpec(Spec):
             raise ValueError(f"sharding=none is for workers=1, not {self.workers}: use ddp or fsdp")
         if self.batch_size < self.workers:
             raise ValueError(f"batch_size={self.batch_size} must be at least workers={self.workers}")
+        least = self.elastic.min_workers
+        if least is not None and least > self.workers:
+            raise ValueError(f"elastic.min_workers={least} must not exceed workers={self.workers}")
         for name, amount in self.resources_per_worker.items():
             if amount < 0:
                 raise ValueError(f"resources_per_worker.{name}={amount} must not be negative")

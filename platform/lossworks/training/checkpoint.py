@@ -6,8 +6,9 @@ import json
 import math
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lossworks.errors import RunError
+from lossworks.errors import StorageError
 from lossworks.training.world import World
 
 _MANIFEST = "manifest.json"
+_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ class Checkpoint:
     held_out_loss: float
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a manifest says besides its files."""
+
+    step: int
+    position: int
+    held_out_loss: float
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.step:08d}"
+
+
 class CheckpointStore:
     """The checkpoints of one run, in a folder that all ranks share.
 
@@ -46,11 +61,21 @@ class CheckpointStore:
     manifest with each file's size and SHA-256 and renames the folder, so that a checkpoint either is complete
     or does not exist. Schedule and random streams are functions of the step and the data order is one of the
     position, so step and position say all about them, at any number of ranks.
+
+    Args:
+        folder: Where the checkpoints are.
+        keep: Newest checkpoints that stay.
+        patience_s: Seconds to try again while storage refuses.
+        notify: Called by rank 0 with a sentence that a person should see.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, patience_s: float = 0.0, notify: Callable[[str], object] = str
+    ) -> None:
         self.folder = folder
         self.keep = keep
+        self.patience_s = patience_s
+        self._notify = notify
 
     def save(
         self,
@@ -62,32 +87,47 @@ class CheckpointStore:
         position: int,
         held_out_loss: float,
     ) -> Path:
-        """Write a checkpoint from all ranks and return its folder.
+        """Write a checkpoint from all ranks and return its folder; every rank calls this.
+
+        While storage refuses it is tried again, for ``patience_s`` seconds.
 
         Raises:
-            RunError: Storage is full or refuses; the checkpoints before stay as they were.
+            StorageError: On every rank: storage still refuses; the checkpoints before stay as they were.
         """
-        final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".{final.name}.partial"
-        if world.leads:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        world.barrier()
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
-        try:
-            with _without_group_warning():
-                dcp.save(state, checkpoint_id=partial)
-        except (OSError, dcp.CheckpointException) as error:
-            raise RunError(
-                f"step {step}: the checkpoint in {self.folder} can't be written: {error}"
-            ) from error
-        if world.leads:
-            _write_manifest(partial, step=step, position=position, held_out_loss=held_out_loss)
-            _replace(partial, final)
-            self._prune()
-        world.barrier()
-        return final
+        facts = _Facts(step, position, held_out_loss)
+        began, pause = time.monotonic(), _PAUSE_S
+        while (problem := self._try(model, optimizer, world, facts)) is not None:
+            left = world.agree(self.patience_s - (time.monotonic() - began))
+            if left <= 0:
+                raise StorageError(
+                    f"step {step}: the checkpoint in {self.folder} can't be written: {problem}; "
+                    f"{_free(self.folder)}; the checkpoints before are as they were"
+                )
+            if world.leads and pause == _PAUSE_S:
+                self._notify(f"step {step}: storage refuses the checkpoint ({problem}); trying again")
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        return self.folder / facts.name
+
+    def _try(self, model: nn.Module, optimizer: Any, world: World, facts: "_Facts") -> str | None:
+        """Write a checkpoint; return what some rank met with, the same text on every rank, or None."""
+        partial = self.folder / f".{facts.name}.partial"
+        problem = world.first(_problem(lambda: _make_empty(partial)) if world.leads else None)
+        if problem is None:
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            state = {"model": model_state, "optimizer": optimizer_state}
+            problem = world.first(_problem(lambda: _write_shards(state, partial)))
+        if problem is None:
+            problem = world.first(_problem(lambda: self._complete(partial, facts)) if world.leads else None)
+        if problem is not None and world.leads:
+            shutil.rmtree(partial, ignore_errors=True)  # what is left of it takes room
+        return problem
+
+    def _complete(self, partial: Path, facts: "_Facts") -> None:
+        """Turn the folder that all ranks have written into a checkpoint."""
+        _write_manifest(partial, facts)
+        _replace(partial, self.folder / facts.name)
+        self._prune()
 
     def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Any) -> None:
         """Restore model and optimiser, whatever the number of ranks that wrote them."""
@@ -164,12 +204,46 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def _write_manifest(folder: Path, *, step: int, position: int, held_out_loss: float) -> None:
+def _problem(work: Callable[[], None]) -> str | None:
+    """Do something with storage; return what went wrong, in one line, or None."""
+    try:
+        work()
+    except (OSError, dcp.CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, dcp.CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+        return " ".join(str(cause).split()) or type(cause).__name__
+    return None
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_shards(state: dict[str, Any], folder: Path) -> None:
+    with _without_group_warning():
+        dcp.save(state, checkpoint_id=folder)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
+    except OSError as error:
+        return f"it can't be reached: {error.strerror}"
+
+
+def _write_manifest(folder: Path, facts: _Facts) -> None:
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(folder.iterdir())
     }
-    manifest = {"step": step, "position": position, "held_out_loss": str(held_out_loss), "files": files}
+    manifest = {
+        "step": facts.step,
+        "position": facts.position,
+        "held_out_loss": str(facts.held_out_loss),
+        "files": files,
+    }
     with (folder / _MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
         file.flush()

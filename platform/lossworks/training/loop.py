@@ -63,7 +63,7 @@ def train(job: Job) -> Outcome:
     run in one process. All ranks return the same outcome.
 
     Raises:
-        RunError: A checkpoint can't be written.
+        StorageError: A checkpoint can't be written.
     """
     return Trainer(job).run()
 

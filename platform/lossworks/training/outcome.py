@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Status = Literal["finished", "stopped", "diverged", "failed"]
+Status = Literal["finished", "stopped", "diverged", "failed", "storage"]
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Outcome:
     """What the training loop returns.
 
     Attributes:
-        status: ``finished`` all steps, ``stopped`` when asked to, ``diverged`` to NaN or infinity, or
-            ``failed`` at something the spec asks for.
+        status: ``finished`` all steps, ``stopped`` when asked to, ``diverged`` to NaN or infinity, ``failed``
+            at something the spec asks for, or at ``storage`` that refused to the end of its patience.
         reason: One sentence for a person, empty if finished.
         step: Last step done.
         metrics: Last value of each metric, by its tracked name.

@@ -57,10 +57,13 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            self.gather([0.0])
+    def first(self, value: str | None) -> str | None:
+        """Return the text of the lowest rank that has one, on every rank; None if none has."""
+        if self.size == 1:
+            return value
+        texts: list[str | None] = [None] * self.size
+        dist.all_gather_object(texts, value)
+        return next((text for text in texts if text is not None), None)
 
 
 def _own_gpu() -> torch.device:

@@ -1,0 +1,193 @@
+"""Ray nodes on this machine: a head with dashboard and job server, and further raylets beside it."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lossworks.errors import RunError, UserError
+from lossworks.home import QUIET_ENVIRONMENT, home
+
+_START_S = 90.0
+_STOP_S = 15.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A cluster whose nodes are processes of this machine.
+
+    Attributes:
+        gcs: Address that drivers and further nodes join, HOST:PORT.
+        jobs: Address of the job server and the dashboard, http://HOST:PORT.
+        processes: The head's process, then the others'; each leads a process group of its own.
+    """
+
+    gcs: str
+    jobs: str
+    processes: Sequence[subprocess.Popen[bytes]]
+
+    def wait(self) -> None:
+        """Wait until the head ends.
+
+        Raises:
+            RunError: It ended by itself.
+        """
+        status = self.processes[0].wait()
+        raise RunError(f"the cluster's head ended with status {status}; see {home() / 'cluster'}")
+
+
+@contextmanager
+def start_nodes(
+    count: int,
+    *,
+    cpus: int,
+    host: str = "127.0.0.1",
+    port: int = 6379,
+    dashboard_port: int = 8265,
+    logs: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Nodes]:
+    """Start a head and ``count`` − 1 further nodes, and end them all in the end.
+
+    Ray's own protocol can't be bound to loopback, so every cluster asks for a token, whatever the host: the
+    caller's own, or one that is made and kept in the home folder.
+
+    Args:
+        count: Nodes in all.
+        cpus: Logical CPUs of each.
+        host: Address of this machine that drivers use; the dashboard listens on it, too.
+        port: Port that drivers and further nodes join; 0 for any that is free.
+        dashboard_port: Port of the dashboard and the job server; 0 for any that is free.
+        logs: Folder for the nodes' output; one file a node.
+        environment: Variables for the nodes besides this process's own.
+
+    Raises:
+        UserError: A port is taken, or other machines may reach the host and there is no token.
+        RunError: A node does not come up.
+    """
+    token = require_token(host)
+    ports = [_port(host, port, "--port"), _port(host, dashboard_port, "--dashboard-port"), _port(host, 0, "")]
+    gcs, jobs = f"{host}:{ports[0]}", f"http://{host}:{ports[1]}"
+    logs.mkdir(parents=True, exist_ok=True)
+    variables = {**os.environ, **QUIET_ENVIRONMENT, **token, **(environment or {})}
+    # Ray installs wheels with the `pip` that it finds on PATH.
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
+    head = ["--head", "--node-ip-address", host, "--port", str(ports[0])]
+    head += ["--dashboard-host", host, "--dashboard-port", str(ports[1])]
+    head += ["--ray-client-server-port", str(ports[2]), "--include-dashboard", "true"]
+    with ExitStack() as stack:
+        processes: list[subprocess.Popen[bytes]] = []
+        # One for each: nodes that shared it would delete one another's working folders. Sockets lie in it,
+        # whose paths must be short.
+        temporary = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        )
+        for index in range(count):
+            options = head if index == 0 else ["--address", gcs]
+            options = [*options, "--temp-dir", str(temporary / str(index))]
+            process = _start(options, cpus, logs / f"node-{index}.log", variables)
+            stack.callback(_stop, process)
+            processes.append(process)
+            _wait_for(process, logs / f"node-{index}.log")
+        yield Nodes(gcs, jobs, processes)
+
+
+def require_token(host: str) -> dict[str, str]:
+    """Return the variables that turn Ray's token authentication on.
+
+    Raises:
+        UserError: Other machines may reach ``host``, and no token was given that they could share.
+    """
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or (Path.home() / ".ray" / "auth_token").is_file():
+        return {"RAY_AUTH_MODE": "token"}
+    if host not in LOOPBACK:
+        raise UserError(
+            f"--host {host}: other machines may reach it, and whoever reaches a Ray cluster runs code there: "
+            "make one token for all nodes with `ray get-auth-token --generate` and copy ~/.ray/auth_token"
+        )
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_own_token())}
+
+
+def token_for(address: str) -> dict[str, str]:
+    """Return the variables with which this process is let into a cluster at an address.
+
+    A token that was made here is only shown to clusters of this machine.
+    """
+    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+    host = address.partition("://")[2] or address
+    if (Path.home() / ".ray" / "auth_token").is_file():
+        return {"RAY_AUTH_MODE": "token"}
+    if host.rpartition(":")[0] in LOOPBACK and _token_file().is_file():
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token_file())}
+    return {}
+
+
+def _token_file() -> Path:
+    return home() / "ray-token"
+
+
+def _own_token() -> Path:
+    path = _token_file()
+    if not path.is_file():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+    return path
+
+
+def _port(host: str, port: int, option: str) -> int:
+    """Return a port that is free.
+
+    Raises:
+        UserError: The one asked for is not, or the host is not this machine's.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"{option} {host}:{port}: can't listen there: {error.strerror}") from None
+        return int(probe.getsockname()[1])
+
+
+def _start(
+    options: Sequence[str], cpus: int, log: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    # Ports of workers are any, and so is the agent's: several nodes share this machine.
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--num-cpus", str(cpus)]
+    command += ["--min-worker-port", "0", "--max-worker-port", "0", "--dashboard-agent-listen-port", "0"]
+    command += ["--disable-usage-stats", "--block"]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _wait_for(process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while b"Ray runtime started" not in log.read_bytes():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RunError(f"a node of the cluster did not come up; see {log}")
+        time.sleep(0.1)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a node: `ray start --block` ends what it started when asked to."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

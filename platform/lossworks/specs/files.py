@@ -1,0 +1,59 @@
+"""The local files that a spec names, of whatever room: where they stand in it, and how they are replaced."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Fields that name a path, by the last two keys of their place, with what may stand before it. A sweep has
+# them below ``base``, so the places differ between rooms, and the last keys do not.
+_FIELDS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("data", "corpus"): ("text:",),
+    ("data", "source"): ("csv:", "npz:", "imagefolder:"),
+    ("data", "tokenizer"): ("",),
+    ("model", "source"): ("hf:",),
+}
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A path in a spec.
+
+    Attributes:
+        keys: Its place, such as ``("base", "data", "corpus")``.
+        prefix: What stands before it, such as ``text:``.
+        path: File, folder or glob, as it is written.
+    """
+
+    keys: tuple[str, ...]
+    prefix: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{'.'.join(self.keys)}={self.prefix}{self.path}"
+
+
+def named_files(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[NamedFile]:
+    """Yield every local path in a spec's values."""
+    for name, value in values.items():
+        keys = (*above, name)
+        if isinstance(value, Mapping):
+            yield from named_files(value, keys)
+        elif isinstance(value, str):
+            for prefix in _FIELDS.get(keys[-2:], ()):
+                if value.startswith(prefix):
+                    yield NamedFile(keys, prefix, Path(value.removeprefix(prefix)).expanduser())
+
+
+def with_paths(values: Mapping[str, Any], paths: Mapping[tuple[str, ...], str]) -> dict[str, Any]:
+    """Return a spec's values with other paths at some places; what stands before them stays."""
+    result = {
+        name: with_paths(value, {}) if isinstance(value, dict) else value for name, value in values.items()
+    }
+    prefixes = {file.keys: file.prefix for file in named_files(values)}
+    for keys, path in paths.items():
+        group = result
+        for name in keys[:-1]:
+            group = group[name]
+        group[keys[-1]] = f"{prefixes[keys]}{path}"
+    return result
