@@ -81,7 +81,7 @@ def make_bundle(spec: str, overrides: Sequence[str], *, upload: bool, limit: int
     if bundle.size > limit:
         raise UserError(
             f"{spec} names {bundle.size / 2**20:,.0f} MiB of local files, above --upload-limit "
-            f"{limit / 2**20:g}: put them where all nodes read them and name them there, with --no-upload"
+            f"{limit / 2**20:.2g}: put them where all nodes read them and name them there, with --no-upload"
         )
     return bundle
 

@@ -112,8 +112,8 @@ def require_room(spec: RunSpec, nodes: Sequence[Mapping[str, float]], only: tupl
         there = sum(node.get(name, 0.0) for node in nodes)
         if need * workers > there:
             raise UserError(
-                f"workers={workers} with resources_per_worker.{name}={need:g} need {need * workers:g} {name}, "
-                f"but there are {there:g}: use fewer workers or less {name} for each"
+                f"workers={workers} with resources_per_worker.{name}={need:g} need {need * workers:g} "
+                f"{name}, but there are {there:g}: use fewer workers or less {name} for each"
             )
     room = sum(
         int(min((node.get(name, 0.0) // need for name, need in each.items()), default=workers))
@@ -121,8 +121,8 @@ def require_room(spec: RunSpec, nodes: Sequence[Mapping[str, float]], only: tupl
     )
     if room < workers:
         raise UserError(
-            f"workers={workers} with resources_per_worker={spec.resources_per_worker}: there is room "
-            f"for {room} on {len(nodes)} nodes, since a worker lies on one: use fewer workers or less for each"
+            f"workers={workers} with resources_per_worker={dict(each)}: there is "
+            f"room for {room} on {len(nodes)} nodes, a worker lies on one: use fewer or smaller ones"
         )
 
 

@@ -40,6 +40,9 @@ class Options:
         home: Folder on the cluster that all nodes share; otherwise what the cluster's LOSSWORKS_HOME says.
         environment: Further variables, none of them secret: whoever sees the cluster's dashboard sees them.
         graceful_s: Seconds that a job has between being asked to stop and being killed.
+
+    Raises:
+        UserError: A variable looks like a secret.
     """
 
     package: bool = True
@@ -48,6 +51,14 @@ class Options:
     home: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     graceful_s: int = 120
+
+    def __post_init__(self) -> None:
+        for name in self.environment:
+            if any(word in name.upper() for word in _SECRET):
+                raise UserError(
+                    f"--env {name}: looks secret, and the dashboard shows a job's variables: set it in "
+                    "the environment of the cluster's nodes, or in a file there (~/.mlflow/credentials)"
+                )
 
 
 def submit(server: JobServer, bundle: Bundle | None, resume: str | None, options: Options) -> str:
@@ -60,10 +71,8 @@ def submit(server: JobServer, bundle: Bundle | None, resume: str | None, options
         options: How.
 
     Raises:
-        UserError: A variable looks like a secret.
         RunError: The server refuses.
     """
-    _refuse_secrets(options.environment)
     name = bundle.name if bundle else "resume"
     job = f"{_identifier(name)}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="lossworks-job-") as folder:
@@ -111,15 +120,6 @@ def start_script(key: str, resume: str | None, options: Options) -> str:
         interpreters=shlex.join([options.python] if options.python else known),
         arguments=shlex.join(arguments),
     )
-
-
-def _refuse_secrets(environment: Mapping[str, str]) -> None:
-    for name in environment:
-        if any(word in name.upper() for word in _SECRET):
-            raise UserError(
-                f"--env {name}: looks like a secret, and the cluster's dashboard shows a job's variables: set "
-                "it in the environment of the cluster's nodes, or in a file there (~/.mlflow/credentials)"
-            )
 
 
 def _identifier(name: str) -> str:

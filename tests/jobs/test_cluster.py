@@ -1,0 +1,178 @@
+"""Real nodes with a job server on this machine: submitting, following, stopping, and what nodes can lose."""
+
+import re
+
+import pytest
+
+from lossworks.cli import main
+from lossworks.runs import run_of
+from lossworks_jobs.nodes import start_nodes
+from lossworks_testing.clusters import command, curve, job_of, lose, processes_of, run_at, until
+
+pytestmark = pytest.mark.timeout(420)
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster_home(tmp_path_factory):
+    """The home folder of client and nodes: storage that all share."""
+    return tmp_path_factory.mktemp("cluster-home")
+
+
+@pytest.fixture(scope="module")
+def nodes(cluster_home):
+    """Two nodes of one logical CPU each, so that two workers need both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOSSWORKS_HOME", str(cluster_home))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        # A lost node is noticed in seconds instead of half a minute.
+        quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
+        with start_nodes(
+            2, cpus=1, port=0, dashboard_port=0, logs=cluster_home / "cluster", environment=quick
+        ) as nodes:
+            yield nodes
+
+
+@pytest.fixture
+def here(cluster_home, monkeypatch):
+    """The client's environment."""
+    monkeypatch.setenv("LOSSWORKS_HOME", str(cluster_home))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return cluster_home
+
+
+@pytest.fixture
+def file(spec, tmp_path):
+    """The small run's spec; the text that it names is this machine's."""
+    path = tmp_path / "spec.yaml"
+    path.write_text(spec.to_yaml())
+    return path
+
+
+@pytest.fixture(scope="module")
+def submitted(nodes, cluster_home, spec, tmp_path_factory):
+    """A run that was submitted and left alone: its output, exit status and folder."""
+    file = tmp_path_factory.mktemp("spec") / "spec.yaml"
+    file.write_text(spec.to_yaml())
+    log = file.with_name("log")
+    process = command("submit", str(file), "--address", nodes.jobs, home=cluster_home, log=log)
+    status = process.wait(240)
+    return log.read_text(), status, run_of(cluster_home / "jobs" / job_of(log))
+
+
+def test_a_submitted_run_ends_as_one_here(submitted, cluster_home):
+    """Wheel, spec and text arrive; progress, the MLflow run and the exit status come back."""
+    output, status, folder = submitted
+
+    assert status == 0, output
+    assert re.search(rf"^lossworks: run {folder.run_id} in MLflow at sqlite:", output, re.MULTILINE)
+    assert "step 120/120" in output
+    assert re.search(r"^job small-\w{8} succeeded$", output, re.MULTILINE)
+    assert len(curve(folder)) == 120
+    assert folder.spec().data.corpus.startswith(f"text:{cluster_home}/uploads/")
+    assert (cluster_home / "ray-token").stat().st_mode & 0o077 == 0
+
+
+def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_to_the_same_end(
+    submitted, nodes, here, file, tmp_path, capsys
+):
+    """`jobs stop` is a notice before the end, as of a machine that goes away; --resume JOB ends the run."""
+    log, again = tmp_path / "log", tmp_path / "again"
+    process = command("submit", str(file), "--address", nodes.jobs, home=here, log=log)
+    job = job_of(log)
+    folder = run_at(here, job, 30)
+
+    assert main(["jobs", "stop", job, "--address", nodes.jobs]) == 0
+    assert process.wait(60) == 130
+    stopped_at = curve(folder)[-1][0]
+    assert 30 <= stopped_at < 120
+    assert (folder.checkpoints / f"step-{stopped_at:08d}" / "manifest.json").is_file()
+    assert main(["jobs", "status", job, "--address", nodes.jobs]) == 130
+    assert f"job {job} stopped" in capsys.readouterr().out
+    assert command("submit", "--resume", job, "--address", nodes.jobs, home=here, log=again).wait(240) == 0
+    assert curve(folder) == curve(submitted[2])
+
+
+def start(file, nodes, here, log, *overrides):
+    """Submit a spec and return the client's process and the job's id."""
+    process = command("submit", str(file), *overrides, "--address", nodes.jobs, home=here, log=log)
+    return process, job_of(log)
+
+
+@SLOW
+def test_a_killed_driver_is_resubmitted_and_changes_nothing(submitted, nodes, here, file, tmp_path):
+    """kill -9 of the job's process: the client sees it fail, and --resume ends with the very same curve."""
+    process, job = start(file, nodes, here, tmp_path / "log")
+    folder = run_at(here, job, 30)
+    for driver in processes_of(nodes, "lossworks_jobs.entry"):
+        driver.kill()
+
+    assert process.wait(60) == 1
+    assert "submit --resume" in (tmp_path / "log").read_text()
+    again = command("submit", "--resume", job, "--address", nodes.jobs, home=here, log=tmp_path / "again")
+    assert again.wait(240) == 0
+    assert curve(folder) == curve(submitted[2])
+
+
+@SLOW
+def test_two_jobs_at_once_wait_for_each_other(nodes, here, file, tmp_path):
+    """There is room for one at a time; both end, with equal curves, and the second says that it waits."""
+    both = [start(file, nodes, here, tmp_path / name, "steps=60") for name in ("first", "second")]
+
+    assert [process.wait(400) for process, _ in both] == [0, 0]
+    first, second = (run_of(here / "jobs" / job) for _, job in both)
+    assert first.run_id != second.run_id
+    assert curve(first) == curve(second)
+    assert "waiting for 2 CPU" in "".join((tmp_path / name).read_text() for name in ("first", "second"))
+
+
+def test_a_job_that_can_not_work_returns_its_exit_status(nodes, here, file, tmp_path, capfd):
+    """A mistake that only the cluster can see is told in one line, with the command line's status for it."""
+    status = main(
+        ["submit", str(file), "data.corpus=text:/nowhere.txt", "--no-upload", "--address", nodes.jobs]
+    )
+    printed = capfd.readouterr().out
+
+    assert status == 2
+    assert "lossworks: error: data.corpus='text:/nowhere.txt'" in printed
+    assert "Traceback" not in printed
+    assert main(["jobs", "list", "--address", nodes.jobs]) == 0
+    assert "FAILED" in capfd.readouterr().out
+
+
+@SLOW
+def test_a_lost_node_is_waited_for(submitted, nodes, here, file, tmp_path):
+    """Without elastic training a run goes on when a node takes the lost one's place, to the same curve."""
+    process, job = start(file, nodes, here, tmp_path / "log")
+    folder = run_at(here, job, 30)
+    lose(nodes.processes[1])
+    until(lambda: "starting again once all 2 workers have room" in folder.notices.read_text(), "the notice")
+    steps = len(curve(folder))
+    nodes.add(1)
+
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    assert steps < 120
+    assert "lost rank" in (tmp_path / "log").read_text()
+    assert curve(folder) == curve(submitted[2])
+
+
+def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(nodes, here, file, tmp_path):
+    """One of two nodes is lost: one worker goes on; a node joins: two go on. The loss is that of any run."""
+    long = ("elastic={min_workers: 1, resize_every_s: 3}", "steps=100000", "checkpoint.every=25")
+    process, job = start(file, nodes, here, tmp_path / "log", *long)
+    folder = run_at(here, job, 40)
+    lose(nodes.processes[-1])
+    run_at(here, job, curve(folder)[-1][0] + 60)
+    restarts = folder.notices.read_text().count("going on from step")
+    nodes.add(1)
+    until(lambda: folder.notices.read_text().count("going on from step") > restarts, "more workers")
+    run_at(here, job, curve(folder)[-1][0] + 30)
+
+    assert main(["jobs", "stop", job, "--address", nodes.jobs]) == 0
+    assert process.wait(60) == 130
+    steps = [step for step, _ in curve(folder)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert "starting again once at least 1 of them have room" in folder.notices.read_text()
+    assert curve(folder)[-1][1] < curve(folder)[0][1] - 2

@@ -1,0 +1,250 @@
+"""What is sent to a cluster, and what is refused before anything is."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import yaml
+
+from lossworks.cli import main
+from lossworks.errors import UserError
+from lossworks_jobs import lock
+from lossworks_jobs.bundle import FILES, SPEC_FILE, make_bundle
+from lossworks_jobs.cluster import require_room
+from lossworks_jobs.entry import main as entry
+from lossworks_jobs.nodes import LOOPBACK, require_token, token_for
+from lossworks_jobs.package import write_wheel
+from lossworks_jobs.submission import Options, runtime_environment, start_script
+from lossworks_testing.training import tiny_spec, write_text
+
+MIB = 2**20
+FIND = """
+from importlib.metadata import entry_points, version
+import lossworks
+print(version("lossworks"), lossworks.__file__, *entry_points(group="lossworks.commands").names)
+"""
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "texts" / "deeper"
+    folder.mkdir(parents=True)
+    write_text(folder / "one.txt", words=300)
+    write_text(folder.parent / "two.txt", words=300, seed=1)
+    return folder.parent
+
+
+def written(tmp_path, corpus):
+    path = tmp_path / "spec.yaml"
+    path.write_text(tiny_spec(tmp_path / "none.txt").override([f"data.corpus={corpus}"]).to_yaml())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("texts/two.txt", ["two.txt"]),
+        ("texts", ["deeper/one.txt", "two.txt"]),
+        ("texts/**/*.txt", ["000000-two.txt", "000001-one.txt"]),
+    ],
+)
+def test_local_files_travel_with_the_spec(pattern, names, text, tmp_path, home, monkeypatch):
+    """A file, a folder or a glob: the spec that arrives finds what arrives, named by content."""
+    monkeypatch.chdir(tmp_path)
+    bundle = make_bundle(written(tmp_path, f"text:{pattern}"), ["steps=3"], upload=True, limit=MIB)
+    content = tmp_path / "content"
+    content.mkdir()
+    bundle.write(content)
+    arrived = yaml.safe_load((content / SPEC_FILE).read_text())
+    place = arrived["data"]["corpus"].removeprefix("text:upload://")
+
+    assert (bundle.command, arrived["steps"]) == ("train", 3)
+    folder = content / FILES / place.partition("/")[0]
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.txt")) == sorted(names)
+    assert (content / FILES / place).is_file() == (pattern == "texts/two.txt")
+    same = make_bundle(written(tmp_path, f"text:{pattern}"), ["steps=4"], upload=True, limit=MIB)
+    assert same.uploads == bundle.uploads
+
+
+def test_the_entry_brings_files_to_shared_storage_and_runs_the_command(text, tmp_path, home, monkeypatch):
+    """The spec that runs names files in the home folder; a second job with the same files copies nothing."""
+    monkeypatch.chdir(tmp_path)
+    bundle = make_bundle(written(tmp_path, "text:texts"), [], upload=True, limit=MIB)
+    content = tmp_path / "content"
+    content.mkdir()
+    bundle.write(content)
+    called = []
+    monkeypatch.setattr("lossworks_jobs.entry.run_command", lambda command: called.append(command) or 7)
+
+    for key in ("first", "second"):
+        assert entry(["--spec", str(content / SPEC_FILE), "--key", key]) == 7
+    specs = [yaml.safe_load((home / "jobs" / key / "spec.yaml").read_text()) for key in ("first", "second")]
+    brought = specs[0]["data"]["corpus"].removeprefix("text:")
+    assert specs[0] == specs[1]
+    assert called[0] == ["train", str(home / "jobs" / "first" / "spec.yaml")]
+    assert brought.startswith(str(home / "uploads"))
+    assert (
+        main(["train", called[0][1], "data.vocab_size=400000"]) == 2
+    )  # it is read, and is too small for that
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("jobs/specs/demo.yaml", "train"),
+        ("jobs/specs/cpu-cluster.yaml", "train"),
+        ("jobs/specs/one-gpu.yaml", "train"),
+        ("jobs/specs/gpu-nodes.yaml", "train"),
+        ("tune/specs/label-noise.yaml", "tune"),
+        ("federated/specs/digits.yaml", "federate"),
+    ],
+)
+def test_specs_of_all_rooms_can_be_sent(file, command, home):
+    """Each is resolved by its own room's command; a sweep's base file is part of what is sent."""
+    bundle = make_bundle(file, [], upload=True, limit=MIB)
+
+    assert bundle.command == command
+    assert bundle.uploads == {}
+    assert isinstance(bundle.values.get("base", {}), dict)
+
+
+def test_the_wheel_is_this_code_and_named_after_it(tmp_path):
+    """Equal code gives an equal wheel; a clean interpreter finds the commands and the lock in it."""
+    first, second = (write_wheel(tmp_path) for _ in range(2))
+    assert first == second
+    with zipfile.ZipFile(first) as wheel:
+        names = wheel.namelist()
+        record = wheel.read(next(name for name in names if name.endswith("RECORD"))).decode()
+        wheel.extractall(tmp_path / "installed")
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            FIND,
+        ],
+        env={"PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+
+    assert len(names) == len(set(names)) == len(record.splitlines())
+    assert "lossworks/requirements.lock" in names
+    assert f"lossworks-{found[0]}-py3-none-any.whl" == first.name
+    assert found[1].startswith(str(tmp_path))
+    assert {"train", "tune", "federate"} <= set(found[2:])
+    assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
+
+
+def test_other_packages_than_the_locks_are_refused(monkeypatch, capsys, home):
+    """The error names package, both versions and the ways out; another build of the same version is fine."""
+    known = lock.locked_versions()
+    monkeypatch.setattr(
+        lock, "version", lambda name: {"torch": f"{known['torch']}+cu130"}.get(name, known[name])
+    )
+    lock.require_locked_versions()
+    monkeypatch.setattr(lock, "version", lambda name: {"ray": "2.9.0"}.get(name, known[name]))
+
+    assert entry(["--resume", "x", "--key", "k", "--check-lock"]) == 2
+    assert f"ray is 2.9.0 instead of {known['ray']}" in capsys.readouterr().err
+
+
+def test_a_job_is_started_by_an_interpreter_that_has_ray(tmp_path):
+    """The script tries interpreters, becomes the one that fits, and says so when none does."""
+    missing = start_script("k", None, Options(python="/nowhere/python"))
+    ended = subprocess.run(["sh", "-c", missing], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "name one with --python" in ended.stderr
+
+    script = start_script("a key", "a run", Options())
+    assert "--key 'a key' --resume 'a run' --check-lock" in script
+    assert runtime_environment(Options(graceful_s=9), None)["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "9"
+    packages = runtime_environment(Options(install=True), None)["pip"]["packages"]
+    assert any(line.startswith("ray") for line in packages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give SPEC"),
+        (["jobs/specs/demo.yaml", "--resume", "x"], "give SPEC"),
+        (["jobs/specs/demo.yaml", "--address", "os"], "--address os: use http(s)://HOST:PORT"),
+        (["jobs/specs/demo.yaml", "--address", "evil.module://x"], "use http(s)://HOST:PORT"),
+        (["jobs/specs/demo.yaml", "--address", "http://127.0.0.1:9"], "no job server answers there"),
+        (["jobs/specs/demo.yaml", "stepz=3"], "did you mean steps?"),
+        (["jobs/specs/demo.yaml", "--env", "MLFLOW_TRACKING_PASSWORD=x"], "--env MLFLOW_TRACKING_PASSWORD"),
+        (["jobs/specs/demo.yaml", "--env", "A"], "--env A: write it as NAME=VALUE"),
+        (
+            ["jobs/specs/demo.yaml", "data.corpus=text:nowhere.txt"],
+            "data.corpus=text:nowhere.txt: no such file",
+        ),
+        (
+            ["jobs/specs/demo.yaml", "data.corpus=text:README.md", "--upload-limit", "0.001"],
+            "--upload-limit 0.001",
+        ),
+        (["nowhere.yaml"], "no such spec file"),
+    ],
+)
+def test_a_wrong_submission_is_refused_in_one_line(arguments, message, home, capsys):
+    """Before anything is sent."""
+    assert main(["submit", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["jobs", "status"], "status, logs and stop take one"),
+        (["jobs", "list", "x"], "list takes no JOB"),
+        (["jobs", "list", "--address", "http://127.0.0.1:9"], "no job server answers there"),
+        (["cluster", "--nodes", "0"], "--nodes 0: must be at least 1"),
+        (["cluster", "--host", "203.0.113.1"], "make one token for all nodes"),
+    ],
+)
+def test_wrong_commands_of_clusters_are_refused_in_one_line(arguments, message, home, capsys, monkeypatch):
+    """Among them a cluster that other machines may reach without a token."""
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_token_made_here_is_shown_to_this_machine_only(home, monkeypatch):
+    """It lies in a file that others can't read; given tokens are used wherever the cluster is."""
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert token_for("http://127.0.0.1:1") == {}
+    made = [require_token(host) for host in LOOPBACK]
+
+    assert made[0] == made[1] == token_for("http://127.0.0.1:8265")
+    assert (home / "ray-token").stat().st_mode & 0o777 == 0o600
+    assert token_for("http://10.0.0.1:8265") == {}
+    with pytest.raises(UserError, match="token"):
+        require_token("10.0.0.1")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    assert require_token("10.0.0.1") == token_for("http://10.0.0.1:8265") == {"RAY_AUTH_MODE": "token"}
+
+
+def test_workers_must_fit_on_nodes(tmp_path):
+    """Two nodes of two CPUs have room for two workers of two, none of three, and four of one."""
+    spec = tiny_spec(tmp_path / "text.txt", workers=2, sharding="ddp", resources_per_worker={"CPU": 2})
+    nodes = [{"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}]
+
+    require_room(spec, nodes)
+    with pytest.raises(
+        UserError, match=r"workers=3 with resources_per_worker.CPU=2 need 6 CPU, .* there are 4"
+    ):
+        require_room(spec.override(["workers=3"]), nodes)
+    require_room(spec.override(["workers=3", "elastic=2"]), nodes)
+    with pytest.raises(UserError, match="there is room for 0 on 2 nodes"):
+        require_room(spec.override(["workers=1", "resources_per_worker={CPU: 3}"]), nodes)
+    with pytest.raises(UserError, match="GPU"):
+        require_room(spec.override(["resources_per_worker={CPU: 1, GPU: 1}"]), nodes)
+    with pytest.raises(UserError, match=r"elastic.min_workers=3 must not exceed workers=2"):
+        spec.override(["elastic=3"])

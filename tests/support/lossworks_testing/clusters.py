@@ -1,0 +1,81 @@
+"""Real Ray nodes on this machine, for tests: started, looked at, and lost."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from lossworks.runs import RunFolder, run_of
+from lossworks.tracking import read_all
+from lossworks_jobs.nodes import Nodes
+
+
+def lose(process: subprocess.Popen) -> None:
+    """End a node as a power cut does: all its processes at once, without a word."""
+    node = psutil.Process(process.pid)
+    for member in [node, *node.children(recursive=True)]:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def command(*arguments: str, home: Path, log: Path) -> subprocess.Popen:
+    """Start a command of the command line in a process of its own, with its output in a file."""
+    code = "import sys; from lossworks.cli import main; sys.exit(main())"
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env={**os.environ, "LOSSWORKS_HOME": str(home)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def until(found: Callable[[], object], what: str, *, seconds: float = 120.0):
+    """Wait until something is found and return it."""
+    deadline = time.monotonic() + seconds
+    while not (result := found()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:g} s for {what}")
+        time.sleep(0.1)
+    return result
+
+
+def job_of(log: Path) -> str:
+    """Return the id that ``lossworks submit`` has printed."""
+    return until(
+        lambda: [line.split()[1] for line in log.read_text().splitlines() if line.startswith("job ")], "a job"
+    )[0]
+
+
+def run_at(home: Path, job: str, step: int) -> RunFolder:
+    """Wait until a job's run has journaled a step, and return its folder."""
+
+    def reached() -> RunFolder | None:
+        folder = run_of(home / "jobs" / job)
+        return folder if folder is not None and any(at >= step for at, _ in curve(folder)) else None
+
+    return until(reached, f"step {step} of {job}")
+
+
+def curve(folder: RunFolder) -> list[tuple[int, float]]:
+    """Return the training losses of a run by step."""
+    rows = read_all(folder.journal)
+    return [(row["step"], row["metrics"]["train/loss"]) for row in rows if "train/loss" in row["metrics"]]
+
+
+def processes_of(nodes: Nodes, name: str) -> list[psutil.Process]:
+    """Return the processes below any node whose command line has a word."""
+    found = []
+    for node in nodes.processes:
+        if node.poll() is None:
+            members = psutil.Process(node.pid).children(recursive=True)
+            found += [member for member in members if name in json.dumps(member.cmdline())]
+    return found
