@@ -17,7 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lossworks.errors import StorageError
+from lossworks.errors import RunError, StorageError
+from lossworks.training.shards import PlainValuePlanner, ShardReader
 from lossworks.training.world import World
 
 _MANIFEST = "manifest.json"
@@ -167,9 +168,18 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
     """Fill the tensors of ``state``, sharded or whole, from a checkpoint's files.
 
     Every rank calls this, or a single process without a group.
+
+    Raises:
+        RunError: The files don't hold the state, or something that could run code; nothing of it ran.
     """
-    with _without_group_warning():
-        dcp.load(state, checkpoint_id=folder)
+    reader = ShardReader(folder)
+    reader.read_metadata()  # refused here it is one sentence; within torch's loading, a traceback a rank
+    try:
+        with _without_group_warning():
+            dcp.load(state, storage_reader=reader, planner=PlainValuePlanner())
+    except dcp.CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise RunError(f"{folder}: can't be loaded: {reason}") from error
 
 
 @contextlib.contextmanager
