@@ -1,0 +1,145 @@
+"""The servers that runs use: a Ray cluster, its job server, an MLflow store."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lossworks.errors import LossworksError
+from lossworks_jobs.doctor.check import Area, Check
+from lossworks_jobs.doctor.installation import installed_version
+
+_RAY, _STORE = Area("Ray"), Area("MLflow")
+_PROBE_S = 15
+_CONNECT_S = 3
+
+
+def ray_checks(address: str | None) -> list[Check]:
+    """Check the cluster or job server at ``address`` or RAY_ADDRESS, or that a cluster can start here."""
+    if installed_version("ray") is None:
+        return []  # said among the packages
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    checks = [token(os.environ)]
+    if address is None or address == "local":
+        return [*checks, can_start()]
+    refusal = unreachable(address)
+    return [*checks, refusal] if refusal else [*checks, *cluster(address, probe(address))]
+
+
+def token(environment: Mapping[str, str]) -> Check:
+    """Check that there is a token where Ray is told to ask for one."""
+    if environment.get("RAY_AUTH_MODE", "disabled").lower() != "token":
+        return _RAY.ok("token", "not asked for (RAY_AUTH_MODE is not token): fine on this machine alone")
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token").expanduser()
+    if environment.get("RAY_AUTH_TOKEN") or path.is_file():
+        return _RAY.ok("token", "asked for, and here is one")
+    fix = "Run `ray get-auth-token --generate`, or copy the cluster's token there with mode 600."
+    return _RAY.wrong("token", f"RAY_AUTH_MODE=token, but {path} doesn't exist", fix)
+
+
+def can_start() -> Check:
+    """Check that a cluster could listen on this machine's loopback; none is started."""
+    try:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+    except OSError as error:
+        found = f"no port of 127.0.0.1 can be opened: {error.strerror}"
+        return _RAY.wrong("cluster", found, "Allow this process to listen on loopback.")
+    return _RAY.ok("cluster", f"none named; Ray {installed_version('ray')} starts one here with each run")
+
+
+def unreachable(address: str) -> Check | None:
+    """Return what is wrong if nothing listens at an address; Ray itself would try for a minute."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    fix = "Start the cluster, or give the right --address HOST:PORT or http://HOST:PORT."
+    try:
+        host, port = parts.hostname, parts.port or (8265 if parts.scheme == "http" else None)
+    except ValueError:
+        return _RAY.wrong("cluster", f"{address} is no address", fix)
+    if host is None or port is None:
+        return None if address == "auto" else _RAY.wrong("cluster", f"{address} names no port", fix)
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        return _RAY.wrong("cluster", f"nothing answers at {address}: {error}", fix)
+    return None
+
+
+def probe(address: str) -> dict[str, Any]:
+    """Return what a process of its own learns at an address; ``error`` if nothing, within some seconds.
+
+    Joining a cluster can hang, can end the process, and can be done once in one.
+    """
+    command = [sys.executable, "-m", "lossworks_jobs.doctor.probe", address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S, check=False)
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"error": f"what listens there is not Ray, or too busy: no answer in {_PROBE_S} s"}
+    except (IndexError, ValueError):
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return {"error": last}
+
+
+def cluster(address: str, seen: Mapping[str, Any]) -> list[Check]:
+    """Check what ``probe`` saw."""
+    if "error" in seen:
+        fix = "Use the cluster's versions of Python and Ray here, and its token in ~/.ray/auth_token."
+        return [_RAY.wrong("cluster", f"{address}: {seen['error']}", fix)]
+    mine, theirs = installed_version("ray"), seen["ray"]
+    checks = []
+    if mine != theirs:
+        fix = f"Run `pip install 'ray[default,train]=={theirs}'`, or bring the cluster to {mine}."
+        checks.append(_RAY.wrong("cluster", f"{address}: Ray {theirs}, here {mine}", fix))
+    elif "nodes" in seen:
+        amounts = ", ".join(f"{amount:g} {name}" for name, amount in seen["resources"].items())
+        found = (
+            f"{address}: {seen['nodes']} node{'s' * (seen['nodes'] != 1)}, {amounts}, Ray {theirs} as here"
+        )
+        checks.append(_RAY.ok("cluster", found))
+    return [*checks, _job_server(seen)]
+
+
+def _job_server(seen: Mapping[str, Any]) -> Check:
+    if seen.get("jobs"):
+        return _RAY.ok("job server", f"{seen['jobs']}, Ray {seen['ray']}")
+    return _RAY.warn(
+        "job server",
+        "none: jobs can't be submitted",
+        "Start the head with its dashboard (`pip install 'ray[default]'`, --include-dashboard=true).",
+    )
+
+
+def tracking_store(uri: str | None) -> Check:
+    """Check that runs can be written to the MLflow store at ``uri``, or to the embedded one."""
+    from lossworks.specs import TrackingSpec
+    from lossworks.tracking import check_tracking, redact, tracking_uri
+
+    try:
+        spec = TrackingSpec.parse({"uri": uri})
+        check_tracking(spec)
+        shown = redact(tracking_uri(spec))
+        if not shown.startswith("http"):
+            return _STORE.ok("store", shown)
+        _ask(spec)
+    except LossworksError as error:
+        fix = (
+            "Start the server or correct --uri; user and password come from MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD or ~/.mlflow/credentials."
+        )
+        return _STORE.wrong("store", str(error), fix)
+    return _STORE.ok("store", f"{shown} answers and lets us in")
+
+
+def _ask(spec: Any) -> None:
+    """Ask a server something that needs its permission; its health page needs none."""
+    from lossworks.tracking.client import connect, store_errors
+
+    client = connect(spec)
+    with store_errors(spec):
+        client.search_experiments(max_results=1)
