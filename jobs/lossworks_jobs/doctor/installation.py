@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -38,6 +39,12 @@ def requirements(package: str) -> Sequence[str]:
     return metadata.requires(package) or []
 
 
+@cache
+def _parsed(text: str) -> Requirement:
+    """Return one of the hundreds of requirements that Ray lists, and that each extra looks through."""
+    return Requirement(text)
+
+
 def python_version(current: str = platform.python_version(), wanted: str | None = None) -> Check:
     """Check Python's version against ``wanted``, by default the range of Lossworks."""
     wanted = metadata.metadata("lossworks")["Requires-Python"] if wanted is None else wanted
@@ -48,7 +55,7 @@ def python_version(current: str = platform.python_version(), wanted: str | None 
 
 def packages(*, installed: Installed = installed_version, requires: Requires = requirements) -> Check:
     """Check the packages that every command needs."""
-    asked = [Requirement(text) for text in requires("lossworks")]
+    asked = [_parsed(text) for text in requires("lossworks")]
     own = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
     found = [problem for one in own for problem in _unmet(one, installed, requires)]
     if not found:
@@ -78,7 +85,7 @@ def _extra(name: str, installed: Installed, requires: Requires) -> Check:
 
 def _of_extra(package: str, extra: str, requires: Requires) -> list[Requirement]:
     """Return what an extra adds to a package."""
-    asked = [Requirement(text) for text in requires(package)]
+    asked = [_parsed(text) for text in requires(package)]
     return [
         one
         for one in asked

@@ -11,11 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lossworks.errors import LossworksError
+from lossworks.home import QUIET_ENVIRONMENT
 from lossworks_jobs.doctor.check import Area, Check
 from lossworks_jobs.doctor.installation import installed_version
 
 _RAY, _STORE = Area("Ray"), Area("MLflow")
-_PROBE_S = 15
+_PROBE_S = 9.0
 _CONNECT_S = 3
 
 
@@ -55,9 +56,9 @@ def can_start() -> Check:
 
 def unreachable(address: str) -> Check | None:
     """Return what is wrong if nothing listens at an address; Ray itself would try for a minute."""
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
     fix = "Start the cluster, or give the right --address HOST:PORT or http://HOST:PORT."
     try:
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
         host, port = parts.hostname, parts.port or (8265 if parts.scheme == "http" else None)
     except ValueError:
         return _RAY.wrong("cluster", f"{address} is no address", fix)
@@ -76,11 +77,17 @@ def probe(address: str) -> dict[str, Any]:
     Joining a cluster can hang, can end the process, and can be done once in one.
     """
     command = [sys.executable, "-m", "lossworks_jobs.doctor.probe", address]
+    environment = {**QUIET_ENVIRONMENT, **os.environ}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROBE_S, check=False, env=environment
+        )
         return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"error": f"what listens there is not Ray, or too busy: no answer in {_PROBE_S} s"}
+    except subprocess.TimeoutExpired as error:
+        # Ray goes on trying with a token that is refused, and says so in its log only.
+        if b"InvalidAuthToken" in (error.stderr or b""):
+            return {"error": "the cluster refuses our token, or we have none"}
+        return {"error": f"what listens there is not Ray, or too busy: no answer in {_PROBE_S:g} s"}
     except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return {"error": last}
@@ -89,7 +96,7 @@ def probe(address: str) -> dict[str, Any]:
 def cluster(address: str, seen: Mapping[str, Any]) -> list[Check]:
     """Check what ``probe`` saw."""
     if "error" in seen:
-        fix = "Use the cluster's versions of Python and Ray here, and its token in ~/.ray/auth_token."
+        fix = "Use the cluster's versions of Python and Ray, RAY_AUTH_MODE=token and its token, here."
         return [_RAY.wrong("cluster", f"{address}: {seen['error']}", fix)]
     mine, theirs = installed_version("ray"), seen["ray"]
     checks = []
