@@ -1,18 +1,26 @@
 """What docs/security.md promises and no other test holds: nothing read runs as code, no secret is written."""
 
 import ast
+import json
 import os
 import pickle
+import re
+import subprocess
+import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torch.distributed.checkpoint import FileSystemReader
 
 from lossworks.cli import main
 from lossworks.errors import RunError, UserError
+from lossworks.home import QUIET_ENVIRONMENT
 from lossworks.training.checkpoint import load_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,3 +249,35 @@ def test_code_in_an_array_file_does_not_run(tmp_path, marker):
     with np.load(file, allow_pickle=True) as arrays:
         arrays["x"]
     assert marker.exists()
+
+
+def test_usage_reports_are_off():
+    """Importing the library switches them off before the others can be imported; a user's word stays."""
+    code = "import json, os, lossworks; print(json.dumps(dict(os.environ)))"
+    clean = {name: value for name, value in os.environ.items() if name not in QUIET_ENVIRONMENT}
+
+    def imported(**environment):
+        command, everything = [sys.executable, "-c", code], {**clean, **environment}
+        found = json.loads(subprocess.run(command, env=everything, capture_output=True, check=True).stdout)
+        return {name: found[name] for name in QUIET_ENVIRONMENT}
+
+    assert imported() == QUIET_ENVIRONMENT
+    assert imported(RAY_USAGE_STATS_ENABLED="1")["RAY_USAGE_STATS_ENABLED"] == "1"
+
+
+def test_the_lock_is_exact():
+    """One version of each package, and all that an installation for development asks for."""
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = [line.partition(";")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    names = {canonicalize_name(pin.partition("==")[0]) for pin in pins}
+    asked = [Requirement(text) for text in requires("lossworks")]
+    wanted = {
+        canonicalize_name(one.name)
+        for one in asked
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in ("", "all", "dev"))
+    }
+
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.+!-]+", pin)] == []
+    assert len(names) == len(pins)
+    assert len(wanted) > 20
+    assert wanted - names == set()
