@@ -1,11 +1,14 @@
 """``lossworks doctor``: each thing is broken once, and its status and its fix are read."""
 
+import base64
 import io
 import json
 import resource
 import socket
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
+from threading import Thread
 
 import pytest
 from rich.console import Console
@@ -279,10 +282,11 @@ def test_all_places_of_secrets_are_looked_at(tmp_path, monkeypatch):
 
 
 def test_ray_s_token(tmp_path, monkeypatch):
-    """Asked for and missing is wrong."""
+    """Asked for and missing is wrong; a cluster that asks for none runs code for anybody."""
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    reads(servers.token({}), "ok", "not asked for")
+    reads(servers.token({}), "ok", "not asked for, and no cluster named")
+    reads(servers.token({}, "10.0.0.1:6379"), "warn", "can run code on it", "RAY_AUTH_MODE=token")
     reads(servers.token({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}), "ok", "asked for")
     reads(
         servers.token({"RAY_AUTH_MODE": "token"}), "wrong", "doesn't exist", "ray get-auth-token --generate"
@@ -344,6 +348,42 @@ def test_tracking_store(home):
     away = servers.tracking_store(f"http://127.0.0.1:{closed_port()}")
     reads(away, "wrong", "no answer from the server", "MLFLOW_TRACKING_PASSWORD")
     reads(servers.tracking_store("file:///tmp/runs"), "wrong", "no longer writes to plain folders")
+
+
+@pytest.fixture
+def guarded_store():
+    """A server whose health page is open to all, as MLflow's is, and which asks for a password elsewhere."""
+    expected = "Basic " + base64.b64encode(b"ann:right").decode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            allowed = self.path == "/health" or self.headers.get("Authorization") == expected
+            self.send_response(200 if allowed else 401)
+            self.end_headers()
+            self.wfile.write(b'{"experiments": []}' if allowed else b"who are you?")
+
+        def do_POST(self):
+            self.do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_store_that_does_not_let_us_in(guarded_store, monkeypatch):
+    """A server that is well but refuses the password is told from one that accepts it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    refused = servers.tracking_store(guarded_store)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "right")
+
+    reads(refused, "wrong", "401", "MLFLOW_TRACKING_USERNAME")
+    reads(servers.tracking_store(guarded_store), "ok", f"{guarded_store} answers and lets us in")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def secret_files() -> Iterator[tuple[str, Path]]:
     yield "MLflow's password", Path.home() / ".mlflow/credentials"
     server = Path(os.environ.get("LOSSWORKS_HOME") or Path.home() / ".lossworks").expanduser() / "server"
     for path in sorted(server.glob("*")):
-        yield "the MLflow server's accounts", path
+        yield "MLflow server", path
 
 
 def secrets(files: Iterator[tuple[str, Path]] | None = None) -> list[Check]:

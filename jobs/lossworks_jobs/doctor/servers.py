@@ -25,17 +25,20 @@ def ray_checks(address: str | None) -> list[Check]:
     if installed_version("ray") is None:
         return []  # said among the packages
     address = address or os.environ.get("RAY_ADDRESS") or None
-    checks = [token(os.environ)]
+    checks = [token(os.environ, address)]
     if address is None or address == "local":
         return [*checks, can_start()]
     refusal = unreachable(address)
     return [*checks, refusal] if refusal else [*checks, *cluster(address, probe(address))]
 
 
-def token(environment: Mapping[str, str]) -> Check:
-    """Check that there is a token where Ray is told to ask for one."""
+def token(environment: Mapping[str, str], address: str | None = None) -> Check:
+    """Check that Ray is told to ask for a token where there is a cluster, and that there is one."""
     if environment.get("RAY_AUTH_MODE", "disabled").lower() != "token":
-        return _RAY.ok("token", "not asked for (RAY_AUTH_MODE is not token): fine on this machine alone")
+        if address is None or address == "local":
+            return _RAY.ok("token", "not asked for, and no cluster named")
+        found = "not asked for: whoever reaches the cluster can run code on it"
+        return _RAY.warn("token", found, "Start it, and drivers, with RAY_AUTH_MODE=token and one token.")
     path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token").expanduser()
     if environment.get("RAY_AUTH_TOKEN") or path.is_file():
         return _RAY.ok("token", "asked for, and here is one")
