@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lossworks.cli import Command, program
 from lossworks.errors import UserError
+from lossworks_jobs.manifest_command import add_manifest_arguments
 from lossworks_jobs.server import DEFAULT_ADDRESS, JobServer
 
 if TYPE_CHECKING:
@@ -69,10 +70,12 @@ def _configure_submit(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds for a checkpoint when stopped (default 120)",
     )
+    add_manifest_arguments(parser)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
     from lossworks_jobs.bundle import make_bundle
+    from lossworks_jobs.manifest_command import manifest
     from lossworks_jobs.submission import Options, submit
 
     if (arguments.spec is None) == (arguments.resume is None):
@@ -87,8 +90,16 @@ def _submit(arguments: argparse.Namespace) -> int:
     )
     bundle = None
     if arguments.spec is not None:
-        limit = int(arguments.upload_limit * 2**20)
-        bundle = make_bundle(arguments.spec, arguments.overrides, upload=not arguments.no_upload, limit=limit)
+        limit = round(arguments.upload_limit * 2**20)
+        upload = not (arguments.no_upload or arguments.manifest)
+        bundle = make_bundle(arguments.spec, arguments.overrides, upload=upload, limit=limit)
+    if arguments.manifest:
+        if bundle is None:
+            raise UserError(
+                f"--manifest {arguments.manifest}: needs SPEC; a job that is applied again goes on"
+            )
+        print(manifest(arguments, bundle, options.environment), end="")
+        return 0
     server = JobServer(arguments.address)
     job = submit(server, bundle, arguments.resume, options)
     sent = f", {bundle.size / 2**20:.1f} MiB of files with it" if bundle and bundle.uploads else ""

@@ -70,8 +70,8 @@ def ray_job(
         "entrypoint": entrypoint,
         # The operator sends the entry point to the head: no third pod that would need image and secret.
         "submissionMode": "HTTPMode",
-        # A run that failed goes on from its checkpoint when a person says so; a new cluster would begin anew.
-        "backoffLimit": 0,
+        # Started again, a job goes on with the run that it began, if that lies on a volume that outlives it.
+        "backoffLimit": 2 if claim else 0,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 600,
         "rayClusterSpec": {
@@ -116,8 +116,8 @@ def require_no_secrets(environment: Mapping[str, str]) -> None:
             raise UserError(f"environment.{name}: is no name of a variable")
         if re.search(_SECRET, name) or re.search(_ADDRESS_WITH_PASSWORD, value):
             raise UserError(
-                f"environment.{name}: looks like a secret, and a manifest is no place for one; put it into a "
-                "Kubernetes Secret and give that one's name as secret"
+                f"environment.{name}: looks like a secret, which manifests and dashboards show: set it in the "
+                "environment of the nodes (on Kubernetes by a Secret) or in a file there (~/.mlflow/credentials)"
             )
 
 

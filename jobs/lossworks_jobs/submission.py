@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lossworks import __version__
-from lossworks.errors import UserError
 from lossworks.home import QUIET_ENVIRONMENT
 from lossworks_jobs.bundle import SPEC_FILE, Bundle
+from lossworks_jobs.manifest import require_no_secrets
 from lossworks_jobs.package import lock_file, write_wheel
 from lossworks_jobs.server import JobServer
 
@@ -26,7 +26,6 @@ done
 echo "lossworks: error: no Python of {interpreters} has Ray and Lossworks on the head; name one with --python" >&2
 exit 2
 """  # noqa: E501
-_SECRET = ("PASSWORD", "TOKEN", "SECRET", "KEY", "CREDENTIAL")
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,7 @@ class Options:
     graceful_s: int = 120
 
     def __post_init__(self) -> None:
-        for name in self.environment:
-            if any(word in name.upper() for word in _SECRET):
-                raise UserError(
-                    f"--env {name}: looks secret, and the dashboard shows a job's variables: set it in "
-                    "the environment of the cluster's nodes, or in a file there (~/.mlflow/credentials)"
-                )
+        require_no_secrets(self.environment)
 
 
 def submit(server: JobServer, bundle: Bundle | None, resume: str | None, options: Options) -> str:

@@ -248,3 +248,24 @@ def test_workers_must_fit_on_nodes(tmp_path):
         require_room(spec.override(["resources_per_worker={CPU: 1, GPU: 1}"]), nodes)
     with pytest.raises(UserError, match=r"elastic.min_workers=3 must not exceed workers=2"):
         spec.override(["elastic=3"])
+
+
+def test_a_manifest_is_printed_instead_of_a_job_sent(home, capsys):
+    """A RayJob whose key is the spec's, so that it goes on when it is started again, and a launcher's file."""
+    image = ["--manifest", "rayjob", "--image", "example/lossworks:1", "--claim", "shared"]
+    printed = []
+    for steps in ("2000", "2000", "3000"):
+        assert main(["submit", "jobs/specs/cpu-cluster.yaml", f"steps={steps}", *image]) == 0
+        printed.append(list(yaml.safe_load_all(capsys.readouterr().out)))
+    config, job = printed[0]
+
+    assert printed[0] == printed[1]
+    assert job["spec"]["entrypoint"] != printed[2][1]["spec"]["entrypoint"]
+    assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 4
+    assert yaml.safe_load(config["data"]["spec.yaml"])["elastic"]["min_workers"] == 2
+    machines = ["--manifest", "cluster", "--head-ip", "10.0.0.1", "--worker-ips", "10.0.0.2,10.0.0.3"]
+    assert main(["submit", "jobs/specs/cpu-cluster.yaml", *machines]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["provider"]["worker_ips"] == ["10.0.0.2", "10.0.0.3"]
+    assert main(["submit", "tune/specs/label-noise.yaml", *machines]) == 2
+    assert main(["submit", "jobs/specs/demo.yaml", "--manifest", "rayjob"]) == 2
+    assert "--image is missing" in capsys.readouterr().err
