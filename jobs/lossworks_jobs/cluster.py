@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lossworks.errors import UserError
@@ -12,15 +12,10 @@ from lossworks.specs import RunSpec
 
 
 @contextmanager
-def cluster(spec: RunSpec, address: str | None, say: Callable[[str], object] = str) -> Iterator[None]:
+def cluster(spec: RunSpec, address: str | None) -> Iterator[None]:
     """Connect to the Ray cluster at ``address``, or to one found running, or start one here.
 
     What was started is shut down at the end; a cluster that was joined goes on.
-
-    Args:
-        spec: The run.
-        address: Of the cluster.
-        say: Called with a sentence if the workers have to wait for others.
 
     Raises:
         UserError: There is no cluster at the address, or it can't hold the workers.
@@ -31,12 +26,12 @@ def cluster(spec: RunSpec, address: str | None, say: Callable[[str], object] = s
     import ray
 
     if ray.is_initialized():
-        _joined(spec, say)
+        require_room(spec, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
         return
     _start(address)
     try:
-        _joined(spec, say)
+        require_room(spec, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
     finally:
         ray.shutdown()
@@ -126,13 +121,20 @@ def require_room(spec: RunSpec, nodes: Sequence[Mapping[str, float]], only: tupl
         )
 
 
-def _joined(spec: RunSpec, say: Callable[[str], object]) -> None:
-    """Check a spec against the cluster that this process has joined, and say if it must wait."""
+def lacking(spec: RunSpec) -> str | None:
+    """Return what workers that have not started wait for, or None if it is not for room."""
     import ray
+    from ray.util import placement_group_table
 
-    require_room(spec, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    # While workers start, it is their own group that has taken the room; no group at all is elastic training's.
+    pending = any(group["state"] == "PENDING" for group in placement_group_table().values())
+    if not pending and spec.elastic.min_workers is None:
+        return None
     free = ray.available_resources()
     workers = spec.elastic.min_workers or spec.workers
-    for name, need in spec.resources_per_worker.items():
-        if need * workers > free.get(name, 0.0):
-            say(f"waiting for {need * workers:g} {name}: {free.get(name, 0.0):g} are free, others are in use")
+    short = [
+        f"{need * workers:g} {name}, of which {free.get(name, 0.0):g} are free"
+        for name, need in spec.resources_per_worker.items()
+        if need * workers > free.get(name, 0.0)
+    ]
+    return f"waiting for {' and '.join(short)}" if short else None

@@ -1,5 +1,7 @@
 """The driver's part of a training run: workers, journal, tracking, report."""
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ from lossworks.errors import RunError, UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import AnyTrainSpec
 from lossworks.training.outcome import Outcome
+from lossworks_jobs.cluster import lacking
 from lossworks_jobs.fitting import fit, last_line, read_outcome
 from lossworks_jobs.stopping import run_until_done
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from lossworks.data import TokenizedCorpus
     from lossworks.reporting import TrainProgress
     from lossworks.tracking import Row
+
+_ROOM_AFTER_S = 20.0  # workers that have room start within less, mostly
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Driver:
         folder.spec_file.write_text(spec.to_yaml())
         folder.stop_file.unlink(missing_ok=True)
         folder.outcome_file.unlink(missing_ok=True)
-        notices = _Notices(folder, self._say)
+        waiting = _Waiting(folder, spec, self._say)
         follower = Follower(
             spec.tracking,
             folder.run_id,
@@ -118,7 +123,7 @@ class Driver:
                 lambda: fit(spec, folder, self.corpus),
                 stop_file=folder.stop_file,
                 say=self._say,
-                look=notices.pass_on,
+                look=waiting.look,
             )
         if follower.undelivered:
             self._say(
@@ -146,17 +151,29 @@ class Driver:
             self._say(f"{error}; bring it up to date with: {program()} sync {folder.run_id}")
 
 
-class _Notices:
-    """Passes on what workers write for a person from now on."""
+class _Waiting:
+    """What the driver says while it waits: what workers write for a person, or that there is no room yet."""
 
-    def __init__(self, folder: RunFolder, say: Callable[[str], None]) -> None:
-        self._path, self._say = folder.notices, say
-        self._seen = self._path.stat().st_size if self._path.exists() else 0
+    def __init__(self, folder: RunFolder, spec: AnyTrainSpec, say: Callable[[str], None]) -> None:
+        self._folder, self._spec, self._say = folder, spec, say
+        self._seen = folder.notices.stat().st_size if folder.notices.exists() else 0
+        # Rank 0 makes the journal when it starts.
+        self._room_checked_at = math.inf if folder.journal.exists() else time.monotonic()
 
-    def pass_on(self) -> None:
-        if not self._path.exists() or self._path.stat().st_size == self._seen:
+    def look(self) -> None:
+        """Look once; called several times a second."""
+        self._pass_on()
+        if time.monotonic() - self._room_checked_at > _ROOM_AFTER_S:
+            self._room_checked_at = time.monotonic()
+            if not self._folder.journal.exists() and (text := lacking(self._spec)):
+                self._say(text)
+                self._room_checked_at = math.inf
+
+    def _pass_on(self) -> None:
+        path = self._folder.notices
+        if not path.exists() or path.stat().st_size == self._seen:
             return
-        with self._path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8") as file:
             file.seek(self._seen)
             for line in file.read().splitlines():
                 self._say(line)

@@ -116,8 +116,8 @@ def require_no_secrets(environment: Mapping[str, str]) -> None:
             raise UserError(f"environment.{name}: is no name of a variable")
         if re.search(_SECRET, name) or re.search(_ADDRESS_WITH_PASSWORD, value):
             raise UserError(
-                f"environment.{name}: looks like a secret, which manifests and dashboards show: set it in the "
-                "environment of the nodes (on Kubernetes by a Secret) or in a file there (~/.mlflow/credentials)"
+                f"environment.{name}: looks like a secret, which manifests and dashboards show: set it "
+                "in the nodes' environment (Kubernetes: a Secret) or in a file there (~/.mlflow/credentials)"
             )
 
 

@@ -16,8 +16,8 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--manifest",
         choices=KINDS,
-        help="print a file instead of sending: a KubeRay RayJob that runs the spec, or a cluster for `ray up` "
-        "on machines that run already or on EC2",
+        help="print a file instead of sending: a KubeRay RayJob that runs the spec, or a cluster for "
+        "`ray up` on machines that run already or on EC2",
     )
     group.add_argument("--image", help="rayjob: image with Lossworks and this Ray")
     group.add_argument("--claim", help="rayjob: PersistentVolumeClaim for runs, shared by all pods")
@@ -40,7 +40,7 @@ def manifest(arguments: argparse.Namespace, bundle: Bundle, environment: Mapping
     """
     if bundle.command != "train":
         raise UserError(
-            f"--manifest {arguments.manifest}: is for training specs; a running cluster takes {bundle.command} specs"
+            f"--manifest {arguments.manifest}: is for training specs; send this one to a running cluster"
         )
     if arguments.manifest == "rayjob":
         return _ray_job(arguments, bundle, environment)

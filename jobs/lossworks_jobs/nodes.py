@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from lossworks.errors import RunError, UserError
@@ -21,19 +20,49 @@ _STOP_S = 15.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@dataclass(frozen=True)
 class Nodes:
     """A cluster whose nodes are processes of this machine.
 
-    Attributes:
+    Args:
         gcs: Address that drivers and further nodes join, HOST:PORT.
         jobs: Address of the job server and the dashboard, http://HOST:PORT.
-        processes: The head's process, then the others'; each leads a process group of its own.
+        logs: Folder for the nodes' output; one file a node.
+        environment: All variables of the nodes.
+        ending: Ends the nodes.
+
+    Attributes:
+        processes: The head's process, then the others'.
     """
 
-    gcs: str
-    jobs: str
-    processes: Sequence[subprocess.Popen[bytes]]
+    def __init__(
+        self, gcs: str, jobs: str, logs: Path, environment: Mapping[str, str], ending: ExitStack
+    ) -> None:
+        self.gcs, self.jobs = gcs, jobs
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._logs, self._environment, self._ending = logs, environment, ending
+        # Each gets a folder of its own: nodes that shared one would delete one another's working folders.
+        # Sockets lie in it, whose paths must be short.
+        temporary = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+        self._temporary = Path(ending.enter_context(temporary))
+
+    def add(self, cpus: int, options: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """Start a node, wait until it is up, and return its process.
+
+        Args:
+            cpus: Its logical CPUs.
+            options: The options of ``ray start`` that make it the head; it joins the head without.
+
+        Raises:
+            RunError: It does not come up.
+        """
+        index = len(self.processes)
+        log = self._logs / f"node-{index}.log"
+        options = [*(options or ("--address", self.gcs)), "--temp-dir", str(self._temporary / str(index))]
+        process = _start(options, cpus, log, self._environment)
+        self._ending.callback(_stop, process)
+        self.processes.append(process)
+        _wait_for(process, log)
+        return process
 
     def wait(self) -> None:
         """Wait until the head ends.
@@ -42,7 +71,7 @@ class Nodes:
             RunError: It ended by itself.
         """
         status = self.processes[0].wait()
-        raise RunError(f"the cluster's head ended with status {status}; see {home() / 'cluster'}")
+        raise RunError(f"the cluster's head ended with status {status}; see {self._logs}")
 
 
 @contextmanager
@@ -76,29 +105,18 @@ def start_nodes(
     """
     token = require_token(host)
     ports = [_port(host, port, "--port"), _port(host, dashboard_port, "--dashboard-port"), _port(host, 0, "")]
-    gcs, jobs = f"{host}:{ports[0]}", f"http://{host}:{ports[1]}"
-    logs.mkdir(parents=True, exist_ok=True)
     variables = {**os.environ, **QUIET_ENVIRONMENT, **token, **(environment or {})}
     # Ray installs wheels with the `pip` that it finds on PATH.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
-    head = ["--head", "--node-ip-address", host, "--port", str(ports[0])]
+    head = ["--head", "--node-ip-address", host, "--port", str(ports[0]), "--include-dashboard", "true"]
     head += ["--dashboard-host", host, "--dashboard-port", str(ports[1])]
-    head += ["--ray-client-server-port", str(ports[2]), "--include-dashboard", "true"]
-    with ExitStack() as stack:
-        processes: list[subprocess.Popen[bytes]] = []
-        # One for each: nodes that shared it would delete one another's working folders. Sockets lie in it,
-        # whose paths must be short.
-        temporary = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
-        )
+    head += ["--ray-client-server-port", str(ports[2])]
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as ending:
+        nodes = Nodes(f"{host}:{ports[0]}", f"http://{host}:{ports[1]}", logs, variables, ending)
         for index in range(count):
-            options = head if index == 0 else ["--address", gcs]
-            options = [*options, "--temp-dir", str(temporary / str(index))]
-            process = _start(options, cpus, logs / f"node-{index}.log", variables)
-            stack.callback(_stop, process)
-            processes.append(process)
-            _wait_for(process, logs / f"node-{index}.log")
-        yield Nodes(gcs, jobs, processes)
+            nodes.add(cpus, head if index == 0 else ())
+        yield nodes
 
 
 def require_token(host: str) -> dict[str, str]:

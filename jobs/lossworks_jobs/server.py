@@ -55,7 +55,8 @@ class JobServer:
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of each upload
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they tell of each upload
         with self._errors():
             self._client = JobSubmissionClient(self.address)
 
@@ -107,6 +108,7 @@ class JobServer:
         if status not in ENDED:
             return None
         code = {"SUCCEEDED": 0, "STOPPED": 130}.get(status, info.driver_exit_code or 1)
+        code = 128 - code if code < 0 else code  # ended by a signal, as shells say it
         return JobEnd(status, code, info.message or "")
 
     def follow(self, job: str, write: Callable[[str], None]) -> JobEnd:

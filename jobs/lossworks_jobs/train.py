@@ -58,7 +58,7 @@ def train(
         opened = pool.submit(_open_store, spec)
         if progress:
             progress.message(f"starting {spec.workers} worker{'s' * (spec.workers > 1)} on Ray")
-        with cluster(spec, address, progress.message if progress else str):
+        with cluster(spec, address):
             corpus, classes = prepared.result()
             opened.result()
             return Driver(spec, corpus, classes, started, progress).run(resume)

@@ -174,7 +174,10 @@ def test_a_job_is_started_by_an_interpreter_that_has_ray(tmp_path):
         (["jobs/specs/demo.yaml", "--address", "evil.module://x"], "use http(s)://HOST:PORT"),
         (["jobs/specs/demo.yaml", "--address", "http://127.0.0.1:9"], "no job server answers there"),
         (["jobs/specs/demo.yaml", "stepz=3"], "did you mean steps?"),
-        (["jobs/specs/demo.yaml", "--env", "MLFLOW_TRACKING_PASSWORD=x"], "--env MLFLOW_TRACKING_PASSWORD"),
+        (
+            ["jobs/specs/demo.yaml", "--env", "MLFLOW_TRACKING_PASSWORD=x"],
+            "MLFLOW_TRACKING_PASSWORD: looks like a secret",
+        ),
         (["jobs/specs/demo.yaml", "--env", "A"], "--env A: write it as NAME=VALUE"),
         (
             ["jobs/specs/demo.yaml", "data.corpus=text:nowhere.txt"],
@@ -251,7 +254,7 @@ def test_workers_must_fit_on_nodes(tmp_path):
 
 
 def test_a_manifest_is_printed_instead_of_a_job_sent(home, capsys):
-    """A RayJob whose key is the spec's, so that it goes on when it is started again, and a launcher's file."""
+    """A RayJob whose key is the spec's, so that it goes on when started again, and a launcher's file."""
     image = ["--manifest", "rayjob", "--image", "example/lossworks:1", "--claim", "shared"]
     printed = []
     for steps in ("2000", "2000", "3000"):

@@ -17,6 +17,7 @@ from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
+from lossworks.training.checkpoint import find_damage
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.train import train
 
@@ -218,6 +219,54 @@ def test_a_run_that_diverges_fails_and_names_step_rank_and_checkpoint(spec, clus
     )
     assert run.info.status == "FAILED"
     assert "NaN or infinite" in run.data.tags["lossworks.reason"]
+
+
+@ONLY_DDP
+def test_storage_that_fails_for_a_while_costs_nothing(finished, home, cluster):
+    """The folder of checkpoints goes away under the run and comes back: the run waits, and ends the same."""
+    moved = []
+
+    def take_away(folder):
+        moved.append(folder.checkpoints.rename(folder.path / "moved"))
+        folder.checkpoints.write_text("a file where a folder should be")
+        deadline = time.monotonic() + 60
+        while not (folder.notices.is_file() and "storage refuses" in folder.notices.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        folder.checkpoints.unlink()
+        moved[0].rename(folder.checkpoints)
+
+    thief = when_step(home, 30, take_away, seen=set((home / "runs").iterdir()))
+    result = train(finished.folder.spec())
+    thief.join(1)
+
+    assert moved
+    assert not thief.is_alive()
+    assert any("storage refuses the checkpoint" in notice for notice in result.notices)
+    assert curve(result.folder) == curve(finished.folder)
+    assert result.outcome.metrics["eval/loss"] == finished.outcome.metrics["eval/loss"]
+
+
+@ONLY_DDP
+def test_storage_that_fails_for_good_ends_the_run_in_one_line(finished, home, cluster, tmp_path, capsys):
+    """After the spec's patience: exit status 1, the cause, FAILED in MLflow, and whole checkpoints."""
+    file = tmp_path / "spec.yaml"
+    file.write_text(finished.folder.spec().override(["checkpoint.patience_s=1"]).to_yaml())
+
+    def take_away(folder):
+        folder.checkpoints.rename(folder.path / "moved")
+        folder.checkpoints.write_text("a file where a folder should be")
+
+    when_step(home, 30, take_away, seen=set((home / "runs").iterdir()))
+    status = main(["train", str(file)])
+    error = capsys.readouterr().err
+    folder = newest(home)
+
+    assert status == 1
+    assert "can't be written" in error
+    assert "Traceback" not in error
+    assert tracked(folder.spec(), folder.run_id).info.status == "FAILED"
+    assert find_damage(max((folder.path / "moved").glob("step-*"))) is None
 
 
 def test_an_exported_model_evaluates_to_the_runs_own_loss(finished, home, tmp_path):

@@ -38,7 +38,7 @@ def command(*arguments: str, home: Path, log: Path) -> subprocess.Popen:
         )
 
 
-def until(found: Callable[[], object], what: str, *, seconds: float = 120.0):
+def until(found: Callable[[], object], what: str, *, seconds: float = 200.0):
     """Wait until something is found and return it."""
     deadline = time.monotonic() + seconds
     while not (result := found()):
@@ -69,6 +69,11 @@ def curve(folder: RunFolder) -> list[tuple[int, float]]:
     """Return the training losses of a run by step."""
     rows = read_all(folder.journal)
     return [(row["step"], row["metrics"]["train/loss"]) for row in rows if "train/loss" in row["metrics"]]
+
+
+def notices(folder: RunFolder) -> str:
+    """Return what workers have written for a person so far."""
+    return folder.notices.read_text() if folder.notices.is_file() else ""
 
 
 def processes_of(nodes: Nodes, name: str) -> list[psutil.Process]:
