@@ -126,7 +126,7 @@ def lacking(spec: RunSpec) -> str | None:
     import ray
     from ray.util import placement_group_table
 
-    # While workers start, it is their own group that has taken the room; no group at all is elastic training's.
+    # While workers start, their own group has taken the room; where there is no group, training is elastic.
     pending = any(group["state"] == "PENDING" for group in placement_group_table().values())
     if not pending and spec.elastic.min_workers is None:
         return None
