@@ -146,7 +146,7 @@ class Driver:
         from lossworks.reporting.finish import finish_run_folder
 
         try:
-            finish_run_folder(folder, self.classes, status=status, reason=reason or None)
+            finish_run_folder(folder, self.classes, status=status, reason=reason or None, notify=self._say)
         except RunError as error:
             self._say(f"{error}; bring it up to date with: {program()} sync {folder.run_id}")
 

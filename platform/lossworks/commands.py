@@ -2,15 +2,11 @@
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 from lossworks.cli import Command
-from lossworks.errors import RunError, UserError
-from lossworks.signals import stop_signals_interrupt
+from lossworks.errors import UserError
 from lossworks.specs import TrackingSpec
 
 
@@ -27,7 +23,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from lossworks.training.export import export_run
 
     step = export_run(RunFolder.find(arguments.run_name), Path(arguments.to), best=not arguments.newest)
-    print(f"{arguments.to}: model.safetensors, config.json and tokenizer.json of step {step}")
+    files = sorted(path.name for path in Path(arguments.to).iterdir())
+    print(f"{arguments.to}: {', '.join(files)} of step {step}")
     return 0
 
 
@@ -79,7 +76,8 @@ def _sync(arguments: argparse.Namespace) -> int:
     from lossworks.runs import RunFolder
 
     folder = RunFolder.find(arguments.run_name)
-    print(f"run {folder.run_id}: {sync_run(folder)} rows delivered, artifacts and status are up to date")
+    delivered = sync_run(folder, lambda text: print(f"lossworks: {text}", file=sys.stderr))
+    print(f"run {folder.run_id}: {delivered} rows delivered, artifacts and status are up to date")
     return 0
 
 
@@ -93,27 +91,15 @@ def _configure_ui(parser: argparse.ArgumentParser) -> None:
 
 def _ui(arguments: argparse.Namespace) -> int:
     from lossworks.tracking import check_tracking, tracking_uri
+    from lossworks.tracking.serving import backend_environment, serve
 
     spec = TrackingSpec.parse({"uri": arguments.uri})
     check_tracking(spec)
     uri = tracking_uri(spec)
     if uri.startswith("http"):
         raise UserError(f"--uri {uri}: is a server already; open it in a browser")
-    print(f"MLflow at http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
-    command += ["--host", arguments.host, "--port", str(arguments.port)]
-    # Its background jobs are of no use to someone who looks at runs, and cost five more processes.
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    # In a session of its own Ctrl-C reaches only us: the server would answer it with tracebacks.
-    server = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        with stop_signals_interrupt():
-            status = server.wait()
-    except KeyboardInterrupt:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
-        return 0
-    raise RunError(f"the MLflow server ended with status {status}; is port {arguments.port} taken?")
+    serve(["--workers", "1"], host=arguments.host, port=arguments.port, environment=backend_environment(uri))
+    return 0
 
 
 EXPORT = Command("write a run's model as safetensors, config and tokenizer", _configure_export, _export)

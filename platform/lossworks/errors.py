@@ -6,6 +6,7 @@ on raises a ``RunError`` (exit status 1).
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -51,3 +52,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name most like ``name``, or None when nothing is alike."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+def redact(text: str) -> str:
+    """Return a text with ``user:password@`` in every address replaced by ``***@``."""
+    # A slash ends the part before the host, but people write passwords into http addresses as they are.
+    return re.sub(r"(?<=http://)\S*@|(?<=https://)\S*@|(?<=://)[^\s/]*@", "***@", text)

@@ -34,5 +34,5 @@ def spec(tmp_path_factory):
         optimizer={"lr": 0.01},
         evaluation={"every": 40, "sequences": 8},
         checkpoint={"every": 20},
-        tracking={"system_metrics": False},
+        tracking={"system_metrics": False, "model": False},
     )

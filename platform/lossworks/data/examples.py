@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lossworks.data.example_sources import read_examples
+from lossworks.data.standardise import Standardisation, to_float32
 from lossworks.errors import UserError
 from lossworks.specs import ExamplesSpec
 
@@ -50,12 +51,14 @@ class ExampleData:
         held_out: As they came, standardised alike.
         names: Of the classes, in the order of their numbers.
         owners: Whom each training example belongs to, if the source was asked.
+        standardisation: What was done to the inputs, if anything.
     """
 
     train: Examples
     held_out: Examples
     names: tuple[str, ...]
     owners: np.ndarray | None = None
+    standardisation: Standardisation | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,7 +80,8 @@ def load_examples(spec: ExamplesSpec, seed: int) -> ExampleData:
     held_out = _held_out(labels, spec.held_out_fraction, seed, names)
     train = np.flatnonzero(~held_out)
     train = train[_kept(labels[train], spec.imbalance, len(names), seed)]
-    x = _float32(standardised(inputs, inputs[train]) if spec.standardise else inputs)
+    standardise = Standardisation.of(inputs[train]) if spec.standardise else None
+    x = to_float32(standardise(inputs) if standardise else inputs)
     noisy = with_label_noise(labels[train], spec.label_noise, len(names), seed)
     dealt = _in_bags(len(train), spec.bag_size, seed)
     return ExampleData(
@@ -85,31 +89,13 @@ def load_examples(spec: ExamplesSpec, seed: int) -> ExampleData:
         Examples(torch.from_numpy(x[held_out]), torch.from_numpy(labels[held_out])),
         names,
         None if owners is None else owners[train][dealt],
+        standardise,
     )
 
 
 def standardised(inputs: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Return inputs with the mean 0 and deviation 1 of the training part: per feature, or per channel.
-
-    Args:
-        inputs: Shape (N, …).
-        training: Shape (M, …); features that are constant in it are only shifted.
-
-    Returns:
-        Shape (N, …), float64: in float32 a large mean would swallow what distinguishes the examples.
-    """
-    axes = (0, *range(2, inputs.ndim))
-    wide = training.astype(np.float64)
-    mean, deviation = wide.mean(axes, keepdims=True), wide.std(axes, keepdims=True)
-    return (inputs - mean) / np.where(deviation > 0, deviation, 1)
-
-
-def _float32(inputs: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        narrow = inputs.astype(np.float32)
-    if not np.isfinite(narrow).all():
-        raise UserError("the inputs hold numbers beyond ±3.4e38; scale them down")
-    return narrow
+    """Return inputs (N, …) with the mean 0 and deviation 1 of the training part (M, …), float64."""
+    return Standardisation.of(training)(inputs)
 
 
 def with_label_noise(labels: np.ndarray, share: float, classes: int, seed: int) -> np.ndarray:

@@ -3,8 +3,10 @@
 from lossworks.models.classifiers import Classifier, build_classifier
 from lossworks.models.huggingface import HuggingFaceModel
 from lossworks.models.interface import Head, HeadedModel, LanguageModel, Objective
-from lossworks.models.pretrained import load_model, save_model
+from lossworks.models.pretrained import load_model, read_provenance, save_model
 from lossworks.models.registry import build_model
+from lossworks.models.scoring import TextScorer, TextScores
+from lossworks.models.trained_classifier import TrainedClassifier, load_classifier, save_classifier
 from lossworks.models.transformer import Transformer
 
 __all__ = [
@@ -14,9 +16,15 @@ __all__ = [
     "HuggingFaceModel",
     "LanguageModel",
     "Objective",
+    "TextScorer",
+    "TextScores",
+    "TrainedClassifier",
     "Transformer",
     "build_classifier",
     "build_model",
+    "load_classifier",
     "load_model",
+    "read_provenance",
+    "save_classifier",
     "save_model",
 ]

@@ -5,21 +5,29 @@ provenance), ``model.safetensors`` and ``tokenizer.json``. A folder of a transfo
 ``save_pretrained`` writes, so that the library reads it, with our configuration as ``lossworks.json``.
 """
 
-import json
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from lossworks.errors import UserError
+from lossworks.models.folders import (
+    CLASSIFIER_FORMAT,
+    CONFIG,
+    WEIGHTS,
+    appearing,
+    config_text,
+    read_config,
+    read_tensors,
+    require_fit,
+    require_free,
+    require_version,
+)
 from lossworks.models.huggingface import HuggingFaceModel, from_config, local_folder
 from lossworks.models.interface import LanguageModel
 from lossworks.models.transformer import Transformer
@@ -27,9 +35,7 @@ from lossworks.specs import ModelSpec
 
 FORMAT = "lossworks-model"
 FORMAT_VERSION = 1
-CONFIG = "config.json"
 CONFIG_BESIDE_TRANSFORMERS = "lossworks.json"
-WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 
 
@@ -57,13 +63,13 @@ def save_model(
             ``provenance`` isn't JSON.
     """
     folder = Path(folder)
-    _require_free(folder)
+    require_free(folder)
     config = _config_text(spec, vocab_size, provenance)
     _read_tokenizer(Path(tokenizer_path))
     model = _empty_model(spec, vocab_size)
     state = _complete(model, state)
-    _require_fit(model, state, source="state")
-    with _appearing(folder) as temporary:
+    require_fit(model, state, source="state")
+    with appearing(folder) as temporary:
         if isinstance(model, HuggingFaceModel):
             model.load_state_dict(state, assign=True)
             model.model.tie_weights()
@@ -89,11 +95,24 @@ def load_model(folder: str | Path) -> tuple[LanguageModel, Tokenizer]:
     tokenizer = _read_tokenizer(folder / TOKENIZER)
     if spec.source != "transformer":
         return HuggingFaceModel.load(folder, vocab_size=vocab_size), tokenizer
-    state = _read_tensors(folder / WEIGHTS)
+    state = read_tensors(folder / WEIGHTS)
     model = _empty_model(spec, vocab_size)
-    _require_fit(model, state, source=str(folder / WEIGHTS))
+    require_fit(model, state, source=str(folder / WEIGHTS))
     model.load_state_dict(state, assign=True)
     return model.eval(), tokenizer
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """Return where the model in a folder comes from, as ``save_model`` was told.
+
+    Raises:
+        UserError: The folder holds no model of ours.
+    """
+    for name in (CONFIG_BESIDE_TRANSFORMERS, CONFIG):
+        path = Path(folder) / name
+        if path.is_file():
+            return dict(read_config(path).get("provenance") or {})
+    raise UserError(f"{folder}: holds no exported model")
 
 
 def _empty_model(spec: ModelSpec, vocab_size: int) -> LanguageModel:
@@ -117,21 +136,6 @@ def _complete(model: LanguageModel, state: Mapping[str, Tensor]) -> dict[str, Te
     return complete
 
 
-def _require_fit(model: LanguageModel, state: Mapping[str, Tensor], *, source: str) -> None:
-    expected = model.state_dict()
-    for name, tensor in expected.items():
-        if name not in state:
-            raise UserError(f"{source}: lacks {name}, which the model has")
-        if state[name].shape != tensor.shape:
-            raise UserError(
-                f"{source}: a checkpoint of another shape: {name} is {tuple(state[name].shape)} in the file "
-                f"and {tuple(tensor.shape)} in the model"
-            )
-    for name in state:
-        if name not in expected:
-            raise UserError(f"{source}: holds {name}, which the model doesn't have")
-
-
 def _config_text(spec: ModelSpec, vocab_size: int, provenance: Mapping[str, Any]) -> str:
     config = {
         "format": FORMAT,
@@ -140,41 +144,24 @@ def _config_text(spec: ModelSpec, vocab_size: int, provenance: Mapping[str, Any]
         "vocab_size": vocab_size,
         "provenance": dict(provenance),
     }
-    try:
-        return json.dumps(config, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise UserError(f"provenance: can't be written as JSON: {error}") from None
+    return config_text(config)
 
 
 def _read_config(path: Path) -> tuple[ModelSpec, int]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a model folder has one") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_config(path)
+    if config.get("format") == CLASSIFIER_FORMAT:
+        raise UserError(
+            f"{path.parent}: holds a classifier, no language model; lossworks.models.load_classifier reads it"
+        )
+    if config.get("format") != FORMAT:
         raise UserError(
             f"{path}: isn't a Lossworks model; train on a transformers folder by model.source=hf:PATH"
         )
-    version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format_version={version!r} is unknown; this Lossworks reads {FORMAT_VERSION}"
-        )
+    require_version(config, path, FORMAT_VERSION)
     vocab_size = config.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise UserError(f"{path}: vocab_size={vocab_size!r} must be a whole number of at least 1")
     return ModelSpec.parse(config.get("model") or {}, source=str(path)), vocab_size
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a model folder has one") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: is truncated, or not a safetensors file: {error}") from None
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
@@ -184,30 +171,3 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing narrower
         raise UserError(f"{path}: isn't a tokenizer of the tokenizers library: {error}") from None
-
-
-def _require_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and isn't an empty folder; choose another or remove it")
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that becomes ``folder`` at the end, or vanishes on an error."""
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        _rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _rename(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError as error:  # someone else has filled the folder since it was looked at
-        raise UserError(f"{folder}: can't be put in place: {error.strerror}") from None

@@ -1,5 +1,7 @@
-"""The end of a run: its picture, its artifacts and its status in MLflow."""
+"""The end of a run: its picture, its artifacts, its model and its status in MLflow."""
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from lossworks.reporting.series import series
@@ -70,9 +72,21 @@ def draw_collapse(folder: RunFolder) -> Path | None:
 
 
 def finish_run_folder(
-    folder: RunFolder, vocabulary: int | None, *, status: Status, reason: str | None
+    folder: RunFolder,
+    vocabulary: int | None,
+    *,
+    status: Status,
+    reason: str | None,
+    notify: Callable[[str], None],
 ) -> None:
-    """Draw the report, store report, spec and outcome as artifacts, and set the run's final status.
+    """Draw the report, store report, spec, outcome and model, and set the run's final status.
+
+    Args:
+        folder: The run.
+        vocabulary: Classes, whose uniform loss is drawn as a line; None for none.
+        status: How it ended; only of a run that finished the model is logged.
+        reason: Why it failed.
+        notify: Called with a sentence if the model can't be logged, which is no reason to fail the run.
 
     Raises:
         RunError: The tracking store can't be reached; everything stays in the folder for ``lossworks sync``.
@@ -83,12 +97,36 @@ def finish_run_folder(
         artifacts += [path for draw in (draw_telemetry, draw_collapse) if (path := draw(folder)) is not None]
     if folder.outcome_file.is_file():
         artifacts.append(folder.outcome_file)
+    if status == "FINISHED" and folder.spec().tracking.logs_model:
+        _log_model(folder, notify)
     tags = {"lossworks.folder": str(folder.path), "lossworks.checkpoints": str(folder.checkpoints)}
     finish_run(folder.spec().tracking, folder.run_id, status, artifacts=artifacts, tags=tags, reason=reason)
 
 
-def sync_run(folder: RunFolder) -> int:
+def _log_model(folder: RunFolder, notify: Callable[[str], None]) -> None:
+    """Log the best checkpoint's model, unless that has been done, and register it if the spec says so."""
+    from lossworks.tracking.models import log_model, logged_step
+    from lossworks.training.export import choose_checkpoint, export_run
+
+    tracking = folder.spec().tracking
+    try:
+        if logged_step(tracking, folder.run_id) == choose_checkpoint(folder).step:
+            return
+        # Beside the checkpoints, where there is room for a model, which may not be so in /tmp.
+        with tempfile.TemporaryDirectory(dir=folder.path, prefix=".model-") as temporary:
+            exported = Path(temporary) / "model"
+            step = export_run(folder, exported)
+            log_model(tracking, folder.run_id, exported, step=step)
+    except Exception as error:  # noqa: BLE001  (the run itself has finished, whatever this is)
+        notify(f"the model could not be logged: {error}")
+
+
+def sync_run(folder: RunFolder, notify: Callable[[str], None]) -> int:
     """Bring a run that has ended up to date in MLflow after an outage; return the rows delivered.
+
+    Args:
+        folder: The run.
+        notify: Called with a sentence if the model can't be logged.
 
     Raises:
         RunError: The tracking store still can't be reached.
@@ -96,5 +134,6 @@ def sync_run(folder: RunFolder) -> int:
     delivered = deliver(folder.spec().tracking, folder.run_id, folder.journal)
     outcome = Outcome.read(folder.outcome_file) if folder.outcome_file.is_file() else None
     status = TRACKED_STATUS[outcome.status] if outcome else "KILLED"
-    finish_run_folder(folder, None, status=status, reason=outcome.reason if outcome else None)
+    reason = outcome.reason if outcome else None
+    finish_run_folder(folder, None, status=status, reason=reason, notify=notify)
     return delivered

@@ -19,8 +19,8 @@ from lossworks.specs.parts import (
     ScheduleSpec,
     ShardingSpec,
     TelemetrySpec,
-    TrackingSpec,
 )
+from lossworks.specs.tracking import ModelTrackingSpec, TrackingSpec
 from lossworks.specs.train import RunSpec, TrainSpec
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ExamplesSpec",
     "LossSpec",
     "ModelSpec",
+    "ModelTrackingSpec",
     "OptimizerSpec",
     "RunSpec",
     "ScheduleSpec",

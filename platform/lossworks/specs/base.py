@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from lossworks.errors import UserError, nearest
+from lossworks.errors import UserError, nearest, redact
 
 
 class Spec(BaseModel):
@@ -112,7 +112,7 @@ def _setting(model: type[BaseModel], text: str) -> tuple[str, Any, str]:
     try:
         new = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from None
+        raise UserError(f"override {redact(text)!r}: the value is not valid YAML") from None
     shorthand = getattr(_group_at(model, key), "shorthand", None)
     return key if shorthand is None or isinstance(new, dict) else f"{key}.{shorthand}", new, text
 
@@ -212,7 +212,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         elif _group_at(model, path) is not None and item["type"] == "value_error":
             parts.append(f"{path}: {message}")
         else:
-            parts.append(f"{path}={item['input']!r}: {message[0].lower()}{message[1:]}")
+            shown = redact(repr(item["input"]))
+            parts.append(f"{path}={shown}: {message[0].lower()}{message[1:]}")
     return "; ".join(parts)
 
 

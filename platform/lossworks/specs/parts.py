@@ -1,4 +1,4 @@
-"""The parts that specs of every room share: data, model, loss, optimiser, schedule, tracking."""
+"""The parts that specs of every room share: data, model, loss, optimiser, schedule."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -244,18 +244,4 @@ class CheckpointSpec(Spec):
     keep: int = Field(2, ge=1, description="newest checkpoints that stay, besides the best by held-out loss")
     patience_s: float = Field(
         60.0, ge=0.0, description="seconds to try again while storage refuses, before the run ends"
-    )
-
-
-class TrackingSpec(Spec):
-    """Which MLflow store a run is written to."""
-
-    uri: str | None = Field(
-        None,
-        description="http(s)://HOST:PORT or sqlite:////ABSOLUTE/PATH; default: a file in the home folder",
-    )
-    experiment: str = Field("lossworks", min_length=1, description="name of the MLflow experiment")
-    system_metrics: bool = Field(True, description="record CPU, memory, disk and network of the machine")
-    patience_s: float = Field(
-        300.0, ge=0.0, description="seconds to wait at the end for a tracking server that is away"
     )

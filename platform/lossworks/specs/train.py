@@ -18,8 +18,8 @@ from lossworks.specs.parts import (
     ScheduleSpec,
     ShardingSpec,
     TelemetrySpec,
-    TrackingSpec,
 )
+from lossworks.specs.tracking import ModelTrackingSpec
 
 
 class RunSpec(Spec):
@@ -51,7 +51,7 @@ class RunSpec(Spec):
     evaluation: EvaluationSpec = EvaluationSpec()
     telemetry: TelemetrySpec = TelemetrySpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
-    tracking: TrackingSpec = TrackingSpec()
+    tracking: ModelTrackingSpec = ModelTrackingSpec()
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:

@@ -6,7 +6,8 @@ step, a killed process loses nothing, and nothing is written twice. Importing th
 MLflow, which takes over a second.
 """
 
-from lossworks.tracking.address import check_tracking, redact, tracking_uri
+from lossworks.errors import redact
+from lossworks.tracking.address import check_tracking, tracking_uri
 from lossworks.tracking.delivery import deliver
 from lossworks.tracking.follower import Follower
 from lossworks.tracking.journal import Journal, Row, last_step, read_all, read_rows, rows_while

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lossworks.errors import RunError
-from lossworks.specs.parts import TrackingSpec
-from lossworks.tracking.address import database_path, redact, tracking_uri
+from lossworks.errors import RunError, redact
+from lossworks.specs.tracking import TrackingSpec
+from lossworks.tracking.address import database_path, tracking_uri
 from lossworks.tracking.quiet import quiet_mlflow
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def connect(spec: TrackingSpec) -> "MlflowClient":
             return MlflowClient(tracking_uri=uri)
         with _opening, _file_lock(database.with_name(f"{database.name}.lock")):
             if not database.exists():
-                _create(database)
+                create_database(database, artifact_root(database))
             return MlflowClient(tracking_uri=uri)
 
 
@@ -73,17 +73,22 @@ def one_line(error: BaseException, *, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def _create(database: Path) -> None:
+def create_database(database: Path, artifacts: str) -> None:
     """Make a migrated database under another name, then give it its own.
 
     The migrations take seconds; stopped in the middle they leave a file that no later run could use.
+
+    Args:
+        database: File to make.
+        artifacts: Address below which the artifacts of MLflow's default experiment go.
     """
+    quiet_mlflow()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     partial = database.with_name(f"{database.name}.partial")
     for left_over in (partial, partial.with_name(f"{partial.name}-journal")):
         left_over.unlink(missing_ok=True)
-    SqlAlchemyStore(f"sqlite:///{partial}", artifact_root(database)).engine.dispose()
+    SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
     partial.replace(database)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lossworks.specs.parts import TrackingSpec
+from lossworks.specs.tracking import TrackingSpec
 from lossworks.tracking.client import connect, store_errors
 from lossworks.tracking.journal import Row, read_rows
 

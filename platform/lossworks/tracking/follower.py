@@ -8,8 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from lossworks.specs.parts import TrackingSpec
-from lossworks.tracking.address import redact, tracking_uri
+from lossworks.errors import redact
+from lossworks.specs.tracking import TrackingSpec
+from lossworks.tracking.address import tracking_uri
 from lossworks.tracking.client import connect, one_line
 from lossworks.tracking.delivery import SYSTEM_JOURNAL, Delivery, deliveries
 from lossworks.tracking.journal import Row, read_rows

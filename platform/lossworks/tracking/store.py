@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lossworks.errors import UserError
-from lossworks.specs.parts import TrackingSpec
-from lossworks.tracking.address import database_path, redact, tracking_uri
+from lossworks.errors import UserError, redact
+from lossworks.specs.tracking import TrackingSpec
+from lossworks.tracking.address import database_path, tracking_uri
 from lossworks.tracking.client import artifact_root, connect, is_missing, store_errors
 from lossworks.tracking.machine import machine_tags, source_tags, version_tags
 

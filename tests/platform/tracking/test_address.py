@@ -5,7 +5,7 @@ import time
 import pytest
 
 from lossworks.errors import UserError
-from lossworks.specs import TrackingSpec
+from lossworks.specs import ClassifierSpec, TrackingSpec, TrainSpec
 from lossworks.tracking import check_tracking, redact, tracking_uri
 
 
@@ -35,19 +35,56 @@ def test_usable_stores_pass(home, spec, server_spec):
         ("sqlite://", "must be absolute"),
         ("sqlite:////", "is a folder"),
         ("ftp://host/x", "ftp is not supported"),
-        ("postgresql://me:secret@host/db", "postgresql is not supported"),
+        ("postgresql://host/db", "postgresql is not supported"),
         ("http://", "names no host"),
         ("http://host:port", "names no host"),
         ("http://[::1", "names no host"),
-        ("http://me:secret@127.0.0.1:{port}", "no answer"),
+        ("http://127.0.0.1:{port}", "no answer"),
     ],
 )
-def test_wrong_addresses_are_one_line_without_secrets(home, uri, message):
+def test_wrong_addresses_are_one_line(home, uri, message):
     with pytest.raises(UserError, match=message) as caught:
         check_tracking(TrackingSpec(uri=uri.format(port=refused_port())))
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [TrackingSpec, TrainSpec, ClassifierSpec])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:secret@host:5000",
+        "https://secret@host",
+        "http://me:secret/with/slashes@host",
+        "postgresql://me:secret@host/db",
+    ],
+)
+def test_an_address_with_a_password_is_refused_and_not_repeated(kind, uri):
+    """It would be stored with every run; the error says where MLflow takes user and password from."""
+    values = {"uri": uri} if kind is TrackingSpec else {"tracking": {"uri": uri}}
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_PASSWORD.*~/\.mlflow/credentials") as caught:
+        kind.parse(values)
+
     assert "secret" not in str(caught.value)
+
+
+def test_no_error_about_a_spec_repeats_a_password():
+    """Neither where the group has the wrong form, nor where an override can't be read."""
+    uri = "http://me:secret/x@host"
+    for attempt in (
+        lambda: TrainSpec.parse({"tracking": uri}),
+        lambda: TrainSpec().override([f"tracking.uri={uri}"]),
+        lambda: TrainSpec().override([f"tracking.uri={uri}: ["]),
+        lambda: TrainSpec.parse({"tracking": {"uri": [uri]}}),
+    ):
+        with pytest.raises(UserError) as caught:
+            attempt()
+        assert "secret" not in str(caught.value)
+
+
+def test_addresses_with_an_at_sign_elsewhere_are_taken():
+    """In a path it is no password."""
+    TrackingSpec(uri="sqlite:////home/me@work/mlflow.db")
 
 
 def test_a_server_that_never_answers_is_given_up_in_time(home):
@@ -86,6 +123,8 @@ def test_a_folder_that_can_not_be_written_is_refused(home, monkeypatch):
         ("http://me:secret@host:5000/x", "http://***@host:5000/x"),
         ("at https://token@host, twice: https://a:b@c/", "at https://***@host, twice: https://***@c/"),
         ("http://me:se@cret@host", "http://***@host"),
+        ("http://me:se/cret@host", "http://***@host"),
+        ("postgresql://me:secret@host/db", "postgresql://***@host/db"),
         ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
     ],
 )

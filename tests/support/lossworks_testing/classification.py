@@ -16,5 +16,6 @@ def tiny(**changes: Any) -> dict[str, Any]:
         "optimizer": {"lr": 0.02},
         "evaluation": {"every": 3, "sequences": 1000},
         "checkpoint": {"every": 3},
+        "tracking": {"model": False},
     }
     return {**values, **changes}

@@ -43,6 +43,7 @@ def tiny_spec(text: Path, **changes: Any) -> TrainSpec:
         "evaluation": {"every": 3, "sequences": 7},
         "checkpoint": {"every": 3},
         "schedule": {"kind": "cosine", "warmup_steps": 1},
+        "tracking": {"model": False},
     }
     for name, value in changes.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value

@@ -1,0 +1,44 @@
+"""What MLflow executes when a logged language model is loaded; it keeps a copy of this file with the model.
+
+The model itself is what ``lossworks export`` writes: nothing here is a pickled object.
+"""
+
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from lossworks.models import TextScorer
+
+
+class ServedLanguageModel(PythonModel):
+    """Asked about a table of texts, answers with a table of losses, and of continuations if wanted."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read the model's folder."""
+        self._scorer = TextScorer.load(context.artifacts["model"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Return ``loss`` and ``bits_per_byte`` of each row's ``text``.
+
+        Args:
+            context: Where the files are; they have been read.
+            model_input: With the column ``text``.
+            params: ``new_tokens`` to write behind each text as ``continuation``, ``temperature``, ``seed``.
+        """
+        del context
+        texts = [str(text) for text in model_input["text"]]
+        answers = pd.DataFrame(
+            [self._scorer.score(text) for text in texts], columns=["loss", "bits_per_byte"]
+        )
+        sampling = dict(params or {})
+        new_tokens = sampling.pop("new_tokens", 0)
+        if new_tokens:
+            answers["continuation"] = [self._scorer.continuation(t, new_tokens, **sampling) for t in texts]
+        return answers
+
+
+set_model(ServedLanguageModel())
