@@ -32,6 +32,8 @@ def cluster():
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
+            # Ten seconds unless said otherwise: longer than the runs whose metrics are looked for.
+            _system_config={"metrics_report_interval_ms": 500},
         )
         yield context.address_info["gcs_address"]
         ray.shutdown()

@@ -26,6 +26,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--resume", metavar="RUN", help="go on with a run from its newest checkpoint")
     again.add_argument("--from-run", metavar="RUN", help="start a new run with the stored spec of another")
     parser.add_argument("--address", help="Ray cluster to join; default: one that runs here, or a new one")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile 3 steps; see profile.steps and profile.start"
+    )
     parser.add_argument("--print-spec", action="store_true", help="print the whole resolved spec and end")
 
 
@@ -64,6 +67,8 @@ def _resolve(arguments: argparse.Namespace) -> tuple[AnyTrainSpec, RunFolder | N
     if file is not None and "=" in file:
         overrides.insert(0, file)
         file = None
+    if arguments.profile:
+        overrides.insert(0, "profile=3")  # the user's own profile.steps comes later, and wins
     name = arguments.resume or arguments.from_run
     if file is None and name is None:
         raise UserError("SPEC is missing: give a YAML file such as jobs/specs/demo.yaml, or --resume RUN")

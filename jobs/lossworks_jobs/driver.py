@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lossworks.cli import program
 from lossworks.errors import RunError, UserError
+from lossworks.logs import EVENTS, fields, writing_logs
 from lossworks.runs import RunFolder
 from lossworks.specs import AnyTrainSpec
 from lossworks.training.outcome import Outcome
@@ -70,7 +71,8 @@ class Driver:
         from lossworks.reporting.finish import TRACKED_STATUS
 
         folder = self._open(resume)
-        with folder.hold():
+        with folder.hold(), writing_logs(folder.logs, run=folder.run_id, who="driver"):
+            EVENTS.info("started", extra=fields(name=self.spec.name, resumed=resume is not None))
             status, reason = "FAILED", "the driver failed"
             try:
                 self._follow(folder)
@@ -83,6 +85,7 @@ class Driver:
                 reason = last_line(error)
                 raise
             finally:
+                EVENTS.info("ended", extra=fields(status=status, reason=reason))
                 self._finish(folder, status, reason)
         if outcome.status in ("diverged", "storage"):
             raise RunError(f"run {folder.run_id}: {outcome.reason}")
@@ -138,6 +141,7 @@ class Driver:
 
     def _say(self, text: str) -> None:
         self.notices.append(text)
+        EVENTS.info("%s", text)
         if self.progress:
             self.progress.message(text)
 

@@ -19,7 +19,7 @@ def show(spec: AnyTrainSpec, result: RunResult, *, seconds_before: float = 0.0) 
     """
     outcome, folder = result.outcome, result.folder
     title = f"{spec.name} {outcome.status} after {outcome.step} steps"
-    facts = _figures(spec, outcome.metrics) + _memory(outcome.head_memory)
+    facts = _figures(spec, outcome.metrics) + _memory(outcome.head_memory) + _time(outcome.seconds)
     if result.first_step_s is not None:
         facts.append(("first step done after", f"{seconds_before + result.first_step_s:.1f} s"))
     facts += [("checkpoint", outcome.best or outcome.checkpoint or "none"), ("picture", str(folder.report))]
@@ -50,6 +50,8 @@ def _figures(spec: AnyTrainSpec, metrics: dict[str, float]) -> list[tuple[str, s
         ("held-out bits per byte", "eval/bits_per_byte", "{:.4f}"),
         ("tokens/s", "train/tokens_per_second", "{:,.0f}"),
         ("examples/s", "train/examples_per_second", "{:,.0f}"),
+        ("MFU of the last step", "train/mfu", "{:.3g} of the maker's peak"),
+        ("MFU of the last step", "train/mfu_of_measured_peak", "{:.3g} of the measured peak"),
     ]
     return [(label, text.format(metrics[name])) for label, name, text in known if name in metrics]
 
@@ -57,6 +59,15 @@ def _figures(spec: AnyTrainSpec, metrics: dict[str, float]) -> list[tuple[str, s
 def _memory(head_memory: dict[str, float]) -> list[tuple[str, str]]:
     values = [f"{size / 2**20:,.0f} MiB {how}" for how, size in head_memory.items()]
     return [("peak memory of the head", ", ".join(values))] if values else []
+
+
+def _time(seconds: dict[str, float]) -> list[tuple[str, str]]:
+    total = sum(seconds.values())
+    if not total:
+        return []
+    largest = sorted(seconds.items(), key=lambda item: -item[1])
+    shares = [f"{phase} {100 * value / total:.0f} %" for phase, value in largest if value >= 0.005 * total]
+    return [("where the time went", ", ".join(shares))]
 
 
 def _where_to_look(spec: RunSpec) -> str:

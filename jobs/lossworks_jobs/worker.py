@@ -1,14 +1,14 @@
-"""What Ray runs in each worker: the plain training loop with a journal beside it."""
+"""What Ray runs in each worker: the plain training loop with a journal, logs and metrics beside it."""
 
 import platform
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lossworks.errors import RunError, UserError
+from lossworks.errors import RunError, StorageError, UserError
 
 if TYPE_CHECKING:
+    from lossworks.runs import RunFolder
     from lossworks.tracking import Journal
     from lossworks.training.world import World
 
@@ -21,26 +21,46 @@ def run_worker(config: dict[str, Any]) -> None:
     Args:
         config: ``spec`` (as plain data), ``folder`` (of the run), ``corpus`` (folder of tokens, or None)
             and ``threads`` (CPUs of this worker).
+
+    Raises:
+        RunError: The nodes don't share storage, or it can't be written.
     """
     import torch
 
-    from lossworks.data import TokenizedCorpus
-    from lossworks.errors import StorageError
+    from lossworks.logs import writing_logs
     from lossworks.runs import RunFolder
+    from lossworks.training.world import World
+
+    torch.set_num_threads(config["threads"])
+    folder, world = RunFolder(Path(config["folder"])), World.current()
+    # First of all: what is written below would make folders, and hide that they are not the driver's.
+    _require_shared(world, [folder.spec_file, *([Path(config["corpus"])] if config["corpus"] else [])])
+    with writing_logs(folder.logs, run=folder.run_id, who=world.rank, echo=True):
+        _take_part(config, folder, world.rank)
+
+
+def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
+    """Train, and journal and export what is measured."""
+    from lossworks.data import TokenizedCorpus
+    from lossworks.logs import EVENTS
     from lossworks.specs import parse_train_spec
     from lossworks.tracking import Journal
     from lossworks.training.checkpoint import CheckpointStore
     from lossworks.training.loop import Job, train
-    from lossworks.training.outcome import Outcome
-    from lossworks.training.world import World
+    from lossworks.training.outcome import Outcome, Status
+    from lossworks_jobs.prometheus import Exporter
 
-    torch.set_num_threads(config["threads"])
-    spec, folder = parse_train_spec(config["spec"]), RunFolder(Path(config["folder"]))
-    world = World.current()
-    leads, patience_s = world.leads, spec.checkpoint.patience_s
-    journal = Journal.open(folder.journal) if leads else None
+    spec = parse_train_spec(config["spec"])
+    journal = Journal.open(folder.journal) if rank == 0 else None
+    exporter = Exporter(run=folder.run_id, name=spec.name, rank=rank)
+    patience_s = spec.checkpoint.patience_s
+
+    def record(step: int, metrics: dict[str, float]) -> None:
+        if journal:
+            _write(journal, step, metrics, patience_s)
+        exporter.record(metrics)
+
     try:
-        _require_shared(world, [folder.path, *([Path(config["corpus"])] if config["corpus"] else [])])
         outcome = train(
             Job(
                 spec=spec,
@@ -51,21 +71,26 @@ def run_worker(config: dict[str, Any]) -> None:
                     patience_s=patience_s,
                     notify=folder.notify,
                 ),
-                record=partial(_write, journal, patience_s) if journal else _ignore,
+                record=record,
                 notify=folder.notify,
+                watch=lambda _, metrics: exporter.watch(metrics),
+                profile=folder.profile,
                 stop_requested=folder.stop_file.exists,
             )
         )
-    except UserError as error:
-        # All ranks read the same spec and so fail alike; raising would only make Ray try again.
-        outcome = Outcome("failed", str(error), 0, {}, None, None)
-    except StorageError as error:
-        # Trying again is over; where a disk is full the small file that says so mostly still fits.
-        outcome = Outcome("storage", str(error), 0, {}, None, None)
+    except (UserError, StorageError) as error:
+        # All ranks fail alike, for the same spec or after the same patience; raising would only make Ray try
+        # again. Where a disk is full the small file that says so mostly still fits.
+        EVENTS.error("%s", error)
+        status: Status = "failed" if isinstance(error, UserError) else "storage"
+        outcome = Outcome(status, str(error), 0, {}, None, None)
+    except Exception:
+        EVENTS.exception("failed")
+        raise
     finally:
         if journal:
             journal.close()
-    if leads:
+    if rank == 0:
         outcome.write(folder.outcome_file)
 
 
@@ -73,9 +98,9 @@ def _require_shared(world: "World", paths: list[Path]) -> None:
     """Check that this node sees what the driver wrote.
 
     Raises:
-        UserError: On every rank, if one does not.
+        RunError: On every rank, if one does not.
     """
-    missing = next((path for path in paths if not path.is_dir()), None)
+    missing = next((path for path in paths if not path.exists()), None)
     complaint = world.first(
         f"{missing}: can't be seen on node {platform.node()}; all nodes must share runs and caches: set "
         "storage and LOSSWORKS_HOME to folders on shared storage"
@@ -83,10 +108,10 @@ def _require_shared(world: "World", paths: list[Path]) -> None:
         else None
     )
     if complaint:
-        raise UserError(complaint)
+        raise RunError(complaint)
 
 
-def _write(journal: "Journal", patience_s: float, step: int, metrics: dict[str, float]) -> None:
+def _write(journal: "Journal", step: int, metrics: dict[str, float], patience_s: float) -> None:
     """Append a row; while storage refuses, try again for ``patience_s`` seconds, in which all ranks wait."""
     deadline = time.monotonic() + patience_s
     while True:
@@ -98,7 +123,3 @@ def _write(journal: "Journal", patience_s: float, step: int, metrics: dict[str, 
             time.sleep(0.5)
         else:
             return
-
-
-def _ignore(step: int, metrics: dict[str, float]) -> None:
-    """Record nothing: rank 0 does."""

@@ -80,6 +80,16 @@ class RunFolder:
         return self.path / "collapse.png"
 
     @property
+    def logs(self) -> Path:
+        """Return the folder of the logs of workers and driver, as JSON lines."""
+        return self.path / "logs"
+
+    @property
+    def profile(self) -> Path:
+        """Return the folder of the trace and flame graph, of runs that were profiled."""
+        return self.path / "profile"
+
+    @property
     def notices(self) -> Path:
         """Return the sentences that workers leave for the person at the driver, one a line."""
         return self.path / "notices.txt"

@@ -320,6 +320,8 @@ def test_a_classifier_trains_through_the_same_command(cluster, home, tmp_path, c
 
     assert "held-out accuracy" in printed
     assert "(comp-sum)" in printed
+    assert re.search(r"^where the time went: \w+ \d+ %, \w+ \d+ %", printed, re.MULTILINE)
+    assert re.search(r"^MFU of the last step: \S+ of the measured peak$", printed, re.MULTILINE)
     assert run.data.params["loss.tau"] == "1.5"
     assert run.data.metrics["eval/accuracy"] > 0.6
     assert run.data.metrics["eval/cross_entropy"] > 0

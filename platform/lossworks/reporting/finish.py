@@ -33,6 +33,7 @@ def draw_report(folder: RunFolder, vocabulary: int | None = None) -> Path:
         rows,
         head_memory=outcome.head_memory if outcome else None,
         reliability=outcome.reliability if outcome else None,
+        seconds=outcome.seconds if outcome else None,
         title=f"{spec.name} · {folder.run_id[:8]}",
         path=folder.report,
         vocabulary=vocabulary if plain else None,
@@ -46,6 +47,22 @@ def draw_telemetry(folder: RunFolder) -> Path | None:
 
     title = f"{folder.spec().name} · {folder.run_id[:8]} · {folder.spec().loss.name} within"
     return telemetry_report(read_all(folder.journal), title=title, path=folder.telemetry)
+
+
+def draw_flame(folder: RunFolder) -> Path | None:
+    """Draw ``flame.svg`` and ``flame.png`` of a profiled run; return their folder, or None without."""
+    trace = folder.profile / "trace.json.gz"
+    if not trace.is_file():
+        return None
+    from lossworks.reporting.flame import boxes, read_calls
+    from lossworks.reporting.flame_drawing import write_png, write_svg
+
+    calls = read_calls(trace)
+    title = f"{folder.spec().name} · {folder.run_id[:8]} · {calls.count} steps, {calls.total / 1000:,.1f} ms"
+    found = list(boxes(calls))
+    write_svg(found, title=title, path=folder.profile / "flame.svg")
+    write_png(found, title=title, path=folder.profile / "flame.png")
+    return folder.profile
 
 
 def draw_collapse(folder: RunFolder) -> Path | None:
@@ -94,9 +111,10 @@ def finish_run_folder(
     artifacts = [folder.spec_file]
     if folder.journal.is_file():
         artifacts.append(draw_report(folder, vocabulary))
-        artifacts += [path for draw in (draw_telemetry, draw_collapse) if (path := draw(folder)) is not None]
-    if folder.outcome_file.is_file():
-        artifacts.append(folder.outcome_file)
+        artifacts += [
+            path for draw in (draw_telemetry, draw_collapse, draw_flame) if (path := draw(folder)) is not None
+        ]
+    artifacts += [path for path in (folder.outcome_file, folder.logs) if path.exists()]
     if status == "FINISHED" and folder.spec().tracking.logs_model:
         _log_model(folder, notify)
     tags = {"lossworks.folder": str(folder.path), "lossworks.checkpoints": str(folder.checkpoints)}

@@ -1,7 +1,7 @@
 """The report of a training run in one picture.
 
 A language model's has loss, learning rate, speed and memory of the head; a classifier's has loss, accuracy,
-reliability and speed.
+reliability and speed. Both say where the time went and how well the hardware was used.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lossworks.reporting.phase_strip import draw_phases
 from lossworks.reporting.reliability import draw_reliability
 from lossworks.reporting.series import Series, series, smooth
 
@@ -50,6 +51,7 @@ def train_report(
     vocabulary: int | None = None,
     loss: str = "nats per token",
     reliability: Mapping[str, Sequence[float]] | None = None,
+    seconds: Mapping[str, float] | None = None,
 ) -> Path:
     """Draw the report of a run as a PNG of 1600 × 1000 pixels.
 
@@ -63,6 +65,7 @@ def train_report(
         vocabulary: Classes V, to mark ln V, the cross-entropy of a uniform guess; None for other losses.
         loss: What the trained loss is counted in.
         reliability: Of a classifier: examples, confidence and accuracy by bin; None or empty if unknown.
+        seconds: Of each phase over the whole run; None or empty if unknown.
 
     Returns:
         ``path``.
@@ -75,7 +78,9 @@ def train_report(
         figure = Figure(figsize=(16, 10), dpi=100, layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.2, h_pad=0.2, wspace=0.03, hspace=0.04)  # type: ignore[union-attr,call-arg]
         figure.suptitle(title, fontsize=19, fontweight="bold", x=0.02, ha="left")
-        curve, second, speed, last = figure.subplots(2, 2).flat
+        grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 0.2))
+        curve, second, speed, last = (figure.add_subplot(grid[at // 2, at % 2]) for at in range(4))
+        draw_phases(figure.add_subplot(grid[2, :]), rows, seconds)
         _draw_loss(curve, rows, vocabulary, loss)
         _draw_speed(speed, rows)
         if series(rows, "eval/accuracy") is None:

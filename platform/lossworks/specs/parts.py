@@ -237,6 +237,18 @@ class TelemetrySpec(Spec):
         return f"every {self.every} steps" if self.every else "none"
 
 
+class ProfileSpec(Spec):
+    """Which steps torch's profiler records on the first worker; none unless asked for."""
+
+    shorthand: ClassVar[str | None] = "steps"
+
+    steps: int = Field(0, ge=0, le=100, description="steps that are recorded; 0 for none")
+    start: int = Field(5, ge=1, description="the first of them, after those that warm up")
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps from {self.start}" if self.steps else "none"
+
+
 class CheckpointSpec(Spec):
     """When checkpoints are written and how many stay."""
 

@@ -15,6 +15,7 @@ from lossworks.specs.parts import (
     LossSpec,
     ModelSpec,
     OptimizerSpec,
+    ProfileSpec,
     ScheduleSpec,
     ShardingSpec,
     TelemetrySpec,
@@ -50,6 +51,7 @@ class RunSpec(Spec):
     schedule: ScheduleSpec = ScheduleSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     telemetry: TelemetrySpec = TelemetrySpec()
+    profile: ProfileSpec = ProfileSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: ModelTrackingSpec = ModelTrackingSpec()
 
@@ -69,6 +71,10 @@ class RunSpec(Spec):
             raise ValueError(
                 f"schedule.warmup_steps + schedule.decay_steps = "
                 f"{self.schedule.warmup_steps + self.schedule.decay_steps} must not exceed steps={self.steps}"
+            )
+        if self.profile.steps and self.profile.start > self.steps:
+            raise ValueError(
+                f"profile.start={self.profile.start} must not be after the last of steps={self.steps}"
             )
         if self.storage is not None and not self.storage.startswith("/"):
             raise ValueError(f"storage={self.storage!r} must be an absolute path")

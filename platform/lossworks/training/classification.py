@@ -3,14 +3,16 @@
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lossworks.data import BagOrder, Order, load_examples
 from lossworks.metrics import ClassSums, class_sums
-from lossworks.models import Classifier, Head, build_classifier
+from lossworks.models import Classifier, Head, HeadedModel, build_classifier
 from lossworks.specs import ClassifierSpec
 from lossworks.training.batches import IGNORE_INDEX
+from lossworks.training.operations import count_step_flops
 from lossworks.training.task import Evaluation, Sums, Task, as_sums
 
 
@@ -43,6 +45,11 @@ class ClassificationTask(Task):
         return build_classifier(
             self.spec.model, shape=data.shape, classes=len(data.names), seed=self.spec.seed
         )
+
+    def flops_per_unit(self, model: HeadedModel) -> float:
+        """Return the operations an example, counted on two of them."""
+        inputs, _ = self.train.batch(np.arange(2) % len(self.train))
+        return count_step_flops(model, inputs) / len(inputs)
 
     def counts(self, targets: Tensor) -> tuple[float, float]:
         """Return how many examples count, and nothing further."""

@@ -24,6 +24,8 @@ class Outcome:
         head_memory: Peak bytes of the head, ours and with the logits built; empty if not measured.
         reliability: Of a classifier at its last evaluation: examples, confidence and accuracy by bin.
         collapse: Gram matrices of a classifier with ``neural_collapse`` at its last evaluation, by name.
+        seconds: Wall-clock seconds by phase, a mean over ranks; of the last attempt alone where a run was
+            gone on with, and empty if not measured.
     """
 
     status: Status
@@ -35,6 +37,7 @@ class Outcome:
     head_memory: dict[str, float] = field(default_factory=dict)
     reliability: dict[str, list[float]] = field(default_factory=dict)
     collapse: dict[str, list[list[float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write the outcome as JSON, atomically."""

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from lossworks.reporting import train_report
+from lossworks.reporting.phase_colours import PHASE_COLOURS
+from lossworks.reporting.phase_strip import time_shares, utilisation
 from lossworks.reporting.series import series, smooth
+from lossworks.training.phases import PHASES
 
 
 def rows(steps=60):
@@ -103,6 +106,41 @@ def test_a_classifiers_report_has_a_reliability_diagram(tmp_path, curve):
 
     path = train_report(
         found, head_memory=None, title="digits", path=tmp_path / "report.png", reliability=curve
+    )
+
+    assert size(path) == (1600, 1000)
+
+
+def test_time_is_that_of_the_whole_run_or_the_mean_of_its_records():
+    """The outcome's seconds where there are any; else the recorded shares; else nothing."""
+    recorded = [
+        {"step": 1, "metrics": {"time/data": 0.2, "time/other": 0.8}},
+        {"step": 2, "metrics": {"time/data": 0.4, "time/other": 0.6}},
+    ]
+
+    assert time_shares(recorded, {"data": 1.0, "other": 3.0}) == ({"data": 0.25, "other": 0.75}, 4.0)
+    assert time_shares(recorded, {}) == ({"data": pytest.approx(0.3), "other": pytest.approx(0.7)}, None)
+    assert time_shares(list(rows()), None) == ({}, None)
+
+
+def test_utilisation_names_its_peak():
+    """The median of the steps, in words."""
+    for name, peak in (("mfu", "the maker's peak"), ("mfu_of_measured_peak", "the measured peak")):
+        found = [{"step": n, "metrics": {f"train/{name}": n / 10}} for n in (1, 2, 4)]
+        assert utilisation(found) == f"20 % of {peak}"
+    assert utilisation(list(rows())) is None
+
+
+def test_every_phase_has_a_colour_of_its_own():
+    assert tuple(PHASE_COLOURS) == PHASES
+    assert len(set(PHASE_COLOURS.values())) == len(PHASES)
+
+
+@pytest.mark.parametrize("seconds", [None, {"data": 0.0}, dict.fromkeys(PHASES, 100.0) | {"head": 1e-6}])
+def test_a_report_says_where_the_time_went(tmp_path, seconds):
+    """Also where next to nothing, or nothing at all, was measured."""
+    path = train_report(
+        list(rows()), head_memory=MEMORY, title="time", path=tmp_path / "report.png", seconds=seconds
     )
 
     assert size(path) == (1600, 1000)

@@ -56,7 +56,11 @@ def prepared(spec: TrainSpec) -> TokenizedCorpus:
 
 
 def run_training(
-    spec_values: dict[str, Any], corpus: str | None, folder: str, stop_after: int | None = None
+    spec_values: dict[str, Any],
+    corpus: str | None,
+    folder: str,
+    stop_after: int | None = None,
+    profile: str | None = None,
 ) -> dict[str, Any]:
     """Train in this process, or as one rank, and return rows and outcome as plain data."""
     rows: list[tuple[int, dict[str, float]]] = []
@@ -69,6 +73,7 @@ def run_training(
             checkpoints=CheckpointStore(Path(folder), keep=spec.checkpoint.keep),
             record=lambda step, metrics: rows.append((step, metrics)),
             notify=notices.append,
+            profile=Path(profile) if profile else None,
             # Asked during step n, before its row is recorded.
             stop_requested=lambda: stop_after is not None and len(rows) + 1 >= stop_after,
         )
