@@ -106,7 +106,7 @@ def start_nodes(
     token = require_token(host)
     ports = [_port(host, port, "--port"), _port(host, dashboard_port, "--dashboard-port"), _port(host, 0, "")]
     variables = {**os.environ, **QUIET_ENVIRONMENT, **token, **(environment or {})}
-    # Ray installs wheels with the `pip` that it finds on PATH.
+    # Jobs look for an interpreter on PATH.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
     head = ["--head", "--node-ip-address", host, "--port", str(ports[0]), "--include-dashboard", "true"]
     head += ["--dashboard-host", host, "--dashboard-port", str(ports[1])]

@@ -13,7 +13,7 @@ from lossworks import __version__
 from lossworks.home import QUIET_ENVIRONMENT
 from lossworks_jobs.bundle import SPEC_FILE, Bundle
 from lossworks_jobs.manifest import require_no_secrets
-from lossworks_jobs.package import lock_file, write_wheel
+from lossworks_jobs.package import lock_file, write_package
 from lossworks_jobs.server import JobServer
 
 # The script becomes the process that it starts, so that signals reach it.
@@ -33,7 +33,7 @@ class Options:
     """How a job is sent.
 
     Attributes:
-        package: Send this installation as a wheel; otherwise the cluster's own is used.
+        package: Send this installation along; otherwise the cluster's own is used.
         install: Let Ray install the lock on every node first.
         python: The cluster's interpreter; otherwise one that has Ray is looked for there.
         home: Folder on the cluster that all nodes share; otherwise what the cluster's LOSSWORKS_HOME says.
@@ -70,19 +70,20 @@ def submit(server: JobServer, bundle: Bundle | None, resume: str | None, options
     name = bundle.name if bundle else "resume"
     job = f"{_identifier(name)}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="lossworks-job-") as folder:
-        content = Path(folder, "job")
-        content.mkdir()
+        content = Path(folder)
         if bundle:
             bundle.write(content)
-        wheel = write_wheel(Path(folder)) if options.package else None
-        environment = runtime_environment(options, wheel) | {"working_dir": str(content)}
-        metadata = {"lossworks": __version__, "name": name, "command": bundle.command if bundle else "resume"}
+        if options.package:
+            write_package(content)
         (content / "start.sh").write_text(start_script(job, resume, options), encoding="utf-8")
+        # Every process of the job finds what is in its working folder before what is installed.
+        environment = runtime_environment(options) | {"working_dir": folder}
+        metadata = {"lossworks": __version__, "name": name, "command": bundle.command if bundle else "resume"}
         server.submit("exec sh start.sh", environment, job, metadata)
     return job
 
 
-def runtime_environment(options: Options, wheel: Path | None) -> dict[str, Any]:
+def runtime_environment(options: Options) -> dict[str, Any]:
     """Return what Ray prepares on every node."""
     variables = {
         **QUIET_ENVIRONMENT,
@@ -92,8 +93,6 @@ def runtime_environment(options: Options, wheel: Path | None) -> dict[str, Any]:
         **options.environment,
     }
     environment: dict[str, Any] = {"env_vars": variables}
-    if wheel is not None:
-        environment["py_modules"] = [str(wheel)]
     if options.install:
         lines = lock_file().read_text(encoding="utf-8").splitlines()
         packages = [line for line in lines if line.strip() and not line.startswith("#")]

@@ -63,7 +63,7 @@ def submitted(nodes, cluster_home, spec, tmp_path_factory):
 
 
 def test_a_submitted_run_ends_as_one_here(submitted, cluster_home):
-    """Wheel, spec and text arrive; progress, the MLflow run and the exit status come back."""
+    """Code, spec and text arrive; progress, the MLflow run and the exit status come back."""
     output, status, folder = submitted
 
     assert status == 0, output

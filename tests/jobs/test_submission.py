@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import yaml
@@ -14,7 +13,7 @@ from lossworks_jobs.bundle import FILES, SPEC_FILE, make_bundle
 from lossworks_jobs.cluster import require_room
 from lossworks_jobs.entry import main as entry
 from lossworks_jobs.nodes import LOOPBACK, require_token, token_for
-from lossworks_jobs.package import write_wheel
+from lossworks_jobs.package import write_package
 from lossworks_jobs.submission import Options, runtime_environment, start_script
 from lossworks_testing.training import tiny_spec, write_text
 
@@ -109,32 +108,26 @@ def test_specs_of_all_rooms_can_be_sent(file, command, home):
     assert isinstance(bundle.values.get("base", {}), dict)
 
 
-def test_the_wheel_is_this_code_and_named_after_it(tmp_path):
-    """Equal code gives an equal wheel; a clean interpreter finds the commands and the lock in it."""
-    first, second = (write_wheel(tmp_path) for _ in range(2))
-    assert first == second
-    with zipfile.ZipFile(first) as wheel:
-        names = wheel.namelist()
-        record = wheel.read(next(name for name in names if name.endswith("RECORD"))).decode()
-        wheel.extractall(tmp_path / "installed")
+def test_the_package_is_this_code_and_named_after_it(tmp_path):
+    """Equal code gives an equal version; a clean interpreter finds the commands and the lock in it."""
+    versions = [write_package(tmp_path / name) for name in ("first", "second")]
     found = subprocess.run(
-        [
-            sys.executable,
-            "-S",
-            "-c",
-            FIND,
-        ],
-        env={"PYTHONPATH": str(tmp_path / "installed")},
+        [sys.executable, "-S", "-c", FIND],
+        env={"PYTHONPATH": str(tmp_path / "first"), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split()
+    names = {path.relative_to(tmp_path / "first").as_posix() for path in (tmp_path / "first").rglob("*")}
 
-    assert len(names) == len(set(names)) == len(record.splitlines())
-    assert "lossworks/requirements.lock" in names
-    assert f"lossworks-{found[0]}-py3-none-any.whl" == first.name
+    assert versions == [found[0]] * 2
     assert found[1].startswith(str(tmp_path))
     assert {"train", "tune", "federate"} <= set(found[2:])
+    assert {
+        "lossworks/requirements.lock",
+        "lossworks_tune/sweep.py",
+        "lossworks_federated/rounds.py",
+    } <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
 
 
@@ -160,8 +153,8 @@ def test_a_job_is_started_by_an_interpreter_that_has_ray(tmp_path):
 
     script = start_script("a key", "a run", Options())
     assert "--key 'a key' --resume 'a run' --check-lock" in script
-    assert runtime_environment(Options(graceful_s=9), None)["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "9"
-    packages = runtime_environment(Options(install=True), None)["pip"]["packages"]
+    assert runtime_environment(Options(graceful_s=9))["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "9"
+    packages = runtime_environment(Options(install=True))["pip"]["packages"]
     assert any(line.startswith("ray") for line in packages)
 
 
