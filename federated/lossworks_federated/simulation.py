@@ -63,7 +63,6 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
             failures.append(error)
             raise
 
-    private_ray()
     # Its advice to use the command line doesn't fit a library that calls it.
     logging.getLogger("flwr").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -85,8 +84,10 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
 
 
 def _ray_arguments() -> dict[str, Any]:
-    """Return how Flower starts Ray: on this machine, or joined where a job runs on a cluster."""
+    """Return how Flower starts Ray: on this machine for itself, or joined where a job runs on a cluster."""
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if "RAY_ADDRESS" in os.environ:
         return arguments
-    return arguments | {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    private_ray()
+    here = {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    return arguments | here

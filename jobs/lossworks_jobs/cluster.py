@@ -13,7 +13,7 @@ from lossworks.specs import RunSpec
 
 @contextmanager
 def cluster(spec: RunSpec, address: str | None) -> Iterator[None]:
-    """Connect to the Ray cluster at ``address``, or to one found running, or start one here.
+    """Connect to the Ray cluster at ``address`` or ``$RAY_ADDRESS``, or start one here.
 
     What was started is shut down at the end; a cluster that was joined goes on.
 
@@ -42,8 +42,10 @@ def _start(address: str | None) -> None:
 
     if address is not None:
         _require_answer(address)
-    else:
+    elif "RAY_ADDRESS" not in os.environ:
+        # What runs here may be another run's own, which lets nobody in and ends with it.
         private_ray()
+        address = "local"
     try:
         ray.init(
             address=address,

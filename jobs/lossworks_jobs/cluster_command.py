@@ -53,6 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
             for index, process in enumerate(nodes.processes):
                 print(f"node {index}: process {process.pid}")
             print(f"submit with: {program()} submit SPEC --address {nodes.jobs}")
+            print(f"Prometheus finds the nodes by {nodes.discovery}")
             print(f"drivers join {nodes.gcs}; Ctrl-C ends all nodes", flush=True)
             nodes.wait()
     except KeyboardInterrupt:

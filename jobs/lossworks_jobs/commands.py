@@ -25,7 +25,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", metavar="RUN", help="go on with a run from its newest checkpoint")
     again.add_argument("--from-run", metavar="RUN", help="start a new run with the stored spec of another")
-    parser.add_argument("--address", help="Ray cluster to join; default: one that runs here, or a new one")
+    parser.add_argument(
+        "--address", help="Ray cluster to join, HOST:PORT or auto; default: $RAY_ADDRESS, or a new one here"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="profile 3 steps; see profile.steps and profile.start"
     )

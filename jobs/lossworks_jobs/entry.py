@@ -95,7 +95,7 @@ def _announce(job: Path) -> None:
 
     while (folder := run_of(job)) is None:
         time.sleep(0.2)
-    tracking = TrackingSpec.parse(read_yaml(folder.spec_file).get("tracking") or {})
+    tracking = TrackingSpec.parse({"uri": (read_yaml(folder.spec_file).get("tracking") or {}).get("uri")})
     print(
         f"{RUN_LINE}{folder.run_id} in MLflow at {redact(tracking_uri(tracking))}, files in {folder.path}",
         flush=True,

@@ -64,6 +64,11 @@ class Nodes:
         _wait_for(process, log)
         return process
 
+    @property
+    def discovery(self) -> Path:
+        """Return the file in which Prometheus finds the nodes' metrics (``file_sd_configs``)."""
+        return self._temporary / "0" / "prom_metrics_service_discovery.json"
+
     def wait(self) -> None:
         """Wait until the head ends.
 

@@ -31,7 +31,7 @@ def train(
 
     Args:
         spec: The run.
-        address: A Ray cluster to join; without it the one that runs here, or a new one.
+        address: A Ray cluster to join; without it that of ``$RAY_ADDRESS``, or a new one here.
         resume: Go on with this run from its newest whole checkpoint.
         progress: Shown while the run goes on.
 

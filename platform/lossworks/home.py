@@ -24,16 +24,14 @@ def switch_off_usage_reports() -> None:
 
 
 def private_ray() -> None:
-    """Let nobody else into the Ray instance that this process may start.
+    """Let nobody else into the Ray instance that this process is about to start.
 
     Ray listens on all interfaces and runs whatever it is sent, so it gets a token that only this process and
-    its children know, unless the user has settled it. A running cluster that asks for no token ignores it.
+    its children know, unless the user has settled it.
     """
-    if not any(
-        name in os.environ
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
-    ):
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def ray_variables(further: Mapping[str, str] | None = None) -> dict[str, str]:

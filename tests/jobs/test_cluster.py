@@ -1,13 +1,25 @@
 """Real nodes with a job server on this machine: submitting, following, stopping, and what nodes can lose."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
 from lossworks.cli import main
 from lossworks.runs import run_of
 from lossworks_jobs.nodes import start_nodes
-from lossworks_testing.clusters import command, curve, job_of, lose, notices, processes_of, run_at, until
+from lossworks_testing.clusters import (
+    command,
+    curve,
+    job_of,
+    listening,
+    lose,
+    notices,
+    processes_of,
+    run_at,
+    until,
+)
 
 pytestmark = pytest.mark.timeout(420)
 SLOW = pytest.mark.slow
@@ -117,15 +129,16 @@ def test_a_killed_driver_is_resubmitted_and_changes_nothing(submitted, nodes, he
 
 
 @SLOW
-def test_two_jobs_at_once_wait_for_each_other(nodes, here, file, tmp_path):
-    """There is room for one at a time; both end, with equal curves, and the second says that it waits."""
-    both = [start(file, nodes, here, tmp_path / name, "steps=60") for name in ("first", "second")]
+def test_a_second_job_waits_for_room(nodes, here, file, tmp_path):
+    """There is room for one at a time; the second says what it waits for and starts when the first ends."""
+    first, job = start(file, nodes, here, tmp_path / "first", "steps=100000")
+    run_at(here, job, 1)
+    second, waiting = start(file, nodes, here, tmp_path / "second", "steps=60")
+    until(lambda: "waiting for 2 CPU, of which 0 are free" in (tmp_path / "second").read_text(), "the notice")
 
-    assert [process.wait(300) for process, _ in both] == [0, 0]
-    first, second = (run_of(here / "jobs" / job) for _, job in both)
-    assert first.run_id != second.run_id
-    assert curve(first) == curve(second)
-    assert "waiting for 2 CPU" in "".join((tmp_path / name).read_text() for name in ("first", "second"))
+    assert main(["jobs", "stop", job, "--address", nodes.jobs]) == 0
+    assert (first.wait(60), second.wait(200)) == (130, 0)
+    assert len(curve(run_of(here / "jobs" / waiting))) == 60
 
 
 def test_a_job_that_can_not_work_returns_its_exit_status(nodes, here, file, tmp_path, capfd):
@@ -203,9 +216,34 @@ def test_sweeps_and_federations_are_submitted_like_trainings(
 
 
 @SLOW
-def test_a_cluster_refuses_whoever_has_no_token(nodes, here, monkeypatch, capsys):
-    """Drivers and clients alike; the client's error says how to get in."""
+def test_a_cluster_refuses_whoever_has_no_token(nodes, here, tmp_path, monkeypatch):
+    """The client's error says how to get in."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-somebody-else")
-    assert main(["jobs", "list", "--address", nodes.jobs]) == 2
-    assert "the cluster refuses our token" in capsys.readouterr().err
+    log = tmp_path / "log"
+
+    assert command("jobs", "list", "--address", nodes.jobs, home=here, log=log).wait(60) == 2
+    assert "the cluster refuses our token" in log.read_text()
+
+
+@SLOW
+def test_a_run_of_its_own_lets_nobody_in(file, tmp_path, monkeypatch):
+    """Ray, started by `lossworks train`, listens on all interfaces and answers its own processes alone."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    run = command("train", str(file), "steps=100000", home=tmp_path / "home", log=tmp_path / "log")
+    until(lambda: "step 1/" in (tmp_path / "log").read_text(), "the first step")
+    ports = listening(run.pid, "gcs_server")
+    code = (
+        "from ray._raylet import GcsClient; from ray._private.gcs_utils import *; import sys;"
+        "GcsClient(address=f'127.0.0.1:{sys.argv[1]}').check_alive([], 5)"
+    )
+    stranger = subprocess.run(
+        [sys.executable, "-c", code, str(ports[0])], capture_output=True, text=True, timeout=60, check=False
+    )
+    run.terminate()
+
+    assert run.wait(60) == 130
+    assert stranger.returncode != 0
+    assert "Unauthenticated" in stranger.stderr

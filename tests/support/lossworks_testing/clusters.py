@@ -76,6 +76,17 @@ def notices(folder: RunFolder) -> str:
     return folder.notices.read_text() if folder.notices.is_file() else ""
 
 
+def listening(pid: int, name: str) -> list[int]:
+    """Return the ports on which the descendants of a process that are called ``name`` listen."""
+    members = [member for member in psutil.Process(pid).children(recursive=True) if member.name() == name]
+    return [
+        connection.laddr.port
+        for member in members
+        for connection in member.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
 def processes_of(nodes: Nodes, name: str) -> list[psutil.Process]:
     """Return the processes below any node whose command line has a word."""
     found = []
