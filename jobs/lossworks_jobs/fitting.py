@@ -1,6 +1,7 @@
 """The workers of a run in Ray Train: started, replaced when they are lost, and what they leave."""
 
 import contextlib
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,9 +97,13 @@ def read_outcome(folder: RunFolder) -> Outcome:
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of what an error says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """Return the last line of what an error says that names an error, or the last at all.
+
+    Behind the error's own line may stand where in C++ it came from.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named or lines)[-1]
 
 
 def _cause(error: BaseException) -> str:

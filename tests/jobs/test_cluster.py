@@ -171,6 +171,7 @@ def test_a_lost_node_is_waited_for(submitted, nodes, here, file, tmp_path):
     assert curve(folder) == curve(submitted[2])
 
 
+@SLOW
 def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(nodes, here, file, tmp_path):
     """One of two nodes is lost: one worker goes on; a node joins: two go on. The loss is that of any run."""
     long = ("elastic={min_workers: 1, resize_every_s: 3}", "steps=100000", "checkpoint.every=25")
