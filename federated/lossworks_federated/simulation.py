@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import RunError
-from lossworks.home import private_ray
 from lossworks_federated.specs import FederationSpec
 
 if TYPE_CHECKING:
@@ -88,6 +87,5 @@ def _ray_arguments() -> dict[str, Any]:
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if "RAY_ADDRESS" in os.environ:
         return arguments
-    private_ray()
     here = {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
     return arguments | here

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lossworks.errors import UserError
-from lossworks.home import private_ray, ray_variables
+from lossworks.home import ray_variables
 from lossworks.specs import RunSpec
+from lossworks_jobs.nodes import use_token
 
 
 @contextmanager
@@ -42,9 +43,9 @@ def _start(address: str | None) -> None:
 
     if address is not None:
         _require_answer(address)
+        use_token(address)
     elif "RAY_ADDRESS" not in os.environ:
         # What runs here may be another run's own, which lets nobody in and ends with it.
-        private_ray()
         address = "local"
     try:
         ray.init(

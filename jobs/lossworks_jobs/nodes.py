@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lossworks.errors import RunError, UserError
-from lossworks.home import QUIET_ENVIRONMENT, home
+from lossworks.home import QUIET_ENVIRONMENT, home, ray_token_given
 
 _START_S = 90.0
 _STOP_S = 15.0
@@ -125,43 +125,42 @@ def start_nodes(
 
 
 def require_token(host: str) -> dict[str, str]:
-    """Return the variables that turn Ray's token authentication on.
+    """Return the variables that turn Ray's token authentication on for nodes.
 
     Raises:
         UserError: Other machines may reach ``host``, and no token was given that they could share.
     """
-    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if given or (Path.home() / ".ray" / "auth_token").is_file():
+    if ray_token_given():
         return {"RAY_AUTH_MODE": "token"}
     if host not in LOOPBACK:
         raise UserError(
             f"--host {host}: other machines may reach it, and whoever reaches a Ray cluster runs code there: "
             "make one token for all nodes with `ray get-auth-token --generate` and copy ~/.ray/auth_token"
         )
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_own_token())}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _own_token().read_text(encoding="ascii")}
 
 
-def token_for(address: str) -> dict[str, str]:
-    """Return the variables with which this process is let into a cluster at an address.
+def use_token(address: str) -> None:
+    """Let this process into a cluster of this machine with the token that was made here, if none was given.
 
-    A token that was made here is only shown to clusters of this machine.
+    Other machines' clusters never see that one.
     """
-    if any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        return {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
-    host = address.partition("://")[2] or address
-    if (Path.home() / ".ray" / "auth_token").is_file():
-        return {"RAY_AUTH_MODE": "token"}
-    if host.rpartition(":")[0] in LOOPBACK and _token_file().is_file():
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_token_file())}
-    return {}
+    host = (address.partition("://")[2] or address).rpartition(":")[0]
+    if ray_token_given() or host not in LOOPBACK or not token_file().is_file():
+        return
+    os.environ["RAY_AUTH_TOKEN"] = token_file().read_text(encoding="ascii")
+    raylet = sys.modules.get("ray._raylet")
+    if raylet:  # it keeps a token that it has read before
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _token_file() -> Path:
+def token_file() -> Path:
+    """Return the file of the token that is made here, for clusters of this machine; it may not exist."""
     return home() / "ray-token"
 
 
 def _own_token() -> Path:
-    path = _token_file()
+    path = token_file()
     if not path.is_file():
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:

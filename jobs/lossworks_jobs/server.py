@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lossworks.errors import RunError, UserError
-from lossworks_jobs.nodes import token_for
+from lossworks_jobs.nodes import use_token
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -50,7 +50,7 @@ class JobServer:
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
         _require_answer(self.address)
-        os.environ.update(token_for(self.address))
+        use_token(self.address)
         # Our folders hold what is to be sent, and data may come with a .gitignore of their own.
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
         from ray.job_submission import JobSubmissionClient

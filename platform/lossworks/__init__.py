@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lossworks.home import switch_off_usage_reports
+from lossworks.home import settle_ray_token, switch_off_usage_reports
 
 if TYPE_CHECKING:
     from lossworks.head import (
@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 switch_off_usage_reports()
+settle_ray_token()
 
 
 def __getattr__(name: str) -> Any:

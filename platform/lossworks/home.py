@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,21 +18,35 @@ QUIET_ENVIRONMENT = {
 }
 
 
+_OWN_TOKEN = secrets.token_hex(32)
+
+
 def switch_off_usage_reports() -> None:
     """Turn off the telemetry of Ray, MLflow, Flower and Hugging Face before they are imported."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
-def private_ray() -> None:
-    """Let nobody else into the Ray instance that this process is about to start.
+def settle_ray_token() -> None:
+    """Let nobody else into a Ray instance that this process starts.
 
-    Ray listens on all interfaces and runs whatever it is sent, so it gets a token that only this process and
-    its children know, unless the user has settled it.
+    Ray listens on all interfaces and runs whatever it is sent, so what is started here asks for a token that
+    only this process and its children know, unless the user has settled it. It must be so before Ray is
+    imported, which reads the mode once; a cluster that is joined and asks for none ignores the token.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if not ray_token_given():
+        os.environ["RAY_AUTH_TOKEN"] = _OWN_TOKEN
+
+
+def ray_token_given() -> bool:
+    """Return whether Ray has a token that was not made for this process alone."""
+    given = (
+        os.environ.get("RAY_AUTH_TOKEN_PATH") or os.environ.get("RAY_AUTH_TOKEN", _OWN_TOKEN) != _OWN_TOKEN
+    )
+    return bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def ray_variables(further: Mapping[str, str] | None = None) -> dict[str, str]:

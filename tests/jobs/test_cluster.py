@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from lossworks.cli import main
 from lossworks.runs import run_of
 from lossworks_jobs.nodes import start_nodes
 from lossworks_testing.clusters import (
@@ -50,7 +49,7 @@ def here(cluster_home, monkeypatch):
     """The client's environment."""
     monkeypatch.setenv("LOSSWORKS_HOME", str(cluster_home))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     return cluster_home
 
@@ -69,8 +68,10 @@ def submitted(nodes, cluster_home, spec, tmp_path_factory):
     file = tmp_path_factory.mktemp("spec") / "spec.yaml"
     file.write_text(spec.to_yaml())
     log = file.with_name("log")
-    process = command("submit", str(file), "--address", nodes.jobs, home=cluster_home, log=log)
-    status = process.wait(240)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            patch.delenv(name, raising=False)
+        status = command("submit", str(file), "--address", nodes.jobs, home=cluster_home, log=log).wait(240)
     return log.read_text(), status, run_of(cluster_home / "jobs" / job_of(log))
 
 
@@ -87,8 +88,18 @@ def test_a_submitted_run_ends_as_one_here(submitted, cluster_home):
     assert (cluster_home / "ray-token").stat().st_mode & 0o077 == 0
 
 
+def test_the_clusters_token_is_in_no_log(submitted, nodes, cluster_home):
+    """Neither the nodes' own files nor those of a run hold it, but for the file that it is in."""
+    token = (cluster_home / "ray-token").read_bytes()
+    folders = (cluster_home, nodes.discovery.parent.parent)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+    assert len(files) > 100
+    assert {path.name for path in files if token in path.read_bytes()} == {"ray-token"}
+
+
 def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_to_the_same_end(
-    submitted, nodes, here, file, tmp_path, capsys
+    submitted, nodes, here, file, tmp_path
 ):
     """`jobs stop` is a notice before the end, as of a machine that goes away; --resume JOB ends the run."""
     log, again = tmp_path / "log", tmp_path / "again"
@@ -96,13 +107,13 @@ def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_to_the_same_end(
     job = job_of(log)
     folder = run_at(here, job, 30)
 
-    assert main(["jobs", "stop", job, "--address", nodes.jobs]) == 0
+    assert cli("jobs", "stop", job, "--address", nodes.jobs, home=here)[0] == 0
     assert process.wait(60) == 130
     stopped_at = curve(folder)[-1][0]
     assert 30 <= stopped_at < 120
     assert (folder.checkpoints / f"step-{stopped_at:08d}" / "manifest.json").is_file()
-    assert main(["jobs", "status", job, "--address", nodes.jobs]) == 130
-    assert f"job {job} stopped" in capsys.readouterr().out
+    status, printed = cli("jobs", "status", job, "--address", nodes.jobs, home=here)
+    assert (status, f"job {job} stopped" in printed) == (130, True)
     assert command("submit", "--resume", job, "--address", nodes.jobs, home=here, log=again).wait(240) == 0
     assert curve(folder) == curve(submitted[2])
 
@@ -136,23 +147,20 @@ def test_a_second_job_waits_for_room(nodes, here, file, tmp_path):
     second, waiting = start(file, nodes, here, tmp_path / "second", "steps=60")
     until(lambda: "waiting for 2 CPU, of which 0 are free" in (tmp_path / "second").read_text(), "the notice")
 
-    assert main(["jobs", "stop", job, "--address", nodes.jobs]) == 0
+    assert cli("jobs", "stop", job, "--address", nodes.jobs, home=here)[0] == 0
     assert (first.wait(60), second.wait(200)) == (130, 0)
     assert len(curve(run_of(here / "jobs" / waiting))) == 60
 
 
-def test_a_job_that_can_not_work_returns_its_exit_status(nodes, here, file, tmp_path, capfd):
+def test_a_job_that_can_not_work_returns_its_exit_status(nodes, here, file):
     """A mistake that only the cluster can see is told in one line, with the command line's status for it."""
-    status = main(
-        ["submit", str(file), "data.corpus=text:/nowhere.txt", "--no-upload", "--address", nodes.jobs]
-    )
-    printed = capfd.readouterr().out
+    missing = [str(file), "data.corpus=text:/nowhere.txt", "--no-upload"]
+    status, printed = cli("submit", *missing, "--address", nodes.jobs, home=here)
 
     assert status == 2
     assert "lossworks: error: data.corpus='text:/nowhere.txt'" in printed
     assert "Traceback" not in printed
-    assert main(["jobs", "list", "--address", nodes.jobs]) == 0
-    assert "FAILED" in capfd.readouterr().out
+    assert "FAILED" in cli("jobs", "list", "--address", nodes.jobs, home=here)[1]
 
 
 @SLOW
@@ -184,7 +192,7 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(nodes, here, f
     until(lambda: notices(folder).count("going on from step") > restarts, "more workers")
     run_at(here, job, curve(folder)[-1][0] + 30)
 
-    assert main(["jobs", "stop", job, "--address", nodes.jobs]) == 0
+    assert cli("jobs", "stop", job, "--address", nodes.jobs, home=here)[0] == 0
     assert process.wait(60) == 130
     steps = [step for step, _ in curve(folder)]
     assert steps == list(range(1, len(steps) + 1))
@@ -217,14 +225,13 @@ def test_sweeps_and_federations_are_submitted_like_trainings(
 
 
 @SLOW
-def test_a_cluster_refuses_whoever_has_no_token(nodes, here, tmp_path, monkeypatch):
+def test_a_cluster_refuses_whoever_has_no_token(nodes, here, monkeypatch):
     """The client's error says how to get in."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-somebody-else")
-    log = tmp_path / "log"
+    status, printed = cli("jobs", "list", "--address", nodes.jobs, home=here)
 
-    assert command("jobs", "list", "--address", nodes.jobs, home=here, log=log).wait(60) == 2
-    assert "the cluster refuses our token" in log.read_text()
+    assert status == 2
+    assert "the cluster refuses our token" in printed
 
 
 @SLOW

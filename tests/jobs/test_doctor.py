@@ -282,15 +282,17 @@ def test_all_places_of_secrets_are_looked_at(tmp_path, monkeypatch):
 
 
 def test_ray_s_token(tmp_path, monkeypatch):
-    """Asked for and missing is wrong; a cluster that asks for none runs code for anybody."""
+    """Each run asks for its own; a cluster without one runs code for anybody."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    asked = {"RAY_AUTH_MODE": "token"}
 
-    reads(servers.token({}), "ok", "not asked for, and no cluster named")
-    reads(servers.token({}, "10.0.0.1:6379"), "warn", "can run code on it", "RAY_AUTH_MODE=token")
-    reads(servers.token({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}), "ok", "asked for")
-    reads(
-        servers.token({"RAY_AUTH_MODE": "token"}), "wrong", "doesn't exist", "ray get-auth-token --generate"
-    )
+    reads(servers.token(asked), "ok", "one of its own")
+    reads(servers.token(asked, "10.0.0.1:6379"), "warn", "lets whoever reaches it", "~/.ray/auth_token")
+    reads(servers.token({"RAY_AUTH_MODE": "disabled"}), "warn", "not to ask", "Unset RAY_AUTH_MODE")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    reads(servers.token(asked, "10.0.0.1:6379"), "ok", "here is one")
 
 
 def closed_port() -> int:

@@ -1,5 +1,6 @@
 """What is sent to a cluster, and what is refused before anything is."""
 
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from lossworks_jobs import lock
 from lossworks_jobs.bundle import FILES, SPEC_FILE, make_bundle
 from lossworks_jobs.cluster import require_room
 from lossworks_jobs.entry import main as entry
-from lossworks_jobs.nodes import LOOPBACK, require_token, token_for
+from lossworks_jobs.nodes import LOOPBACK, require_token, use_token
 from lossworks_jobs.package import write_package
 from lossworks_jobs.submission import Options, runtime_environment, start_script
 from lossworks_testing.training import tiny_spec, write_text
@@ -213,18 +214,40 @@ def test_wrong_commands_of_clusters_are_refused_in_one_line(arguments, message, 
 def test_a_token_made_here_is_shown_to_this_machine_only(home, monkeypatch):
     """It lies in a file that others can't read; given tokens are used wherever the cluster is."""
     monkeypatch.setenv("HOME", str(home))
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    assert token_for("http://127.0.0.1:1") == {}
-    made = [require_token(host) for host in LOOPBACK]
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    assert require_token("10.0.0.1") == {"RAY_AUTH_MODE": "token"}
+    use_token("http://127.0.0.1:8265")
+    assert os.environ["RAY_AUTH_TOKEN"] == "given"  # noqa: S105
 
-    assert made[0] == made[1] == token_for("http://127.0.0.1:8265")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setitem(sys.modules, "ray._raylet", None)  # this process's own Ray keeps its token
+    made = [require_token(host)["RAY_AUTH_TOKEN"] for host in LOOPBACK]
+    assert len(set(made)) == 1
     assert (home / "ray-token").stat().st_mode & 0o777 == 0o600
-    assert token_for("http://10.0.0.1:8265") == {}
     with pytest.raises(UserError, match="token"):
         require_token("10.0.0.1")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
-    assert require_token("10.0.0.1") == token_for("http://10.0.0.1:8265") == {"RAY_AUTH_MODE": "token"}
+    use_token("http://10.0.0.1:8265")
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    use_token("http://127.0.0.1:8265")
+    assert os.environ["RAY_AUTH_TOKEN"] == made[0]
+
+
+def test_whatever_is_started_here_asks_for_a_token(tmp_path):
+    """Importing Lossworks settles it before Ray is imported; a token or mode that is set stays."""
+    code = "import os, lossworks; print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
+    clean = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def settled(**environment):
+        command = [sys.executable, "-c", code]
+        return subprocess.check_output(command, env=clean | environment, text=True).split()
+
+    first, second = settled(), settled()
+    assert (first[0], len(first[1])) == ("token", 64)
+    assert first != second
+    assert settled(RAY_AUTH_TOKEN="given") == ["token", "given"]  # noqa: S106
+    assert settled(RAY_AUTH_MODE="disabled") == ["disabled", "None"]
 
 
 def test_workers_must_fit_on_nodes(tmp_path):

@@ -15,7 +15,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from lossworks.errors import LossworksError, RunError, UserError
-from lossworks.home import private_ray, ray_variables
+from lossworks.home import ray_variables
 from lossworks.tracking import Journal
 from lossworks_tune.ledger import Configuration, End, Trial, folder_of, folders
 from lossworks_tune.proposals import Proposals
@@ -329,8 +329,6 @@ def _cluster(address: str | None) -> Iterator[float]:
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     usable = _usable_cpus()
     alone = address is None and "RAY_ADDRESS" not in os.environ
-    if alone:
-        private_ray()
     try:
         ray.init(
             address="local" if alone else address,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lossworks.cli import Command
 from lossworks.errors import UserError
 from lossworks_jobs.doctor.check import Check
+from lossworks_jobs.nodes import use_token
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +30,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: its folder doesn't exist")
+    if arguments.address:
+        use_token(arguments.address)
     checks = diagnose(arguments.address, arguments.uri)
     if arguments.json:
         rows = [asdict(check) for check in checks]

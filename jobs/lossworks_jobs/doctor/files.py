@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lossworks_jobs.doctor.check import Area, Check
+from lossworks_jobs.nodes import token_file
 
 _AREA = Area("files")
 
@@ -15,6 +16,7 @@ def secret_files() -> Iterator[tuple[str, Path]]:
     if os.environ.get("RAY_AUTH_TOKEN_PATH"):
         yield "Ray's token", Path(os.environ["RAY_AUTH_TOKEN_PATH"]).expanduser()
     yield "Ray's token", Path.home() / ".ray/auth_token"
+    yield "Ray's token", token_file()
     yield "MLflow's password", Path.home() / ".mlflow/credentials"
     server = Path(os.environ.get("LOSSWORKS_HOME") or Path.home() / ".lossworks").expanduser() / "server"
     for path in sorted(server.glob("*")):

@@ -6,12 +6,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from lossworks.errors import LossworksError
-from lossworks.home import QUIET_ENVIRONMENT
+from lossworks.home import QUIET_ENVIRONMENT, ray_token_given
 from lossworks_jobs.doctor.check import Area, Check
 from lossworks_jobs.doctor.installation import installed_version
 
@@ -33,17 +32,16 @@ def ray_checks(address: str | None) -> list[Check]:
 
 
 def token(environment: Mapping[str, str], address: str | None = None) -> Check:
-    """Check that Ray is told to ask for a token where there is a cluster, and that there is one."""
+    """Check that Ray asks for a token, and, where there is a cluster, that there is one for it."""
     if environment.get("RAY_AUTH_MODE", "disabled").lower() != "token":
-        if address is None or address == "local":
-            return _RAY.ok("token", "not asked for, and no cluster named")
-        found = "not asked for: whoever reaches the cluster can run code on it"
-        return _RAY.warn("token", found, "Start it, and drivers, with RAY_AUTH_MODE=token and one token.")
-    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token").expanduser()
-    if environment.get("RAY_AUTH_TOKEN") or path.is_file():
+        found = "RAY_AUTH_MODE says not to ask for one: whoever reaches a Ray of ours can run code on it"
+        return _RAY.warn("token", found, "Unset RAY_AUTH_MODE.")
+    if ray_token_given():
         return _RAY.ok("token", "asked for, and here is one")
-    fix = "Run `ray get-auth-token --generate`, or copy the cluster's token there with mode 600."
-    return _RAY.wrong("token", f"RAY_AUTH_MODE=token, but {path} doesn't exist", fix)
+    if address is None or address == "local":
+        return _RAY.ok("token", "each Ray that a run starts asks for one of its own")
+    found = "none given; a cluster that asks for none lets whoever reaches it run code there"
+    return _RAY.warn("token", found, "Start it with a token, and have the same in ~/.ray/auth_token.")
 
 
 def can_start() -> Check:

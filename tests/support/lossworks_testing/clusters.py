@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,16 @@ def command(*arguments: str, home: Path, log: Path) -> subprocess.Popen:
             stdout=file,
             stderr=subprocess.STDOUT,
         )
+
+
+def cli(*arguments: str, home: Path) -> tuple[int, str]:
+    """Run a command of the command line in a process of its own; return its exit status and output.
+
+    Within the tests' process it would share Ray's token with them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        return command(*arguments, home=home, log=log).wait(120), log.read_text()
 
 
 def until(found: Callable[[], object], what: str, *, seconds: float = 200.0):
