@@ -26,9 +26,8 @@ def show(spec: AnyTrainSpec, result: RunResult, *, seconds_before: float = 0.0) 
     run = folder.run_id
     commands = [
         ("see the run in MLflow", _where_to_look(spec)),
+        ("write the model", f"{program()} export {run} --to model"),
     ]
-    if not isinstance(spec, ClassifierSpec):
-        commands.append(("write the model", f"{program()} export {run} --to model"))
     if outcome.status == "stopped":
         commands.insert(0, ("go on", f"{program()} train --resume {run}"))
     print_summary(title, facts, commands)

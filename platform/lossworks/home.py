@@ -43,10 +43,10 @@ def settle_ray_token() -> None:
 
 def ray_token_given() -> bool:
     """Return whether Ray has a token that was not made for this process alone."""
-    given = (
-        os.environ.get("RAY_AUTH_TOKEN_PATH") or os.environ.get("RAY_AUTH_TOKEN", _OWN_TOKEN) != _OWN_TOKEN
-    )
-    return bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
+    token = os.environ.get("RAY_AUTH_TOKEN") or _OWN_TOKEN
+    if os.environ.get("RAY_AUTH_TOKEN_PATH") or token != _OWN_TOKEN:
+        return True
+    return (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def ray_variables(further: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -9,6 +9,7 @@ import pytest
 from lossworks.runs import run_of
 from lossworks_jobs.nodes import start_nodes
 from lossworks_testing.clusters import (
+    cli,
     command,
     curve,
     job_of,
@@ -98,6 +99,7 @@ def test_the_clusters_token_is_in_no_log(submitted, nodes, cluster_home):
     assert {path.name for path in files if token in path.read_bytes()} == {"ray-token"}
 
 
+@SLOW
 def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_to_the_same_end(
     submitted, nodes, here, file, tmp_path
 ):

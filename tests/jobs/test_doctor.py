@@ -385,7 +385,7 @@ def test_a_store_that_does_not_let_us_in(guarded_store, monkeypatch):
     refused = servers.tracking_store(guarded_store)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "right")
 
-    reads(refused, "wrong", "401", "MLFLOW_TRACKING_USERNAME")
+    reads(refused, "wrong", "refuses access", "MLFLOW_TRACKING_USERNAME")
     reads(servers.tracking_store(guarded_store), "ok", f"{guarded_store} answers and lets us in")
 
 

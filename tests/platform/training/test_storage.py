@@ -11,7 +11,7 @@ from lossworks_testing.storage import save_under_limit
 from lossworks_testing.training import tiny_spec, write_text
 
 
-@pytest.mark.parametrize("limited_ranks", [(0,), (1,)])
+@pytest.mark.parametrize("limited_ranks", [pytest.param((0,), marks=pytest.mark.slow), (1,)])
 def test_a_checkpoint_is_tried_again_while_storage_refuses(limited_ranks, tmp_path):
     """One rank can't write for a second: all try again, once is told, and the checkpoint is whole."""
     results = run_ranks(2, save_under_limit, tmp_path / "c", limited_ranks, 1.0, 30.0, folder=tmp_path)
