@@ -29,6 +29,7 @@ def test_the_bare_loop_does_what_the_cohort_does() -> None:
     assert all((ours["model"][name] - value).abs().max() < 1e-4 for name, value in theirs["model"].items())
 
 
+@pytest.mark.slow
 def test_rows_of_a_small_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"data": {"source": "digits"}, "model": {"kind": "mlp", "layers": 1, "width": 8}}
     monkeypatch.setitem(benchmark._MAIN, "mlp-100-20", small)

@@ -26,7 +26,6 @@ pytestmark = pytest.mark.timeout(240)
 
 SLOW = pytest.mark.slow
 ONLY_DDP = pytest.mark.parametrize("finished", ["ddp", pytest.param("fsdp", marks=SLOW)], indirect=True)
-ONLY_FSDP = pytest.mark.parametrize("finished", [pytest.param("ddp", marks=SLOW), "fsdp"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def finished_runs():
     return {}
 
 
-@pytest.fixture(params=["ddp", "fsdp"])
+@pytest.fixture(params=["ddp", pytest.param("fsdp", marks=SLOW)])
 def finished(request, cluster, spec, home, finished_runs):
     """An uninterrupted run, for each way of sharding."""
     if request.param not in finished_runs:
@@ -115,7 +114,6 @@ def test_a_run_learns(finished, spec):
     assert finished.folder.report.read_bytes().startswith(b"\x89PNG")
 
 
-@ONLY_FSDP
 def test_a_killed_worker_is_replaced_and_changes_nothing(finished, home, cluster):
     """kill -9 in mid-run: the run ends with the very curve of the run that was left alone."""
     spec = finished.folder.spec()
@@ -171,7 +169,7 @@ def lossworks(*arguments, home, address):
 @pytest.mark.parametrize(
     ("finished", "number"),
     [
-        ("ddp", signal.SIGINT),
+        pytest.param("ddp", signal.SIGINT, marks=SLOW),
         pytest.param("fsdp", signal.SIGKILL, marks=SLOW),
         pytest.param("ddp", signal.SIGKILL, marks=SLOW),
         pytest.param("fsdp", signal.SIGINT, marks=SLOW),
@@ -203,6 +201,7 @@ def test_an_interrupted_command_is_resumed_to_the_same_end(finished, home, clust
     assert tracked(folder.spec(), folder.run_id).info.status == "FINISHED"
 
 
+@SLOW
 def test_a_run_that_diverges_fails_and_names_step_rank_and_checkpoint(spec, cluster, home, tmp_path, capsys):
     """A decay that blows the parameters up is reported in one line, with exit status 1 and in MLflow."""
     file = tmp_path / "spec.yaml"
@@ -223,6 +222,7 @@ def test_a_run_that_diverges_fails_and_names_step_rank_and_checkpoint(spec, clus
     assert "NaN or infinite" in run.data.tags["lossworks.reason"]
 
 
+@SLOW
 @ONLY_DDP
 def test_storage_that_fails_for_a_while_costs_nothing(finished, home, cluster):
     """The folder of checkpoints goes away under the run and comes back: the run waits, and ends the same."""

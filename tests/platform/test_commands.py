@@ -123,7 +123,7 @@ def test_runs_are_found_by_path_id_and_name(run):
         RunFolder.find("quite")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_page_of_mlflow_opens_and_ends_quietly(run, tmp_path, number):
     """`lossworks ui` serves the embedded store on loopback; a signal ends it and its server, no traceback."""
     with socket.socket() as probe:

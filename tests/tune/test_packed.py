@@ -54,7 +54,9 @@ def test_every_scheduler_ends_all_trials_and_repeats(kind, tmp_path):
     assert best > 0.3  # a tenth is guessing
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "pb2" else kind for kind in KINDS]
+)
 def test_an_interrupted_sweep_goes_on_to_the_same_result(kind, tmp_path, monkeypatch):
     """Stopped in several places, between any two saved states: as if nothing had happened."""
     spec = scheduled(kind, at_once=5 if kind in ("none", "asha") else None)
