@@ -24,6 +24,9 @@ def cluster(spec: RunSpec, address: str | None) -> Iterator[None]:
     # The controller polls this often; the default of 2 s would be added to the end of every run and to the
     # detection of a lost worker. Ray Train passes its variables on from here.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if spec.elastic.min_workers is not None:
+        # A lost node may count for some seconds; then too many workers are asked for, and waited for as long.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     import ray
 
     if ray.is_initialized():

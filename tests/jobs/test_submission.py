@@ -13,6 +13,7 @@ from lossworks_jobs import lock
 from lossworks_jobs.bundle import FILES, SPEC_FILE, make_bundle
 from lossworks_jobs.cluster import require_room
 from lossworks_jobs.entry import main as entry
+from lossworks_jobs.fitting import last_line
 from lossworks_jobs.nodes import LOOPBACK, require_token, use_token
 from lossworks_jobs.package import write_package
 from lossworks_jobs.submission import Options, runtime_environment, start_script
@@ -288,3 +289,20 @@ def test_a_manifest_is_printed_instead_of_a_job_sent(home, capsys):
     assert main(["submit", "tune/specs/label-noise.yaml", *machines]) == 2
     assert main(["submit", "jobs/specs/demo.yaml", "--manifest", "rayjob"]) == 2
     assert "--image is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Traceback\n  File x\nValueError: no\n", "ValueError: no"),
+        (
+            "Got an error: RuntimeError: closed by peer\n\nAt:\n  f.py(49): g\n\n",
+            "Got an error: RuntimeError: closed by peer",
+        ),
+        ("RuntimeError: first\n  detail", "RuntimeError: first"),
+        ("", "OSError"),
+    ],
+)
+def test_the_line_that_tells_what_happened(text, line):
+    """Of tracebacks, of torch's errors with places in C++ behind them, and of silent ones."""
+    assert last_line(OSError(text)) == line
