@@ -20,6 +20,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use; this machine has none"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def home_of_last_resort(tmp_path_factory):
+    """A home folder for tests that forget to have one of their own: never the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOSSWORKS_HOME", str(tmp_path_factory.mktemp("last-resort")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """A Ray instance of four logical CPUs; yields its address."""
