@@ -34,7 +34,7 @@ def run_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     folder, world = RunFolder(Path(config["folder"])), World.current()
     # First of all: what is written below would make folders, and hide that they are not the driver's.
-    _require_shared(world, [folder.spec_file, *([Path(config["corpus"])] if config["corpus"] else [])])
+    require_shared(world, [folder.spec_file, *([Path(config["corpus"])] if config["corpus"] else [])])
     with writing_logs(folder.logs, run=folder.run_id, who=world.rank, echo=True):
         _take_part(config, folder, world.rank)
 
@@ -94,7 +94,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
         outcome.write(folder.outcome_file)
 
 
-def _require_shared(world: "World", paths: list[Path]) -> None:
+def require_shared(world: "World", paths: list[Path]) -> None:
     """Check that this node sees what the driver wrote.
 
     Raises:

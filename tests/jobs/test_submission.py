@@ -1,14 +1,17 @@
 """What is sent to a cluster, and what is refused before anything is."""
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from lossworks.cli import main
-from lossworks.errors import UserError
+from lossworks.errors import RunError, UserError
+from lossworks.training.world import World
 from lossworks_jobs import lock
 from lossworks_jobs.bundle import FILES, SPEC_FILE, make_bundle
 from lossworks_jobs.cluster import require_room
@@ -17,6 +20,7 @@ from lossworks_jobs.fitting import last_line
 from lossworks_jobs.nodes import LOOPBACK, require_token, use_token
 from lossworks_jobs.package import write_package
 from lossworks_jobs.submission import Options, runtime_environment, start_script
+from lossworks_jobs.worker import require_shared
 from lossworks_testing.training import tiny_spec, write_text
 
 MIB = 2**20
@@ -306,3 +310,13 @@ def test_a_manifest_is_printed_instead_of_a_job_sent(home, capsys):
 def test_the_line_that_tells_what_happened(text, line):
     """Of tracebacks, of torch's errors with places in C++ behind them, and of silent ones."""
     assert last_line(OSError(text)) == line
+
+
+def test_a_node_that_does_not_share_storage_is_named(tmp_path):
+    """Before anything is written there, which would hide it."""
+    alone = World(0, 1, torch.device("cpu"))
+    require_shared(alone, [tmp_path])
+    with pytest.raises(
+        RunError, match=rf"{tmp_path}/spec.yaml: can't be seen on node {platform.node()}; all nodes"
+    ):
+        require_shared(alone, [tmp_path, tmp_path / "spec.yaml"])
