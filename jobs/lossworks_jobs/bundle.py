@@ -1,5 +1,6 @@
 """What a job takes along: the resolved spec and the local files that it names, in one folder."""
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -17,6 +18,7 @@ from lossworks.cli import Command
 from lossworks.errors import UserError
 from lossworks.specs.base import read_yaml
 from lossworks.specs.files import NamedFile, named_files, with_paths
+from lossworks.trainables import task_of
 
 UPLOADED = "upload://"
 SPEC_FILE = "spec.yaml"
@@ -87,16 +89,14 @@ def make_bundle(spec: str, overrides: Sequence[str], *, upload: bool, limit: int
 
 
 def command_of(values: dict[str, Any]) -> str:
-    """Return which command runs a spec: a sweep has a base, a federation has strategies."""
+    """Return which command runs a spec: a sweep has a base, all others a task."""
     if "base" in values:
         return "tune"
-    return "federate" if "strategies" in values else "train"
+    return "federate" if task_of(values) == "federation" else "train"
 
 
 def _resolved(command: str, spec: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the whole spec as its room's command understands it; rooms don't import each other."""
-    import argparse
-
     points = {point.name: point for point in entry_points(group="lossworks.commands")}
     found: Command = points[command].load()
     parser = argparse.ArgumentParser()

@@ -105,7 +105,7 @@ def require_room(spec: RunSpec, nodes: Sequence[Mapping[str, float]], only: tupl
     Raises:
         UserError: Naming a resource that is too little, what is needed and what there is.
     """
-    workers = spec.elastic.min_workers or spec.workers
+    workers = spec.least_workers
     each = {
         name: need for name, need in spec.resources_per_worker.items() if need and name in (only or [name])
     }
@@ -137,7 +137,7 @@ def lacking(spec: RunSpec) -> str | None:
     if not pending and spec.elastic.min_workers is None:
         return None
     free = ray.available_resources()
-    workers = spec.elastic.min_workers or spec.workers
+    workers = spec.least_workers
     short = [
         f"{need * workers:g} {name}, of which {free.get(name, 0.0):g} are free"
         for name, need in spec.resources_per_worker.items()

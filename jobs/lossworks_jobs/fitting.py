@@ -1,9 +1,7 @@
 """The workers of a run in Ray Train: started, replaced when they are lost, and what they leave."""
 
-import contextlib
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import RunError
@@ -55,7 +53,7 @@ def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None")
             name=f"attempt-{time.time_ns()}",
             storage_path=str(folder.path / "ray"),
             failure_config=FailureConfig(max_failures=spec.max_failures),
-            callbacks=[losses_noticed(folder.notices, spec)],
+            callbacks=[losses_noticed(folder, spec)],
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads(spec))}},
         ),
     )
@@ -65,7 +63,7 @@ def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None")
         raise RunError(f"run {folder.run_id}: {_cause(error)}") from error
 
 
-def losses_noticed(notices: Path, spec: AnyTrainSpec) -> "UserCallback":
+def losses_noticed(folder: RunFolder, spec: AnyTrainSpec) -> "UserCallback":
     """Return a callback that tells the person at the driver of lost workers; it runs in Ray's controller."""
     from ray.train import UserCallback
 
@@ -77,8 +75,7 @@ def losses_noticed(notices: Path, spec: AnyTrainSpec) -> "UserCallback":
             del run_context
             ranks = ", ".join(map(str, sorted(worker_exceptions)))
             cause = last_line(worker_exceptions[min(worker_exceptions)])
-            with contextlib.suppress(OSError), notices.open("a", encoding="utf-8") as file:
-                file.write(f"lost rank {ranks} ({cause[:200]}); starting again once {when} room\n")
+            folder.notify(f"lost rank {ranks} ({cause[:200]}); starting again once {when} room")
 
     return Losses()
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lossworks.errors import RunError, UserError
-from lossworks.home import QUIET_ENVIRONMENT, home, ray_token_given
+from lossworks.home import QUIET_ENVIRONMENT, home, home_path, ray_token_given
 
 _START_S = 90.0
 _STOP_S = 15.0
@@ -156,12 +156,13 @@ def use_token(address: str) -> None:
 
 def token_file() -> Path:
     """Return the file of the token that is made here, for clusters of this machine; it may not exist."""
-    return home() / "ray-token"
+    return home_path() / "ray-token"
 
 
 def _own_token() -> Path:
     path = token_file()
     if not path.is_file():
+        home()  # makes the folder
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32))

@@ -61,12 +61,17 @@ def ray_variables(further: Mapping[str, str] | None = None) -> dict[str, str]:
     }
 
 
+def home_path() -> Path:
+    """Return the absolute path of the home folder; it may not exist."""
+    return Path(os.environ.get("LOSSWORKS_HOME") or Path.home() / ".lossworks").expanduser().absolute()
+
+
 def home() -> Path:
     """Return the absolute folder of runs, caches and the embedded MLflow store.
 
     It is ``$LOSSWORKS_HOME``, or ``~/.lossworks``. The folder is created.
     """
-    folder = Path(os.environ.get("LOSSWORKS_HOME") or Path.home() / ".lossworks").expanduser().absolute()
+    folder = home_path()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

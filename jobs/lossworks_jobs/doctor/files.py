@@ -5,6 +5,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from lossworks.home import home_path
 from lossworks_jobs.doctor.check import Area, Check
 from lossworks_jobs.nodes import token_file
 
@@ -18,8 +19,7 @@ def secret_files() -> Iterator[tuple[str, Path]]:
     yield "Ray's token", Path.home() / ".ray/auth_token"
     yield "Ray's token", token_file()
     yield "MLflow's password", Path.home() / ".mlflow/credentials"
-    server = Path(os.environ.get("LOSSWORKS_HOME") or Path.home() / ".lossworks").expanduser() / "server"
-    for path in sorted(server.glob("*")):
+    for path in sorted((home_path() / "server").glob("*")):
         yield "MLflow server", path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from lossworks.home import QUIET_ENVIRONMENT, home
+from lossworks.home import QUIET_ENVIRONMENT, home, home_path
 from lossworks_jobs.doctor.check import Area, Check
 
 _AREA = Area("machine")
@@ -79,7 +79,7 @@ def disks() -> list[Check]:
     """Check the disks of the home folder, of temporary files, and of Ray's."""
     ray = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
     return [
-        disk("home disk", _home_path()),
+        disk("home disk", home_path()),
         disk("temporary disk", Path(tempfile.gettempdir())),
         disk("Ray's disk", ray, ray=True),
     ]
@@ -91,7 +91,7 @@ def home_folder() -> Check:
         with tempfile.TemporaryFile(dir=home()):
             return _AREA.ok("home folder", str(home()))
     except OSError as error:
-        found = f"{_home_path()} can't be written: {error.strerror}"
+        found = f"{home_path()} can't be written: {error.strerror}"
         return _AREA.wrong("home folder", found, "Set LOSSWORKS_HOME to a folder of yours.")
 
 
@@ -118,7 +118,3 @@ def usage_reports(environment: Mapping[str, str] = os.environ) -> Check:
         f"perhaps on: {', '.join(on)}",
         f"Unset {', '.join(one.split('=')[0] for one in on)}.",
     )
-
-
-def _home_path() -> Path:
-    return Path(os.environ.get("LOSSWORKS_HOME") or Path.home() / ".lossworks").expanduser().absolute()

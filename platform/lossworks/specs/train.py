@@ -55,6 +55,11 @@ class RunSpec(Spec):
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: ModelTrackingSpec = ModelTrackingSpec()
 
+    @property
+    def least_workers(self) -> int:
+        """Workers that there must be room for: all, or as many as elastic training goes on with."""
+        return self.elastic.min_workers or self.workers
+
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
         if self.sharding.kind == "none" and self.workers != 1:
