@@ -28,6 +28,16 @@ def home_of_last_resort(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_proxy():
+    """No way beyond this machine: what is started here is asked directly, also where a proxy is set."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):
+            patch.delenv(name, raising=False)
+            patch.delenv(name.upper(), raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """A Ray instance of four logical CPUs; yields its address."""
@@ -37,6 +47,7 @@ def cluster():
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         context = ray.init(
             address="local",
+            _node_ip_address="127.0.0.1",
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
