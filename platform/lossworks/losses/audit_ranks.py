@@ -1,5 +1,6 @@
 """The part of the audit that needs two processes."""
 
+import multiprocessing
 import os
 import tempfile
 from pathlib import Path
@@ -23,10 +24,19 @@ def two_ranks(subject: Subject) -> Finding:
         return Finding("", None, subject.indivisible)
     alone = _gradient(subject, slice(None), distributed=False)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(folder, subject.name, subject.hyperparameters), nprocs=2, join=True)
+        given = (folder, subject.name, subject.hyperparameters)
+        mp.start_processes(_rank, given, nprocs=2, start_method=_start_method())
         together = torch.load(Path(folder) / _GRADIENT, weights_only=True)
     worst = float((together - alone).abs().max() / alone.abs().max().clamp(min=1e-12))
     return judged(worst, 1e-10, "relative difference of the gradients")
+
+
+def _start_method() -> str:
+    """Return how ranks start: forked, where that can be, from a process that has imported what they need."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.set_forkserver_preload([__name__])
+    return "forkserver"
 
 
 def _rank(rank: int, folder: str, name: str, hyperparameters: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lossworks_testing.forkserver import forkserver
+
 
 def run_ranks(workers: int, function: Callable[..., Any], *arguments: Any, folder: Path) -> list[Any]:
     """Return ``function(*arguments)`` of every rank, in order; an exception of any rank is raised.
@@ -21,7 +23,8 @@ def run_ranks(workers: int, function: Callable[..., Any], *arguments: Any, folde
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, (workers, port, function, arguments, str(folder)), nprocs=workers)
+    given = (workers, port, function, arguments, str(folder), dict(os.environ))
+    mp.start_processes(_rank, given, nprocs=workers, start_method=forkserver().get_start_method())
     results = [pickle.loads((folder / f"rank-{rank}").read_bytes()) for rank in range(workers)]  # noqa: S301
     for kind, value in results:
         if kind == "error":
@@ -29,8 +32,18 @@ def run_ranks(workers: int, function: Callable[..., Any], *arguments: Any, folde
     return [value for _, value in results]
 
 
-def _rank(rank: int, workers: int, port: int, function: Callable, arguments: tuple, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(
+    rank: int,
+    workers: int,
+    port: int,
+    function: Callable,
+    arguments: tuple,
+    folder: str,
+    environment: dict[str, str],
+) -> None:
+    # The caller's as it is now.
+    os.environ.clear()
+    os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=workers)
     try:

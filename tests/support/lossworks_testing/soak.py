@@ -1,7 +1,6 @@
 """Many processes that write runs to one server, and the count of what arrived."""
 
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from lossworks.errors import RunError
 from lossworks.specs import TrackingSpec
 from lossworks.tracking import Follower, Journal, create_run, deliver, finish_run
 from lossworks.tracking.client import connect
+from lossworks_testing.forkserver import forkserver
 
 NAMES = ("train/loss", "eval/loss")
 
@@ -79,8 +79,7 @@ def persist(work: Callable[[], object], *, patience_s: float = 300.0) -> None:
 
 def start_writers(plan: Writing) -> list[BaseProcess]:
     """Start the writers; all create their runs, in one new experiment, at the same moment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlflow", "mlflow.store.tracking.rest_store", __name__])
+    context = forkserver()
     processes = []
     for writer in range(plan.writers):
         (plan.folder / str(writer)).mkdir(parents=True)
