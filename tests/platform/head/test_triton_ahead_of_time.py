@@ -20,7 +20,12 @@ def name(case):
     )
 
 
-@pytest.mark.parametrize("case", list(ahead_of_time.cases()), ids=name)
+def marked(case):
+    """Leave float32, in which heads are rarely trained on GPUs, to the slow tests: each takes a second."""
+    return pytest.param(case, id=name(case), marks=[pytest.mark.slow] if case.dtype == torch.float32 else [])
+
+
+@pytest.mark.parametrize("case", map(marked, ahead_of_time.cases()))
 def test_a_table_entry_would_launch(case):
     """No spilled register, shared memory within the limit, 64-bit offsets, and the matrix unit at work.
 
