@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Self
 
 from lossworks.errors import LossworksError, RunError, UserError
 from lossworks.home import switch_off_usage_reports
+from lossworks.ports import require_free, silence
 from lossworks_federated.credentials import make_certificates, make_node_key
 from lossworks_federated.specs import FederationSpec
 
@@ -57,9 +57,7 @@ _CLIENT = "from lossworks_federated.client_app import client_app\n\napp = client
 
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    return require_free("127.0.0.1", 0, named="127.0.0.1")
 
 
 @dataclass
@@ -177,7 +175,7 @@ class Deployment:
     def _await_port(self) -> None:
         end = time.monotonic() + _START_S
         while time.monotonic() < end and self._link is not None and self._link.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            if not silence("127.0.0.1", self.port):
                 return
             time.sleep(0.2)
         raise RunError(f"the SuperLink did not start: {' '.join(self.log('superlink').split())[-500:]}")

@@ -2,12 +2,12 @@
 
 import logging
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from lossworks.errors import UserError
 from lossworks.home import ray_variables
+from lossworks.ports import host_and_port, silence
 from lossworks.specs import RunSpec
 from lossworks_jobs.nodes import use_token
 
@@ -70,13 +70,9 @@ def _require_answer(address: str) -> None:
     Raises:
         UserError: No connection within some seconds.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # "auto" and "local" are Ray's own words
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError as error:
-        raise UserError(f"--address {address}: no Ray cluster answers there: {error}") from None
+    server = host_and_port(address)  # "auto" and "local" are Ray's own words
+    if server is not None and (reason := silence(*server)):
+        raise UserError(f"--address {address}: no Ray cluster answers there: {reason}")
 
 
 def threads(spec: RunSpec) -> int:

@@ -3,7 +3,6 @@
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from lossworks.errors import RunError, UserError
 from lossworks.home import QUIET_ENVIRONMENT, home, home_path, ray_token_given
+from lossworks.ports import require_free
 
 _START_S = 90.0
 _STOP_S = 15.0
@@ -109,7 +109,8 @@ def start_nodes(
         RunError: A node does not come up.
     """
     token = require_token(host)
-    ports = [_port(host, port, "--port"), _port(host, dashboard_port, "--dashboard-port"), _port(host, 0, "")]
+    wanted = (("--port", port), ("--dashboard-port", dashboard_port), ("--host", 0))
+    ports = [require_free(host, asked, named=f"{option} {host}:{asked}") for option, asked in wanted]
     variables = {**os.environ, **QUIET_ENVIRONMENT, **token, **(environment or {})}
     # Jobs look for an interpreter on PATH.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
@@ -167,21 +168,6 @@ def _own_token() -> Path:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32))
     return path
-
-
-def _port(host: str, port: int, option: str) -> int:
-    """Return a port that is free.
-
-    Raises:
-        UserError: The one asked for is not, or the host is not this machine's.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(f"{option} {host}:{port}: can't listen there: {error.strerror}") from None
-        return int(probe.getsockname()[1])
 
 
 def _start(

@@ -3,15 +3,14 @@
 import asyncio
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from lossworks.errors import RunError, UserError
+from lossworks.ports import host_and_port, silence
 from lossworks_jobs.nodes import use_token
 
 if TYPE_CHECKING:
@@ -182,16 +181,10 @@ def _line(error: BaseException) -> str:
 
 def _require_answer(address: str) -> None:
     """Refuse an address that is not a web server's, which Ray might import as a module, or that is silent."""
-    try:
-        parts = urlsplit(address)
-        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
-    except ValueError:
-        host, port, parts = None, 0, urlsplit("")
-    if parts.scheme not in ("http", "https") or not host:
+    server = host_and_port(address)
+    if server is None or not address.startswith(("http://", "https://")):
         raise UserError(
             f"--address {address}: use http(s)://HOST:PORT, the address of the cluster's dashboard"
         )
-    try:
-        socket.create_connection((host, port), timeout=5).close()
-    except OSError as error:
-        raise UserError(f"--address {address}: no job server answers there: {error}") from None
+    if reason := silence(*server):
+        raise UserError(f"--address {address}: no job server answers there: {reason}")

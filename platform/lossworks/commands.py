@@ -82,7 +82,9 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _configure_ui(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--port", type=int, default=5000, help="port on this machine (default 5000)")
+    parser.add_argument(
+        "--port", type=int, default=5000, help="port on this machine, 0 for any that is free (default 5000)"
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )

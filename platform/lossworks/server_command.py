@@ -27,7 +27,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
-    parser.add_argument("--port", type=int, default=5000, help="port on this machine (default 5000)")
+    parser.add_argument(
+        "--port", type=int, default=5000, help="port on this machine, 0 for any that is free (default 5000)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that answer (default 2)")
     parser.add_argument(
         "--allowed-hosts",
@@ -42,11 +44,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from lossworks.home import home
+    from lossworks.ports import require_free
     from lossworks.tracking.backend import backend_uri, prepare_backend
-    from lossworks.tracking.serving import backend_environment, require_free, serve
+    from lossworks.tracking.serving import backend_environment, serve
 
     _check(arguments)
-    require_free(arguments.host, arguments.port)
+    port = require_free(
+        arguments.host, arguments.port, named=f"--host {arguments.host} --port {arguments.port}"
+    )
     folder = home() / "server"
     uri = backend_uri(arguments.backend, arguments.backend_file, os.environ, folder / "mlflow.db")
     options, environment = _authentication(arguments, folder)
@@ -57,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.allowed_hosts:
         options += ["--allowed-hosts", arguments.allowed_hosts]
     environment |= backend_environment(uri)
-    serve(options, host=arguments.host, port=arguments.port, environment=environment)
+    serve(options, host=arguments.host, port=port, environment=environment)
     return 0
 
 

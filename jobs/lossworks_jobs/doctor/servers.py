@@ -2,21 +2,19 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
-from lossworks.errors import LossworksError
+from lossworks.errors import LossworksError, UserError
 from lossworks.home import QUIET_ENVIRONMENT, ray_token_given
+from lossworks.ports import host_and_port, require_free, silence
 from lossworks_jobs.doctor.check import Area, Check
 from lossworks_jobs.doctor.installation import installed_version
 
 _RAY, _STORE = Area("Ray"), Area("MLflow")
 _PROBE_S = 9.0
-_CONNECT_S = 3
 
 
 def ray_checks(address: str | None) -> list[Check]:
@@ -47,29 +45,20 @@ def token(environment: Mapping[str, str], address: str | None = None) -> Check:
 def can_start() -> Check:
     """Check that a cluster could listen on this machine's loopback; none is started."""
     try:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-    except OSError as error:
-        found = f"no port of 127.0.0.1 can be opened: {error.strerror}"
-        return _RAY.wrong("cluster", found, "Allow this process to listen on loopback.")
+        require_free("127.0.0.1", 0, named="127.0.0.1")
+    except UserError as error:
+        return _RAY.wrong("cluster", str(error), "Allow this process to listen on loopback.")
     return _RAY.ok("cluster", f"none named; Ray {installed_version('ray')} starts one here with each run")
 
 
 def unreachable(address: str) -> Check | None:
     """Return what is wrong if nothing listens at an address; Ray itself would try for a minute."""
     fix = "Start the cluster, or give the right --address HOST:PORT or http://HOST:PORT."
-    try:
-        parts = urlsplit(address if "://" in address else f"ray://{address}")
-        host, port = parts.hostname, parts.port or (8265 if parts.scheme == "http" else None)
-    except ValueError:
-        return _RAY.wrong("cluster", f"{address} is no address", fix)
-    if host is None or port is None:
-        return None if address == "auto" else _RAY.wrong("cluster", f"{address} names no port", fix)
-    try:
-        socket.create_connection((host, port), timeout=_CONNECT_S).close()
-    except OSError as error:
-        return _RAY.wrong("cluster", f"nothing answers at {address}: {error}", fix)
-    return None
+    server = host_and_port(address)
+    if server is None:
+        return None if address == "auto" else _RAY.wrong("cluster", f"{address} names no host and port", fix)
+    reason = silence(*server)
+    return _RAY.wrong("cluster", f"nothing answers at {address}: {reason}", fix) if reason else None
 
 
 def probe(address: str) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from lossworks.errors import RunError, UserError
+from lossworks.errors import RunError
 from lossworks.home import QUIET_ENVIRONMENT
+from lossworks.ports import require_free
 from lossworks.signals import stop_signals_interrupt
 
 
@@ -27,14 +27,14 @@ def serve(arguments: Sequence[str], *, host: str, port: int, environment: Mappin
     Args:
         arguments: Of ``mlflow server``, besides host and port.
         host: Address to listen on.
-        port: Port to listen on.
+        port: Port to listen on; 0 for any that is free.
         environment: More variables.
 
     Raises:
         UserError: The address can't be listened on.
         RunError: The server ended by itself.
     """
-    require_free(host, port)
+    port = require_free(host, port, named=f"--host {host} --port {port}")
     print(f"MLflow at http://{_shown(host)}:{port} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *arguments]
     # Its background jobs are of no use to someone who looks at runs, and cost five more processes.
@@ -49,25 +49,6 @@ def serve(arguments: Sequence[str], *, host: str, port: int, environment: Mappin
         server.wait()
         return
     raise RunError(f"the MLflow server ended with status {status}; what it said stands above")
-
-
-def require_free(host: str, port: int) -> None:
-    """Check that a server can listen on an address.
-
-    Raises:
-        UserError: It can't.
-    """
-    named = f"--host {host} --port {port}"
-    if not 0 < port < 2**16:
-        raise UserError(f"{named}: a port is between 1 and 65535")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as probe:
-            # As the server does: a port whose last connections are still being closed is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise UserError(f"{named}: can't be listened on: {error.strerror}") from None
 
 
 def _shown(host: str) -> str:
