@@ -53,7 +53,7 @@ def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None")
             name=f"attempt-{time.time_ns()}",
             storage_path=str(folder.path / "ray"),
             failure_config=FailureConfig(max_failures=spec.max_failures),
-            callbacks=[losses_noticed(folder, spec)],
+            callbacks=[noticed(folder, spec)],
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads(spec))}},
         ),
     )
@@ -63,21 +63,30 @@ def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None")
         raise RunError(f"run {folder.run_id}: {_cause(error)}") from error
 
 
-def losses_noticed(folder: RunFolder, spec: AnyTrainSpec) -> "UserCallback":
-    """Return a callback that tells the person at the driver of lost workers; it runs in Ray's controller."""
+def noticed(folder: RunFolder, spec: AnyTrainSpec) -> "UserCallback":
+    """Return a callback that tells the person at the driver of lost workers and of storage that isn't shared.
+
+    It runs in Ray's controller, on the driver's node.
+    """
     from ray.train import UserCallback
+
+    from lossworks_jobs.worker import UNSHARED
 
     least = spec.elastic.min_workers
     when = f"all {spec.workers} workers have" if least is None else f"at least {least} of them have"
 
-    class Losses(UserCallback):
+    class Noticed(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            del run_context, checkpoint
+            Outcome("storage", metrics[0][UNSHARED], 0, {}, None, None).write(folder.outcome_file)
+
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             del run_context
             ranks = ", ".join(map(str, sorted(worker_exceptions)))
             cause = last_line(worker_exceptions[min(worker_exceptions)])
             folder.notify(f"lost rank {ranks} ({cause[:200]}); starting again once {when} room")
 
-    return Losses()
+    return Noticed()
 
 
 def read_outcome(folder: RunFolder) -> Outcome:

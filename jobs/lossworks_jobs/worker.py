@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from lossworks.tracking import Journal
     from lossworks.training.world import World
 
+UNSHARED = "unshared"
+"""Under this name workers report that a node misses something of the driver's; they report nothing else."""
+
 # Ray's controller imports this module too: torch and all that needs it stay inside the function.
 
 
@@ -23,8 +26,9 @@ def run_worker(config: dict[str, Any]) -> None:
             and ``threads`` (CPUs of this worker).
 
     Raises:
-        RunError: The nodes don't share storage, or it can't be written.
+        RunError: The journal can't be written.
     """
+    import ray.train
     import torch
 
     from lossworks.logs import writing_logs
@@ -34,7 +38,11 @@ def run_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     folder, world = RunFolder(Path(config["folder"])), World.current()
     # First of all: what is written below would make folders, and hide that they are not the driver's.
-    require_shared(world, [folder.spec_file, *([Path(config["corpus"])] if config["corpus"] else [])])
+    complaint = unshared(world, [folder.spec_file, *([Path(config["corpus"])] if config["corpus"] else [])])
+    if complaint:
+        # Raised, it would only make Ray try again; and what is written here may never get to the driver.
+        ray.train.report({UNSHARED: complaint})
+        return
     with writing_logs(folder.logs, run=folder.run_id, who=world.rank, echo=True):
         _take_part(config, folder, world.rank)
 
@@ -94,21 +102,15 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
         outcome.write(folder.outcome_file)
 
 
-def require_shared(world: "World", paths: list[Path]) -> None:
-    """Check that this node sees what the driver wrote.
-
-    Raises:
-        RunError: On every rank, if one does not.
-    """
+def unshared(world: "World", paths: list[Path]) -> str | None:
+    """Return, on every rank, what the node of the first that misses something of the driver's lacks."""
     missing = next((path for path in paths if not path.exists()), None)
-    complaint = world.first(
+    return world.first(
         f"{missing}: can't be seen on node {platform.node()}; all nodes must share runs and caches: set "
         "storage and LOSSWORKS_HOME to folders on shared storage"
         if missing
         else None
     )
-    if complaint:
-        raise RunError(complaint)
 
 
 def _write(journal: "Journal", step: int, metrics: dict[str, float], patience_s: float) -> None:

@@ -3,12 +3,15 @@
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from lossworks.runs import run_of
 from lossworks_jobs.nodes import start_nodes
 from lossworks_testing.clusters import (
+    blind_node,
     cli,
     command,
     curve,
@@ -200,6 +203,32 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(nodes, here, f
     assert steps == list(range(1, len(steps) + 1))
     assert "starting again once at least 1 of them have room" in notices(folder)
     assert curve(folder)[-1][1] < curve(folder)[0][1] - 2
+
+
+@SLOW
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], check=False).returncode != 0,
+    reason="needs the right to hide folders from a process (unshare --mount)",
+)
+def test_a_node_without_the_shared_storage_ends_the_job_in_a_line(here, file, tmp_path, monkeypatch):
+    """The node has a file system of its own: the job fails with the node, the folder and what to do."""
+    home, log = tmp_path / "home", tmp_path / "log"
+    monkeypatch.setenv("LOSSWORKS_HOME", str(home))
+    with (
+        start_nodes(1, cpus=1, port=0, dashboard_port=0, logs=tmp_path / "logs") as nodes,
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary,
+        blind_node(nodes, home, Path(temporary), tmp_path / "node.log"),
+    ):
+        status = command("submit", str(file), "--address", nodes.jobs, home=home, log=log).wait(200)
+    printed = log.read_text()
+
+    assert status == 1, printed
+    assert f"{home}/runs/" in printed
+    assert re.search(
+        r"^lossworks: error: run \w+: .* can't be seen on node \S+; all nodes must", printed, re.M
+    )
+    assert "lost rank" not in printed  # nobody is, and trying again would change nothing
+    assert "Traceback" not in printed
 
 
 @SLOW

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lossworks.cli import main
-from lossworks.errors import RunError, UserError
+from lossworks.errors import UserError
 from lossworks.training.world import World
 from lossworks_jobs import lock
 from lossworks_jobs.bundle import FILES, SPEC_FILE, make_bundle
@@ -20,7 +20,7 @@ from lossworks_jobs.fitting import last_line
 from lossworks_jobs.nodes import LOOPBACK, require_token, use_token
 from lossworks_jobs.package import write_package
 from lossworks_jobs.submission import Options, runtime_environment, start_script
-from lossworks_jobs.worker import require_shared
+from lossworks_jobs.worker import unshared
 from lossworks_testing.training import tiny_spec, write_text
 
 MIB = 2**20
@@ -315,8 +315,7 @@ def test_the_line_that_tells_what_happened(text, line):
 def test_a_node_that_does_not_share_storage_is_named(tmp_path):
     """Before anything is written there, which would hide it."""
     alone = World(0, 1, torch.device("cpu"))
-    require_shared(alone, [tmp_path])
-    with pytest.raises(
-        RunError, match=rf"{tmp_path}/spec.yaml: can't be seen on node {platform.node()}; all nodes"
-    ):
-        require_shared(alone, [tmp_path, tmp_path / "spec.yaml"])
+    found = unshared(alone, [tmp_path, tmp_path / "spec.yaml"])
+
+    assert unshared(alone, [tmp_path]) is None
+    assert found.startswith(f"{tmp_path}/spec.yaml: can't be seen on node {platform.node()}; all nodes")

@@ -15,7 +15,8 @@ class Outcome:
 
     Attributes:
         status: ``finished`` all steps, ``stopped`` when asked to, ``diverged`` to NaN or infinity, ``failed``
-            at something the spec asks for, or at ``storage`` that refused to the end of its patience.
+            at something the spec asks for, or at ``storage`` that refused to the end of its patience or that
+            nodes don't share.
         reason: One sentence for a person, empty if finished.
         step: Last step done.
         metrics: Last value of each metric, by its tracked name.

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,39 @@ def lose(process: subprocess.Popen) -> None:
         except psutil.NoSuchProcess:
             continue
     process.wait()
+
+
+@contextmanager
+def blind_node(nodes: Nodes, home: Path, temporary: Path, log: Path) -> Iterator[subprocess.Popen]:
+    """A node of one CPU that joins ``nodes`` and finds an empty folder where the shared home folder is.
+
+    Args:
+        nodes: The cluster, with a token of its own making.
+        home: The home folder, which holds that token.
+        temporary: Ray's folder on this node; sockets lie in it, so its path must be short.
+        log: File for the node's output.
+    """
+    token = (home / "ray-token").read_text(encoding="ascii")
+    hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(home)]
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", nodes.gcs, "--num-cpus", "1"]
+    start += ["--temp-dir", str(temporary), "--dashboard-agent-listen-port", "0", "--block"]
+    with log.open("wb") as file:
+        node = subprocess.Popen(
+            [*hide, *start],
+            env={
+                **os.environ,
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": token,
+                "LOSSWORKS_HOME": str(home),
+            },
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until(lambda: "Ray runtime started" in log.read_text(), "a node", seconds=60)
+        yield node
+    finally:
+        lose(node)
 
 
 def command(*arguments: str, home: Path, log: Path) -> subprocess.Popen:
