@@ -104,6 +104,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     job = submit(server, bundle, arguments.resume, options)
     sent = f", {bundle.size / 2**20:.1f} MiB of files with it" if bundle and bundle.uploads else ""
     print(f"job {job} at {server.address}{sent}", flush=True)
+    if options.install:
+        print("the nodes install requirements.lock first, once for all jobs, which takes minutes", flush=True)
     if arguments.detach:
         print(f"its output: {program()} jobs logs {job} --follow --address {server.address}")
         return 0

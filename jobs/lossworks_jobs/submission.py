@@ -16,6 +16,8 @@ from lossworks_jobs.manifest import require_no_secrets
 from lossworks_jobs.package import lock_file, write_package
 from lossworks_jobs.server import JobServer
 
+_INSTALL_S = 1800
+
 # The script becomes the process that it starts, so that signals reach it.
 _SCRIPT = """\
 for python in {interpreters}; do
@@ -97,6 +99,8 @@ def runtime_environment(options: Options) -> dict[str, Any]:
         lines = lock_file().read_text(encoding="utf-8").splitlines()
         packages = [line for line in lines if line.strip() and not line.startswith("#")]
         environment["pip"] = {"packages": packages, "pip_check": False}
+        # Gigabytes for a GPU build of torch; Ray gives up after ten minutes.
+        environment["config"] = {"setup_timeout_seconds": _INSTALL_S}
     return environment
 
 

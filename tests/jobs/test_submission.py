@@ -160,8 +160,10 @@ def test_a_job_is_started_by_an_interpreter_that_has_ray(tmp_path):
     script = start_script("a key", "a run", Options())
     assert "--key 'a key' --resume 'a run' --check-lock" in script
     assert runtime_environment(Options(graceful_s=9))["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "9"
-    packages = runtime_environment(Options(install=True))["pip"]["packages"]
-    assert any(line.startswith("ray") for line in packages)
+    installing = runtime_environment(Options(install=True))
+    assert any(line.startswith("ray") for line in installing["pip"]["packages"])
+    assert installing["config"]["setup_timeout_seconds"] >= 1800
+    assert "config" not in runtime_environment(Options())
 
 
 @pytest.mark.parametrize(
