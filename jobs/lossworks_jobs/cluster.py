@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from lossworks.errors import UserError
 from lossworks.home import ray_variables
 from lossworks.ports import host_and_port, silence
+from lossworks.signals import hangups_ignored
 from lossworks.specs import RunSpec
 from lossworks_jobs.nodes import use_token
 
@@ -51,14 +52,15 @@ def _start(address: str | None) -> None:
         # What runs here may be another run's own, which lets nobody in and ends with it.
         address = "local"
     try:
-        ray.init(
-            address=address,
-            include_dashboard=False,
-            # Workers leave what a person should see in the run's folder; the rest is in Ray's own logs.
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": ray_variables()},
-        )
+        with hangups_ignored():
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                # Workers leave what a person should see in the run's folder; the rest is in Ray's own logs.
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": ray_variables()},
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--address {address}: no Ray cluster answers there: {first_line}") from None

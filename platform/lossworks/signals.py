@@ -1,6 +1,7 @@
-"""Ctrl-C and SIGTERM mean the same: stop, in good order."""
+"""Ctrl-C, SIGTERM and the terminal's end mean the same: stop, in good order."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,19 +12,45 @@ from types import FrameType
 def stop_signals_interrupt() -> Iterator[None]:
     """Raise KeyboardInterrupt for SIGTERM, the notice before a machine goes away, as for Ctrl-C.
 
-    SIGINT is set, too: a shell that starts a script in the background has it ignored. Outside of the main
-    thread, which alone gets signals, nothing is changed.
+    So does SIGHUP, sent when a window or connection is closed, unless it is ignored, as under ``nohup``; what
+    is printed afterwards goes nowhere. SIGINT is set, too: a shell that starts a script in the background has
+    it ignored. Outside of the main thread, which alone gets signals, nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    terminals = [
+        descriptor for descriptor in (1, 2) if os.isatty(descriptor)
+    ]  # can't be asked once it is gone
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            # Printing to a terminal that is gone is an error, in the middle of whatever saves the run.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def hangups_ignored() -> Iterator[None]:
+    """Have processes that are started meanwhile outlive the terminal: who started them ends them in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)

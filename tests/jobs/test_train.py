@@ -1,5 +1,6 @@
 """Training on a real Ray instance: results, tracking, lost workers, interruptions, resuming."""
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from lossworks.tracking.client import connect
 from lossworks.training.checkpoint import find_damage
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.train import train
+from lossworks_testing.clusters import until
+from lossworks_testing.terminal import Terminal
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -199,6 +202,37 @@ def test_an_interrupted_command_is_resumed_to_the_same_end(finished, home, clust
     assert again.returncode == 0, text
     assert curve(folder) == curve(finished.folder)
     assert tracked(folder.spec(), folder.run_id).info.status == "FINISHED"
+
+
+@SLOW
+def test_a_run_whose_terminal_is_closed_is_saved(spec, tmp_path, monkeypatch):
+    """Ray's own processes, started in the same terminal, outlive it until the checkpoint is there."""
+    file, home = tmp_path / "spec.yaml", tmp_path / "home"
+    monkeypatch.setenv("LOSSWORKS_HOME", str(home))
+    file.write_text(spec.to_yaml())
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    code = "import sys; from lossworks.cli import main; sys.exit(main())"
+    terminal = Terminal(
+        [sys.executable, "-c", code, "train", str(file), "steps=100000"],
+        variables | {"LOSSWORKS_HOME": str(home)},
+    )
+    until(lambda: list(home.glob("runs/*/metrics.jsonl")), "a run")
+    folder = newest(home)
+    until(lambda: len(curve(folder)) > 30, "some steps")
+    processes = psutil.Process(terminal.pid).children(recursive=True)
+
+    assert terminal.close() == 130
+    stopped_at = curve(folder)[-1][0]
+    assert (folder.checkpoints / f"step-{stopped_at:08d}" / "manifest.json").is_file()
+    assert tracked(folder.spec(), folder.run_id).info.status == "KILLED"
+    until(lambda: not any(map(running, processes)), "the end of Ray", seconds=30)
+
+
+def running(process):
+    """Return whether a process is there and no zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @SLOW
