@@ -7,9 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
-from lossworks.errors import LossworksError, RunError, UserError
+from lossworks.errors import LossworksError, RunError
 from lossworks.runs import RunFolder
 from lossworks_federated.rounds import FederationOutcome, RoundFiles, Rounds
 from lossworks_federated.specs import FederationSpec, StrategySpec, TaskSpec
@@ -195,10 +193,7 @@ def read_session_spec(folder: RunFolder) -> FederationSpec:
     Raises:
         UserError: The run is no federation.
     """
-    values = yaml.safe_load(folder.spec_file.read_text(encoding="utf-8"))
-    if "strategies" not in values:
-        raise UserError(f"run {folder.run_id}: is no federation; `lossworks train --resume` may know it")
-    return FederationSpec.parse(values, source=str(folder.spec_file))
+    return FederationSpec.read(folder.spec_file)
 
 
 def _parameters(spec: FederationSpec) -> dict[str, object]:

@@ -200,6 +200,8 @@ class TaskSpec(Spec):
 class FederationSpec(Spec):
     """A comparison of strategies over seeds, or one strategy with one seed."""
 
+    command: ClassVar[str | None] = "federate"
+
     name: str = Field("federate", min_length=1, max_length=100, description="name of the run in MLflow")
     engine: Literal["cohort", "flower"] = Field(
         "cohort",

@@ -407,12 +407,12 @@ def test_resume_refuses_what_is_no_federation(
     del at_home
     (tmp_path / "spec.yaml").write_text("task: classification\n")
     assert main(["federate", "--resume", str(tmp_path)]) == 2
-    assert "is no federation" in capsys.readouterr().err
+    assert "describes a training, which `lossworks train` runs and resumes" in capsys.readouterr().err
     assert main(["federate", "--resume", str(tmp_path), "rounds=3"]) == 2
     write_spec(tmp_path)
     for command in ("report", "sync"):
         assert main([command, str(tmp_path)]) == 2
-        assert "spec of a federation" in capsys.readouterr().err
+        assert "describes a federation" in capsys.readouterr().err
 
 
 def test_natural_owners_become_clients(at_home: Path, tmp_path: Path) -> None:

@@ -120,3 +120,37 @@ def test_a_wrong_classifier_is_refused_in_one_line(override, message, home, caps
     """Before Ray starts, also where only the examples tell."""
     given = ["train", "jobs/specs/digits.yaml", "model.kind=cnn", override]
     assert message in refused(given, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("command", "spec", "kind", "right"),
+    [
+        ("train", "tune/specs/label-noise.yaml", "a sweep", "tune"),
+        ("train", "federated/specs/digits.yaml", "a federation", "federate"),
+        ("tune", "jobs/specs/demo.yaml", "a training", "train"),
+        ("tune", "federated/specs/digits.yaml", "a federation", "federate"),
+        ("federate", "jobs/specs/digits.yaml", "a training", "train"),
+        ("federate", "tune/specs/label-noise.yaml", "a sweep", "tune"),
+    ],
+)
+def test_another_commands_spec_is_refused_by_what_it_is(
+    command, spec, kind, right, home, capsys, monkeypatch
+):
+    """Rather than by each of its fields; the command that runs it is named."""
+    error = refused([command, spec, "name=other"], capsys, monkeypatch)
+
+    assert (
+        error == f"lossworks: error: {spec}: describes {kind}, which `lossworks {right}` runs and resumes\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["report", "sync", "export"])
+def test_another_commands_run_is_refused_by_what_it_is(command, home, tmp_path, capsys):
+    """The commands for trainings name the one that knows the run."""
+    (tmp_path / "spec.yaml").write_text("base: {}\ntrials: 4\n")
+    arguments = ["--to", str(tmp_path / "model")] if command == "export" else []
+
+    assert main([command, str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "describes a sweep, which `lossworks tune` runs and resumes" in error

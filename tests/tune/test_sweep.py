@@ -132,7 +132,7 @@ def test_the_command_refuses_in_one_line(at_home, tmp_path, capsys):
     other.mkdir()
     (other / "spec.yaml").write_text("task: classification\n")
     assert main(["tune", "--resume", str(other)]) == 2
-    assert "is no sweep" in capsys.readouterr().err
+    assert "describes a training, which `lossworks train` runs and resumes" in capsys.readouterr().err
 
 
 def test_more_trials_at_once_than_have_room_are_refused_before_anything_starts(at_home, tmp_path, capsys):

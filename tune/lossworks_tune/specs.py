@@ -125,6 +125,8 @@ class ConfirmSpec(Spec):
 class SweepSpec(Spec):
     """A search of losses and their hyperparameters, and of any other field of a training spec."""
 
+    command: ClassVar[str | None] = "tune"
+
     name: str = Field("tune", min_length=1, max_length=100, description="name of the run in MLflow")
     base: dict[str, Any] = Field(
         default_factory=dict,
@@ -226,6 +228,7 @@ class SweepSpec(Spec):
             UserError: The file is missing, is no YAML mapping, or holds a wrong value.
         """
         values = read_yaml(path)
+        cls.require_own(values, str(path))
         values["base"] = _read_base(values.get("base", {}), Path(path).parent)
         # Overrides reach into it, since it has been read.
         return cls.parse(apply_overrides(cls, values, overrides), source=str(path))

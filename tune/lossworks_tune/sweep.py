@@ -161,10 +161,7 @@ def read_sweep_spec(folder: RunFolder) -> SweepSpec:
     Raises:
         UserError: The run is no sweep.
     """
-    values = read_yaml(folder.spec_file)
-    if "objectives" not in values:
-        raise UserError(f"run {folder.run_id}: is no sweep; `lossworks train --resume` may know it")
-    return SweepSpec.parse(values, source=str(folder.spec_file))
+    return SweepSpec.parse(read_yaml(folder.spec_file), source=str(folder.spec_file))
 
 
 def require_same(stored: SweepSpec, asked: SweepSpec) -> None:

@@ -11,11 +11,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lossworks.errors import UserError, nearest, redact
 
+# By a field that others have not: what a spec describes, and the command that runs it.
+_KINDS = {
+    "base": ("a sweep", "tune"),
+    "strategies": ("a federation", "federate"),
+    "steps": ("a training", "train"),
+    "task": ("a training", "train"),
+}
+
 
 class Spec(BaseModel):
     """Base of all specs: frozen, unknown keys refused, every number with its range.
 
     Attributes:
+        command: The command that runs what the spec describes; None for the groups within.
         shorthand: The field that a plain value sets where the whole group is meant, as ``sharding=fsdp`` sets
             ``sharding.kind``; None if a plain value is a mistake.
         open_to: The field whose value decides what further fields there are, as ``loss.name`` decides the
@@ -23,6 +32,7 @@ class Spec(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    command: ClassVar[str | None] = None
     shorthand: ClassVar[str | None] = None
     open_to: ClassVar[str | None] = None
 
@@ -38,6 +48,7 @@ class Spec(BaseModel):
         Raises:
             UserError: Naming every wrong field by its dotted path, its value and what would be right.
         """
+        cls.require_own(values, source)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -50,7 +61,20 @@ class Spec(BaseModel):
         Raises:
             UserError: The file is missing, is no YAML mapping, or holds a wrong value.
         """
-        return cls.parse(apply_overrides(cls, read_yaml(path), overrides), source=str(path))
+        values = read_yaml(path)
+        cls.require_own(values, str(path))  # first, since other fields can be overridden there
+        return cls.parse(apply_overrides(cls, values, overrides), source=str(path))
+
+    @classmethod
+    def require_own(cls, values: Mapping[str, Any], source: str) -> None:
+        """Refuse what another command runs, rather than each of its fields.
+
+        Raises:
+            UserError: Naming that command.
+        """
+        kind, command = next((kind for field, kind in _KINDS.items() if field in values), ("", None))
+        if command and cls.command and command != cls.command:
+            raise UserError(f"{source}: describes {kind}, which `lossworks {command}` runs and resumes")
 
     def override(self, overrides: Sequence[str]) -> Self:
         """Return a copy with ``key.path=value`` overrides applied and everything checked again.
@@ -183,7 +207,9 @@ def _require_known(model: type[BaseModel], key: str) -> None:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     guess = nearest(key, known)
-    hint = f"; did you mean {guess}?" if guess else f"; known keys: {', '.join(known)}"
+    group = key.rpartition(".")[0]
+    beside = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == group]
+    hint = f"; did you mean {guess}?" if guess else f"; known keys: {', '.join(beside or known)}"
     return f"{key}: unknown key{hint}"
 
 

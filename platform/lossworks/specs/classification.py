@@ -142,8 +142,7 @@ def read_train_spec(path: str | Path, overrides: Sequence[str] = ()) -> AnyTrain
 
 
 def _class_of(values: Mapping[str, Any], source: str) -> type[TrainSpec] | type[ClassifierSpec]:
-    if "strategies" in values:
-        raise UserError(f"{source}: is the spec of a federation, which `lossworks federate` runs and resumes")
+    TrainSpec.require_own(values, source)
     task = values.get("task", "language-model")
     if not isinstance(task, str) or task not in _CLASSES:
         raise UserError(f"{source}: task={task!r} must be one of {', '.join(_CLASSES)}")

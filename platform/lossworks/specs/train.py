@@ -1,7 +1,7 @@
 """The spec of one training run."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,8 @@ from lossworks.specs.tracking import ModelTrackingSpec
 
 class RunSpec(Spec):
     """What every training run has; the same spec and seed give the same result."""
+
+    command: ClassVar[str | None] = "train"
 
     name: str = Field("train", min_length=1, max_length=100, description="name of the run in MLflow")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the parameters, the data order and all noise")
