@@ -105,9 +105,9 @@ def read_outcome(folder: RunFolder) -> Outcome:
 def last_line(error: BaseException) -> str:
     """Return the last line of what an error says that names an error, or the last at all.
 
-    Where in C++ it came from, which may stand behind, is left out.
+    Where in C++ it came from, which may stand behind or within, is left out.
     """
-    text = str(error).partition("\nAt:\n")[0]
+    text = re.sub(r"\[\S+\.(cc|cpp|cu|h):\d+\] ", "", str(error).partition("\nAt:\n")[0])
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return (named or lines)[-1]

@@ -305,12 +305,16 @@ def test_a_manifest_is_printed_instead_of_a_job_sent(home, capsys):
             "Got an error: RuntimeError: closed by peer\n\nAt:\n  f.py(49): g\n\n",
             "Got an error: RuntimeError: closed by peer",
         ),
+        (
+            "Got an error: RuntimeError: [/src/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:295.",
+            "Got an error: RuntimeError: Connection closed by peer [127.0.0.1]:295.",
+        ),
         ("RuntimeError: first\n  detail", "RuntimeError: first"),
         ("", "OSError"),
     ],
 )
 def test_the_line_that_tells_what_happened(text, line):
-    """Of tracebacks, of torch's errors with places in C++ behind them, and of silent ones."""
+    """Of tracebacks, of torch's errors with places in C++, and of silent ones."""
     assert last_line(OSError(text)) == line
 
 
