@@ -17,6 +17,7 @@ from lossworks.cohort import Member
 from lossworks.errors import RunError
 from lossworks.models import build_classifier
 from lossworks.tensors import write_tensors
+from lossworks.training.hardware import peak_memory_bytes
 from lossworks_federated.grid import CohortGrid
 from lossworks_federated.records import array_record, member_from
 from lossworks_federated.rounds import build_strategy, described
@@ -124,15 +125,8 @@ def main() -> None:
     found["moved"] = squares**0.5
     write_tensors(Path(case["model"]), model)
     found["parameters"] = sum(value.numel() for value in world.initial.values())
-    found["peak_bytes"] = _peak_bytes()
+    found["peak_bytes"] = peak_memory_bytes(torch.device("cpu"))
     print(json.dumps(found), flush=True)
-
-
-def _peak_bytes() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 if __name__ == "__main__":

@@ -116,21 +116,18 @@ def _resident_peak() -> tuple[Callable[[], int], str]:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
+        import torch
+
+        from lossworks.training.hardware import peak_memory_bytes
+
         # Where it can't be set back, an earlier peak hides growth.
-        return _max_resident, "ru_maxrss"
+        return lambda: peak_memory_bytes(torch.device("cpu")), "ru_maxrss"
     return _high_water_mark, "VmHWM"
 
 
 def _high_water_mark() -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def _max_resident() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _give_back_freed_memory() -> None:
