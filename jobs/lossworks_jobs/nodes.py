@@ -14,6 +14,7 @@ from pathlib import Path
 from lossworks.errors import RunError, UserError
 from lossworks.home import QUIET_ENVIRONMENT, home, home_path, ray_token_given
 from lossworks.ports import require_free
+from lossworks.signals import end_with_parent
 
 _START_S = 90.0
 _STOP_S = 15.0
@@ -179,7 +180,12 @@ def _start(
     command += ["--disable-usage-stats", "--block"]
     with log.open("wb") as file:
         return subprocess.Popen(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,  # noqa: PLW1509  (a system call alone, no lock)
         )
 
 

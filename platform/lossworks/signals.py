@@ -1,11 +1,17 @@
 """Ctrl-C, SIGTERM and the terminal's end mean the same: stop, in good order."""
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+_PR_SET_PDEATHSIG = 1
+# Loaded here: between fork and exec nothing may wait for a lock that another thread held.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @contextlib.contextmanager
@@ -54,3 +60,13 @@ def hangups_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def end_with_parent() -> None:
+    """Have this process told to end when its parent's thread ends, however that is killed; on Linux alone.
+
+    It is for ``subprocess.Popen(..., preexec_fn=end_with_parent)``, and for children that have a session of
+    their own, which no signal to the parent's group reaches.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

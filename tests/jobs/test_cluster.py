@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lossworks.runs import run_of
@@ -286,3 +287,17 @@ def test_a_run_of_its_own_lets_nobody_in(file, tmp_path, monkeypatch):
     assert run.wait(60) == 130
     assert stranger.returncode != 0
     assert "Unauthenticated" in stranger.stderr
+
+
+@SLOW
+def test_a_cluster_ends_with_its_command(tmp_path):
+    """Also where that is killed without a word: no node stays behind with its ports."""
+    log = tmp_path / "log"
+    process = command("cluster", "--port", "0", "--dashboard-port", "0", home=tmp_path / "home", log=log)
+    until(lambda: "Ctrl-C ends all nodes" in log.read_text(), "a cluster")
+    members = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+
+    assert {"gcs_server", "raylet"} <= {member.name() for member in members}
+    assert psutil.wait_procs(members, timeout=30)[1] == []

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from lossworks_testing.terminal import Terminal
@@ -55,3 +56,19 @@ def test_nohup_means_to_go_on(tmp_path):
 
     assert process.communicate(timeout=20)[0] == ""
     assert (tmp_path / "file").read_text() == "saved"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_a_child_ends_with_a_parent_that_is_killed():
+    """Also if it has a session of its own, and the parent no chance to say anything."""
+    code = (
+        "import subprocess, time; from lossworks.signals import end_with_parent\n"
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True, preexec_fn=end_with_parent)\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+
+    child.wait(timeout=10)
+    assert not child.is_running()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from lossworks.errors import RunError
 from lossworks.home import QUIET_ENVIRONMENT
 from lossworks.ports import require_free
-from lossworks.signals import stop_signals_interrupt
+from lossworks.signals import end_with_parent, stop_signals_interrupt
 
 
 def backend_environment(uri: str) -> dict[str, str]:
@@ -40,7 +40,12 @@ def serve(arguments: Sequence[str], *, host: str, port: int, environment: Mappin
     # Its background jobs are of no use to someone who looks at runs, and cost five more processes.
     quiet = {**QUIET_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # In a session of its own Ctrl-C reaches only us: the server would answer it with tracebacks.
-    server = subprocess.Popen(command, env={**os.environ, **quiet, **environment}, start_new_session=True)
+    server = subprocess.Popen(
+        command,
+        env={**os.environ, **quiet, **environment},
+        start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509  (a system call alone, no lock)
+    )
     try:
         with stop_signals_interrupt():
             status = server.wait()
