@@ -16,9 +16,8 @@ import yaml
 
 from lossworks.cli import Command
 from lossworks.errors import UserError
-from lossworks.specs.base import read_yaml
+from lossworks.specs.base import kind_of, read_yaml
 from lossworks.specs.files import NamedFile, named_files, with_paths
-from lossworks.trainables import task_of
 
 UPLOADED = "upload://"
 SPEC_FILE = "spec.yaml"
@@ -89,10 +88,8 @@ def make_bundle(spec: str, overrides: Sequence[str], *, upload: bool, limit: int
 
 
 def command_of(values: dict[str, Any]) -> str:
-    """Return which command runs a spec: a sweep has a base, all others a task."""
-    if "base" in values:
-        return "tune"
-    return "federate" if task_of(values) == "federation" else "train"
+    """Return which command runs a spec; every field of a training may be left out."""
+    return kind_of(values)[1] or "train"
 
 
 def _resolved(command: str, spec: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -20,6 +20,11 @@ _KINDS = {
 }
 
 
+def kind_of(values: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a spec's values describe and the command that runs it; nothing if that can't be told."""
+    return next((kind for field, kind in _KINDS.items() if field in values), ("", ""))
+
+
 class Spec(BaseModel):
     """Base of all specs: frozen, unknown keys refused, every number with its range.
 
@@ -72,7 +77,7 @@ class Spec(BaseModel):
         Raises:
             UserError: Naming that command.
         """
-        kind, command = next((kind for field, kind in _KINDS.items() if field in values), ("", None))
+        kind, command = kind_of(values)
         if command and cls.command and command != cls.command:
             raise UserError(f"{source}: describes {kind}, which `lossworks {command}` runs and resumes")
 

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lossworks.ports import require_free
 from lossworks_testing.forkserver import forkserver
 
 
@@ -20,9 +20,7 @@ def run_ranks(workers: int, function: Callable[..., Any], *arguments: Any, folde
 
     ``function`` must be importable by name and its result plain data.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = require_free("127.0.0.1", 0, named="127.0.0.1")
     given = (workers, port, function, arguments, str(folder), dict(os.environ))
     mp.start_processes(_rank, given, nprocs=workers, start_method=forkserver().get_start_method())
     results = [pickle.loads((folder / f"rank-{rank}").read_bytes()) for rank in range(workers)]  # noqa: S301

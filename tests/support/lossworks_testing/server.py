@@ -2,7 +2,6 @@
 
 import configparser
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,14 +10,14 @@ from pathlib import Path
 
 import psutil
 
+from lossworks.ports import require_free
+
 PROGRAM = [sys.executable, "-c", "import sys; from lossworks.cli import main; sys.exit(main())"]
 
 
 def free_port() -> int:
     """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return require_free("127.0.0.1", 0, named="127.0.0.1")
 
 
 class TeamServer:
