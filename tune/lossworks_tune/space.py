@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError, nearest
-from lossworks.losses.catalogue import declaration
 from lossworks.specs import Spec
 from lossworks.trainables import Trainable, task_of, trainable
 from lossworks_tune.specs import DimensionSpec, SweepSpec, loss_fields, merged

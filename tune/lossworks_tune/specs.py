@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError
-from lossworks.losses.catalogue import declaration
 from lossworks.specs import Spec, TrackingSpec
 from lossworks.specs.base import apply_overrides, read_yaml
 

@@ -13,9 +13,9 @@ from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.linear_ce import parse_shape
 from lossworks.benchmarks.table import Row
 from lossworks.benchmarks.worker import run_worker
+from lossworks.catalogue.registry import declarations
 from lossworks.cli import require_one
 from lossworks.errors import RunError
-from lossworks.losses.catalogue import declarations
 from lossworks.specs import Spec
 
 

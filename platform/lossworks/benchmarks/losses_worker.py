@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lossworks.benchmarks.linear_ce_inputs import make_inputs
 from lossworks.benchmarks.worker import median_seconds, peak_growth
+from lossworks.entries.losses.classification.factored_head import FactoredHead
 from lossworks.head import linear_cross_entropy
 from lossworks.losses import create
-from lossworks.losses.factored_head import FactoredHead
 
 _SEQUENCES = 16  # into which a sequence loss's rows are cut
 _LR = 0.01

@@ -5,8 +5,8 @@ Declarations are read without torch; the code of an entry is imported when it is
 
 from typing import TYPE_CHECKING, Any
 
-from lossworks.losses.catalogue import create, declaration, declarations, search_space
-from lossworks.losses.declaration import Case, Declaration, Hyperparameter, Paper
+from lossworks.catalogue.declaration import Case, Declaration, Hyperparameter, Paper
+from lossworks.catalogue.registry import create, declaration, declarations, search_space
 
 if TYPE_CHECKING:
     from lossworks.losses.interface import Context, Entry, Loss, RowLoss

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossworks.catalogue.declaration import Kind
 from lossworks.errors import UserError
-from lossworks.losses.declaration import Kind
 from lossworks.losses.examples import BINS, EXAMPLES, Example, make_example
 
 _ROWS, _DIRECTIONS, _STEP = 11, 4, 1e-6
@@ -45,7 +45,7 @@ class Subject:
         build: Makes the loss anew for a reduction; random ones must begin at the same state.
         kind: What it works on.
         requires: Further inputs.
-        flags: As in :class:`lossworks.losses.declaration.Declaration`.
+        flags: As in :class:`lossworks.catalogue.declaration.Declaration`.
         hyperparameters: As given.
     """
 
@@ -84,7 +84,7 @@ def subject_of(name: str, hyperparameters: dict[str, Any]) -> Subject:
     Raises:
         UserError: There is none of that name, or it works on something that has no audit.
     """
-    from lossworks.losses.catalogue import declaration, entry_class, installed_class
+    from lossworks.catalogue.registry import declaration, entry_class, installed_class
 
     if ":" in name:
         made = installed_class(name)

@@ -75,8 +75,8 @@ def _audit_all(arguments: argparse.Namespace) -> "dict[str, list[Finding]]":
     from rich.markup import escape
     from rich.table import Table
 
+    from lossworks.catalogue.registry import declarations
     from lossworks.losses.audit import audit, subject_of
-    from lossworks.losses.catalogue import declarations
     from lossworks.losses.examples import EXAMPLES
 
     findings: dict[str, list[Finding]] = {}

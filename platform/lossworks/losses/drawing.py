@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lossworks.catalogue.declaration import Hyperparameter
+from lossworks.catalogue.registry import create, declaration
 from lossworks.errors import UserError
-from lossworks.losses.catalogue import create, declaration
-from lossworks.losses.declaration import Hyperparameter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lossworks.losses.declaration import Kind
+from lossworks.catalogue.declaration import Kind
 
 _CLASSES, _LENGTH, _POSITIVES = 7, 3, 3
 BINS = 51  # of a value head, unless its loss says so

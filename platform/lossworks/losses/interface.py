@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lossworks.catalogue.declaration import Case, Declaration, Hyperparameter, Kind, Paper
 from lossworks.errors import UserError, nearest
 from lossworks.head import LogSumExp, Target, VocabParallel, linear_row_loss
 from lossworks.head.arguments import Implementation, all_classes, check_choice, operands
 from lossworks.head.reference import dense_logits
-from lossworks.losses.declaration import Case, Declaration, Hyperparameter, Kind, Paper
 from lossworks.losses.rows import DenseRows, LinearRows, Rows, wide
 
 Reduction = Literal["mean", "sum", "none"]
@@ -62,7 +62,7 @@ class Entry:
 
     A subclass declares hyperparameters as class attributes (``temperature: float = number(1.0, …)``); on an
     instance they are plain values. The attributes below are those of
-    :class:`lossworks.losses.declaration.Declaration`; ``title`` is the first line of the docstring.
+    :class:`lossworks.catalogue.declaration.Declaration`; ``title`` is the first line of the docstring.
     """
 
     slug: ClassVar[str] = ""

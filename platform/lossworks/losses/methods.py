@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from lossworks.losses.declaration import Kind
+from lossworks.catalogue.declaration import Kind
 from lossworks.losses.interface import Entry
 
 

@@ -5,9 +5,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lossworks.catalogue.declaration import Kind
 from lossworks.errors import UserError
 from lossworks.head.rows import check_range
-from lossworks.losses.declaration import Kind
 from lossworks.losses.interface import Loss
 from lossworks.losses.rows import wide
 

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lossworks.catalogue.declaration import Kind
 from lossworks.errors import UserError
-from lossworks.losses.declaration import Kind
 from lossworks.losses.interface import Context, Loss
 from lossworks.losses.rows import wide
 

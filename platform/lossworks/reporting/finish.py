@@ -74,8 +74,8 @@ def draw_collapse(folder: RunFolder) -> Path | None:
         return None
     import torch
 
+    from lossworks.entries.analyses.neural_collapse import MATRICES, Grams
     from lossworks.losses import create
-    from lossworks.losses.entries.neural_collapse import MATRICES, Grams
 
     kinds = [
         [torch.tensor(matrices[f"{which} {name}"]) for which in ("found", "predicted")] for name in MATRICES

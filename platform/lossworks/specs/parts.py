@@ -13,8 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-from lossworks.losses.catalogue import declaration, declarations
-from lossworks.losses.declaration import Declaration
+from lossworks.catalogue.declaration import Declaration
+from lossworks.catalogue.registry import declaration, declarations
 from lossworks.specs.base import Spec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lossworks.losses.catalogue import declaration
+from lossworks.catalogue.registry import declaration
 from lossworks.specs.base import Spec
 from lossworks.specs.parts import (
     CheckpointSpec,

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossworks.entries.analyses.neural_collapse import MATRICES, ClassMoments
 from lossworks.losses import create
-from lossworks.losses.entries.neural_collapse import MATRICES, ClassMoments
 from lossworks.models import Head
 from lossworks.training.batches import IGNORE_INDEX
 from lossworks.training.task import Rows, Sums, as_sums

@@ -7,8 +7,8 @@ import torch
 
 from lossworks.benchmarks.losses_worker import dense_step, measure_loss
 from lossworks.cli import main
+from lossworks.entries.losses.classification.factored_head import FactoredHead
 from lossworks.losses import create
-from lossworks.losses.factored_head import FactoredHead
 
 TINY = ["bench", "losses", "shape=64x600x32", "classes=50,100", "step_rows=8", "step_features=16"]
 

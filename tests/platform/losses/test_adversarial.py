@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lossworks.entries.methods.adversarial import margins, projected_ascent, smooth_comp_sum
 from lossworks.losses import create
-from lossworks.losses.entries.adversarial import margins, projected_ascent, smooth_comp_sum
 
 SLUG = "smooth-adversarial-comp-sum"
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from lossworks.errors import UserError
-from lossworks.losses import create
-from lossworks.losses.entries.aggregate import (
+from lossworks.entries.losses.classification.aggregate import (
     bag_means,
     best_bag_size,
     linear_solution,
     release,
     shrinkage,
 )
+from lossworks.errors import UserError
+from lossworks.losses import create
 
 SLUG = "aggregate-interpolation"
 

@@ -7,16 +7,16 @@ import sys
 import pytest
 import torch
 
+from lossworks.catalogue.document import PAGE, catalogue_text, found, page_text
+from lossworks.catalogue.registry import FILE
 from lossworks.cli import main
 from lossworks.losses import create, declarations, search_space
-from lossworks.losses.catalogue import FILE
-from lossworks.losses.document import PAGE, catalogue_text, found, page_text
 from lossworks.losses.drawing import along_margin, curve_values
 from lossworks.specs import TrainSpec
 
 
 def test_the_generated_files_are_current():
-    """Run `python -m lossworks.losses.document` after a declaration has changed."""
+    """Run `python -m lossworks.catalogue.document` after a declaration has changed."""
     entries = found()
 
     assert FILE.read_text(encoding="utf-8") == catalogue_text(entries)
@@ -82,7 +82,7 @@ def test_curves_show_the_default_and_the_slope():
 def test_the_table_needs_no_torch():
     """Nor does the check of a spec; both answer at once."""
     code = (
-        "import sys; from lossworks.losses.command import LOSSES; from lossworks.specs import TrainSpec;"
+        "import sys; from lossworks.catalogue.command import LOSSES; from lossworks.specs import TrainSpec;"
         "TrainSpec().override(['loss=ldr']); from lossworks.losses import declarations; declarations();"
         "sys.exit('torch' in sys.modules)"
     )

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lossworks.errors import UserError
-from lossworks.losses import create
-from lossworks.losses.entries.correctness_aware import (
+from lossworks.entries.methods.correctness_aware import (
     confidence,
     correctness_loss,
     fit_temperature,
     image_views,
     signal_views,
 )
+from lossworks.errors import UserError
+from lossworks.losses import create
 
 
 def problem(n=400, k=6, seed=0):

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lossworks.entries.losses.sequences.dco import coverage_loss, pass_at
 from lossworks.errors import UserError
 from lossworks.losses import create
-from lossworks.losses.entries.dco import coverage_loss, pass_at
 
 
 def test_the_values_of_the_fact_sheet():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from lossworks.entries.losses.sequences.eisl import edit_invariant, ngram_scores
 from lossworks.errors import UserError
 from lossworks.losses import create
-from lossworks.losses.entries.eisl import edit_invariant, ngram_scores
 from lossworks.specs import TrainSpec
 
 

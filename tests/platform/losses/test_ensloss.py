@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lossworks.entries.losses.classification.ensloss import derivatives, inverse_box_cox
 from lossworks.errors import UserError
 from lossworks.losses import create, declarations
-from lossworks.losses.entries.ensloss import derivatives, inverse_box_cox
 
 IGNORE = -100
 SETTINGS = [{}, {"power": 1.0}, {"power": -1.0}, {"power": 0.3}, {"period": 2}]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from lossworks.entries.losses.classification.factored_head import FactoredHead
+from lossworks.entries.losses.classification.spherical_z import SphericalZ
 from lossworks.errors import UserError
 from lossworks.losses import create
-from lossworks.losses.entries.spherical_z import SphericalZ
-from lossworks.losses.factored_head import FactoredHead
 
 
 def dense_step(weight, hidden, targets, loss, lr):

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from lossworks.entries.analyses.lr_sensitivity import lr_sensitivity
 from lossworks.errors import UserError
 from lossworks.losses import create
-from lossworks.losses.entries.lr_sensitivity import lr_sensitivity
 
 
 def test_closed_forms():

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from lossworks.entries.losses.multi_label.soft_top_k import log_soft_top_k, threshold
 from lossworks.errors import UserError
 from lossworks.losses import create
-from lossworks.losses.entries.soft_top_k import log_soft_top_k, threshold
 
 IGNORE = -100
 MILD = {"temperature": 0.7}

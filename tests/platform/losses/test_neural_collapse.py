@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from lossworks.errors import UserError
-from lossworks.losses import create
-from lossworks.losses.entries.neural_collapse import (
+from lossworks.entries.analyses.neural_collapse import (
     ClassMoments,
     misfit,
     predict_cross_entropy,
     predict_squared,
 )
+from lossworks.errors import UserError
+from lossworks.losses import create
 
 COUNTS = (20, 10, 5, 5)
 DECAY_W, DECAY_H = 5e-3, 5e-4

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossworks.data import load_examples
+from lossworks.entries.methods.adversarial import margins, projected_ascent
 from lossworks.losses import create
-from lossworks.losses.entries.adversarial import margins, projected_ascent
 from lossworks.specs import ExamplesSpec
 from lossworks_testing.evidence.rows import flat
 from lossworks_testing.evidence.study import Study, mlp

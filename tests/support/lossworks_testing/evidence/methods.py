@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossworks.data import load_examples
-from lossworks.losses import create
-from lossworks.losses.entries.aggregate import linear_solution
-from lossworks.losses.entries.correctness_aware import (
+from lossworks.entries.analyses.neural_collapse import ClassMoments
+from lossworks.entries.losses.classification.aggregate import linear_solution
+from lossworks.entries.methods.correctness_aware import (
     Calibrator,
     confidence,
     correctness_loss,
     fit_temperature,
     signal_views,
 )
-from lossworks.losses.entries.neural_collapse import ClassMoments
+from lossworks.losses import create
 from lossworks.metrics.classification import auroc
 from lossworks.specs import ExamplesSpec
 from lossworks_testing.evidence.rows import flat

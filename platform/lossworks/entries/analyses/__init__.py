@@ -1,0 +1,1 @@
+"""Analyses: figures and pictures of something trained."""

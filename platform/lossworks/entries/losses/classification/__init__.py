@@ -1,0 +1,1 @@
+"""Losses of classes: one label a row."""

@@ -1,0 +1,133 @@
+"""Direct coverage optimisation: losses for answers that are drawn N times."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossworks.catalogue.declaration import Kind, Paper, integer, switch
+from lossworks.errors import UserError
+from lossworks.head import LogSumExp, Target
+from lossworks.losses.interface import Context, RowLoss
+from lossworks.losses.rows import Rows
+
+_PAPER = Paper(
+    "Rethinking Fine-Tuning when Scaling Test-Time Compute", "Chen, Raventós, Cheng, Ganguli, Druckmann", 2025
+)
+_SMALL = 1e-3  # N·p below which the series is exact to float64's needs
+_NEAR_ONE = -1e-12  # log p above which the answer is certain
+
+
+def coverage_loss(log_p: Tensor, samples: int) -> Tensor:
+    """Return −log(1 − (1−p)^N), the surprise that one of N samples is the answer; float64, any shape.
+
+    Args:
+        log_p: log p ≤ 0 of whole answers, any shape.
+        samples: N ≥ 1.
+    """
+    s = log_p.double().clamp(max=0)
+    small = samples * s.exp() < _SMALL
+    series = -s - math.log(samples) + (samples - 1) * s.exp() / 2
+    # Each branch gets numbers that it can take, since a gradient of 0·∞ would be NaN.
+    safe = torch.where(small, -1.0, s).clamp(max=_NEAR_ONE)
+    wrong = torch.where(safe > -0.7, (-torch.expm1(safe)).log(), torch.log1p(-safe.exp()))
+    return torch.where(small, series, -torch.log(-torch.expm1(samples * wrong)))
+
+
+class DCO(RowLoss):
+    """DCO: minus the log of the chance that N samples contain the answer.
+
+    It is cross-entropy of a whole sequence, weighted by a factor that falls from 1 at p ≪ 1/N to 0 at p = 1:
+    it stops making sure answers surer. A sequence is the last axis of the targets, or what ``segments``
+    names.
+    """
+
+    slug = "dco"
+    kind: ClassVar[Kind] = "sequence"
+    formula = "-log(1 - (1-p)^N) with log p = Σ_t log p(y_t)"
+    paper = _PAPER
+    products = 4.0
+    invariances = ("shift",)
+
+    samples: int = integer(
+        256,
+        "N: samples that will be drawn; 1 is cross-entropy of the sequence",
+        ge=1,
+        search=(1, 4096),
+        log=True,
+    )
+    length_mean: bool = switch(
+        False, "p is the geometric mean over tokens, as in the authors' default code, not the product"
+    )
+
+    @property
+    def folds(self) -> bool:
+        """No: a sequence's weight is known when all its tokens are."""
+        return False
+
+    def values(self, rows: Rows, context: Context) -> Tensor:
+        """See :meth:`RowLoss.values`."""
+        target, lse = rows(Target(), LogSumExp())
+        log_p = _per_sequence(target - lse, context.segments)
+        if self.length_mean:
+            tokens = _per_sequence(rows.valid.to(lse.dtype), context.segments)
+            log_p = log_p / tokens.clamp(min=1)
+        return coverage_loss(log_p, self.samples).to(lse.dtype)
+
+    def valid(self, rows: Rows, context: Context) -> Tensor:
+        """Return which sequences have a token that counts."""
+        return _per_sequence(rows.valid.to(torch.float32), context.segments) > 0
+
+    def count(self, targets: Tensor) -> Tensor:
+        """Return the number of sequences that count."""
+        return (targets != self.ignore_index).any(-1).sum()
+
+
+class StepwiseDCO(DCO):
+    """Step-wise DCO: the same for each step of a proof, where a search branches N_eff times at every step.
+
+    ``segments`` names the step of each token; the loss of a proof is the sum over its steps.
+    """
+
+    slug = "dco-step"
+    formula = "Σ_j -log(1 - (1-p_j)^N) over the steps j"
+    requires = ("segments",)
+
+    samples: int = integer(
+        8, "N_eff: branches a step; 1 is cross-entropy of the step", ge=1, search=(1, 32), log=True
+    )
+
+
+def _per_sequence(tokens: Tensor, segments: Tensor | None) -> Tensor:
+    """Return sums over the last axis, or over what ``segments`` names, shape (S,)."""
+    if segments is None:
+        return tokens.sum(-1)
+    count = int(segments.max()) + 1 if segments.numel() else 0
+    return tokens.new_zeros(count).index_add(0, segments.reshape(-1), tokens.reshape(-1))
+
+
+def pass_at(samples: int, correct: int, k: int) -> float:
+    """Return the unbiased estimate of the chance that one of k samples is right: 1 − C(n−c, k)/C(n, k).
+
+    Args:
+        samples: n ≥ k drawn samples.
+        correct: c of them that are right, 0 ≤ c ≤ n.
+        k: How many will be drawn.
+
+    Raises:
+        UserError: The numbers don't fit.
+
+    Example:
+        >>> pass_at(samples=4, correct=1, k=2)
+        0.5
+    """
+    if not 0 <= correct <= samples or not 1 <= k <= samples:
+        raise UserError(
+            f"pass_at: samples={samples}, correct={correct}, k={k} must be n ≥ c ≥ 0 and n ≥ k ≥ 1"
+        )
+    if samples - correct < k:
+        return 1.0
+    # One factor a draw: binomial coefficients of large n overflow.
+    misses = (1 - k / left for left in range(samples - correct + 1, samples + 1))
+    return 1.0 - math.prod(misses)

@@ -1,0 +1,1 @@
+"""Methods: procedures that change how training goes, or what follows it."""
