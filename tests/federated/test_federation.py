@@ -18,11 +18,11 @@ from lossworks.errors import RunError, UserError
 from lossworks.metrics.intervals import Mean
 from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
-from lossworks_federated.faults import KINDS, fault_of
+from lossworks_federated.client.client_memory import Moment, keep, recall
+from lossworks_federated.client.faults import KINDS, fault_of
 from lossworks_federated.federate import federate
-from lossworks_federated.measures import drift, spread
-from lossworks_federated.memory import Moment, keep, recall
-from lossworks_federated.rounds import FederationOutcome, RoundFiles
+from lossworks_federated.server.measures import drift, spread
+from lossworks_federated.server.rounds import FederationOutcome, RoundFiles
 from lossworks_federated.specs import FaultSpec, FederationSpec
 from lossworks_federated.strategies.catalogue import strategies as catalogue
 from lossworks_federated.strategies.interface import OwnTest
@@ -347,7 +347,7 @@ class Killed(Journal):
         if step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
-import lossworks_federated.rounds as rounds
+import lossworks_federated.server.rounds as rounds
 rounds.Journal = Killed
 sys.exit(main())
 """

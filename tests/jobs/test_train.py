@@ -21,7 +21,7 @@ from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
 from lossworks.training.checkpoint import find_damage
 from lossworks.training.outcome import Outcome
-from lossworks_jobs.train import train
+from lossworks_jobs.training.train import train
 from lossworks_testing.clusters import descendants_of, until
 from lossworks_testing.terminal import Terminal
 

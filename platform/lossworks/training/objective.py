@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lossworks.head import VocabParallel
-from lossworks.head.arguments import Implementation
+from lossworks.head.core.arguments import Implementation
 from lossworks.losses import Loss, RowLoss, create, declaration
 from lossworks.models import Head
 from lossworks.specs import LossSpec

@@ -14,7 +14,7 @@ import psutil
 
 from lossworks.runs import RunFolder, run_of
 from lossworks.tracking import read_all
-from lossworks_jobs.nodes import Nodes
+from lossworks_jobs.clusters.local_nodes import Nodes
 
 
 def lose(process: subprocess.Popen) -> None:
