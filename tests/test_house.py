@@ -122,3 +122,31 @@ def test_help_imports_nothing_heavy(arguments):
 
     assert output.splitlines()[-1] == "heavy: []"
     assert "usage: lossworks" in output
+
+
+def test_importing_changes_nothing_in_the_process():
+    """A program that uses the library keeps its environment; what starts other libraries settles theirs."""
+    modules = [
+        ".".join(file.relative_to(ROOT / root).with_suffix("").parts).removesuffix(".__init__")
+        for root, package in PACKAGES.items()
+        for file in sorted((ROOT / root / package).rglob("*.py"))
+        if not file.name.startswith(("served_", "pfl_"))  # MLflow runs these; pfl need not be installed
+    ]
+    # Other libraries may do what they like, and are here before.
+    code = (
+        "import importlib, os, signal, sys\n"
+        "import flwr.simulation, matplotlib, mlflow, ray.train.torch, ray.tune, sklearn.datasets\n"
+        "import transformers\n"
+        "def state():\n"
+        "    handlers = {str(one): signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}\n"
+        "    return {**os.environ, **handlers, 'the working directory': os.getcwd()}\n"
+        "before = state()\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    changed = [key for key, _ in set(state().items()) ^ set(before.items())]\n"
+        "    assert not changed, f'{name} changes {changed}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, check=False)
+
+    assert len(modules) > 200
+    assert done.returncode == 0, done.stderr[-2000:]
