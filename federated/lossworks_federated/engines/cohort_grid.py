@@ -12,7 +12,7 @@ from lossworks_federated.client.client_work import Client, Reply, evaluate_clien
 from lossworks_federated.flower_private import Run, failed, identify, make_run, name_message
 from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG
-from lossworks_federated.specs import PrivacySpec
+from lossworks_federated.spec_parts import PrivacySpec
 from lossworks_federated.world import World
 
 _RUN = 1
