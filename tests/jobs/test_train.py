@@ -362,7 +362,7 @@ def test_a_classifier_trains_through_the_same_command(cluster, home, tmp_path, c
     assert run.data.params["loss.tau"] == "1.5"
     assert run.data.metrics["eval/accuracy"] > 0.6
     assert run.data.metrics["eval/cross_entropy"] > 0
-    assert sum(Outcome.read(folder.outcome_file).reliability["examples"]) == 450
+    assert sum(Outcome.read(folder.outcome_file).pictured["reliability"]["examples"]) == 450
     assert folder.report.is_file()
     assert main(["export", folder.run_id, "--to", str(tmp_path / "model")]) == 0
     assert len(load_classifier(tmp_path / "model").names) == 10

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lossworks.errors import RunError, StorageError
@@ -87,17 +89,27 @@ class CheckpointStore:
         step: int,
         position: int,
         held_out_loss: float,
+        further: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write a checkpoint from all ranks and return its folder; every rank calls this.
 
         While storage refuses it is tried again, for ``patience_s`` seconds.
+
+        Args:
+            model: What is trained.
+            optimizer: Its optimiser.
+            world: The ranks.
+            step: Optimiser steps done.
+            position: Rows consumed so far, over all ranks.
+            held_out_loss: At this step.
+            further: Tensors by name, nested, of what else has a state, such as companions and methods.
 
         Raises:
             StorageError: On every rank: storage still refuses; the checkpoints before stay as they were.
         """
         facts = _Facts(step, position, held_out_loss)
         began, pause = time.monotonic(), _PAUSE_S
-        while (problem := self._try(model, optimizer, world, facts)) is not None:
+        while (problem := self._try(model, optimizer, world, facts, further or {})) is not None:
             left = world.agree(self.patience_s - (time.monotonic() - began))
             if left <= 0:
                 raise StorageError(
@@ -110,13 +122,15 @@ class CheckpointStore:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         return self.folder / facts.name
 
-    def _try(self, model: nn.Module, optimizer: Any, world: World, facts: "_Facts") -> str | None:
+    def _try(
+        self, model: nn.Module, optimizer: Any, world: World, facts: "_Facts", further: Mapping[str, Any]
+    ) -> str | None:
         """Write a checkpoint; return what some rank met with, the same text on every rank, or None."""
         partial = self.folder / f".{facts.name}.partial"
         problem = world.first(_problem(lambda: _make_empty(partial)) if world.leads else None)
         if problem is None:
             model_state, optimizer_state = get_state_dict(model, optimizer)
-            state = {"model": model_state, "optimizer": optimizer_state}
+            state = {"model": model_state, "optimizer": optimizer_state, **further}
             problem = world.first(_problem(lambda: _write_shards(state, partial)))
         if problem is None:
             problem = world.first(_problem(lambda: self._complete(partial, facts)) if world.leads else None)
@@ -130,10 +144,23 @@ class CheckpointStore:
         _replace(partial, self.folder / facts.name)
         self._prune()
 
-    def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Any) -> None:
-        """Restore model and optimiser, whatever the number of ranks that wrote them."""
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        optimizer: Any,
+        further: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Restore model and optimiser, whatever the number of ranks that wrote them.
+
+        Args:
+            checkpoint: A whole one.
+            model: What is trained.
+            optimizer: Its optimiser.
+            further: Tensors that are filled in place; as they were given to ``save``.
+        """
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, **(further or {})}
         load_shards(state, checkpoint.folder)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -180,6 +207,23 @@ def load_shards(state: dict[str, Any], folder: Path) -> None:
     except dcp.CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
         raise RunError(f"{folder}: can't be loaded: {reason}") from error
+
+
+def tensors_in(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint whose names begin with a prefix, whole and without it.
+
+    Raises:
+        RunError: The files can't be read.
+    """
+    stored = ShardReader(folder).read_metadata().state_dict_metadata
+    wanted = {
+        name.removeprefix(prefix): torch.empty(found.size, dtype=found.properties.dtype)
+        for name, found in stored.items()
+        if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
+    }
+    state: dict[str, Any] = {prefix.removesuffix("."): wanted}
+    load_shards(state, folder)
+    return wanted
 
 
 @contextlib.contextmanager

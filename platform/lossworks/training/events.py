@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from lossworks.logs import EVENTS, fields
-from lossworks.specs import AnyTrainSpec
+from lossworks.specs import RunSpec
 from lossworks.training.hardware import Peak
 from lossworks.training.world import World
 
 _PACKAGES = ("lossworks", "torch", "numpy", "ray")
 
 
-def started(spec: AnyTrainSpec, world: World, peak: Peak) -> None:
+def started(spec: RunSpec, world: World, peak: Peak) -> None:
     """Say what runs where."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     EVENTS.info(

@@ -8,27 +8,25 @@ from torch.nn import functional
 
 from lossworks.head import linear_cross_entropy
 from lossworks.models import HeadedModel
-from lossworks.specs import AnyTrainSpec, TrainSpec
-from lossworks.training.batches import largest_share
+from lossworks.tasks.interface import Task
 from lossworks.training.memory import peak_bytes
 from lossworks.training.world import World
 
 OURS, DENSE = "linear cross-entropy", "with logits"
 
 
-def measure_head_memory(spec: AnyTrainSpec, model: HeadedModel, world: World) -> dict[str, float]:
+def measure_head_memory(task: Task, model: HeadedModel, world: World) -> dict[str, float]:
     """Return the peak bytes of one micro-batch's loss and gradients on the head, by method.
 
     Ours is run for real, with a vocabulary-parallel head on a rank's classes and all ranks' rows; the dense
     formula is run on torch's meta device, which follows shapes and frees without taking memory, since it
-    might not fit. Only rank 0 measures; others return an empty mapping, as for classifiers, whose heads are
-    small.
+    might not fit. Only rank 0 measures; others return an empty mapping, as for tasks whose heads are small.
     """
-    if not world.leads or not isinstance(spec, TrainSpec):
+    rows = task.head_rows(world.size)
+    if not world.leads or rows is None:
         return {}
-    sequences = min(spec.micro_batch_size or spec.batch_size, largest_share(spec.batch_size, world))
-    rows, (classes, width) = sequences * spec.data.sequence_length, model.head().weight.shape
-    ranks = world.size if spec.sharding.vocab_parallel else 1
+    classes, width = model.head().weight.shape
+    ranks = world.size if task.spec_of_run.sharding.vocab_parallel else 1
     own = (rows * ranks, -(-classes // ranks), width)
     return {
         OURS: float(head_peak(own, without_logits, world.device)),

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lossworks.models import HeadedModel
 from lossworks.specs import RunSpec
-from lossworks.training.vocabulary import split_head
+from lossworks.training.split_head import split_head
 from lossworks.training.world import World
 
 

@@ -5,7 +5,7 @@ B examples, K classes. A row is a row of logits: an example, or a token of a seq
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lossworks.models import Head
+from lossworks.data.batch import Batch, first, on
+from lossworks.losses.objective import ElementLosses
 from lossworks.specs import TelemetrySpec
-from lossworks.training.objective import ElementLosses
+from lossworks.tasks.interface import Measure
 from lossworks.training.world import World
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
@@ -45,7 +46,7 @@ class Telemetry:
         step: int,
         loss: float,
         model: nn.Module,
-        batches: Sequence[tuple[Tensor, Tensor]],
+        batches: Sequence[Batch],
         rows: np.ndarray,
     ) -> tuple[dict[str, float], str | None]:
         """Return what is due at a step: metrics by tracked name, and a sentence about a spike.
@@ -66,11 +67,10 @@ class Telemetry:
         found["telemetry/spike"] = height
         return found, self._name(step, loss, height, model, batches, rows)
 
-    def _distributions(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-        inputs, targets = batch
-        a_row = math.prod(targets.shape[1:])
+    def _distributions(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        a_row = math.prod(batch["targets"].shape[1:])
         count = max(1, self._spec.rows // a_row)
-        own = self._forward(model, inputs[:count], targets[:count], self._losses.probe)
+        own = self._forward(model, first(batch, count), self._losses.probe)
         # A collective needs equal lengths; NaN stands for a row that is not there.
         padded = own.new_full((len(own), count * a_row), math.nan)
         padded[:, : own.shape[1]] = own
@@ -90,11 +90,11 @@ class Telemetry:
         loss: float,
         height: float,
         model: nn.Module,
-        batches: Sequence[tuple[Tensor, Tensor]],
+        batches: Sequence[Batch],
         rows: np.ndarray,
     ) -> str:
         """Return a sentence that names the examples of a step with the largest losses, over all ranks."""
-        found = [self._forward(model, *batch, self._losses.of_examples) for batch in batches]
+        found = [self._forward(model, batch, self._losses.of_examples) for batch in batches]
         # The last micro-batch may be a stand-in for none, of ignored targets.
         own = torch.cat(found)[: len(rows)]
         worst = own.argsort(descending=True)[:_NAMED]
@@ -110,16 +110,10 @@ class Telemetry:
         )
 
     @torch.no_grad()
-    def _forward(
-        self,
-        model: nn.Module,
-        inputs: Tensor,
-        targets: Tensor,
-        look: Callable[[Tensor, Head, Tensor], Tensor],
-    ) -> Tensor:
+    def _forward(self, model: nn.Module, batch: Batch, look: Measure) -> Tensor:
         device = self._world.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            found = model(inputs.to(device), targets.to(device), look).double().cpu()
+            found = model(on(device, batch), look).double().cpu()
         # FSDP leaves the root's parameters whole after a forward, apart from the gradients of their shards.
         if isinstance(model, FSDPModule):
             model.reshard()

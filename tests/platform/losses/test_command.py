@@ -12,7 +12,7 @@ from lossworks.catalogue.registry import FILE
 from lossworks.cli import main
 from lossworks.losses import create, declarations, search_space
 from lossworks.losses.drawing import along_margin, curve_values
-from lossworks.specs import TrainSpec
+from lossworks.tasks.language_model import TrainSpec
 
 
 def test_the_generated_files_are_current():

@@ -22,7 +22,8 @@ from lossworks.errors import UserError
 from lossworks.models import TextScorer, load_classifier, load_model
 from lossworks.reporting.finish import finish_run_folder, sync_run
 from lossworks.runs import RunFolder
-from lossworks.specs import ModelTrackingSpec, parse_train_spec
+from lossworks.specs import ModelTrackingSpec
+from lossworks.tasks import parse_train_spec
 from lossworks.tracking import Journal, create_run
 from lossworks.tracking.client import connect
 from lossworks.training.checkpoint import CheckpointStore

@@ -4,7 +4,7 @@ import pytest
 
 from lossworks.reporting.finish import finish_run_folder
 from lossworks.runs import RunFolder
-from lossworks.specs import parse_train_spec
+from lossworks.tasks import parse_train_spec
 from lossworks.tracking import Follower, Journal, check_tracking, create_run
 from lossworks.tracking.client import connect
 from lossworks.training.checkpoint import CheckpointStore

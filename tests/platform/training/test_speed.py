@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lossworks.models import build_classifier, build_model
+from lossworks.models.operations import count_step_flops
 from lossworks.specs import ClassifierModelSpec, ModelSpec
 from lossworks.training import hardware
 from lossworks.training.hardware import Peak, measure_peak
-from lossworks.training.operations import count_step_flops
 from lossworks.training.speed import Speed
 from lossworks.training.world import World
 from lossworks_testing.classification import tiny

@@ -8,11 +8,10 @@ import torch
 from lossworks.data import TokenizedCorpus
 from lossworks.errors import UserError
 from lossworks.models import build_model
-from lossworks.specs import TrainSpec
+from lossworks.tasks.language_model import LanguageTask, TrainSpec
 from lossworks.training.checkpoint import CheckpointStore, load_shards
 from lossworks.training.evaluation import evaluate
 from lossworks.training.head_memory import DENSE, OURS, head_peak, without_logits
-from lossworks.training.language import LanguageTask
 from lossworks.training.world import World
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.split_head import everything

@@ -45,6 +45,16 @@ class CrossEntropy(RowLoss):
         """α."""
         return ("label_smoothing",)
 
+    @property
+    def joint(self) -> bool:
+        """Whether only the label and the logsumexp count."""
+        return not active(self.label_smoothing) and self.class_weight is None
+
+    def phi(self, target: Tensor, logsumexp: Tensor, classes: int) -> Tensor:  # noqa: ARG002
+        """See :meth:`RowLoss.phi`; without smoothing and class weights."""
+        plain = logsumexp - target
+        return plain + self.z_loss * logsumexp.square() if active(self.z_loss) else plain
+
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """See :meth:`RowLoss.forward`."""
         context = self.context(given)

@@ -10,6 +10,7 @@ from lossworks.catalogue.declaration import Kind, Paper, integer, number
 from lossworks.errors import UserError
 from lossworks.losses.interface import Loss
 from lossworks.losses.rows import wide
+from lossworks.models.interface import Outputs
 
 _STEEPEST, _FLOOR = 1.0, 1e-6  # of a derivative: clipped at the one, and the other taken off, so that g < 0
 
@@ -50,6 +51,7 @@ class EnsLoss(Loss):
 
     slug = "ensloss"
     kind: ClassVar[Kind] = "margin"
+    adds = "batches"
     formula = "mean sg(g_i) m_i with m = (2y-1) f, g sorted like m, -g = min(1, (1 + λξ)^(1/λ))/max(1, m)"
     paper = Paper("EnsLoss: Stochastic Calibrated Loss Ensembles", "Dai", 2024, "algorithm 1")
     flags = ("random", "unmonitored", "whole-batch")
@@ -84,9 +86,11 @@ class EnsLoss(Loss):
         self._generator.set_state(state["generator"].cpu())
         self._steps, self._power = state["steps"], state["power"]
 
-    def count(self, targets: Tensor) -> Tensor:
-        """Return how many elements of a summed loss count."""
-        return (targets != self.ignore_index).sum()
+    def prediction(self, outputs: Outputs) -> Tensor:
+        """Return the one logit of two classes, z_1 - z_0, shape (...)."""
+        if outputs.logits.shape[-1] != 2:
+            raise UserError(f"{self.slug}: is for two classes, not {outputs.logits.shape[-1]}")
+        return outputs.logits[..., 1] - outputs.logits[..., 0]
 
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """Return the surrogate g·m, whose gradient is that of the loss drawn.

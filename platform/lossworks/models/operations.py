@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lossworks.models import HeadedModel
+from lossworks.models.interface import HeadedModel
 
 
 @torch.no_grad()
