@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,28 @@ def test_mlflow_is_known_to_tracking_only():
     ]
 
     assert files == []
+
+
+# Folders that still hold more than a dozen modules, and how many. It may only shrink.
+LARGE = {
+    "federated/lossworks_federated/strategies": 13,
+    "platform/lossworks/training": 30,
+    "tune/lossworks_tune": 17,
+}
+
+
+def test_a_folder_holds_at_most_a_dozen_modules():
+    """So that its listing is its table of contents."""
+    folders = Counter(
+        file.parent.relative_to(ROOT).as_posix()
+        for root, package in PACKAGES.items()
+        for file in (ROOT / root / package).rglob("*.py")
+        if file.name != "__init__.py"
+    )
+    large = {folder: count for folder, count in folders.items() if count > 12}
+
+    assert {folder: count for folder, count in large.items() if count > LARGE.get(folder, 12)} == {}
+    assert {folder for folder in LARGE if folder not in large} == set(), "take these out of LARGE"
 
 
 def test_specs_beside_a_package_are_data():

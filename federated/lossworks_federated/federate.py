@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
-from lossworks_federated.comparison import Comparison, compare
-from lossworks_federated.session import (
+from lossworks_federated.reporting.comparison import Comparison, compare
+from lossworks_federated.server.session import (
     Child,
     Session,
     Watcher,
@@ -101,11 +101,11 @@ def _run(session: Session, grid: "Grid | None") -> None:
         session.run(lambda _world, _child: grid)
         return
     if spec.engine == "flower":
-        from lossworks_federated.simulation import simulate
+        from lossworks_federated.engines.simulation import simulate
 
         simulate(spec, lambda grid: session.run(lambda _world, _child: grid), state_folder=state)
         return
-    from lossworks_federated.grid import CohortGrid
+    from lossworks_federated.engines.cohort_grid import CohortGrid
 
     def grid_of(world: "World", child: Child) -> "Grid":
         del child
@@ -116,8 +116,8 @@ def _run(session: Session, grid: "Grid | None") -> None:
 
 def draw(session: Session) -> list[Path]:
     """Draw the comparison and each seed's split; return what was drawn."""
-    from lossworks_federated.comparison_picture import draw_comparison
-    from lossworks_federated.split_picture import draw_split
+    from lossworks_federated.reporting.comparison_picture import draw_comparison
+    from lossworks_federated.reporting.split_picture import draw_split
 
     comparison = compare(session)
     comparison.write_csv(session.folder.path / "comparison.csv")

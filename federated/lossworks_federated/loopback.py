@@ -23,7 +23,7 @@ from typing import Self
 from lossworks.errors import LossworksError, RunError, UserError
 from lossworks.home import switch_off_usage_reports
 from lossworks.ports import require_free, silence
-from lossworks_federated.credentials import make_certificates, make_node_key
+from lossworks_federated.engines.credentials import make_certificates, make_node_key
 from lossworks_federated.specs import FederationSpec
 
 _MOST = 10
@@ -51,8 +51,8 @@ clientapp = "deployed.client:app"
 spec = {spec}
 result = {result}
 """
-_SERVER = 'from lossworks_federated.server_app import app\n\n__all__ = ["app"]\n'
-_CLIENT = "from lossworks_federated.client_app import client_app\n\napp = client_app()\n"
+_SERVER = 'from lossworks_federated.server.server_app import app\n\n__all__ = ["app"]\n'
+_CLIENT = "from lossworks_federated.client.client_app import client_app\n\napp = client_app()\n"
 
 
 def free_port() -> int:
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(spec: FederationSpec, folder: Path) -> None:
     from lossworks.runs import RunFolder
     from lossworks_federated.federate import result_of
-    from lossworks_federated.summary import show
+    from lossworks_federated.reporting.federation_summary import show
 
     with Deployment(folder) as deployment:
         print(f"SuperLink on 127.0.0.1:{deployment.port}, TLS, registered nodes only", flush=True)

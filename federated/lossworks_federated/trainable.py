@@ -33,8 +33,8 @@ def _cpus(spec: FederationSpec) -> float:
 
 def _train(spec: FederationSpec, path: Path, report: Report) -> None:
     from lossworks.tracking import rows_while
-    from lossworks_federated.grid import CohortGrid
-    from lossworks_federated.rounds import RoundFiles, Rounds
+    from lossworks_federated.engines.cohort_grid import CohortGrid
+    from lossworks_federated.server.rounds import RoundFiles, Rounds
     from lossworks_federated.world import make_world
 
     (strategy,), (seed,) = spec.strategies, spec.seeds

@@ -79,7 +79,7 @@ def _settled(seconds: list[float]) -> float:
 
 def _run_ours(spec: TrainSpec) -> dict:
     from lossworks.tracking import read_all
-    from lossworks_jobs.train import train
+    from lossworks_jobs.training.train import train
 
     result = train(spec)
     rows = [row["metrics"] for row in read_all(result.folder.journal)]

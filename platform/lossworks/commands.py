@@ -93,7 +93,7 @@ def _configure_ui(parser: argparse.ArgumentParser) -> None:
 
 def _ui(arguments: argparse.Namespace) -> int:
     from lossworks.tracking import check_tracking, tracking_uri
-    from lossworks.tracking.serving import backend_environment, serve
+    from lossworks.tracking.server.process import backend_environment, serve
 
     spec = TrackingSpec.parse({"uri": arguments.uri})
     check_tracking(spec)

@@ -7,9 +7,9 @@ import pytest
 
 from lossworks.benchmarks.table import Row
 from lossworks.errors import UserError
-from lossworks_federated import benchmark
-from lossworks_federated.benchmark_chart import draw_benchmark
-from lossworks_federated.benchmark_worker import by_cohort, by_loop
+from lossworks_federated.benchmarks import engines_benchmark as benchmark
+from lossworks_federated.benchmarks.engines_chart import draw_benchmark
+from lossworks_federated.benchmarks.engines_worker import by_cohort, by_loop
 from lossworks_federated.specs import FederationSpec
 from lossworks_federated.world import make_world
 

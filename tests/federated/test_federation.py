@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,11 @@ from lossworks.errors import RunError, UserError
 from lossworks.metrics.intervals import Mean
 from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
-from lossworks_federated.faults import KINDS, fault_of
+from lossworks_federated.client.client_memory import Moment, keep, recall
+from lossworks_federated.client.faults import KINDS, fault_of
 from lossworks_federated.federate import federate
-from lossworks_federated.measures import drift, spread
-from lossworks_federated.memory import Moment, keep, recall
-from lossworks_federated.rounds import FederationOutcome
+from lossworks_federated.server.measures import drift, spread
+from lossworks_federated.server.rounds import FederationOutcome, RoundFiles
 from lossworks_federated.specs import FaultSpec, FederationSpec
 from lossworks_federated.strategies.catalogue import strategies as catalogue
 from lossworks_federated.strategies.interface import OwnTest
@@ -336,30 +335,44 @@ def write_spec(path: Path, **changes: object) -> Path:
     return file
 
 
+# A command that is killed when it has journaled round 5 and not yet saved it.
+KILLED = """
+import os, signal, sys
+from lossworks.cli import main
+from lossworks.tracking import Journal
+
+class Killed(Journal):
+    def write(self, step, metrics):
+        super().write(step, metrics)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+import lossworks_federated.server.rounds as rounds
+rounds.Journal = Killed
+sys.exit(main())
+"""
+
+
 def test_a_killed_run_goes_on_to_the_same_result(at_home: Path, tmp_path: Path) -> None:
-    changes = {"strategies": ["scaffold"], "clients_per_round": 4, "rounds": 40, "name": "killed"}
-    file = write_spec(tmp_path, **changes)
+    """From the state of round 4, through round 5 once more: clients and journal know that one already."""
+    changes = {"strategies": ["scaffold"], "clients_per_round": 4, "rounds": 8, "checkpoint_every": 2}
+    file = write_spec(tmp_path, **changes, name="killed")
     whole = federate(FederationSpec.read(file))
-    command = [sys.executable, "-c", COMMAND, "federate", str(file)]
     before = set((at_home / "runs").iterdir())
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
-    deadline = time.monotonic() + 60
-    states: list[Path] = []
-    while len(states) < 2 and time.monotonic() < deadline:
-        new = set((at_home / "runs").iterdir()) - before
-        states = [state for folder in new for state in folder.rglob("states/*.safetensors")]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-c", KILLED, "federate", str(file)]
+    killed = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = set((at_home / "runs").iterdir()) - before
-    journal = next(folder.rglob("metrics.jsonl"))
-    assert 0 < len(read_all(journal)) < 41
+    (child,) = folder.glob("*/states")
+    assert RoundFiles(child.parent).rounds_done() == 4
+    assert [row["step"] for row in read_all(child.parent / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
     assert main(["federate", "--resume", str(folder)]) == 0
     models = [next(path.rglob("model.safetensors")) for path in (folder, whole.folder.path)]
     assert equal(*(load_tensors(model) for model in models))
     curves = [read_all(next(path.rglob("metrics.jsonl"))) for path in (folder, whole.folder.path)]
     accuracies = [[(row["step"], row["metrics"]["server/accuracy"]) for row in rows] for rows in curves]
     assert accuracies[0] == accuracies[1]
+    assert [step for step, _ in accuracies[0]] == list(range(9))
 
 
 def test_the_command_prints_a_table(

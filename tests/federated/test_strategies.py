@@ -11,9 +11,9 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from lossworks.errors import RunError, UserError
 from lossworks.tensors import load_tensors
-from lossworks_federated.grid import CohortGrid
-from lossworks_federated.principal import principal_update
+from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.records import LocalArray, array_record, member_from
+from lossworks_federated.server.principal_directions import principal_update
 from lossworks_federated.strategies.catalogue import strategies, strategy
 from lossworks_federated.strategies.interface import Plan
 from lossworks_testing.federation import OneByOneGrid, difference, equal, rounds_of, tiny, trained, world_of
@@ -178,7 +178,7 @@ class Quadratics:
         self, name: str, rounds: int = 400, steps: int = 10, lr: float = 0.02, **settings: float
     ) -> float:
         """Return how far from the optimum a strategy ends, all clients taking part."""
-        from lossworks_federated.screening import Received
+        from lossworks_federated.server.screening import Received
         from lossworks_federated.specs import LocalSpec
         from lossworks_federated.strategies.parts import Cohort, Outcome
 
@@ -225,7 +225,7 @@ def test_scaffold_and_feddyn_reach_the_optimum_that_fedavg_misses() -> None:
 def test_feddyn_keeps_the_sum_of_its_states() -> None:
     # At full participation h is the mean of the clients' h_i with the opposite sign convention of the loss:
     # both sum the same −α(w − w⁰).
-    from lossworks_federated.rules import Dynamic
+    from lossworks_federated.client.local_rules import Dynamic
 
     origin = {"w": torch.zeros(3)}
     ended = {"w": torch.randn(5, 3)}

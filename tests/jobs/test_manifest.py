@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from lossworks.errors import UserError
-from lossworks_jobs.launcher import cluster_yaml
-from lossworks_jobs.manifest import SPEC_FILE, job_name, ray_job
+from lossworks_jobs.kubernetes.launcher import cluster_yaml
+from lossworks_jobs.kubernetes.manifest import SPEC_FILE, job_name, ray_job
 
 SPEC = "name: small\nsteps: 3\ndata:\n  corpus: 'text:/lossworks/a text.txt'\n"
 POD = "template.spec"

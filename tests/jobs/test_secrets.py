@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lossworks.reporting import TrainProgress
-from lossworks_jobs.summary import show
-from lossworks_jobs.train import train
+from lossworks_jobs.training.run_summary import show
+from lossworks_jobs.training.train import train
 from lossworks_testing.training import tiny_spec, write_text
 
 

@@ -12,15 +12,15 @@ import yaml
 from lossworks.cli import main
 from lossworks.errors import UserError
 from lossworks.training.world import World
-from lossworks_jobs import lock
-from lossworks_jobs.bundle import FILES, SPEC_FILE, make_bundle
-from lossworks_jobs.cluster import require_room
-from lossworks_jobs.entry import main as entry
-from lossworks_jobs.fitting import last_line
-from lossworks_jobs.nodes import LOOPBACK, require_token, use_token
-from lossworks_jobs.package import write_package
-from lossworks_jobs.submission import Options, runtime_environment, start_script
-from lossworks_jobs.worker import unshared
+from lossworks_jobs.clusters.local_nodes import LOOPBACK, require_token, use_token
+from lossworks_jobs.clusters.ray_cluster import require_room
+from lossworks_jobs.submission import lock
+from lossworks_jobs.submission.bundle import FILES, SPEC_FILE, make_bundle
+from lossworks_jobs.submission.job_entry import main as entry
+from lossworks_jobs.submission.package import write_package
+from lossworks_jobs.submission.submit import Options, runtime_environment, start_script
+from lossworks_jobs.training.fitting import last_line
+from lossworks_jobs.training.worker import unshared
 from lossworks_testing.training import tiny_spec, write_text
 
 MIB = 2**20
@@ -80,7 +80,9 @@ def test_the_entry_brings_files_to_shared_storage_and_runs_the_command(text, tmp
     content.mkdir()
     bundle.write(content)
     called = []
-    monkeypatch.setattr("lossworks_jobs.entry.run_command", lambda command: called.append(command) or 7)
+    monkeypatch.setattr(
+        "lossworks_jobs.submission.job_entry.run_command", lambda command: called.append(command) or 7
+    )
 
     for key in ("first", "second"):
         assert entry(["--spec", str(content / SPEC_FILE), "--key", key]) == 7
@@ -132,7 +134,7 @@ def test_the_package_is_this_code_and_named_after_it(tmp_path):
     assert {
         "lossworks/requirements.lock",
         "lossworks_tune/sweep.py",
-        "lossworks_federated/rounds.py",
+        "lossworks_federated/server/rounds.py",
     } <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
 

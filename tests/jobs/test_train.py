@@ -21,8 +21,8 @@ from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
 from lossworks.training.checkpoint import find_damage
 from lossworks.training.outcome import Outcome
-from lossworks_jobs.train import train
-from lossworks_testing.clusters import until
+from lossworks_jobs.training.train import train
+from lossworks_testing.clusters import descendants_of, until
 from lossworks_testing.terminal import Terminal
 
 pytestmark = pytest.mark.timeout(240)
@@ -76,12 +76,8 @@ def when_step(home, step, action, seen=frozenset()):
 
 
 def kill_a_worker(_folder=None):
-    workers = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if (process.info["cmdline"] or [""])[0].startswith("ray::RayTrainWorker")
-    ]
-    workers[-1].send_signal(signal.SIGKILL)
+    """Kill a worker of the Ray instance that this process started; other runs have their own."""
+    descendants_of(os.getpid(), "ray::RayTrainWorker")[-1].kill()
 
 
 def test_a_run_ends_in_mlflow_with_all_it_should_have(finished, home, spec):

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from lossworks.cohort import LocalRule, Member, Stack
 from lossworks.specs import Spec
-from lossworks_federated.rules import Dynamic
-from lossworks_federated.screening import Received
+from lossworks_federated.client.local_rules import Dynamic
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible, moved
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
 from lossworks_federated.strategies.scaffold import equal_weights, zeros

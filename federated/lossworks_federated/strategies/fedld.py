@@ -7,9 +7,9 @@ from pydantic import Field
 
 from lossworks.cohort import LocalRule, Member
 from lossworks.specs import Spec
-from lossworks_federated.principal import principal_update
-from lossworks_federated.rules import Margin
-from lossworks_federated.screening import Received
+from lossworks_federated.client.local_rules import Margin
+from lossworks_federated.server.principal_directions import principal_update
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Part
 

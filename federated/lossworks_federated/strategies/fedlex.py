@@ -8,9 +8,9 @@ from pydantic import Field
 
 from lossworks.cohort import LocalRule, Member, Stack
 from lossworks.specs import Spec
-from lossworks_federated.guidance import guidance_matrix
-from lossworks_federated.rules import Guided
-from lossworks_federated.screening import Received
+from lossworks_federated.client.local_rules import Guided
+from lossworks_federated.server.guidance import guidance_matrix
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Part
 

@@ -3,7 +3,7 @@
 import torch
 
 from lossworks.cohort import Member
-from lossworks_federated.screening import Received
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.fedavg import NoSettings
 from lossworks_federated.strategies.interface import Federated, Reproducible, moved
 

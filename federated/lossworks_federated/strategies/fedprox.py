@@ -4,7 +4,7 @@ from pydantic import Field
 
 from lossworks.cohort import LocalRule
 from lossworks.specs import Spec
-from lossworks_federated.rules import Proximal
+from lossworks_federated.client.local_rules import Proximal
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Part
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lossworks.cohort import LocalRule, Member, Stack
 from lossworks.specs import Spec
-from lossworks_federated.rules import Contrast
+from lossworks_federated.client.local_rules import Contrast
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
 

@@ -14,7 +14,7 @@ from lossworks.specs import Spec
 from lossworks_federated.specs import LocalSpec
 
 if TYPE_CHECKING:
-    from lossworks_federated.screening import Received
+    from lossworks_federated.server.screening import Received
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from torch import Tensor
 from lossworks.cohort import LocalRule, Member, Stack
 from lossworks.errors import UserError
 from lossworks.specs import Spec
-from lossworks_federated.rules import ControlVariates
-from lossworks_federated.screening import Received
+from lossworks_federated.client.local_rules import ControlVariates
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible, moved
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from lossworks.cli import Command
 from lossworks.errors import UserError
+from lossworks_jobs.clusters.local_nodes import use_token
 from lossworks_jobs.doctor.check import Check
-from lossworks_jobs.nodes import use_token
 
 if TYPE_CHECKING:
     from rich.console import Console

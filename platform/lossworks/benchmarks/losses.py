@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from lossworks.benchmarks.command import COMMAS, Benchmark
-from lossworks.benchmarks.linear_ce import parse_shape
+from lossworks.benchmarks.linear_ce.linear_ce import parse_shape
 from lossworks.benchmarks.table import Row
 from lossworks.benchmarks.worker import run_worker
 from lossworks.catalogue.registry import declarations

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossworks.benchmarks.linear_ce_inputs import make_inputs
+from lossworks.benchmarks.linear_ce.head_inputs import make_inputs
 from lossworks.benchmarks.worker import median_seconds, peak_growth
 from lossworks.entries.losses.classification.factored_head import FactoredHead
 from lossworks.head import linear_cross_entropy

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.arguments import operands
-from lossworks.head.plan import make_plan
-from lossworks.head.problem import Problem
+from lossworks.head.core.arguments import operands
+from lossworks.head.core.problem import Problem
+from lossworks.head.cpu.tile_sizes import make_plan
+from lossworks.head.cpu.tiles import Logits, slices, view
 from lossworks.head.statistics import Gathered, LogSumExp, linear_row_statistics
-from lossworks.head.tiles import Logits, slices, view
 
 
 class TopK(NamedTuple):

@@ -17,8 +17,8 @@ from lossworks.catalogue.declaration import Case, Declaration, Hyperparameter, K
 from lossworks.data.batch import IGNORE_INDEX, NAMES, Batch
 from lossworks.errors import UserError, nearest
 from lossworks.head import LogSumExp, Target, VocabParallel, linear_row_loss
-from lossworks.head.arguments import Implementation, all_classes, check_choice, operands
-from lossworks.head.reference import dense_logits
+from lossworks.head.core.arguments import Implementation, all_classes, check_choice, operands
+from lossworks.head.core.dense_reference import dense_logits
 from lossworks.losses.rows import DenseRows, LinearRows, Rows, wide
 from lossworks.models.interface import Outputs
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lossworks.catalogue.declaration import Kind
 from lossworks.errors import UserError
-from lossworks.head.rows import check_range
+from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Loss
 from lossworks.losses.rows import wide
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from lossworks.benchmarks.filtering import FILTERS, FilteringSpec, Method, default_spec, run
-from lossworks.benchmarks.filtering_gradients import (
+from lossworks.benchmarks.filtering.filtered_gradients import (
     TileFiltered,
     errors,
     exact_gradients,
     kept_columns,
     tile_gradients,
 )
-from lossworks.benchmarks.filtering_study import Study, rare_classes
+from lossworks.benchmarks.filtering.filtering import FILTERS, FilteringSpec, Method, default_spec, run
+from lossworks.benchmarks.filtering.filtering_study import Study, rare_classes
 from lossworks.cli import main
 from lossworks_testing.training import write_text
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from lossworks.benchmarks import command, linear_ce
-from lossworks.benchmarks.chart import draw_linear_ce
+from lossworks.benchmarks import command
 from lossworks.benchmarks.command import Benchmark
-from lossworks.benchmarks.linear_ce_error import gradient_errors, sampled_rows
-from lossworks.benchmarks.linear_ce_inputs import make_inputs
-from lossworks.benchmarks.linear_ce_worker import Case, reason_too_large
+from lossworks.benchmarks.linear_ce import linear_ce
+from lossworks.benchmarks.linear_ce.gradient_errors import gradient_errors, sampled_rows
+from lossworks.benchmarks.linear_ce.head_inputs import make_inputs
+from lossworks.benchmarks.linear_ce.linear_ce_chart import draw_linear_ce
+from lossworks.benchmarks.linear_ce.linear_ce_worker import Case, reason_too_large
 from lossworks.benchmarks.table import Row, print_rows
 from lossworks.benchmarks.worker import _why, median_seconds, peak_growth
 from lossworks.cli import main

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import lossworks
 from lossworks.errors import UserError
-from lossworks.head import cpu, linear_cross_entropy
-from lossworks.head.plan import Plan
+from lossworks.head import linear_cross_entropy
+from lossworks.head.cpu import backend as cpu
+from lossworks.head.cpu.tile_sizes import Plan
 from lossworks_testing.memory import peak_bytes
 
 IGNORE = -100

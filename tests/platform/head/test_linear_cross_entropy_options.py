@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossworks.errors import UserError
-from lossworks.head import LinearCrossEntropy, cpu, filtering, linear_cross_entropy, linear_row_loss
-from lossworks.head.plan import Plan
+from lossworks.head import LinearCrossEntropy, linear_cross_entropy, linear_row_loss
+from lossworks.head.core import filtering
+from lossworks.head.cpu import backend as cpu
+from lossworks.head.cpu.tile_sizes import Plan
 
 IGNORE = -100
 
@@ -177,7 +179,7 @@ def test_compiles_as_one_graph(options):
 
 def test_operators_are_registered_soundly():
     """The fake implementations give the shapes and dtypes of the real ones."""
-    from lossworks.head import operators
+    from lossworks.head.autograd import operators
 
     e, c, y, b = (x.detach() for x in problem(dtype=torch.float32))
     tail = (None, 1.0, IGNORE, None, True, 0.05, torch.float32, [True] * 3, "cpu", "fp32", None, True)

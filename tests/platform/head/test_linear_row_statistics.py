@@ -11,13 +11,13 @@ from lossworks.head import (
     Gathered,
     LogSumExp,
     TeacherExpectedLogit,
-    cpu,
     linear_log_probabilities,
     linear_row_statistics,
     linear_top_k,
     row_statistics,
 )
-from lossworks.head.plan import Plan
+from lossworks.head.cpu import backend as cpu
+from lossworks.head.cpu.tile_sizes import Plan
 
 IGNORE = -100
 

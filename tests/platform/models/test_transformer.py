@@ -166,7 +166,7 @@ def test_bfloat16_autocast_is_close_to_float32(spec):
     loss, expected = gradients(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low, found = gradients(model)
-        hidden = model.hidden(batch()[0])
+        hidden = model.hidden(batch()["inputs"])
 
     assert hidden.isfinite().all()
     torch.testing.assert_close(low, loss, rtol=0, atol=0.01)
@@ -176,7 +176,7 @@ def test_bfloat16_autocast_is_close_to_float32(spec):
 
 def test_float64_model_rotates_in_float64():
     model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    tokens, _ = batch()
+    tokens = batch()["inputs"]
     single = model.hidden(tokens)
     double = model.double().hidden(tokens)
 

@@ -35,9 +35,9 @@ def run_one(overrides: list[str], strategy: int, lr: float, seed: int) -> dict[s
     import torch
 
     from lossworks.errors import RunError
-    from lossworks_federated.comparison import figures_of
-    from lossworks_federated.grid import CohortGrid
-    from lossworks_federated.rounds import RoundFiles, Rounds
+    from lossworks_federated.engines.cohort_grid import CohortGrid
+    from lossworks_federated.reporting.comparison import figures_of
+    from lossworks_federated.server.rounds import RoundFiles, Rounds
     from lossworks_federated.specs import FederationSpec, StrategySpec
     from lossworks_federated.world import world_of
 

@@ -8,9 +8,9 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 
 from lossworks.cohort import Member
-from lossworks_federated.client_app import client_app
-from lossworks_federated.grid import CohortGrid
-from lossworks_federated.rounds import RoundFiles, Rounds
+from lossworks_federated.client.client_app import client_app
+from lossworks_federated.engines.cohort_grid import CohortGrid
+from lossworks_federated.server.rounds import RoundFiles, Rounds
 from lossworks_federated.specs import FederationSpec, TaskSpec
 from lossworks_federated.world import World, make_world
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head import VocabParallel, cpu, linear_cross_entropy
-from lossworks.head.plan import Plan
+from lossworks.head import VocabParallel, linear_cross_entropy
+from lossworks.head.cpu import backend as cpu
+from lossworks.head.cpu.tile_sizes import Plan
 
 IGNORE = -100
 ROWS, FEATURES = 11, 5

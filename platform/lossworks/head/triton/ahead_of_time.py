@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from lossworks.errors import UserError
-from lossworks.head.problem import Coefficients, Gradients, Problem, Softmax
+from lossworks.head.core.problem import Coefficients, Gradients, Problem, Softmax
 from lossworks.head.triton.calls import Call, fused_call, parts_of, row_sums_call, slab_call
 from lossworks.head.triton.tiles import TARGETS, Kernel, Target, Tile
 

@@ -1,4 +1,4 @@
-"""The kernels behind the functions that every implementation has; see :mod:`lossworks.head.cpu`."""
+"""The kernels behind the functions that every implementation has; see :mod:`lossworks.head.cpu.backend`."""
 
 import os
 from dataclasses import replace
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.cpu import Combine, Pass, Result, Rule, Wanted, one_after_the_other
-from lossworks.head.filtering import weighted_sum
-from lossworks.head.problem import Coefficients, Gradients, Problem, RowSums, Softmax
+from lossworks.head.core.filtering import weighted_sum
+from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Softmax
+from lossworks.head.cpu.backend import Combine, Pass, Result, Rule, Wanted, one_after_the_other
 from lossworks.head.triton import launch
 
 

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.problem import Coefficients, Gradients, Problem, Softmax
+from lossworks.head.core.problem import Coefficients, Gradients, Problem, Softmax
 from lossworks.head.triton import kernels
 from lossworks.head.triton.tiles import TARGETS, Kernel, Target, Tile
 

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lossworks.head.filtering import add_rank_one
-from lossworks.head.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax
+from lossworks.head.core.filtering import add_rank_one
+from lossworks.head.core.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax
 from lossworks.head.triton.calls import (
     Call,
     choose,
@@ -264,7 +264,7 @@ def _fused(
         problem, softmax, parts, order, sums, masses if filter.repair else (None, None), filter.eps, tile
     )()
     if filter.repair:
-        # What was dropped is replaced by rank one with its row and column sums; see lossworks.head.filtering.
+        # What was dropped is replaced by rank one with its row and column sums; see `core.filtering`.
         rows, classes = masses
         share = classes / classes.sum().clamp_min(torch.finfo(torch.float32).tiny)
         # The kernel gave the bias its column sums already.

@@ -23,7 +23,7 @@ from lossworks.entries.losses.classification.dice import (
     squares,
 )
 from lossworks.errors import UserError
-from lossworks.head.rows import check_range
+from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Loss
 from lossworks.models.interface import Outputs
 

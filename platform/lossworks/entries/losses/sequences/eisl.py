@@ -12,7 +12,7 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Kind, Paper, integer, number, numbers, switch
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_row_statistics
-from lossworks.head.rows import check_range
+from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Loss
 from lossworks.losses.rows import wide
 
