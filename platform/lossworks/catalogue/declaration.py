@@ -17,8 +17,8 @@ Kind = Literal["row", "sequence", "logits", "margin", "value", "multi-label", "b
 
 ``row``: row statistics of logits, with or without the logits; ``sequence``: the same, reduced per sequence
 before a nonlinearity; ``logits``: dense logits (N, K); ``margin``: one logit a row, two classes; ``value``:
-bins of a scalar target; ``multi-label``: sets of classes; ``bag``: mean responses of groups of rows;
-``method``: a training procedure; ``analysis``: figures of something trained.
+outputs of a head against a scalar target; ``multi-label``: sets of classes; ``bag``: mean responses of groups
+of rows; ``method``: a training procedure; ``analysis``: figures of something trained.
 """
 
 

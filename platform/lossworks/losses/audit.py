@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lossworks.catalogue.declaration import Kind
 from lossworks.errors import UserError
-from lossworks.losses.examples import BINS, EXAMPLES, Example, make_example
+from lossworks.losses.examples import EXAMPLES, Example, make_example
 
 _ROWS, _DIRECTIONS, _STEP = 11, 4, 1e-6
 _REDUCTIONS = ("sum", "mean", "none")
@@ -58,8 +58,8 @@ class Subject:
 
     def example(self, rows: int = _ROWS, seed: int = 0) -> Example:
         """Return a random problem that fits."""
-        bins = self.hyperparameters.get("bins", BINS)
-        return make_example(self.kind, self.requires, rows, seed, bins)
+        outputs = getattr(self.build("sum"), "outputs", 1)
+        return make_example(self.kind, self.requires, rows, seed, outputs)
 
     @property
     def indivisible(self) -> str | None:

@@ -9,7 +9,6 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Kind
 
 _CLASSES, _LENGTH, _POSITIVES = 7, 3, 3
-BINS = 51  # of a value head, unless its loss says so
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +37,7 @@ class Example:
         return Example(prediction, self.target, self.context, self.ignorable)
 
 
-def make_example(kind: Kind, requires: tuple[str, ...], rows: int, seed: int, bins: int = BINS) -> Example:
+def make_example(kind: Kind, requires: tuple[str, ...], rows: int, seed: int, outputs: int = 1) -> Example:
     """Return a random problem in float64.
 
     Args:
@@ -46,10 +45,10 @@ def make_example(kind: Kind, requires: tuple[str, ...], rows: int, seed: int, bi
         requires: Further inputs that it needs.
         rows: Rows, sequences or examples.
         seed: Of the problem.
-        bins: Of a value head.
+        outputs: Width of a value head.
     """
     generator = torch.Generator().manual_seed(seed)
-    example = _values(rows, generator, bins) if kind == "value" else EXAMPLES[kind](rows, generator)
+    example = _values(rows, generator, outputs) if kind == "value" else EXAMPLES[kind](rows, generator)
     if "segments" in requires:
         example.context["segments"] = _segments(example.target)
     if "next_probabilities" in requires:
@@ -87,10 +86,10 @@ def _responses(rows: int, generator: torch.Generator) -> Example:
     return Example(predictions, responses, ignorable=False)
 
 
-def _values(rows: int, generator: torch.Generator, bins: int = BINS) -> Example:
-    logits = torch.randn(rows, bins, dtype=torch.float64, generator=generator)
+def _values(rows: int, generator: torch.Generator, outputs: int = 1) -> Example:
+    predictions = torch.randn(rows, outputs, dtype=torch.float64, generator=generator)
     values = 5 * torch.randn(rows, dtype=torch.float64, generator=generator)
-    return Example(logits, values, ignorable=False)
+    return Example(predictions, values, ignorable=False)
 
 
 def _sets(rows: int, generator: torch.Generator) -> Example:
