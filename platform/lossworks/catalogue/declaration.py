@@ -242,7 +242,8 @@ class Declaration:
     @property
     def of_next_tokens(self) -> bool:
         """Whether it can train a language model on its targets, without logits and without further inputs."""
-        return self.without_logits and not self.requires and "own-outputs" not in self.flags
+        of_classes = self.kind in ("row", "sequence") and self.without_logits
+        return of_classes and not self.requires and "own-outputs" not in self.flags
 
     @property
     def neutral(self) -> dict[str, Any] | None:

@@ -93,7 +93,7 @@ class HistogramLoss(ValueLoss):
     The least loss is the entropy of the target's distribution and not 0.
     """
 
-    invariances = ("shift",)
+    invariances: ClassVar[tuple[str, ...]] = ("shift",)
 
     bins: int
     v_min: float
