@@ -14,6 +14,7 @@ from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_row_statistics
 from lossworks.head.rows import check_range
 from lossworks.losses.interface import Loss
+from lossworks.losses.random_stream import RandomStream
 from lossworks.losses.rows import wide
 
 _FLOOR = -20.0  # of a token's log-probability, so that one impossible token doesn't rule out an n-gram
@@ -110,15 +111,7 @@ class EISL(Loss):
         super().__init__(**options)
         if not self.orders or any(n != int(n) for n in self.orders):
             raise UserError(f"{self.slug}: orders={self.orders} must be whole numbers, at least one")
-        self._generator = torch.Generator().manual_seed(self.seed)
-
-    def get_extra_state(self) -> Tensor:
-        """Return the generator's state."""
-        return self._generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Go on from a state."""
-        self._generator.set_state(state.cpu())
+        self.stream = RandomStream(self.seed)
 
     def count(self, targets: Tensor) -> Tensor:
         """Return the number of sequences with a token that counts."""
@@ -229,6 +222,6 @@ class EISL(Loss):
     def _gumbel(self, like: Tensor) -> Tensor | None:
         if not (self.noise and self.training):
             return None
-        # In float64 on the CPU, the same for every device; away from 0, whose logarithm is infinite.
-        u = torch.rand(like.shape, generator=self._generator, dtype=torch.float64).clamp(min=1e-12)
+        # In float64, the same for every device; away from 0, whose logarithm is infinite.
+        u = torch.from_numpy(self.stream.next().random(like.shape)).clamp(min=1e-12)
         return -(-u.log()).clamp(min=1e-12).log().to(like)
