@@ -2,8 +2,7 @@
 
 from typing import Any, ClassVar
 
-from lossworks.catalogue.declaration import Kind
-from lossworks.losses.interface import Entry
+from lossworks.catalogue.entry import Entry
 
 
 class _Settings(Entry):
@@ -26,10 +25,12 @@ class _Settings(Entry):
 class Method(_Settings):
     """A training procedure."""
 
-    kind: ClassVar[Kind] = "method"
+    section: ClassVar[str] = "methods"
+    kind: ClassVar[str] = "method"
 
 
 class Analysis(_Settings):
     """Figures, and pictures, of something trained."""
 
-    kind: ClassVar[Kind] = "analysis"
+    section: ClassVar[str] = "analyses"
+    kind: ClassVar[str] = "analysis"

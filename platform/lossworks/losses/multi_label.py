@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind
 from lossworks.errors import UserError
 from lossworks.head.rows import check_range
 from lossworks.losses.interface import Loss
 from lossworks.losses.label_blocks import OverNegatives, streamed
+from lossworks.losses.problems import CLASSES, Problem
 from lossworks.losses.rows import wide
+
+_POSITIVES = 3  # of a row of a problem
 
 
 def distinct(positives: Tensor, ignore_index: int) -> Tensor:
@@ -41,10 +43,15 @@ class MultiLabelLoss(Loss):
     Rows without positives count for nothing. Of scores ⟨f, g⟩ + b it takes (⟨f, g⟩ + b)/τ.
     """
 
-    kind: ClassVar[Kind] = "multi-label"
+    kind: ClassVar[str] = "multi-label"
     invariances: ClassVar[tuple[str, ...]] = ("shift",)
     temperature: float
     normalise: bool
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        scores = torch.randn(rows, CLASSES, dtype=torch.float64, generator=generator)
+        return Problem(scores, torch.randint(0, CLASSES, (rows, _POSITIVES), generator=generator))
 
     def row_losses(self, scores: Tensor, positives: Tensor, counted: Tensor) -> Tensor:
         """Return the losses of rows, shape (N,).

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind
 from lossworks.errors import UserError
 from lossworks.losses.interface import Context, Loss
+from lossworks.losses.problems import Problem
 from lossworks.losses.rows import wide
 
 
@@ -21,7 +21,12 @@ class ValueLoss(Loss):
     outputs there are.
     """
 
-    kind: ClassVar[Kind] = "value"
+    kind: ClassVar[str] = "value"
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        outputs = torch.randn(rows, self.outputs, dtype=torch.float64, generator=generator)
+        return Problem(outputs, 5 * torch.randn(rows, dtype=torch.float64, generator=generator))
 
     @property
     def outputs(self) -> int:

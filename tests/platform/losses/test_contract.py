@@ -200,23 +200,6 @@ def test_the_order_of_rows_and_what_the_paper_leaves_free_change_nothing(slug):
 
 
 @by_slug
-def test_at_its_special_cases_it_is_the_loss_it_reduces_to(slug):
-    """As declared, values and gradients."""
-    e, c, y, b = problem()
-    z, keep = logits_of(e, c, b), y != IGNORE
-    for case in declarations()[slug].cases:
-        own = create(slug, reduction="none", **case.hyperparameters)(z, y)[keep]
-        other = create(case.equals, reduction="none", **case.other_hyperparameters)(z, y)[keep]
-
-        torch.testing.assert_close(
-            own, case.scale * other + case.constant + case.log_classes * math.log(z.shape[1])
-        )
-        torch.testing.assert_close(
-            torch.autograd.grad(own.sum(), z), torch.autograd.grad(case.scale * other.sum(), z)
-        )
-
-
-@by_slug
 def test_compiled_it_has_the_same_value(slug):
     """Traced by torch.compile, without the cost of its code generator."""
     e, c, y, b = problem()

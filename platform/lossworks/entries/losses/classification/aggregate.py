@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind, Paper, choice, number
+from lossworks.catalogue.declaration import Paper, choice, number
 from lossworks.errors import UserError
 from lossworks.head.rows import check_range
 from lossworks.losses.interface import Loss
+from lossworks.losses.problems import Problem, of_classes
 from lossworks.losses.rows import wide
 
 _RHO_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -194,7 +195,7 @@ class AggregateInterpolation(Loss):
     """
 
     slug = "aggregate-interpolation"
-    kind: ClassVar[Kind] = "bag"
+    kind: ClassVar[str] = "bag"
     formula = "(1-ρ) ℓ(ȳ_a, mean of f over bag a) + ρ ℓ(ȳ_a, f_i), each bag weighing its size"
     paper = Paper(
         "Learning from Aggregate Responses: Instance Level versus Bag Level Loss Functions",
@@ -211,6 +212,16 @@ class AggregateInterpolation(Loss):
         "logit a row, or of K classes (class), from K logits",
         ("real", "binary", "class"),
     )
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`; bags of two rows."""
+        bags = torch.arange(rows) // 2
+        if self.response == "class":
+            return of_classes(rows, generator).given(segments=bags)
+        predictions, responses = torch.randn(2, rows, dtype=torch.float64, generator=generator)
+        if self.response == "binary":
+            responses = responses.sigmoid()
+        return Problem(predictions, responses, {"segments": bags})
 
     def forward(self, predictions: Tensor, responses: Tensor, **given: Tensor | None) -> Tensor:
         """Return the loss.

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Case, Kind, Paper, choice
+from lossworks.catalogue.declaration import Case, Paper, choice
 from lossworks.entries.losses.classification.dice import (
     ALPHA,
     DETACH,
@@ -39,7 +39,7 @@ class _OfBatches(PlainDice, Loss):
     descend on ``sums · g`` of each part, where g is the gradient of ``from_sums`` at their total.
     """
 
-    kind: ClassVar[Kind] = "logits"
+    kind: ClassVar[str] = "logits"
     paper = Paper(
         "Dice Loss for Data-imbalanced NLP Tasks",
         "Li, Sun, Meng, Liang, Wu, Li",

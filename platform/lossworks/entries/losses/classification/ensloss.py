@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind, Paper, integer, number
+from lossworks.catalogue.declaration import Paper, integer, number
 from lossworks.errors import UserError
 from lossworks.losses.interface import Loss
+from lossworks.losses.problems import Problem
 from lossworks.losses.random_stream import RandomStream
 from lossworks.losses.rows import wide
 
@@ -51,7 +52,7 @@ class EnsLoss(Loss):
     """
 
     slug = "ensloss"
-    kind: ClassVar[Kind] = "margin"
+    kind: ClassVar[str] = "margin"
     formula = "mean sg(g_i) m_i with m = (2y-1) f, g sorted like m, -g = min(1, (1 + λξ)^(1/λ))/max(1, m)"
     paper = Paper("EnsLoss: Stochastic Calibrated Loss Ensembles", "Dai", 2024, "algorithm 1")
     flags = ("random", "unmonitored", "whole-batch")
@@ -74,6 +75,11 @@ class EnsLoss(Loss):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.stream = RandomStream(self.seed)
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        logits = torch.randn(rows, dtype=torch.float64, generator=generator)
+        return Problem(logits, torch.randint(0, 2, (rows,), generator=generator))
 
     def count(self, targets: Tensor) -> Tensor:
         """Return how many elements of a summed loss count."""

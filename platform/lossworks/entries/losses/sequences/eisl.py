@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind, Paper, integer, number, numbers, switch
+from lossworks.catalogue.declaration import Paper, integer, number, numbers, switch
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_row_statistics
 from lossworks.head.rows import check_range
 from lossworks.losses.interface import Loss
+from lossworks.losses.problems import Problem, of_sequences
 from lossworks.losses.random_stream import RandomStream
 from lossworks.losses.rows import wide
 
@@ -81,7 +82,7 @@ class EISL(Loss):
     """
 
     slug = "eisl"
-    kind: ClassVar[Kind] = "sequence"
+    kind: ClassVar[str] = "sequence"
     formula = "Σ_n w_n mean_i -Σ_i' q log g, g of n-gram i at position i', q = softmax((log g + Gumbel)/τ)"
     paper = Paper(
         "Don't Take It Literally: An Edit-Invariant Sequence Loss for Text Generation",
@@ -112,6 +113,10 @@ class EISL(Loss):
         if not self.orders or any(n != int(n) for n in self.orders):
             raise UserError(f"{self.slug}: orders={self.orders} must be whole numbers, at least one")
         self.stream = RandomStream(self.seed)
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        return of_sequences(rows, generator)
 
     def count(self, targets: Tensor) -> Tensor:
         """Return the number of sequences with a token that counts."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, integer, number
 from lossworks.losses.interface import Context
+from lossworks.losses.problems import Problem
 from lossworks.losses.value_head import HistogramLoss
 
 _PAPER = Paper(
@@ -133,6 +134,12 @@ class CategoricalTD(TwoHot):
         "algorithm 1, as in Farebrother et al. 2024",
     )
     requires: ClassVar[tuple[str, ...]] = ("next_probabilities", "discounts")
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        plain = super().problem(rows, generator)
+        discounts = torch.rand(rows, dtype=torch.float64, generator=generator)
+        return plain.given(next_probabilities=plain.prediction.flip(0).softmax(-1), discounts=discounts)
 
     def distribution(self, targets: Tensor, context: Context) -> Tensor:
         """See :meth:`HistogramLoss.distribution`; ``targets`` are rewards."""
