@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind
-from lossworks.errors import UserError
-from lossworks.losses.examples import BINS, EXAMPLES, Example, make_example
+from lossworks.losses.problems import Problem, of_classes
 
 _ROWS, _DIRECTIONS, _STEP = 11, 4, 1e-6
 _REDUCTIONS = ("sum", "mean", "none")
@@ -43,23 +41,20 @@ class Subject:
     Attributes:
         name: Slug or ``module:attribute``.
         build: Makes the loss anew for a reduction; random ones must begin at the same state.
-        kind: What it works on.
-        requires: Further inputs.
         flags: As in :class:`lossworks.catalogue.declaration.Declaration`.
         hyperparameters: As given.
     """
 
     name: str
     build: Callable[[str], Callable[..., Tensor]]
-    kind: Kind = "row"
-    requires: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     hyperparameters: dict[str, Any] = field(default_factory=dict)
 
-    def example(self, rows: int = _ROWS, seed: int = 0) -> Example:
-        """Return a random problem that fits."""
-        bins = self.hyperparameters.get("bins", BINS)
-        return make_example(self.kind, self.requires, rows, seed, bins)
+    def problem(self, rows: int = _ROWS, seed: int = 0) -> Problem:
+        """Return a random problem that fits: of logits and classes, unless the loss makes its own."""
+        make = getattr(self.build("sum"), "problem", of_classes)
+        found: Problem = make(rows, torch.Generator().manual_seed(seed))
+        return found
 
     @property
     def indivisible(self) -> str | None:
@@ -70,19 +65,20 @@ class Subject:
             return "it draws random numbers, others for other batches"
         return None
 
-    def value(self, reduction: str, example: Example) -> Tensor:
+    def value(self, reduction: str, problem: Problem) -> Tensor:
         """Return the loss of a problem."""
-        return self.build(reduction)(example.prediction, example.target, **example.context)
+        return self.build(reduction)(problem.prediction, problem.target, **problem.context)
 
 
 def subject_of(name: str, hyperparameters: dict[str, Any]) -> Subject:
     """Return the entry of the catalogue, or the class ``module:attribute`` of an installed package.
 
-    A class of one's own is called with ``reduction=…`` and the hyperparameters, and may say its ``kind``,
-    ``requires`` and ``flags``.
+    A class of one's own is called with ``reduction=…`` and the hyperparameters. It may say its ``flags``, and
+    has a method ``problem`` like :meth:`lossworks.losses.Loss.problem` if it takes other than logits and
+    classes.
 
     Raises:
-        UserError: There is none of that name, or it works on something that has no audit.
+        UserError: There is no loss of that name.
     """
     from lossworks.catalogue.registry import declaration, entry_class, installed_class
 
@@ -90,17 +86,12 @@ def subject_of(name: str, hyperparameters: dict[str, Any]) -> Subject:
         made = installed_class(name)
         about: Any = made
     else:
-        about = declaration(name)
+        about = declaration(name, "losses")
         about.check(hyperparameters)
         made = entry_class(name)
-    kind: Any = getattr(about, "kind", "row")
-    if kind not in EXAMPLES:
-        raise UserError(f"{name}: there is no audit of a {kind} entry; there is of {', '.join(EXAMPLES)}")
     return Subject(
         name,
         lambda reduction: made(reduction=reduction, **hyperparameters),
-        kind,
-        tuple(getattr(about, "requires", ())),
         tuple(getattr(about, "flags", ())),
         hyperparameters,
     )
@@ -150,10 +141,10 @@ def _every_reduction(subject: Subject) -> Finding:
 
 def _worst_slope(subject: Subject, reduction: str, seed: int) -> float:
     """Return the worst error of the gradient along random directions, for a random upstream gradient."""
-    example = subject.example(seed=seed)
+    problem = subject.problem(seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    prediction = example.prediction.clone().requires_grad_()
-    value = subject.value(reduction, example.with_prediction(prediction))
+    prediction = problem.prediction.clone().requires_grad_()
+    value = subject.value(reduction, problem.with_prediction(prediction))
     upstream = torch.randn(value.shape, dtype=value.dtype, generator=generator)
     (gradient,) = torch.autograd.grad((value * upstream).sum(), prediction)
     errors = [0.0]
@@ -161,7 +152,7 @@ def _worst_slope(subject: Subject, reduction: str, seed: int) -> float:
         direction = torch.randn(prediction.shape, dtype=prediction.dtype, generator=generator)
         ahead, behind = (
             (
-                subject.value(reduction, example.with_prediction(example.prediction + step * direction))
+                subject.value(reduction, problem.with_prediction(problem.prediction + step * direction))
                 * upstream
             )
             .sum()
@@ -176,22 +167,24 @@ def _worst_slope(subject: Subject, reduction: str, seed: int) -> float:
 def _unequal_split(subject: Subject) -> Finding:
     if subject.indivisible:
         return Finding("", None, subject.indivisible)
-    example = subject.example(rows=_ROWS - 1)
-    whole = subject.value("sum", example)
-    parts = sum(subject.value("sum", example.part(rows)) for rows in (slice(0, 2), slice(2, None)))
+    problem = subject.problem(rows=_ROWS - 1)
+    whole = subject.value("sum", problem)
+    parts = sum(subject.value("sum", problem.part(rows)) for rows in (slice(0, 2), slice(2, None)))
     worst = float((whole - parts).abs() / whole.abs().clamp(min=1))
     return judged(worst, 1e-12, "relative difference of the sums")
 
 
 def _ignored(subject: Subject) -> Finding:
-    example = subject.example()
-    if not example.ignorable:
-        return Finding("", None, "its targets are no classes")
+    problem = subject.problem()
     index = getattr(subject.build("sum"), "ignore_index", None)
     if index is None:
         return Finding("", None, "it has no ignore_index")
-    nothing = Example(
-        example.prediction.clone().requires_grad_(), torch.full_like(example.target, index), example.context
+    # A number that isn't known is NaN; a class is the index.
+    unknown = math.nan if problem.target.is_floating_point() else index
+    nothing = Problem(
+        problem.prediction.clone().requires_grad_(),
+        torch.full_like(problem.target, unknown),
+        problem.context,
     )
     for reduction in ("sum", "mean"):
         value = subject.value(reduction, nothing)
@@ -204,11 +197,11 @@ def _ignored(subject: Subject) -> Finding:
 
 
 def _extreme(subject: Subject) -> Finding:
-    example = subject.example()
-    signs = torch.sign(example.prediction)
+    problem = subject.problem()
+    signs = torch.sign(problem.prediction)
     for scale in (0.0, 1e4, -1e4):
         prediction = (scale * signs).float().requires_grad_()
-        value = subject.value("sum", example.with_prediction(prediction))
+        value = subject.value("sum", problem.with_prediction(prediction))
         (gradient,) = torch.autograd.grad(value, prediction, materialize_grads=True)
         for what, tensor in (("loss", value), ("gradient", gradient)):
             if not tensor.isfinite().all():
@@ -220,10 +213,10 @@ def _low_precision(subject: Subject) -> Finding:
     """Judge by what rounding the true losses to the dtype costs, of the same rounded predictions."""
     worst = 0.0
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        example = subject.example()
-        rounded = example.prediction.to(dtype)
-        true = subject.value("none", example.with_prediction(rounded.double()))
-        actual = subject.value("none", example.with_prediction(rounded)).double()
+        problem = subject.problem()
+        rounded = problem.prediction.to(dtype)
+        true = subject.value("none", problem.with_prediction(rounded.double()))
+        actual = subject.value("none", problem.with_prediction(rounded)).double()
         scale = true.abs().max().clamp(min=1.0)
         worst = max(worst, float((actual - true).abs().max() / scale) / torch.finfo(dtype).eps)
     return judged(worst, 64.0, "error in units of the dtype's rounding")

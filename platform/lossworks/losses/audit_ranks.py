@@ -12,7 +12,6 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from lossworks.losses.audit import Finding, Subject, judged, subject_of
-from lossworks.losses.examples import Example
 
 _GRADIENT = "gradient.pt"
 _ROWS, _FIRST = 10, 4  # of which the first rank gets so many: whole bags, which are of two
@@ -54,16 +53,16 @@ def _rank(rank: int, folder: str, name: str, hyperparameters: dict[str, Any]) ->
 
 def _gradient(subject: Subject, rows: slice, *, distributed: bool) -> Tensor:
     """Return the gradient of a linear map of the predictions' last axis, by the rule of the training loop."""
-    whole = subject.example(rows=_ROWS)
-    example = whole.part(rows)
-    features = example.prediction.reshape(len(example.prediction), -1)
+    whole = subject.problem(rows=_ROWS)
+    problem = whole.part(rows)
+    features = problem.prediction.reshape(len(problem.prediction), -1)
     torch.manual_seed(0)
     layer: nn.Module = nn.Linear(features.shape[1], features.shape[1], bias=False, dtype=torch.float64)
     weight = layer.weight
     if distributed:
         layer = nn.parallel.DistributedDataParallel(layer)
-    prediction = layer(features).reshape(example.prediction.shape)
-    total = subject.value("sum", Example(prediction, example.target, example.context, example.ignorable))
+    prediction = layer(features).reshape(problem.prediction.shape)
+    total = subject.value("sum", problem.with_prediction(prediction))
     ranks = dist.get_world_size() if distributed else 1
     # Losses sum; the division by the count of all ranks is done once, and DDP averages over ranks.
     (total * ranks / _ROWS).backward()

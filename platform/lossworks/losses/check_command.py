@@ -77,13 +77,13 @@ def _audit_all(arguments: argparse.Namespace) -> "dict[str, list[Finding]]":
 
     from lossworks.catalogue.registry import declarations
     from lossworks.losses.audit import audit, subject_of
-    from lossworks.losses.examples import EXAMPLES
 
     findings: dict[str, list[Finding]] = {}
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="audit of the catalogue", title_justify="left")
-    for name in ("loss", "hold", "not for it", "failed"):
-        table.add_column(name)
-    slugs = [slug for slug, entry in declarations().items() if entry.kind in EXAMPLES]
+    slugs = list(declarations("losses"))
+    table.add_column("loss", no_wrap=True, min_width=max(map(len, slugs)))
+    for name in ("hold", "not for it", "failed"):
+        table.add_column(name, overflow="fold")
     console = Console(stderr=True)
     with console.status("auditing") as status:
         for slug in slugs:

@@ -1,4 +1,4 @@
-"""What every entry of the catalogue is, and what losses on rows of logits share.
+"""What every loss of the catalogue is, and what losses on rows of logits share.
 
 A loss sums and whoever trains divides: ``reduction="sum"`` with ``count`` is what a training loop uses, so
 that micro-batches and ranks of unequal size weigh every element alike.
@@ -6,19 +6,20 @@ that micro-batches and ranks of unequal size weigh every element alike.
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lossworks.catalogue.declaration import Case, Declaration, Hyperparameter, Kind, Paper
+from lossworks.catalogue.entry import Entry
 from lossworks.data.batch import IGNORE_INDEX, NAMES, Batch
 from lossworks.errors import UserError, nearest
 from lossworks.head import LogSumExp, Target, VocabParallel, linear_row_loss
 from lossworks.head.core.arguments import Implementation, all_classes, check_choice, operands
 from lossworks.head.core.dense_reference import dense_logits
+from lossworks.losses.problems import Problem, of_classes
 from lossworks.losses.rows import DenseRows, LinearRows, Rows, wide
 from lossworks.models.interface import Outputs
 
@@ -70,69 +71,6 @@ class Context:
         return cls(**{name: given.get(name) for name in own}, others=others)
 
 
-class Entry:
-    """A class of the catalogue: what it declares, and its checked hyperparameters.
-
-    A subclass declares hyperparameters as class attributes (``temperature: float = number(1.0, …)``); on an
-    instance they are plain values. The attributes below are those of
-    :class:`lossworks.catalogue.declaration.Declaration`; ``title`` is the first line of the docstring.
-    """
-
-    slug: ClassVar[str] = ""
-    kind: ClassVar[Kind]
-    formula: ClassVar[str]
-    paper: ClassVar[Paper]
-    hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = ()
-    without_logits: ClassVar[bool] = False
-    products: ClassVar[float] = 0.0
-    cases: ClassVar[tuple[Case, ...]] = ()
-    invariances: ClassVar[tuple[str, ...]] = ()
-    requires: ClassVar[tuple[str, ...]] = ()
-    flags: ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        super().__init_subclass__(**arguments)
-        own = tuple(replace(v, name=k) for k, v in vars(cls).items() if isinstance(v, Hyperparameter))
-        names = [p.name for p in own]
-        cls.hyperparameters = (*(p for p in cls.hyperparameters if p.name not in names), *own)
-
-    @classmethod
-    def declaration(cls) -> Declaration:
-        """Return all that is declared here."""
-        return Declaration(
-            slug=cls.slug,
-            kind=cls.kind,
-            title=(cls.__doc__ or "").strip().splitlines()[0].rstrip("."),
-            formula=cls.formula,
-            paper=cls.paper,
-            hyperparameters=cls.hyperparameters,
-            module=f"{cls.__module__}:{cls.__qualname__}",
-            without_logits=cls.without_logits,
-            products=cls.products,
-            cases=cls.cases,
-            invariances=cls.invariances,
-            requires=cls.requires,
-            flags=cls.flags,
-        )
-
-    def set_hyperparameters(self, values: dict[str, Any]) -> None:
-        """Check hyperparameters and make them attributes.
-
-        Raises:
-            UserError: A name is unknown or a value out of range.
-        """
-        for name, value in self.declaration().check(values).items():
-            object.__setattr__(self, name, value)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the hyperparameters as they are."""
-        return {p.name: getattr(self, p.name) for p in self.hyperparameters}
-
-    def extra_repr(self) -> str:
-        """Return the hyperparameters as they would be given."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
-
-
 class Loss(Entry, nn.Module):
     """A loss as a module; ``forward`` takes predictions and targets and whatever ``Context`` holds.
 
@@ -146,6 +84,7 @@ class Loss(Entry, nn.Module):
         UserError: A name is unknown or a value out of range.
     """
 
+    section: ClassVar[str] = "losses"
     adds: ClassVar[Addition] = "elements"
 
     def __init__(
@@ -213,6 +152,17 @@ class Loss(Entry, nn.Module):
             return float(self.valid_rows(batch["targets"]).any())
         return float(self.count(batch["targets"]))
 
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """Return a random problem in float64 that fits this loss, by which it is audited: logits and classes.
+
+        A kind of loss that takes something else makes its own.
+
+        Args:
+            rows: Rows, sequences or examples, two or more; rows 2i and 2i + 1 may belong together.
+            generator: Of the numbers.
+        """
+        return of_classes(rows, generator)
+
     def context(self, given: dict[str, Tensor | None]) -> Context:
         """Return the typed context of ``forward``'s keyword arguments."""
         return Context.of(given, self.slug, self.requires)
@@ -265,7 +215,8 @@ class RowLoss(Loss):
     see :func:`of_members`.
     """
 
-    kind: ClassVar[Kind] = "row"
+    kind: ClassVar[str] = "row"
+    example: ClassVar[str] = "lossworks train jobs/specs/digits.yaml loss={slug}"
     without_logits = True
     products = 3.0
 

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from lossworks.catalogue.declaration import Kind
+from lossworks.catalogue.entry import Settings
 from lossworks.errors import UserError
-from lossworks.losses.settings import Settings
 from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Sums, Task
 
@@ -80,7 +79,8 @@ class Analysis(Settings):
             compares runs that have ended.
     """
 
-    kind: ClassVar[Kind] = "analysis"
+    section: ClassVar[str] = "analyses"
+    kind: ClassVar[str] = "analysis"
     subject: ClassVar[Literal["model", "runs"]] = "model"
 
     def check(self, task: type[Task], spec: RunSpec) -> None:

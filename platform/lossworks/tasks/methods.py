@@ -7,10 +7,9 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from lossworks.catalogue.declaration import Kind
+from lossworks.catalogue.entry import Settings
 from lossworks.data.batch import Batch
 from lossworks.losses.objective import Objective
-from lossworks.losses.settings import Settings
 from lossworks.models import Outputs
 from lossworks.specs import RunSpec
 from lossworks.tasks.analyses import Finding
@@ -42,7 +41,8 @@ class Method(Settings):
     ``after_step`` after the update; and ``finish`` once, when all steps are done.
     """
 
-    kind: ClassVar[Kind] = "method"
+    section: ClassVar[str] = "methods"
+    kind: ClassVar[str] = "method"
 
     def check(self, task: type[Task], spec: RunSpec) -> None:
         """Refuse runs that it can't be part of, before anything starts.

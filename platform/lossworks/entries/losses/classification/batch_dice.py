@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Case, Kind, Paper, choice
+from lossworks.catalogue.declaration import Case, Paper, choice
 from lossworks.data.batch import Batch
 from lossworks.entries.losses.classification.dice import (
     ALPHA,
@@ -42,8 +42,7 @@ class _OfBatches(PlainDice, Loss):
     """
 
     adds = "statistics"
-
-    kind: ClassVar[Kind] = "logits"
+    kind: ClassVar[str] = "logits"
     paper = Paper(
         "Dice Loss for Data-imbalanced NLP Tasks",
         "Li, Sun, Meng, Liang, Wu, Li",
