@@ -12,7 +12,6 @@ from ray.tune import schedulers
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 
-from lossworks.errors import UserError
 from lossworks_tune.space import LOSS, Space
 from lossworks_tune.specs import DimensionSpec, SweepSpec
 
@@ -67,15 +66,8 @@ def _mutations(space: Space) -> "dict[str, Domain | list[Any]]":
 
 
 def _bounds(space: Space) -> dict[str, list[float]]:
-    """Return the ranges of all numbers, which alone a Gaussian process can choose.
-
-    Raises:
-        UserError: There is no number.
-    """
-    numbers = {name: list(of.range) for name, of in space.dimensions.items() if of.choice is None}
-    if not numbers:
-        raise UserError("scheduler.kind=pb2 chooses numbers, and only choices are searched; use pbt")
-    return numbers
+    """Return the ranges of all numbers, which alone a Gaussian process can choose."""
+    return {name: list(of.range) for name, of in space.dimensions.items() if of.choice is None}
 
 
 def _domain(dimension: DimensionSpec) -> "Domain | list[Any]":

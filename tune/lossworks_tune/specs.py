@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,9 @@ from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError
 from lossworks.specs import Spec, TrackingSpec
 from lossworks.specs.base import apply_overrides, read_yaml
+
+if TYPE_CHECKING:
+    from lossworks_tune.space import Space
 
 Mode = Literal["min", "max"]
 Number = int | float
@@ -195,7 +198,7 @@ class SweepSpec(Spec):
         if seen and self.confirm.top:
             raise ValueError(f"confirm.seeds={list(self.confirm.seeds)}: {seen} are no fresh seeds")
         self._require_yardsticks(space.varies_the_loss)
-        self._require_matching()
+        self._require_matching(space)
         return self
 
     def _require_yardsticks(self, varies_the_loss: bool) -> None:
@@ -207,18 +210,28 @@ class SweepSpec(Spec):
                     "eval/accuracy or eval/cross_entropy"
                 )
 
-    def _require_matching(self) -> None:
+    def _require_matching(self, space: "Space") -> None:
         kind, two = self.scheduler.kind, len(self.objectives) == 2
         if two and kind != "none":
             raise ValueError(f"scheduler.kind={kind} compares by one objective; with two it must be none")
         if self.search.kind == "nsga2" and not two:
             raise ValueError("search.kind=nsga2 is for two objectives")
-        if kind == "pbt" and len(self.seeds) > 1:
-            raise ValueError("scheduler.kind=pbt changes hyperparameters within a run, which has one seed")
-        if kind == "pbt" and self.search.kind != "random":
+        if self.scheduler.of_populations:
+            self._require_population(space)
+
+    def _require_population(self, space: "Space") -> None:
+        kind = self.scheduler.kind
+        if len(self.seeds) > 1:
             raise ValueError(
-                f"scheduler.kind=pbt starts from random ones, not search.kind={self.search.kind}"
+                f"scheduler.kind={kind} changes hyperparameters within a run, which has one seed; "
+                f"seeds={list(self.seeds)} are {len(self.seeds)}"
             )
+        if self.search.kind != "random":
+            raise ValueError(
+                f"scheduler.kind={kind} starts from random configurations, not search.kind={self.search.kind}"
+            )
+        if kind == "pb2" and all(dimension.choice is not None for dimension in space.dimensions.values()):
+            raise ValueError("scheduler.kind=pb2 chooses numbers, and only choices are searched; use pbt")
 
     @classmethod
     def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
