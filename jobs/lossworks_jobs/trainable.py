@@ -7,7 +7,22 @@ from typing import Any
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.specs import AnyTrainSpec, ClassifierSpec, parse_train_spec
-from lossworks.trainables import Report, Trainable
+from lossworks.trainables import Direction, Report, Trainable
+
+_OF_TASKS: dict[str, dict[str, Direction]] = {
+    "classification": {
+        "eval/accuracy": "max",
+        "eval/cross_entropy": "min",
+        "eval/ece": "min",
+        "eval/brier": "min",
+    },
+    "language-model": {
+        "eval/cross_entropy": "min",
+        "eval/bits_per_byte": "min",
+        "eval/perplexity": "min",
+    },
+}
+_OWN: dict[str, Direction] = {"eval/loss": "min", "train/loss": "min"}
 
 
 def _parse(values: Mapping[str, Any], source: str) -> AnyTrainSpec:
@@ -24,6 +39,10 @@ def _steps(spec: AnyTrainSpec) -> int:
 
 def _cpus(spec: AnyTrainSpec) -> float:
     return spec.workers * spec.resources_per_worker.get("CPU", 1.0)
+
+
+def _yardsticks(spec: AnyTrainSpec) -> Mapping[str, Direction]:
+    return _OF_TASKS[spec.task] | _OWN
 
 
 def _train(spec: AnyTrainSpec, path: Path, report: Report) -> None:
@@ -46,5 +65,11 @@ def _train(spec: AnyTrainSpec, path: Path, report: Report) -> None:
 
 
 TRAINABLE = Trainable(
-    parse=_parse, seeded=_seeded, steps=_steps, cpus=_cpus, train=_train, starts_workers=True
+    parse=_parse,
+    seeded=_seeded,
+    steps=_steps,
+    cpus=_cpus,
+    yardsticks=_yardsticks,
+    train=_train,
+    starts_workers=True,
 )

@@ -8,12 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lossworks.errors import UserError
 from lossworks.specs import Spec
 
 _GROUP = "lossworks.trainables"
+
+Direction = Literal["min", "max"]
+"""Whether the smaller or the larger value of a metric is the better one."""
+
+OWN_VALUES = ("train/loss", "eval/loss")
+"""The value of the trained loss itself, in every task: it compares neither losses nor settings of one."""
 
 Report = Callable[[int, dict[str, float]], None]
 """Called with a step, counted from 1, and what was measured there."""
@@ -28,6 +34,8 @@ class Trainable:
         seeded: Returns a spec's values with another seed.
         steps: Returns how many steps a spec's training reports up to.
         cpus: Returns how many CPUs it takes.
+        yardsticks: Returns the metrics by which a spec's trainings can be compared, each with its better
+            direction: ``{"eval/accuracy": "max"}``. All of them are among what ``train`` reports last.
         starts_workers: Whether these are taken by workers that it starts, and not by its own process.
         train: Trains in a folder, from where an earlier call in it stopped, and reports on the way. It is
             called in a process of a running Ray cluster.
@@ -37,6 +45,7 @@ class Trainable:
     seeded: Callable[[Mapping[str, Any], int], dict[str, Any]]
     steps: Callable[[Any], int]
     cpus: Callable[[Any], float]
+    yardsticks: Callable[[Any], Mapping[str, Direction]]
     train: Callable[[Any, Path, Report], None]
     starts_workers: bool = False
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lossworks.reporting.series import series
+from lossworks.trainables import Direction
 from lossworks_tune.ledger import Configuration, Trial, shown
 from lossworks_tune.results import Results
 from lossworks_tune.space import LOSS, Space
-from lossworks_tune.specs import DimensionSpec, Mode
+from lossworks_tune.specs import DimensionSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +130,7 @@ def _jitter(trial: Trial) -> float:
     return (trial.configuration.number * 0.618034) % 1 - 0.5  # the golden ratio leaves no two side by side
 
 
-def span(values: Sequence[float], mode: Mode) -> tuple[float, float]:
+def span(values: Sequence[float], mode: Direction) -> tuple[float, float]:
     """Return the least and the largest value, but for those far worse than most.
 
     Far is three interquartile ranges beyond a quartile: a few diverged trainings would hide how the others

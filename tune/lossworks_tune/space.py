@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError, nearest
 from lossworks.specs import Spec
-from lossworks.trainables import Trainable, task_of, trainable
+from lossworks.trainables import Direction, Trainable, task_of, trainable
 from lossworks_tune.specs import DimensionSpec, SweepSpec, loss_fields, merged
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ class Space:
                 "space"
             )
         self._check()
+
+    @property
+    def yardsticks(self) -> Mapping[str, Direction]:
+        """The metrics by which trainings can be compared, each with its better direction."""
+        return self.trainable.yardsticks(self.trainable.parse(self._base, "base"))
 
     @property
     def varies_the_loss(self) -> bool:

@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from lossworks.catalogue.registry import declaration
-from lossworks.errors import UserError
+from lossworks.errors import UserError, nearest
 from lossworks.specs import Spec, TrackingSpec
 from lossworks.specs.base import apply_overrides, read_yaml
+from lossworks.trainables import OWN_VALUES, Direction
 
 if TYPE_CHECKING:
     from lossworks_tune.space import Space
 
-Mode = Literal["min", "max"]
 Number = int | float
-
-# A loss's own value says nothing about another loss, nor about itself at another temperature.
-_OWN_VALUES = ("train/loss", "eval/loss")
 
 
 class DimensionSpec(Spec):
@@ -144,11 +141,12 @@ class SweepSpec(Spec):
     space: dict[str, DimensionSpec] = Field(
         default_factory=dict, description="further fields of the base: {optimizer.lr: {log: [1e-4, 1e-2]}}"
     )
-    objectives: dict[str, Mode] = Field(
+    objectives: dict[str, Direction] = Field(
         {"eval/accuracy": "max"},
         min_length=1,
         max_length=2,
-        description="reported metrics with min or max; two give a Pareto front",
+        description="yardsticks of what is trained, each with the better of min and max; two give a Pareto "
+        "front",
     )
     search: SearchSpec = SearchSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
@@ -197,17 +195,23 @@ class SweepSpec(Spec):
         seen = sorted(set(self.seeds) & set(self.confirm.seeds))
         if seen and self.confirm.top:
             raise ValueError(f"confirm.seeds={list(self.confirm.seeds)}: {seen} are no fresh seeds")
-        self._require_yardsticks(space.varies_the_loss)
+        self._require_yardsticks(space)
         self._require_matching(space)
         return self
 
-    def _require_yardsticks(self, varies_the_loss: bool) -> None:
-        for metric in self.objectives:
-            if metric in _OWN_VALUES and varies_the_loss:
+    def _require_yardsticks(self, space: "Space") -> None:
+        for metric, mode in self.objectives.items():
+            better = require_yardstick(metric, space.yardsticks, "objectives")
+            if mode != better:
+                raise ValueError(
+                    f"objectives={{{metric}: {mode}}}: the better {metric} is the "
+                    f"{'larger' if better == 'max' else 'smaller'} one; write {metric}: {better}"
+                )
+            if metric in OWN_VALUES and space.varies_the_loss:
                 raise ValueError(
                     f"objectives={metric}: the value of the trained loss compares no losses or settings of "
                     "one (a smaller temperature alone makes it smaller); use a yardstick such as "
-                    "eval/accuracy or eval/cross_entropy"
+                    f"{next(name for name in space.yardsticks if name not in OWN_VALUES)}"
                 )
 
     def _require_matching(self, space: "Space") -> None:
@@ -245,6 +249,19 @@ class SweepSpec(Spec):
         values["base"] = _read_base(values.get("base", {}), Path(path).parent)
         # Overrides reach into it, since it has been read.
         return cls.parse(apply_overrides(cls, values, overrides), source=str(path))
+
+
+def require_yardstick(name: str, known: Mapping[str, Direction], field: str) -> Direction:
+    """Return the better direction of a yardstick.
+
+    Raises:
+        UserError: There is none of that name; the message names the field, and the nearest or all of them.
+    """
+    if name in known:
+        return known[name]
+    guess = nearest(name, known)
+    hint = f"did you mean {guess}?" if guess else f"there are {', '.join(known)}"
+    raise UserError(f"{field}={name}: is no yardstick of what is trained; {hint}")
 
 
 def _read_base(base: Any, folder: Path) -> Any:
