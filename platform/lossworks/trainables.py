@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from lossworks.errors import UserError
 from lossworks.specs import Spec
+from lossworks.specs.base import kind_of
 
 _GROUP = "lossworks.trainables"
 
@@ -52,7 +53,7 @@ class Trainable:
 
 def task_of(values: Mapping[str, Any]) -> str:
     """Return the name of what a spec's values train."""
-    return "federation" if "strategies" in values else str(values.get("task", "language-model"))
+    return "federation" if kind_of(values) == "federation" else str(values.get("task", "language-model"))
 
 
 def trainable(task: str) -> Trainable:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError, nearest
 from lossworks.specs import Spec, TrackingSpec
-from lossworks.specs.base import apply_overrides, read_yaml
+from lossworks.specs.base import apply_overrides, read_yaml, suggest_kind
 from lossworks.trainables import OWN_VALUES, Direction
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class SweepSpec(Spec):
 
     command: ClassVar[str | None] = "tune"
 
+    kind: Literal["sweep"] = Field("sweep", description="what the spec describes")
     name: str = Field("tune", min_length=1, max_length=100, description="name of the run in MLflow")
     base: dict[str, Any] = Field(
         default_factory=dict,
@@ -244,8 +245,7 @@ class SweepSpec(Spec):
         Raises:
             UserError: The file is missing, is no YAML mapping, or holds a wrong value.
         """
-        values = read_yaml(path)
-        cls.require_own(values, str(path))
+        values = cls.read_values(path)
         values["base"] = _read_base(values.get("base", {}), Path(path).parent)
         # Overrides reach into it, since it has been read.
         return cls.parse(apply_overrides(cls, values, overrides), source=str(path))
@@ -267,11 +267,17 @@ def require_yardstick(name: str, known: Mapping[str, Direction], field: str) -> 
 def _read_base(base: Any, folder: Path) -> Any:
     """Return a base with the file that it names, if any, read."""
     if isinstance(base, str):
-        return read_yaml(folder / base)
+        return _read_file(folder / base)
     if isinstance(base, dict) and "spec" in base:
         own = {name: value for name, value in base.items() if name != "spec"}
-        return merged(read_yaml(folder / str(base["spec"])), own)
+        return merged(_read_file(folder / str(base["spec"])), own)
     return base
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
+    suggest_kind(values, path)
+    return values
 
 
 def loss_fields(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, DimensionSpec]]:

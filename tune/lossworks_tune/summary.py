@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lossworks.cli import program
 from lossworks.reporting import print_summary
+from lossworks.specs.base import KINDS, kind_of
 from lossworks.tracking import redact, tracking_uri
 from lossworks_tune.ledger import Status, Trial
 from lossworks_tune.results import Results
@@ -131,8 +132,8 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
     uri = tracking_uri(spec.tracking)
     commands = [("see the runs in MLflow", redact(uri) if uri.startswith("http") else f"{program()} ui")]
     if result.best is not None:
-        verb = "federate" if "strategies" in spec.base else "train"
-        commands.insert(0, ("train the best", f"{program()} {verb} {result.best}"))
+        command = KINDS[kind_of(spec.base) or "training"].command
+        commands.insert(0, ("train the best", f"{program()} {command} {result.best}"))
     print_summary(spec.name, lines, commands)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.errors import UserError
-from lossworks.specs.base import Spec, apply_overrides, read_yaml
+from lossworks.specs.base import Spec, apply_overrides
 from lossworks.specs.train import RunSpec, TrainSpec
 
 BUILT_IN = ("digits", "breast-cancer", "wine", "mnist1d")
@@ -133,7 +133,7 @@ def read_train_spec(path: str | Path, overrides: Sequence[str] = ()) -> AnyTrain
     Raises:
         UserError: The file is missing, is no YAML mapping, or holds a wrong value.
     """
-    values = read_yaml(path)
+    values = TrainSpec.read_values(path)
     # A bare word, so that it needs no YAML; whatever else stands there is refused as it was written.
     tasks = [text.partition("=")[2].strip() for text in overrides if text.startswith("task=")]
     asked = {"task": tasks[-1]} if tasks else {}
