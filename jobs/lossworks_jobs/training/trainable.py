@@ -8,7 +8,9 @@ from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.tasks.registry import parse_train_spec, task_of
-from lossworks.trainables import Report, Trainable
+from lossworks.trainables import Direction, Report, Trainable
+
+_OWN: dict[str, Direction] = {"eval/loss": "min", "train/loss": "min"}
 
 
 def _parse(values: Mapping[str, Any], source: str) -> RunSpec:
@@ -25,6 +27,10 @@ def _steps(spec: RunSpec) -> int:
 
 def _cpus(spec: RunSpec) -> float:
     return spec.workers * spec.resources_per_worker.get("CPU", 1.0)
+
+
+def _yardsticks(spec: RunSpec) -> Mapping[str, Direction]:
+    return {**task_of(spec).yardsticks, **_OWN}
 
 
 def _train(spec: RunSpec, path: Path, report: Report) -> None:
@@ -46,5 +52,11 @@ def _train(spec: RunSpec, path: Path, report: Report) -> None:
 
 
 TRAINABLE = Trainable(
-    parse=_parse, seeded=_seeded, steps=_steps, cpus=_cpus, train=_train, starts_workers=True
+    parse=_parse,
+    seeded=_seeded,
+    steps=_steps,
+    cpus=_cpus,
+    yardsticks=_yardsticks,
+    train=_train,
+    starts_workers=True,
 )

@@ -27,6 +27,7 @@ class RunSpec(Spec):
 
     command: ClassVar[str | None] = "train"
 
+    kind: Literal["training"] = Field("training", description="what the spec describes")
     name: str = Field("train", min_length=1, max_length=100, description="name of the run in MLflow")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the parameters, the data order and all noise")
     steps: int = Field(200, ge=1, description="optimiser steps")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossworks.errors import UserError, nearest
-from lossworks.specs.base import apply_overrides, read_yaml
+from lossworks.specs.base import apply_overrides
 from lossworks.specs.train import RunSpec
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def read_train_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     Raises:
         UserError: The file is missing, is no YAML mapping, or holds a wrong value.
     """
-    values = read_yaml(path)
+    values = RunSpec.read_values(path)
     # A bare word, so that it needs no YAML; whatever else stands there is refused as it was written.
     tasks = [text.partition("=")[2].strip() for text in overrides if text.startswith("task=")]
     asked = {"task": tasks[-1]} if tasks else {}

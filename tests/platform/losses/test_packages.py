@@ -15,7 +15,7 @@ from lossworks.catalogue.registry import FILE, SECTIONS, Catalogue
 from lossworks.cli import main
 from lossworks.errors import UserError
 from lossworks.losses import create, declaration, declarations, search_space
-from lossworks.specs import TrainSpec
+from lossworks.tasks.language_model import TrainSpec
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "tests" / "support" / "other_package"

@@ -1,11 +1,11 @@
 """A method and an analysis of another package."""
 
 import torch
-from lossworks.tasks.analyses import Analysis
-from lossworks.tasks.methods import Method
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, number
+from lossworks.tasks.analyses import Analysis
+from lossworks.tasks.methods import Method
 
 
 class InputNoise(Method):

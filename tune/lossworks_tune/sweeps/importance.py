@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lossworks.reporting.series import series
-from lossworks_tune.ledger import Configuration, Trial, shown
-from lossworks_tune.results import Results
-from lossworks_tune.space import LOSS, Space
-from lossworks_tune.specs import DimensionSpec, Mode
+from lossworks.trainables import Direction
+from lossworks_tune.sweeps.dimensions import DimensionSpec
+from lossworks_tune.sweeps.ledger import Configuration, Trial, shown
+from lossworks_tune.sweeps.results import Results
+from lossworks_tune.sweeps.space import LOSS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,9 +47,9 @@ class Mark:
 
 def marks_of(results: Results) -> Iterator[Mark]:
     """Yield finished trials, the best first, then those stopped early."""
-    space, metric = Space(results.spec), results.metrics[0]
+    metric = results.metrics[0]
     for trial in results.ranked:
-        values = _values(results, space, trial.configuration)
+        values = _values(results, trial.configuration)
         seeds = trial.seeds_values(metric)
         deviation = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
         kind: Literal["drawn", "anchor"] = "anchor" if trial.configuration.anchor else "drawn"
@@ -56,12 +57,12 @@ def marks_of(results: Results) -> Iterator[Mark]:
     for trial in results.trials:
         points = series(trial.rows, metric)
         if trial.status == "stopped" and points is not None:
-            values = _values(results, space, trial.configuration)
+            values = _values(results, trial.configuration)
             yield Mark(trial, "stopped", values, float(points[1][-1]))
 
 
-def _values(results: Results, space: Space, configuration: Configuration) -> dict[str, Any]:
-    spec = space.training(configuration.fields, 0) if configuration.anchor else None
+def _values(results: Results, configuration: Configuration) -> dict[str, Any]:
+    spec = results.space.training(configuration.fields, 0) if configuration.anchor else None
     own = f"{configuration.loss}."
     found = {}
     for name, dimension in results.dimensions.items():
@@ -129,7 +130,7 @@ def _jitter(trial: Trial) -> float:
     return (trial.configuration.number * 0.618034) % 1 - 0.5  # the golden ratio leaves no two side by side
 
 
-def span(values: Sequence[float], mode: Mode) -> tuple[float, float]:
+def span(values: Sequence[float], mode: Direction) -> tuple[float, float]:
     """Return the least and the largest value, but for those far worse than most.
 
     Far is three interquartile ranges beyond a quartile: a few diverged trainings would hide how the others
@@ -264,7 +265,7 @@ def draw_importance(figure: "Figure", results: Results) -> bool:
 
 def _panels(results: Results) -> tuple[dict[str, tuple[list[Trial], list[str]]], list[str]]:
     """Return trials and dimensions to explain, by title, and the losses that have too few trials."""
-    space = Space(results.spec)
+    space = results.space
     drawn = [trial for trial in results.ranked if not trial.configuration.anchor]
     panels, left_out = {}, []
     if LOSS in results.dimensions and len(drawn) >= LEAST:

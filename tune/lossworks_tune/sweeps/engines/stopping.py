@@ -1,9 +1,10 @@
-"""What ends a trial besides schedulers: seeds worse than the leader's, metrics that are missing."""
+"""What ends a trial besides schedulers: seeds that are worse than the leader's."""
 
 import math
+from collections.abc import Iterable
 
-from lossworks.errors import UserError
-from lossworks_tune.specs import SweepSpec
+from lossworks_tune.sweeps.ledger import Trial
+from lossworks_tune.sweeps.spec import SweepSpec
 
 
 class Leader:
@@ -21,6 +22,15 @@ class Leader:
         self._metric, mode = next(iter(spec.objectives.items()))
         self._sign = 1.0 if mode == "max" else -1.0
         self._best: list[float] = []
+
+    @classmethod
+    def among(cls, spec: SweepSpec, trials: Iterable[Trial]) -> "Leader":
+        """Return the leader among trials, as far as they are finished."""
+        leader = cls(spec)
+        for trial in trials:
+            if trial.status == "finished":
+                leader.learn(trial.finals)
+        return leader
 
     def learn(self, finals: list[dict[str, float]]) -> None:
         """Take a configuration that has trained all seeds for the leader, if it is."""
@@ -42,16 +52,3 @@ class Leader:
 
     def _signed(self, finals: list[dict[str, float]]) -> list[float]:
         return [self._sign * final[self._metric] for final in finals]
-
-
-def require_reported(spec: SweepSpec, metrics: dict[str, float]) -> None:
-    """Refuse to go on without an objective.
-
-    Raises:
-        UserError: Naming what is reported instead.
-    """
-    for metric in spec.objectives:
-        if metric not in metrics:
-            raise UserError(
-                f"objectives={metric}: was not reported; reported are {', '.join(sorted(metrics))}"
-            )

@@ -12,9 +12,9 @@ from ray.tune import schedulers
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 
-from lossworks.errors import UserError
-from lossworks_tune.space import LOSS, Space
-from lossworks_tune.specs import DimensionSpec, SweepSpec
+from lossworks_tune.sweeps.dimensions import DimensionSpec
+from lossworks_tune.sweeps.space import LOSS, Space
+from lossworks_tune.sweeps.sweep import Sweep
 
 if TYPE_CHECKING:
     from ray.tune.search.sample import Domain
@@ -23,18 +23,12 @@ TIME = "training_iteration"  # reports, counted from 1
 _NEVER = 10**12
 
 
-def build_scheduler(spec: SweepSpec, space: Space, reports: int, every: int) -> TrialScheduler:
-    """Return the scheduler that a sweep asks for.
-
-    Args:
-        spec: The sweep.
-        space: What it searches.
-        reports: Of a trial in all.
-        every: Steps between them.
-    """
+def build_scheduler(sweep: Sweep) -> TrialScheduler:
+    """Return the scheduler that a sweep asks for."""
+    spec, space, reports = sweep.spec, sweep.space, sweep.reports
     kind, (metric, mode) = spec.scheduler.kind, next(iter(spec.objectives.items()))
     common: dict[str, Any] = {"time_attr": TIME, "metric": metric, "mode": mode}
-    grace = max(1, round((spec.scheduler.grace_steps or every) / every))
+    grace = max(1, round((spec.scheduler.grace_steps or sweep.every) / sweep.every))
     if kind == "asha":
         return schedulers.AsyncHyperBandScheduler(
             **common,
@@ -67,15 +61,8 @@ def _mutations(space: Space) -> "dict[str, Domain | list[Any]]":
 
 
 def _bounds(space: Space) -> dict[str, list[float]]:
-    """Return the ranges of all numbers, which alone a Gaussian process can choose.
-
-    Raises:
-        UserError: There is no number.
-    """
-    numbers = {name: list(of.range) for name, of in space.dimensions.items() if of.choice is None}
-    if not numbers:
-        raise UserError("scheduler.kind=pb2 chooses numbers, and only choices are searched; use pbt")
-    return numbers
+    """Return the ranges of all numbers, which alone a Gaussian process can choose."""
+    return {name: list(of.range) for name, of in space.dimensions.items() if of.choice is None}
 
 
 def _domain(dimension: DimensionSpec) -> "Domain | list[Any]":
@@ -110,7 +97,7 @@ class Controller:
     """What Ray Tune's schedulers ask of its controller, for trials of a pack.
 
     The schedulers are Ray's own, but a trial of theirs is an actor; here it is a row of tensors, so stopping
-    and pausing are notes that :class:`lossworks_tune.packed.PackedSweep` acts on.
+    and pausing are notes that :class:`lossworks_tune.sweeps.engines.packed.PackedSweep` acts on.
 
     Args:
         scheduler: Whose decisions these are.

@@ -10,7 +10,7 @@ import numpy as np
 
 from lossworks.reporting.series import Series, series
 from lossworks.reporting.train_report import STYLE
-from lossworks_tune.importance import (
+from lossworks_tune.sweeps.importance import (
     Mark,
     draw_importance,
     head,
@@ -23,9 +23,9 @@ from lossworks_tune.importance import (
     span,
     ticks,
 )
-from lossworks_tune.ledger import Trial
-from lossworks_tune.results import Results, steps_of
-from lossworks_tune.space import LOSS, Space
+from lossworks_tune.sweeps.ledger import Trial
+from lossworks_tune.sweeps.results import Results
+from lossworks_tune.sweeps.space import LOSS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,8 +102,7 @@ def draw_hyperparameters(figure: "Figure", results: Results) -> bool:
 
 def draw_parallel(figure: "Figure", results: Results) -> bool:
     """Draw finished trials as lines through what all have in common; return whether any differ."""
-    space = Space(results.spec)
-    names = [LOSS, *space.general] if LOSS in results.dimensions else list(results.dimensions)
+    names = [LOSS, *results.space.general] if LOSS in results.dimensions else list(results.dimensions)
     marks = [mark for mark in marks_of(results) if mark.kind != "stopped" and {*names} <= {*mark.values}]
     metric, mode = next(iter(results.spec.objectives.items()))
     low, high = span([mark.objective for mark in marks], mode) if marks else (0.0, 0.0)
@@ -163,7 +162,7 @@ def draw_curves(figure: "Figure", results: Results) -> bool:
         return False
     head(figure, results, f"{metric} while training")
     axes = figure.subplots()
-    colours, steps = palette(results), steps_of(Space(results.spec))
+    colours, steps = palette(results), results.steps
     for trial in list(curves)[:: math.ceil(len(curves) / _MOST_CURVES)]:
         faint: dict[str, Any] = {"alpha": 0.35, "linewidth": 1, "marker": ".", "markersize": 4}
         axes.plot(*_broken(curves[trial], steps), color=colours[trial.configuration.loss], **faint)

@@ -6,15 +6,16 @@ instead: hyperparameters of different losses share a name but no range, so their
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError, nearest
-from lossworks.specs import Spec
-from lossworks.trainables import Trainable, task_of, trainable
-from lossworks_tune.specs import DimensionSpec, SweepSpec, loss_fields, merged
+from lossworks.specs import field_paths
+from lossworks.trainables import Direction, Trainable, task_of, trainable
+from lossworks_tune.bases import merged
+from lossworks_tune.sweeps.dimensions import DimensionSpec, loss_fields
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -36,19 +37,35 @@ class Space:
     """What a sweep searches.
 
     Args:
-        spec: The sweep; its fields are checked.
+        base: Values of a spec of what is trained.
+        losses: Losses to consider, as a sweep's spec has them; the base's own if there are none.
+        general: What further fields of the base are searched over.
+
+    Attributes:
+        task: Name of what is trained.
+        trainable: What trains it.
+        base: The base's spec, whole.
+        candidates: The losses.
+        general: As given.
 
     Raises:
-        UserError: A loss, hyperparameter or field is unknown, a value is refused by the base's spec, or
-            nothing is searched.
+        UserError: The base is wrong, a loss or hyperparameter is unknown, or nothing is searched.
     """
 
-    def __init__(self, spec: SweepSpec) -> None:
-        self._base = spec.base
-        self.task = task_of(spec.base)
+    def __init__(
+        self,
+        base: Mapping[str, Any],
+        losses: Sequence[str | Mapping[str, Any]],
+        general: Mapping[str, DimensionSpec],
+    ) -> None:
+        self.task = task_of(base)
         self.trainable: Trainable = trainable(self.task)
-        self.candidates = [Candidate(*loss_fields(entry)) for entry in spec.losses or (self._own_loss(),)]
-        self.general = dict(spec.space)
+        self.base: Any = self.trainable.parse(base, "base")
+        self._values = self.base.model_dump(mode="json", exclude_unset=True)
+        self.candidates = [Candidate(*loss_fields(entry)) for entry in losses or (self._own_loss(),)]
+        self.general = dict(general)
+        # The hyperparameters of the base's own loss are not another's.
+        self._values["loss"] = {n: v for n, v in self._values.get("loss", {}).items() if n == "impl"}
         slugs = [candidate.slug for candidate in self.candidates]
         twice = next((slug for slug in slugs if slugs.count(slug) > 1), None)
         if twice:
@@ -58,7 +75,11 @@ class Space:
                 f"the space is empty: {slugs[0]} has nothing to search; name several losses, or fields in "
                 "space"
             )
-        self._check()
+
+    @property
+    def yardsticks(self) -> Mapping[str, Direction]:
+        """The metrics by which trainings can be compared, each with its better direction."""
+        return self.trainable.yardsticks(self.base)
 
     @property
     def varies_the_loss(self) -> bool:
@@ -119,7 +140,6 @@ class Space:
 
     def values(self, fields: Fields, seed: int) -> dict[str, Any]:
         """Return the values of a training's spec."""
-        found = dict(self._base)
         nested: dict[str, Any] = {}
         for name, value in fields.items():
             *parents, leaf = name.split(".")
@@ -127,12 +147,7 @@ class Space:
             for parent in parents:
                 group = group.setdefault(parent, {})
             group[leaf] = value
-        if isinstance(found.get("loss"), str):
-            found["loss"] = {"name": found["loss"]}
-        if "name" in nested.get("loss", {}):
-            impl = {name: of for name, of in found.get("loss", {}).items() if name == "impl"}
-            found["loss"] = impl  # the hyperparameters of the base's own loss are not another's
-        return self.trainable.seeded(merged(found, nested), seed)
+        return self.trainable.seeded(merged(self._values, nested), seed)
 
     def training(self, fields: Fields, seed: int) -> Any:
         """Return the spec of a training.
@@ -142,26 +157,13 @@ class Space:
         """
         return self.trainable.parse(self.values(fields, seed), "base")
 
-    def _own_loss(self) -> str | dict[str, Any]:
-        base: Any = self.trainable.parse(self._base, "base")
-        given = self._base.get("loss", {})
-        own = {} if isinstance(given, str) else {n: v for n, v in given.items() if n not in ("name", "impl")}
-        return {"name": base.loss.name, **own}
+    def check(self) -> None:
+        """Refuse what the base's class refuses: at the ends of every dimension, one at a time.
 
-    def _candidate(self, slug: str) -> Candidate:
-        return next(candidate for candidate in self.candidates if candidate.slug == slug)
-
-    def _dimensions_under(self, slug: str) -> list[tuple[str, DimensionSpec]]:
-        own = {f"{slug}.{name}": of for name, of in self._candidate(slug).searched.items()}
-        return [*self.general.items(), *own.items()]
-
-    def _of_loss(self, candidate: Candidate, own: Mapping[str, Any]) -> Fields:
-        values = {**candidate.fixed, **own}
-        return {"loss.name": candidate.slug, **{f"loss.{name}": value for name, value in values.items()}}
-
-    def _check(self) -> None:
-        """Refuse what the base's class refuses: at the ends of every dimension, one at a time."""
-        known = set(_paths(self.trainable.parse(self._base, "base")))
+        Raises:
+            UserError: A field is unknown, or a value is refused.
+        """
+        known = set(field_paths(type(self.base)))
         for name in self.general:
             if name in ("seed", "seeds"):
                 raise UserError(f"space.{name}: seeds are the sweep's own field, seeds")
@@ -180,15 +182,20 @@ class Space:
             for value in dimension.ends:
                 self.training(first | {name: value}, 0)
 
+    def _own_loss(self) -> dict[str, Any]:
+        given = self._values.get("loss", {})
+        return {"name": self.base.loss.name, **{name: of for name, of in given.items() if name != "impl"}}
 
-def _paths(spec: Spec) -> Iterator[str]:
-    """Yield the dotted names of a spec's fields."""
-    for name, value in type(spec).model_fields.items():
-        del value
-        yield name
-        own = getattr(spec, name)
-        if isinstance(own, Spec):
-            yield from (f"{name}.{further}" for further in _paths(own))
+    def _candidate(self, slug: str) -> Candidate:
+        return next(candidate for candidate in self.candidates if candidate.slug == slug)
+
+    def _dimensions_under(self, slug: str) -> list[tuple[str, DimensionSpec]]:
+        own = {f"{slug}.{name}": of for name, of in self._candidate(slug).searched.items()}
+        return [*self.general.items(), *own.items()]
+
+    def _of_loss(self, candidate: Candidate, own: Mapping[str, Any]) -> Fields:
+        values = {**candidate.fixed, **own}
+        return {"loss.name": candidate.slug, **{f"loss.{name}": value for name, value in values.items()}}
 
 
 def _suggest(trial: "Trial", name: str, dimension: DimensionSpec) -> None:

@@ -5,9 +5,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from lossworks_tune.ledger import Configuration, Trial
-from lossworks_tune.space import Space
-from lossworks_tune.specs import SweepSpec
+from lossworks_tune.sweeps.ledger import Configuration, Trial
+from lossworks_tune.sweeps.space import Space
+from lossworks_tune.sweeps.spec import SweepSpec
 
 if TYPE_CHECKING:
     import optuna

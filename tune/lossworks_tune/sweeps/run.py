@@ -1,9 +1,7 @@
 """``sweep(spec)``: configurations trained, ranked, confirmed on fresh seeds, drawn, and kept in MLflow."""
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,17 +12,18 @@ from lossworks.errors import LossworksError, RunError, UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import read_yaml
 from lossworks.tracking import Journal, check_tracking, create_run, deliver, open_run
-from lossworks_tune.ledger import Trial
-from lossworks_tune.results import Results
-from lossworks_tune.space import Space
-from lossworks_tune.specs import SweepSpec
-from lossworks_tune.tracking import Children, close, safely
-
-_LOOK_S = 1.0
+from lossworks.tracking.store import Status
+from lossworks_tune.periodic import repeated
+from lossworks_tune.sweeps.ledger import Trial
+from lossworks_tune.sweeps.results import Results
+from lossworks_tune.sweeps.space import Space
+from lossworks_tune.sweeps.spec import SweepSpec
+from lossworks_tune.sweeps.sweep import Sweep
+from lossworks_tune.sweeps.tracking import TrialRuns, close
 
 
 class Engine(Protocol):
-    """What trains configurations; see :class:`lossworks_tune.packed.PackedSweep`."""
+    """What trains configurations; see :class:`lossworks_tune.sweeps.engines.packed.PackedSweep`."""
 
     def run(self) -> None:
         """Train all configurations to their ends."""
@@ -33,13 +32,18 @@ class Engine(Protocol):
         """Train configurations again on fresh seeds."""
 
 
-class Watcher:
-    """Sees a sweep go on; this one looks away."""
+class SweepListener:
+    """Receives progress of a sweep; the default ignores every event."""
 
-    def look(self, results: Results, doing: str) -> None:
-        """See the trials as they stand; called about once a second, from a thread."""
+    def update(self, results: Results, phase: str) -> None:
+        """Take the trials as they stand; called about once a second, from a thread.
 
-    def say(self, text: str) -> None:
+        Args:
+            results: What has been found so far.
+            phase: What is being done, in words.
+        """
+
+    def message(self, text: str) -> None:
         """Take a sentence for a person."""
 
 
@@ -65,7 +69,7 @@ def sweep(
     *,
     resume: RunFolder | None = None,
     address: str | None = None,
-    watcher: Watcher | None = None,
+    listener: SweepListener | None = None,
 ) -> SweepResult:
     """Run a sweep as ``spec`` says, or go on with one.
 
@@ -73,34 +77,49 @@ def sweep(
         spec: The sweep.
         resume: Go on with this run: trials that have ended are kept, the others go on.
         address: A Ray cluster to join, for ``engine=ray``.
-        watcher: Sees it go on.
+        listener: Receives its progress.
 
     Raises:
         UserError: Something in the spec can't work, or an objective is not reported.
-        RunError: The engine failed.
+        RunError: The engine failed, or no configuration came to its end.
     """
-    watcher = watcher or Watcher()
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
-    space = Space(spec)
+    space = spec.make_space()
     # Before anything is entered anywhere.
     name = engine_of(spec, space)
     if name == "ray" and address is None and "RAY_ADDRESS" not in os.environ:
-        from lossworks_tune.ray_engine import require_local_room
+        from lossworks_tune.sweeps.engines.ray_tune import require_local_room
 
         require_local_room(spec, space)
     folder = _open(spec, resume)
     with folder.hold():
-        engine = _make(name, spec, space, folder.path, address)
-        children = Children(spec, space, folder)
-        status, reason, artifacts = "FAILED", "the driver failed", list[Path]()
+        running = Sweep(spec, space, folder.path)
+        return _Run(running, folder, listener or SweepListener()).run(_make(name, running, address))
+
+
+class _Run:
+    """One attempt at a sweep: its trials are shown and tracked while an engine trains them.
+
+    Args:
+        sweep: The sweep.
+        folder: Of its run.
+        listener: Receives its progress.
+    """
+
+    def __init__(self, sweep: Sweep, folder: RunFolder, listener: SweepListener) -> None:
+        self._sweep, self._folder, self._listener = sweep, folder, listener
+        self._runs = TrialRuns(sweep, folder)
+        self._phase, self._complaint = "starting", ""
+
+    def run(self, engine: Engine) -> SweepResult:
+        """Search, confirm and draw, and close the run however it ended."""
+        status: Status = "FAILED"
+        reason, files = "the driver failed", list[Path]()
         try:
-            with _watched(spec, space, folder, children, watcher) as doing:
-                doing("searching")
-                engine.run()
-                doing("confirming on fresh seeds")
-                engine.confirm(Results.read(spec, space, folder.path).to_confirm())
-            results = Results.read(spec, space, folder.path)
+            with repeated(self._look):
+                self._train(engine)
+            results = self._sweep.results()
             status, reason = ("FINISHED", "") if results.ranked else ("FAILED", _why_nothing(results))
         except KeyboardInterrupt:
             status, reason = "KILLED", "stopped"
@@ -109,15 +128,39 @@ def sweep(
             reason = str(error)
             raise
         finally:
-            artifacts = _finish(spec, space, folder)
-            complaint = safely(children) or _closed(spec, folder, status, artifacts, reason)
-            if complaint:
-                watcher.say(complaint)
-    best = folder.path / "best.yaml"
-    pictures = tuple(path for path in artifacts if path.suffix == ".png")
-    if not results.ranked:
-        raise RunError(f"run {folder.run_id}: {reason}")
-    return SweepResult(folder, results, pictures, best if best.is_file() else None)
+            files = _finish(self._sweep, self._folder)
+            self._close(status, files, reason)
+        if not results.ranked:
+            raise RunError(f"run {self._folder.run_id}: {reason}")
+        best = next((file for file in files if file.name == "best.yaml"), None)
+        pictures = tuple(file for file in files if file.suffix == ".png")
+        return SweepResult(self._folder, results, pictures, best)
+
+    def _train(self, engine: Engine) -> None:
+        self._phase = "searching"
+        engine.run()
+        self._phase = "confirming on fresh seeds"
+        engine.confirm(self._sweep.results().to_confirm())
+
+    def _look(self) -> None:
+        """Let the trials be seen and bring them to MLflow; a store that is away is named once."""
+        results = self._sweep.results()
+        self._listener.update(results, self._phase)
+        complaint = self._runs.try_sync(results)
+        if complaint and not self._complaint:
+            self._listener.message(f"{complaint}; trials go on and wait in {self._folder.path}")
+        self._complaint = complaint
+
+    def _close(self, status: Status, files: list[Path], reason: str) -> None:
+        complaint = self._runs.try_sync(self._sweep.results())
+        if not complaint:
+            try:
+                deliver(self._sweep.spec.tracking, self._folder.run_id, self._folder.journal)
+                close(self._sweep.spec, self._folder, status, files, reason)
+            except RunError as error:
+                complaint = str(error)
+        if complaint:
+            self._listener.message(complaint)
 
 
 def engine_of(spec: SweepSpec, space: Space) -> str:
@@ -145,14 +188,14 @@ def _not_packed(spec: SweepSpec, space: Space) -> str | None:
     return next((why for training in trainings if (why := obstacle(training))), None)
 
 
-def _make(name: str, spec: SweepSpec, space: Space, path: Path, address: str | None) -> Engine:
+def _make(name: str, sweep: Sweep, address: str | None) -> Engine:
     if name == "packed":
-        from lossworks_tune.packed import PackedSweep
+        from lossworks_tune.sweeps.engines.packed import PackedSweep
 
-        return PackedSweep(spec, space, path)
-    from lossworks_tune.ray_engine import RaySweep
+        return PackedSweep(sweep)
+    from lossworks_tune.sweeps.engines.ray_tune import RaySweep
 
-    return RaySweep(spec, space, path, address)
+    return RaySweep(sweep, address)
 
 
 def read_sweep_spec(folder: RunFolder) -> SweepSpec:
@@ -189,51 +232,27 @@ def _open(spec: SweepSpec, resume: RunFolder | None) -> RunFolder:
     return RunFolder.create(spec, run_id)
 
 
-@contextmanager
-def _watched(
-    spec: SweepSpec, space: Space, folder: RunFolder, children: Children, watcher: Watcher
-) -> Iterator[Callable[[str], None]]:
-    """Let trials be seen, and brought to MLflow, about once a second meanwhile."""
-    over, doing, said = threading.Event(), ["starting"], [""]
-
-    def look() -> None:
-        while not over.wait(_LOOK_S):
-            watcher.look(Results.read(spec, space, folder.path), doing[0])
-            complaint = safely(children)
-            if complaint and not said[0]:
-                watcher.say(f"{complaint}; trials go on and wait in {folder.path}")
-            said[0] = complaint
-
-    thread = threading.Thread(target=look, name="lossworks-sweep", daemon=True)
-    thread.start()
-    try:
-        yield lambda text: doing.__setitem__(0, text)
-    finally:
-        over.set()
-        thread.join()
-        watcher.look(Results.read(spec, space, folder.path), doing[0])
-
-
-def _finish(spec: SweepSpec, space: Space, folder: RunFolder) -> list[Path]:
+def _finish(sweep: Sweep, folder: RunFolder) -> list[Path]:
     """Write and draw what was found; return the files."""
-    from lossworks_tune.pictures import draw_all
+    from lossworks_tune.sweeps.pictures import draw_all
 
-    results = Results.read(spec, space, folder.path)
-    table = folder.path / "trials.csv"
+    results = sweep.results()
+    table = sweep.path / "trials.csv"
     results.write_csv(table)
-    files = [table, *draw_all(results, folder.path)]
-    winner = results.winner
-    if winner is not None:
-        best = folder.path / "best.yaml"
-        values = space.training(winner.configuration.fields, spec.seeds[0]).model_dump(mode="json")
-        best.write_text(
-            f"# The best of {len(results.trials)} configurations: {winner.configuration.title}\n"
-            + yaml.safe_dump(values, sort_keys=False),
-            encoding="utf-8",
-        )
-        files.append(best)
-        _record_winner(results, winner, folder)
+    files = [table, *draw_all(results, sweep.path)]
+    if results.winner is not None:
+        files.append(_write_best(results, results.winner, sweep.path / "best.yaml"))
+        _record_winner(results, results.winner, folder)
     return files
+
+
+def _write_best(results: Results, winner: Trial, path: Path) -> Path:
+    """Write the winner as a spec that its own command takes."""
+    training = results.space.training(winner.configuration.fields, results.spec.seeds[0])
+    head = f"# The best of {len(results.trials)} configurations: {winner.configuration.title}\n"
+    values = yaml.safe_dump(training.model_dump(mode="json"), sort_keys=False)
+    path.write_text(head + values, encoding="utf-8")
+    return path
 
 
 def _record_winner(results: Results, winner: Trial, folder: RunFolder) -> None:
@@ -245,15 +264,6 @@ def _record_winner(results: Results, winner: Trial, folder: RunFolder) -> None:
             found[f"best_on_fresh_seeds/{metric}"] = fresh.value
     with Journal.open(folder.journal) as journal:
         journal.write(len(results.trials), found)
-
-
-def _closed(spec: SweepSpec, folder: RunFolder, status: str, artifacts: list[Path], reason: str) -> str:
-    try:
-        deliver(spec.tracking, folder.run_id, folder.journal)
-        close(spec, folder, status, artifacts, reason)  # type: ignore[arg-type]
-    except RunError as error:
-        return str(error)
-    return ""
 
 
 def _why_nothing(results: Results) -> str:

@@ -1,69 +1,33 @@
 """What a person sees of a sweep: a live table of trials, and at the end who won and by how much."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from lossworks.cli import program
 from lossworks.reporting import print_summary
+from lossworks.specs.base import KINDS, kind_of
 from lossworks.tracking import redact, tracking_uri
-from lossworks_tune.ledger import Status, Trial
-from lossworks_tune.results import Results
-from lossworks_tune.specs import SweepSpec
-from lossworks_tune.sweep import SweepResult, Watcher
+from lossworks_tune.display import LiveDisplay
+from lossworks_tune.sweeps.ledger import Status, Trial
+from lossworks_tune.sweeps.results import Results
+from lossworks_tune.sweeps.run import SweepListener, SweepResult
+from lossworks_tune.sweeps.spec import SweepSpec
 
 _SHOWN = 10
 _WIDTH_OF_FILES = 150
-_LINE_EVERY_S = 10.0
 
 
-class Display(Watcher):
-    """Shows the best trials while others train; on a pipe, a line every ten seconds. A context manager.
+class SweepDisplay(LiveDisplay, SweepListener):
+    """Shows the best trials while others train."""
 
-    Args:
-        spec: The sweep.
-        console: Where to; standard output if unset.
-    """
-
-    def __init__(self, spec: SweepSpec, console: Console | None = None) -> None:
-        self._spec, self._console = spec, console or Console()
-        self._live: Live | None = None
-        self._began = time.monotonic()
-        self._last_line = -_LINE_EVERY_S
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live = Live(Text("starting"), console=self._console, transient=True, auto_refresh=False)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def look(self, results: Results, doing: str) -> None:
+    def update(self, results: Results, phase: str) -> None:
         """Show how it stands."""
-        seconds = time.monotonic() - self._began
-        head = f"{doing}, {seconds:.0f} s: {_counts(results)}"
-        if self._live is not None:
-            self._live.update(table(results, title=head, count=_SHOWN), refresh=True)
-        elif seconds - self._last_line >= _LINE_EVERY_S:
-            self._last_line = seconds
-            best = f"; best so far: {_line(results, results.ranked[0])}" if results.ranked else ""
-            self.say(head + best)
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        best = f"best so far: {_line(results, results.ranked[0])}" if results.ranked else ""
+        self.show(phase, _counts(results), best, lambda title: table(results, title=title, count=_SHOWN))
 
 
 def _counts(results: Results) -> str:
@@ -131,8 +95,8 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
     uri = tracking_uri(spec.tracking)
     commands = [("see the runs in MLflow", redact(uri) if uri.startswith("http") else f"{program()} ui")]
     if result.best is not None:
-        verb = "federate" if "strategies" in spec.base else "train"
-        commands.insert(0, ("train the best", f"{program()} {verb} {result.best}"))
+        command = KINDS[kind_of(spec.base) or "training"].command
+        commands.insert(0, ("train the best", f"{program()} {command} {result.best}"))
     print_summary(spec.name, lines, commands)
 
 

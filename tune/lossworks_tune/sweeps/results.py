@@ -7,11 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 from lossworks.metrics.intervals import Mean
-from lossworks_tune.ledger import Trial, folders
-from lossworks_tune.space import Space
-from lossworks_tune.specs import DimensionSpec, SweepSpec
-
-TRIALS, CONFIRMED = "trials", "confirm"  # folders in that of the run
+from lossworks_tune.sweeps.dimensions import DimensionSpec
+from lossworks_tune.sweeps.ledger import Trial
+from lossworks_tune.sweeps.space import Space
+from lossworks_tune.sweeps.spec import SweepSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,23 +19,22 @@ class Results:
 
     Attributes:
         spec: The sweep.
+        space: What it searches.
+        steps: How many steps each training reports up to.
         trials: All that have begun, by number.
         confirmed: Those that were trained again, on ``spec.confirm.seeds``; same numbers, their own finals.
-        dimensions: What is searched, by the searcher's name.
     """
 
     spec: SweepSpec
+    space: Space
+    steps: int
     trials: tuple[Trial, ...]
     confirmed: tuple[Trial, ...]
-    dimensions: dict[str, DimensionSpec]
 
-    @classmethod
-    def read(cls, spec: SweepSpec, space: Space, path: Path) -> "Results":
-        """Return the results in a run's folder."""
-        steps = steps_of(space)
-        trials = tuple(Trial.read(folder, steps) for folder in folders(path / TRIALS))
-        confirmed = tuple(Trial.read(folder, steps) for folder in folders(path / CONFIRMED))
-        return cls(spec, trials, confirmed, space.dimensions)
+    @property
+    def dimensions(self) -> dict[str, DimensionSpec]:
+        """What is searched, by the searcher's name."""
+        return self.space.dimensions
 
     @property
     def metrics(self) -> list[str]:
@@ -151,8 +149,3 @@ class Results:
         pairs = [(metric, one.value(metric), other.value(metric)) for metric in self.metrics]
         worse = any(self.better(metric, theirs, ours) for metric, ours, theirs in pairs)
         return not worse and any(self.better(metric, ours, theirs) for metric, ours, theirs in pairs)
-
-
-def steps_of(space: Space) -> int:
-    """Return how many steps each training of a sweep reports up to."""
-    return space.trainable.steps(space.training(space.anchors()[0][1], 0))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,18 +98,6 @@ class TrialFolder:
         return read_all(self.journal)
 
 
-def folders(path: Path) -> Iterator[TrialFolder]:
-    """Yield the trials below a folder, by number."""
-    for folder in sorted(path.glob("[0-9]*")):
-        if (folder / "configuration.json").is_file():
-            yield TrialFolder(folder)
-
-
-def folder_of(path: Path, number: int) -> TrialFolder:
-    """Return the folder of a trial."""
-    return TrialFolder(path / f"{number:05d}")
-
-
 @dataclass(frozen=True, eq=False)
 class Trial:
     """A trial as results see it.
@@ -149,6 +137,54 @@ class Trial:
         """Return steps and values of a metric."""
         points = [(row["step"], row["metrics"][metric]) for row in self.rows if metric in row["metrics"]]
         return [step for step, _ in points], [value for _, value in points]
+
+
+class TrialsFolder:
+    """The trials below a folder; those whose files have not changed are not read again.
+
+    Args:
+        path: The folder; it need not exist.
+        steps: How many steps each training reports up to.
+    """
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.path, self._steps = path, steps
+        self._known: dict[str, tuple[tuple[_Stamp, ...], Trial]] = {}
+
+    def of(self, number: int) -> TrialFolder:
+        """Return the folder of a trial."""
+        return TrialFolder(self.path / f"{number:05d}")
+
+    def begun(self) -> list[TrialFolder]:
+        """Return the folders of all trials that have begun, by number."""
+        found = (TrialFolder(folder) for folder in sorted(self.path.glob("[0-9]*")))
+        return [folder for folder in found if folder.configuration_file.is_file()]
+
+    def read(self) -> tuple[Trial, ...]:
+        """Return all trials by number; one that has not changed is the same object as before."""
+        return tuple(self._read(folder) for folder in self.begun())
+
+    def _read(self, folder: TrialFolder) -> Trial:
+        # Taken before the files are read: what is written meanwhile is seen the next time.
+        stamps = tuple(map(_stamp, (folder.configuration_file, folder.journal, folder.end_file)))
+        known = self._known.get(folder.path.name)
+        if known is not None and known[0] == stamps:
+            return known[1]
+        trial = Trial.read(folder, self._steps)
+        self._known[folder.path.name] = stamps, trial
+        return trial
+
+
+_Stamp = tuple[int, int, int] | None
+
+
+def _stamp(file: Path) -> _Stamp:
+    """Return what tells one content of a file from the next: inode, size and time of its last change."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def shown(value: Any) -> str:

@@ -6,72 +6,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError
 from lossworks.specs import Spec, TrackingSpec
-from lossworks.specs.base import apply_overrides, read_yaml
-
-Mode = Literal["min", "max"]
-Number = int | float
-
-# A loss's own value says nothing about another loss, nor about itself at another temperature.
-_OWN_VALUES = ("train/loss", "eval/loss")
-
-
-class DimensionSpec(Spec):
-    """What one field is searched over: ``{log: [1e-4, 1e-2]}``; a list is short for ``{choice: […]}``."""
-
-    shorthand: ClassVar[str | None] = "choice"
-
-    choice: tuple[Any, ...] | None = Field(None, min_length=1, description="values to try")
-    uniform: tuple[Number, Number] | None = Field(None, description="least and largest number")
-    log: tuple[Number, Number] | None = Field(None, description="the same, on a logarithmic scale")
-    integer: tuple[int, int] | None = Field(None, description="least and largest integer")
-    log_integer: tuple[int, int] | None = Field(None, description="the same, on a logarithmic scale")
-
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError("give one of choice, uniform, log, integer and log_integer")
-        if self.choice is None:
-            low, high = self.range
-            if not low < high:
-                raise ValueError(f"{given[0]}=[{low}, {high}]: the first must be the smaller")
-            if self.logarithmic and low <= 0:
-                raise ValueError(f"{given[0]}=[{low}, {high}]: a logarithmic scale needs numbers above 0")
-        return self
-
-    @property
-    def range(self) -> tuple[Number, Number]:
-        """Least and largest number, of all but choices."""
-        found = self.uniform or self.log or self.integer or self.log_integer
-        if found is None:
-            raise ValueError("choices have no range")
-        return found
-
-    @property
-    def logarithmic(self) -> bool:
-        """Whether the scale is."""
-        return self.log is not None or self.log_integer is not None
-
-    @property
-    def whole(self) -> bool:
-        """Whether values are integers."""
-        return self.integer is not None or self.log_integer is not None
-
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        """Return values between which all others lie, or all choices."""
-        return self.choice if self.choice is not None else self.range
-
-    @classmethod
-    def declared(cls, space: Mapping[str, Any]) -> "DimensionSpec":
-        """Return what :meth:`lossworks.losses.Declaration.search_space` says of one hyperparameter."""
-        if space["type"] == "choice":
-            return cls(choice=tuple(space["values"]))
-        kind = {"number": ("uniform", "log"), "integer": ("integer", "log_integer")}[space["type"]]
-        return cls.model_validate({kind[space["log"]]: (space["low"], space["high"])})
+from lossworks.specs.base import apply_overrides
+from lossworks.trainables import OWN_VALUES, Direction
+from lossworks_tune.bases import read_base, require_yardstick
+from lossworks_tune.sweeps.dimensions import DimensionSpec
+from lossworks_tune.sweeps.space import Space
 
 
 class SearchSpec(Spec):
@@ -127,6 +68,7 @@ class SweepSpec(Spec):
 
     command: ClassVar[str | None] = "tune"
 
+    kind: Literal["sweep"] = Field("sweep", description="what the spec describes")
     name: str = Field("tune", min_length=1, max_length=100, description="name of the run in MLflow")
     base: dict[str, Any] = Field(
         default_factory=dict,
@@ -141,11 +83,12 @@ class SweepSpec(Spec):
     space: dict[str, DimensionSpec] = Field(
         default_factory=dict, description="further fields of the base: {optimizer.lr: {log: [1e-4, 1e-2]}}"
     )
-    objectives: dict[str, Mode] = Field(
+    objectives: dict[str, Direction] = Field(
         {"eval/accuracy": "max"},
         min_length=1,
         max_length=2,
-        description="reported metrics with min or max; two give a Pareto front",
+        description="yardsticks of what is trained, each with the better of min and max; two give a Pareto "
+        "front",
     )
     search: SearchSpec = SearchSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
@@ -184,41 +127,80 @@ class SweepSpec(Spec):
     )
     tracking: TrackingSpec = TrackingSpec()
 
+    def make_space(self) -> Space:
+        """Return what is searched.
+
+        Raises:
+            UserError: A loss or hyperparameter is unknown, or nothing is searched.
+        """
+        return Space(self.base, self.losses, self.space)
+
+    def means(self, finals: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Return each objective's mean over what several seeds have measured last.
+
+        Args:
+            finals: Metrics of at least one seed.
+
+        Raises:
+            UserError: An objective was not measured.
+        """
+        for metric in self.objectives:
+            if any(metric not in final for final in finals):
+                raise UserError(
+                    f"objectives={metric}: was not reported; reported are {', '.join(sorted(finals[-1]))}"
+                )
+        return {metric: sum(final[metric] for final in finals) / len(finals) for metric in self.objectives}
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        from lossworks_tune.space import Space
-
-        space = Space(self)  # checks losses and fields
+        space = self.make_space()
+        space.check()
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)}: the same seed twice gives the same result twice")
         seen = sorted(set(self.seeds) & set(self.confirm.seeds))
         if seen and self.confirm.top:
             raise ValueError(f"confirm.seeds={list(self.confirm.seeds)}: {seen} are no fresh seeds")
-        self._require_yardsticks(space.varies_the_loss)
-        self._require_matching()
+        self._require_yardsticks(space)
+        self._require_matching(space)
         return self
 
-    def _require_yardsticks(self, varies_the_loss: bool) -> None:
-        for metric in self.objectives:
-            if metric in _OWN_VALUES and varies_the_loss:
+    def _require_yardsticks(self, space: Space) -> None:
+        for metric, mode in self.objectives.items():
+            better = require_yardstick(metric, space.yardsticks, "objectives")
+            if mode != better:
+                raise ValueError(
+                    f"objectives={{{metric}: {mode}}}: the better {metric} is the "
+                    f"{'larger' if better == 'max' else 'smaller'} one; write {metric}: {better}"
+                )
+            if metric in OWN_VALUES and space.varies_the_loss:
                 raise ValueError(
                     f"objectives={metric}: the value of the trained loss compares no losses or settings of "
                     "one (a smaller temperature alone makes it smaller); use a yardstick such as "
-                    "eval/accuracy or eval/cross_entropy"
+                    f"{next(name for name in space.yardsticks if name not in OWN_VALUES)}"
                 )
 
-    def _require_matching(self) -> None:
+    def _require_matching(self, space: Space) -> None:
         kind, two = self.scheduler.kind, len(self.objectives) == 2
         if two and kind != "none":
             raise ValueError(f"scheduler.kind={kind} compares by one objective; with two it must be none")
         if self.search.kind == "nsga2" and not two:
             raise ValueError("search.kind=nsga2 is for two objectives")
-        if kind == "pbt" and len(self.seeds) > 1:
-            raise ValueError("scheduler.kind=pbt changes hyperparameters within a run, which has one seed")
-        if kind == "pbt" and self.search.kind != "random":
+        if self.scheduler.of_populations:
+            self._require_population(space)
+
+    def _require_population(self, space: Space) -> None:
+        kind = self.scheduler.kind
+        if len(self.seeds) > 1:
             raise ValueError(
-                f"scheduler.kind=pbt starts from random ones, not search.kind={self.search.kind}"
+                f"scheduler.kind={kind} changes hyperparameters within a run, which has one seed; "
+                f"seeds={list(self.seeds)} are {len(self.seeds)}"
             )
+        if self.search.kind != "random":
+            raise ValueError(
+                f"scheduler.kind={kind} starts from random configurations, not search.kind={self.search.kind}"
+            )
+        if kind == "pb2" and all(dimension.choice is not None for dimension in space.dimensions.values()):
+            raise ValueError("scheduler.kind=pb2 chooses numbers, and only choices are searched; use pbt")
 
     @classmethod
     def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -227,60 +209,7 @@ class SweepSpec(Spec):
         Raises:
             UserError: The file is missing, is no YAML mapping, or holds a wrong value.
         """
-        values = read_yaml(path)
-        cls.require_own(values, str(path))
-        values["base"] = _read_base(values.get("base", {}), Path(path).parent)
+        values = cls.read_values(path)
+        values["base"] = read_base(values.get("base", {}), Path(path).parent)
         # Overrides reach into it, since it has been read.
         return cls.parse(apply_overrides(cls, values, overrides), source=str(path))
-
-
-def _read_base(base: Any, folder: Path) -> Any:
-    """Return a base with the file that it names, if any, read."""
-    if isinstance(base, str):
-        return read_yaml(folder / base)
-    if isinstance(base, dict) and "spec" in base:
-        own = {name: value for name, value in base.items() if name != "spec"}
-        return merged(read_yaml(folder / str(base["spec"])), own)
-    return base
-
-
-def loss_fields(entry: str | Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, DimensionSpec]]:
-    """Return a loss's slug, what of it is fixed, and what is searched.
-
-    Raises:
-        UserError: There is no such loss or hyperparameter.
-    """
-    given = {"name": entry} if isinstance(entry, str) else dict(entry)
-    slug = str(given.pop("name", ""))
-    declared = declaration(slug)
-    searched = {name: DimensionSpec.declared(space) for name, space in declared.search_space().items()}
-    fixed: dict[str, Any] = {}
-    for name, value in given.items():
-        searched.pop(name, None)
-        if isinstance(value, Mapping | list):
-            searched[name] = DimensionSpec.parse(_as_dimension(value), source=f"losses.{slug}.{name}")
-        else:
-            fixed[name] = value
-    for name in (*fixed, *searched):
-        known = [parameter.name for parameter in declared.hyperparameters]
-        if name not in known:
-            raise UserError(
-                f"losses: {slug} has no hyperparameter {name}; it has {', '.join(known) or 'none'}"
-            )
-    return slug, fixed, searched
-
-
-def _as_dimension(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {"choice": value}
-
-
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping with another's values over it, group by group."""
-    found = dict(under)
-    for name, value in over.items():
-        below = found.get(name)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            found[name] = merged(below, value)
-        else:
-            found[name] = value
-    return found

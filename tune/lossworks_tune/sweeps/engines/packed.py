@@ -4,33 +4,26 @@ The driver is a deterministic function of the sweep and of what trainings measur
 goes on by doing it over with the measurements on disk in place of trainings, up to the last saved tensors.
 """
 
-import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
 
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
-from torch import Tensor
 
-from lossworks.errors import RunError, UserError
-from lossworks.tensors import load_tensors, metadata_of, write_tensors
+from lossworks.errors import UserError
 from lossworks.tracking import Journal
-from lossworks.training.packed import PackedRun, Report, advance
-from lossworks_tune.ledger import Configuration, End, Trial, TrialFolder, folder_of, folders
-from lossworks_tune.proposals import Proposals
-from lossworks_tune.results import CONFIRMED, TRIALS
-from lossworks_tune.scheduling import TIME, Controller, build_scheduler, source_of
-from lossworks_tune.space import Space
-from lossworks_tune.specs import SweepSpec
-from lossworks_tune.stopping import Leader, require_reported
+from lossworks.training.packed import PackedRun, Report
+from lossworks_tune.packs import advanced, groups, trained
+from lossworks_tune.sweeps.engines.packed_state import Past, save
+from lossworks_tune.sweeps.engines.scheduling import TIME, Controller, build_scheduler, source_of
+from lossworks_tune.sweeps.engines.stopping import Leader
+from lossworks_tune.sweeps.ledger import Configuration, End, Status, Trial, TrialFolder
+from lossworks_tune.sweeps.proposals import Proposals
+from lossworks_tune.sweeps.spec import SweepSpec
+from lossworks_tune.sweeps.sweep import Sweep
 
-_FLOATS_AT_ONCE = 2**22  # entries of the parameters of runs trained at once, so that a step stays in caches
 _SAVE_S = 5.0
-_KEPT = 2  # newest states
 
 
 @dataclass(eq=False)
@@ -67,24 +60,20 @@ class PackedSweep:
     """Runs a sweep, or goes on with one.
 
     Args:
-        spec: The sweep.
-        space: What it searches.
-        path: Folder of the run.
+        sweep: The sweep.
     """
 
-    def __init__(self, spec: SweepSpec, space: Space, path: Path) -> None:
-        self._spec, self._space, self._path = spec, space, path
-        first = space.training(space.anchors()[0][1], spec.seeds[0])
-        self._steps, every = first.steps, first.evaluation.every
-        reports = len(spec.seeds) * math.ceil(self._steps / every)
-        self._controller = Controller(build_scheduler(spec, space, reports, every), spec.seed)
-        self._proposals = Proposals(spec, space)
-        self._leader = Leader(spec)
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep, self._spec, self._space = sweep, sweep.spec, sweep.space
+        self._steps = sweep.steps
+        self._controller = Controller(build_scheduler(sweep), sweep.spec.seed)
+        self._proposals = Proposals(sweep.spec, sweep.space)
+        self._leader = Leader(sweep.spec)
         self._live: list[_Member] = []
         self._round = 0
         self._began = self._saved = time.monotonic()
         self._closed_at: int | None = None
-        self._past = _Past.read(path)
+        self._past = Past.read(sweep)
 
     def run(self) -> None:
         """Train all configurations to their ends.
@@ -100,7 +89,7 @@ class PackedSweep:
             self._round += 1
             ended = self._take_round()
             if self._past.round == self._round:
-                self._go_on_live()
+                self._restore_tensors()
             elif self._round > self._past.round and (ended or time.monotonic() - self._saved > _SAVE_S):
                 self._save()
 
@@ -110,23 +99,19 @@ class PackedSweep:
         waiting: dict[int, list[PackedRun]] = {}
         for trial in trials:
             number = trial.configuration.number
-            folder = folder_of(self._path / CONFIRMED, number)
+            folder = self._sweep.confirmed.of(number)
             if folder.end is None:
                 folder.begin(trial.configuration)
                 fields = trial.configuration.fields
                 specs = [self._space.training(fields, seed) for seed in seeds]
                 waiting[number] = [PackedRun.start(spec) for spec in specs]
-        reports: dict[int, Report] = {}
         runs = [run for of in waiting.values() for run in of]
-        while runs:
-            for group in _groups(runs, lambda run: run):
-                reports |= {id(run): report for run, report in _advanced(group)}
-            runs = [run for run in runs if run.step < self._steps and reports[id(run)].failure is None]
+        reports = {id(run): report for run, report in trained(runs)}
         for number, of in waiting.items():
             self._keep_confirmed(number, [reports[id(run)] for run in of])
 
     def _keep_confirmed(self, number: int, reports: list[Report]) -> None:
-        folder = folder_of(self._path / CONFIRMED, number)
+        folder = self._sweep.confirmed.of(number)
         failure = next((report.failure for report in reports if report.failure), None)
         with Journal.open(folder.journal) as journal:
             for place, report in enumerate(reports):
@@ -155,7 +140,7 @@ class PackedSweep:
         return self._past.elapsed + time.monotonic() - self._began
 
     def _begin(self, configuration: Configuration) -> None:
-        folder = folder_of(self._path / TRIALS, configuration.number)
+        folder = self._sweep.trials.of(configuration.number)
         folder.begin(configuration)
         try:
             run = PackedRun.start(self._space.training(configuration.fields, self._spec.seeds[0]))
@@ -172,7 +157,7 @@ class PackedSweep:
         """Train everything that doesn't wait to its next report; return whether a trial has ended."""
         before = len(self._live)
         at_work = [member for member in self._live if not member.waits]
-        for group in _groups(at_work, lambda member: member.run):
+        for group in groups(at_work, lambda member: member.run):
             for member, report in self._reports(group):
                 self._take(member, report)
         for trial in self._controller.stopped:
@@ -200,7 +185,7 @@ class PackedSweep:
                 yield member, self._past.report(member.folder, self._step(member), member.run.step)
             return
         by_run = {id(member.run): member for member in group}
-        for run, report in _advanced([member.run for member in group]):
+        for run, report in advanced([member.run for member in group]):
             yield by_run[id(run)], report
 
     def _step(self, member: _Member) -> int:
@@ -213,12 +198,11 @@ class PackedSweep:
             seed = self._spec.seeds[member.seed]
             self._end(member, "failed", f"seed {seed}: {report.failure}")
             return
-        require_reported(self._spec, report.metrics)
+        values = self._spec.means([*member.finals, report.metrics])
         member.reports += 1
         with Journal.open(member.folder.journal) as journal:
             journal.write(self._step(member), report.metrics)
         whole = member.run.step == self._steps
-        values = self._values(member, report.metrics)
         decision = self._decision(member, values)
         if whole:
             member.finals.append(report.metrics)
@@ -236,15 +220,10 @@ class PackedSweep:
             fields = member.configuration.fields
             member.run = PackedRun.start(self._space.training(fields, self._spec.seeds[member.seed]))
 
-    def _values(self, member: _Member, metrics: dict[str, float]) -> list[float]:
-        """Return the objectives' means over earlier seeds' ends and the present one."""
-        so_far = [*member.finals, metrics]
-        return [sum(one[metric] for one in so_far) / len(so_far) for metric in self._spec.objectives]
-
-    def _decision(self, member: _Member, values: list[float]) -> str:
+    def _decision(self, member: _Member, values: Mapping[str, float]) -> str:
         if member.scheduled is None:
             return str(TrialScheduler.CONTINUE)
-        result = {TIME: member.reports, **dict(zip(self._spec.objectives, values, strict=True))}
+        result = {TIME: member.reports, **values}
         decision = self._controller.decide(member.scheduled, result)
         if self._spec.scheduler.of_populations:
             self._take_over()
@@ -270,18 +249,21 @@ class PackedSweep:
             spec = self._space.training(fields, self._spec.seeds[member.seed])
             member.run = PackedRun(spec, theirs.step, theirs.tensors)
 
-    def _end(self, member: _Member, status: str, reason: str, values: list[float] | None = None) -> None:
-        member.folder.finish(End(status, reason, self._step(member)))  # type: ignore[arg-type]
+    def _end(
+        self, member: _Member, status: Status, reason: str, values: Mapping[str, float] | None = None
+    ) -> None:
+        member.folder.finish(End(status, reason, self._step(member)))
         self._live.remove(member)
         whole = status == "finished"
-        self._proposals.tell(member.configuration.number, values, whole=whole, step=self._step(member))
+        found = None if values is None else list(values.values())
+        self._proposals.tell(member.configuration.number, found, whole=whole, step=self._step(member))
         if whole:
             self._leader.learn(member.finals)
         if member.scheduled is not None:
-            result = {TIME: member.reports, **dict(zip(self._spec.objectives, values or (), strict=False))}
+            result = {TIME: member.reports, **(values or {})}
             self._controller.end(member.scheduled, result, failed=status == "failed")
 
-    def _go_on_live(self) -> None:
+    def _restore_tensors(self) -> None:
         """Give every training the tensors that were saved after this round."""
         for member in self._live:
             member.run.tensors = {
@@ -290,55 +272,15 @@ class PackedSweep:
             }
 
     def _save(self) -> None:
-        """Save where every training stands, and drop older states."""
-        folder = self._path / "state"
-        folder.mkdir(exist_ok=True)
+        """Save where every training stands."""
         tensors = {
             f"{member.name}/{kind}/{name}": value.clone()
             for member in self._live
             for kind, of in member.run.tensors.items()
             for name, value in of.items()
         }
-        closed = "" if self._closed_at is None else str(self._closed_at)
-        file = folder / f"{self._round:07d}.safetensors"
-        write_tensors(file, tensors, elapsed=str(self._elapsed()), closed_at=closed)
-        for old in sorted(folder.glob("*.safetensors"))[:-_KEPT]:
-            old.unlink()
+        save(self._sweep, self._round, tensors, self._elapsed(), self._closed_at)
         self._saved = time.monotonic()
-
-
-@dataclass(frozen=True, eq=False)
-class _Past:
-    """What an interrupted sweep left: its last saved round, with tensors; round 0 where it left nothing."""
-
-    round: int = 0
-    elapsed: float = 0.0
-    closed_at: int | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path) -> "_Past":
-        for file in sorted((path / "state").glob("*.safetensors"), reverse=True):
-            try:
-                tensors, told = load_tensors(file), metadata_of(file)
-            except RunError:
-                continue  # damaged: the one before it is used
-            closed = int(told["closed_at"]) if told["closed_at"] else None
-            rows: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
-            for folder in folders(path / TRIALS):
-                rows[folder.path.name] = {row["step"]: row["metrics"] for row in folder.rows()}
-            return cls(int(file.stem), float(told["elapsed"]), closed, tensors, rows)
-        return cls()
-
-    def report(self, folder: TrialFolder, step: int, of_seed: int) -> Report:
-        """Return what a trial reported at a step over all its seeds."""
-        metrics = self.rows[folder.path.name].get(step)
-        if metrics is not None:
-            return Report(of_seed, metrics)
-        end = folder.end
-        reason = end.reason.partition(": ")[2] if end else "its results are lost"
-        return Report(of_seed, {}, reason)
 
 
 def at_once(spec: SweepSpec) -> int:
@@ -348,30 +290,3 @@ def at_once(spec: SweepSpec) -> int:
     if spec.search.kind in ("tpe", "nsga2"):
         return max(4, min(64, spec.trials // 8))  # it learns from those that have ended
     return 64
-
-
-Item = TypeVar("Item")
-
-
-def _groups(items: Iterable[Item], run_of: Callable[[Item], PackedRun]) -> Iterator[list[Item]]:
-    """Yield items that can be advanced together: alike, and as far from their next report."""
-    found: dict[tuple[str, int], list[Item]] = defaultdict(list)
-    for item in items:
-        run = run_of(item)
-        found[run.common, run.until_report].append(item)
-    for group in found.values():
-        size = sum(value.numel() for value in run_of(group[0]).tensors["params"].values())
-        many = max(1, _FLOATS_AT_ONCE // size)
-        yield from (group[start : start + many] for start in range(0, len(group), many))
-
-
-def _advanced(runs: Sequence[PackedRun]) -> list[tuple[PackedRun, Report]]:
-    """Train runs to their next report; what fails together is tried one by one, to find who it is."""
-    steps = runs[0].until_report
-    try:
-        return list(zip(runs, advance(runs, steps), strict=True))
-    except (RuntimeError, MemoryError, UserError) as error:
-        if len(runs) == 1:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            return [(runs[0], Report(runs[0].step, {}, lines[-1]))]
-        return [pair for run in runs for pair in _advanced([run])]
