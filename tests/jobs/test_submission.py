@@ -11,7 +11,7 @@ import yaml
 
 from lossworks.cli import main
 from lossworks.errors import UserError
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
 from lossworks_jobs.clusters.local_nodes import LOOPBACK, require_token, use_token
 from lossworks_jobs.clusters.ray_cluster import require_room
 from lossworks_jobs.submission import lock

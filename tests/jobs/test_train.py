@@ -19,7 +19,7 @@ from lossworks.models import load_classifier
 from lossworks.runs import RunFolder
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
-from lossworks.training.checkpoint import find_damage
+from lossworks.training.checkpoints.checkpoint import find_damage
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.training.train import train
 from lossworks_testing.clusters import descendants_of, until

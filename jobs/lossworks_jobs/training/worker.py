@@ -10,7 +10,7 @@ from lossworks.errors import RunError, StorageError, UserError
 if TYPE_CHECKING:
     from lossworks.runs import RunFolder
     from lossworks.tracking import Journal
-    from lossworks.training.world import World
+    from lossworks.training.distributed.world import World
 
 UNSHARED = "unshared"
 """Under this name workers report that a node misses something of the driver's; they report nothing else."""
@@ -33,7 +33,7 @@ def run_worker(config: dict[str, Any]) -> None:
 
     from lossworks.logs import writing_logs
     from lossworks.runs import RunFolder
-    from lossworks.training.world import World
+    from lossworks.training.distributed.world import World
 
     torch.set_num_threads(config["threads"])
     folder, world = RunFolder(Path(config["folder"])), World.current()
@@ -54,7 +54,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
     from lossworks.logs import EVENTS
     from lossworks.tasks import parse_train_spec
     from lossworks.tracking import Journal
-    from lossworks.training.checkpoint import CheckpointStore
+    from lossworks.training.checkpoints.checkpoint import CheckpointStore
     from lossworks.training.loop import Job, train
     from lossworks.training.outcome import Outcome, Status
     from lossworks_jobs.training.prometheus import Exporter

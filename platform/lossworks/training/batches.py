@@ -7,7 +7,7 @@ import numpy as np
 
 from lossworks.data.batch import Batch, stand_in
 from lossworks.tasks.interface import Rows
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
 
 
 def micro_batches(data: Rows, rows: np.ndarray, *, size: int | None, largest_share: int) -> Iterator[Batch]:

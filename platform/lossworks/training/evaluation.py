@@ -11,7 +11,7 @@ from lossworks.data.batch import on
 from lossworks.tasks.analyses import Analysis, Probe
 from lossworks.tasks.interface import Evaluation, Measure, Rows, Task
 from lossworks.training.batches import largest_share, micro_batches, share
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
 
 AT_ONCE = 32  # rows, where nothing else is said
 

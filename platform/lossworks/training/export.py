@@ -12,10 +12,10 @@ from lossworks.specs import DataSpec
 from lossworks.tasks.interface import Evaluation
 from lossworks.tasks.language_model import LanguageTask, TrainSpec
 from lossworks.tasks.registry import task_of
-from lossworks.training.checkpoint import tensors_in
+from lossworks.training.checkpoints.checkpoint import tensors_in
+from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import evaluate
 from lossworks.training.start import ATTACHED, choose_checkpoint
-from lossworks.training.world import World
 
 
 def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lossworks.specs import RunSpec
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 
 Record = Callable[[int, dict[str, float]], object]
 Notify = Callable[[str], object]

@@ -22,25 +22,25 @@ from lossworks.tasks.interface import Evaluation, Measure, Rows
 from lossworks.tasks.methods import Method, Trained, replaces_loss
 from lossworks.tasks.registry import task_of
 from lossworks.tensors import write_tensors
-from lossworks.training import events
 from lossworks.training.batches import micro_batches
-from lossworks.training.communication import time_communication
+from lossworks.training.distributed.communication import time_communication
+from lossworks.training.distributed.sharding import clip_gradients, distribute, gradient_sync
+from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import AT_ONCE, collected, evaluate
 from lossworks.training.finite import blame_gradient, refuse_non_finite
-from lossworks.training.hardware import Peak, peak_memory_bytes
-from lossworks.training.head_memory import measure_head_memory
 from lossworks.training.job import Job
+from lossworks.training.measure import events
+from lossworks.training.measure.hardware import Peak, peak_memory_bytes
+from lossworks.training.measure.head_memory import measure_head_memory
+from lossworks.training.measure.phases import PHASES, PhaseClock, shares
+from lossworks.training.measure.profiling import StepProfiler
+from lossworks.training.measure.speed import Speed
+from lossworks.training.measure.telemetry import Telemetry
 from lossworks.training.optimizer import OBJECTIVE, build_optimizer, set_lr
 from lossworks.training.outcome import Outcome, Status
-from lossworks.training.phases import PHASES, PhaseClock, shares
-from lossworks.training.profiling import StepProfiler
 from lossworks.training.roles import Roles
 from lossworks.training.schedule import lr_factor
-from lossworks.training.sharding import clip_gradients, distribute, gradient_sync
-from lossworks.training.speed import Speed
 from lossworks.training.start import begin_from, trained_weights
-from lossworks.training.telemetry import Telemetry
-from lossworks.training.world import World
 
 
 def train(job: Job) -> Outcome:

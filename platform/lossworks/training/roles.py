@@ -13,9 +13,9 @@ from lossworks.models import HeadedModel, Outputs
 from lossworks.models.interface import Head
 from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Task
-from lossworks.training.sharding import distribute
+from lossworks.training.distributed.sharding import distribute
+from lossworks.training.distributed.world import World
 from lossworks.training.start import companion_of
-from lossworks.training.world import World
 
 
 class Roles:

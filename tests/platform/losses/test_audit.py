@@ -6,7 +6,7 @@ import pytest
 
 from lossworks.cli import main
 from lossworks.losses import declarations
-from lossworks.losses.audit import audit, subject_of
+from lossworks.losses.audits.audit import audit, subject_of
 from lossworks_testing import faulty
 
 AUDITED = list(declarations("losses"))

@@ -179,7 +179,7 @@ def test_scores_are_sums_along_diagonals():
 
 def test_what_does_not_fit_is_refused():
     """Orders that are no whole numbers, shapes, and training with teacher forcing."""
-    with pytest.raises(UserError, match=r"loss\.name=eisl can't train a language model"):
+    with pytest.raises(UserError, match=r"loss\.name=eisl can't train task=language-model"):
         TrainSpec().override(["loss=eisl"])
     with pytest.raises(UserError, match=r"orders=\(1\.5,\) must be whole numbers"):
         create("eisl", orders=[1.5])

@@ -72,7 +72,10 @@ def test_the_order_of_rows_changes_nothing(slug):
 def test_a_mean_is_the_sum_over_the_count(slug):
     """By which a training loop divides, once."""
     problem = problem_of(slug)
-    count = create(slug).count(problem.target)
+    loss = create(slug)
+    if loss.adds == "statistics":
+        pytest.skip("its loss is a function of sums, and no sum of elements")
+    count = loss.count(problem.target)
 
     torch.testing.assert_close(value(slug, problem, "mean") * count, value(slug, problem))
 

@@ -193,7 +193,7 @@ def test_model_has_no_buffers_and_takes_any_length():
 
 def test_generation_follows_its_generator_and_keeps_the_prompt():
     model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    prompt, _ = batch(length=4)
+    prompt = batch(length=4)["inputs"]
 
     def generate(seed, temperature=1.0):
         return model.generate(prompt, 8, temperature, torch.Generator().manual_seed(seed))
@@ -210,7 +210,7 @@ def test_generation_follows_its_generator_and_keeps_the_prompt():
 
 def test_generation_at_temperature_zero_is_greedy_and_the_limit_of_cold():
     model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    tokens, _ = batch(length=4)
+    tokens = batch(length=4)["inputs"]
     greedy = model.generate(tokens, 3, 0.0)
     expected = tokens
     for _ in range(3):
@@ -222,7 +222,7 @@ def test_generation_at_temperature_zero_is_greedy_and_the_limit_of_cold():
 
 def test_generation_refuses_what_it_cannot_do():
     model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    tokens, _ = batch(length=4)
+    tokens = batch(length=4)["inputs"]
 
     with pytest.raises(UserError, match="new_tokens=-1: must be at least 0"):
         model.generate(tokens, -1)

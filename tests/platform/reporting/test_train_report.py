@@ -9,7 +9,7 @@ from lossworks.reporting.phase_colours import PHASE_COLOURS
 from lossworks.reporting.phase_strip import time_shares, utilisation
 from lossworks.reporting.series import series, smooth
 from lossworks.tasks import task_class
-from lossworks.training.phases import PHASES
+from lossworks.training.measure.phases import PHASES
 
 
 def rows(steps=60):

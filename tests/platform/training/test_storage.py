@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.storage import save_under_limit
 from lossworks_testing.training import tiny_spec, write_text
@@ -42,7 +42,7 @@ from pathlib import Path
 from lossworks.errors import StorageError
 from lossworks.specs import read_yaml
 from lossworks.tasks import parse_train_spec
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 from lossworks_testing.training import prepared
 

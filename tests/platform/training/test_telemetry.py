@@ -10,8 +10,8 @@ from lossworks.errors import UserError
 from lossworks.losses.objective import ElementLosses, Objective
 from lossworks.models import Head, Outputs
 from lossworks.specs import LossSpec, TelemetrySpec
-from lossworks.training.telemetry import SpikeWatch, Telemetry
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
+from lossworks.training.measure.telemetry import SpikeWatch, Telemetry
 from lossworks_testing.classification import tiny
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, run_training, tiny_spec

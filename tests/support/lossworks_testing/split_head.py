@@ -12,7 +12,7 @@ from lossworks.errors import UserError
 from lossworks.losses.objective import Objective
 from lossworks.models import Head, Outputs, build_model
 from lossworks.specs import LossSpec, ModelSpec
-from lossworks.training.split_head import split_head
+from lossworks.training.distributed.split_head import split_head
 
 CLASSES = 17
 ROWS = (4, 0, 7)  # of each rank

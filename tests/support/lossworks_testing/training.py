@@ -8,7 +8,7 @@ from typing import Any
 from lossworks.data import TokenizedCorpus, prepare
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.language_model import TrainSpec
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 
 VOCABULARY = 300

@@ -107,7 +107,7 @@ def audit(subject: Subject, *, ranks: bool = True) -> Iterator[Finding]:
     for check, name in _CHECKS:
         yield _tried(check, name, subject)
     if ranks:
-        from lossworks.losses.audit_ranks import two_ranks
+        from lossworks.losses.audits.audit_ranks import two_ranks
 
         yield _tried(two_ranks, "two ranks of unequal share give what one gives", subject)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lossworks.training.hardware import Peak
+from lossworks.training.measure.hardware import Peak
 
 MFU, MFU_MEASURED = "train/mfu", "train/mfu_of_measured_peak"
 

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lossworks.models import HeadedModel
 from lossworks.specs import RunSpec
-from lossworks.training.split_head import split_head
-from lossworks.training.world import World
+from lossworks.training.distributed.split_head import split_head
+from lossworks.training.distributed.world import World
 
 
 def distribute(model: HeadedModel, spec: RunSpec, world: World) -> nn.Module:

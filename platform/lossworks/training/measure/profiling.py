@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lossworks.specs import ProfileSpec
-from lossworks.training.phases import PhaseClock
+from lossworks.training.measure.phases import PhaseClock
 
 TRACE = "trace.json.gz"
 

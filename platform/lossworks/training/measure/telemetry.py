@@ -17,7 +17,7 @@ from lossworks.data.batch import Batch, first, on
 from lossworks.losses.objective import ElementLosses
 from lossworks.specs import TelemetrySpec
 from lossworks.tasks.interface import Measure
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 _BEFORE = 64  # steps that a spike is measured against

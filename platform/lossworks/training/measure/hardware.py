@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
 
 # Dense peak FLOP/s of bfloat16 products without sparsity, from the makers' data sheets.
 _BF16_PEAK: dict[str, float] = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from lossworks.training.phases import PhaseClock
+from lossworks.training.measure.phases import PhaseClock
 
 
 def time_communication(model: nn.Module, clock: PhaseClock, device: torch.device) -> None:
@@ -22,7 +22,7 @@ def time_communication(model: nn.Module, clock: PhaseClock, device: torch.device
     head that is split over ranks.
 
     Args:
-        model: As :func:`lossworks.training.sharding.distribute` returns it.
+        model: As :func:`lossworks.training.distributed.sharding.distribute` returns it.
         clock: Gets the phase ``communication``.
         device: Where the model is.
     """

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lossworks.errors import RunError, StorageError
-from lossworks.training.shards import PlainValuePlanner, ShardReader
-from lossworks.training.world import World
+from lossworks.training.checkpoints.shard_reader import PlainValuePlanner, ShardReader
+from lossworks.training.distributed.world import World
 
 _MANIFEST = "manifest.json"
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0

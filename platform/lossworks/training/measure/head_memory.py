@@ -9,8 +9,8 @@ from torch.nn import functional
 from lossworks.head import linear_cross_entropy
 from lossworks.models import HeadedModel
 from lossworks.tasks.interface import Task
-from lossworks.training.memory import peak_bytes
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
+from lossworks.training.measure.memory import peak_bytes
 
 OURS, DENSE = "linear cross-entropy", "with logits"
 

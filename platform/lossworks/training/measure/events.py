@@ -9,8 +9,8 @@ import torch
 
 from lossworks.logs import EVENTS, fields
 from lossworks.specs import RunSpec
-from lossworks.training.hardware import Peak
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
+from lossworks.training.measure.hardware import Peak
 
 _PACKAGES = ("lossworks", "torch", "numpy", "ray")
 
