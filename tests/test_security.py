@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from lossworks.cli import main
 from lossworks.errors import RunError, UserError
 from lossworks.home import QUIET_ENVIRONMENT
-from lossworks.training.checkpoint import load_shards
+from lossworks.training.checkpoints.checkpoint import load_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("platform", "jobs", "tune", "federated")

@@ -95,6 +95,7 @@ class FederationSpec(Spec):
 
     command: ClassVar[str | None] = "federate"
 
+    kind: Literal["federation"] = Field("federation", description="what the spec describes")
     name: str = Field("federate", min_length=1, max_length=100, description="name of the run in MLflow")
     engine: Literal["cohort", "flower"] = Field(
         "cohort",

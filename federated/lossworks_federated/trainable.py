@@ -5,8 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.errors import UserError
-from lossworks.trainables import Report, Trainable
+from lossworks.trainables import Direction, Report, Trainable
 from lossworks_federated.specs import FederationSpec
+
+_YARDSTICKS: dict[str, Direction] = {
+    "server/accuracy": "max",
+    "server/cross_entropy": "min",
+    "server/ece": "min",
+    "server/brier": "min",
+    "clients/accuracy_mean": "max",
+    "clients/accuracy_weighted": "max",
+    "clients/accuracy_worst10": "max",
+    "clients/accuracy_min": "max",
+    "clients/accuracy_std": "min",
+    "bytes/down": "min",
+    "bytes/up": "min",
+    "train/loss": "min",
+}
 
 
 def _parse(values: Mapping[str, Any], source: str) -> FederationSpec:
@@ -31,6 +46,11 @@ def _cpus(spec: FederationSpec) -> float:
     return 1.0
 
 
+def _yardsticks(spec: FederationSpec) -> Mapping[str, Direction]:
+    del spec
+    return _YARDSTICKS
+
+
 def _train(spec: FederationSpec, path: Path, report: Report) -> None:
     from lossworks.tracking import rows_while
     from lossworks_federated.engines.cohort_grid import CohortGrid
@@ -47,4 +67,6 @@ def _train(spec: FederationSpec, path: Path, report: Report) -> None:
             report(row["step"], row["metrics"])
 
 
-TRAINABLE = Trainable(parse=_parse, seeded=_seeded, steps=_steps, cpus=_cpus, train=_train)
+TRAINABLE = Trainable(
+    parse=_parse, seeded=_seeded, steps=_steps, cpus=_cpus, yardsticks=_yardsticks, train=_train
+)

@@ -11,7 +11,7 @@ from pathlib import Path
 from lossworks.benchmarks.command import Benchmark
 from lossworks.benchmarks.table import Row
 from lossworks.errors import RunError
-from lossworks.specs import TrainSpec
+from lossworks.tasks.language_model import TrainSpec
 
 # Enough steps that the first few, in which caches fill and processes settle, can be left out.
 _WARMUP_STEPS = 5

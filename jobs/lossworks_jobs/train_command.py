@@ -8,7 +8,8 @@ import psutil
 from lossworks.cli import Command
 from lossworks.errors import UserError
 from lossworks.runs import RunFolder
-from lossworks.specs import AnyTrainSpec, read_train_spec
+from lossworks.specs import RunSpec
+from lossworks.tasks import read_train_spec
 
 _EPILOG = """\
 SPEC is a YAML file such as jobs/specs/demo.yaml, a language model, or jobs/specs/digits.yaml, a classifier
@@ -58,7 +59,7 @@ def _steps_done(resume: RunFolder | None) -> int:
     return (last_step(resume.journal) or 0) if resume else 0
 
 
-def _resolve(arguments: argparse.Namespace) -> tuple[AnyTrainSpec, RunFolder | None]:
+def _resolve(arguments: argparse.Namespace) -> tuple[RunSpec, RunFolder | None]:
     """Return the spec to train and the run to go on with, if any.
 
     Raises:

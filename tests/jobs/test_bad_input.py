@@ -11,7 +11,8 @@ from lossworks_testing.training import write_text
 def file(tmp_path, home):
     """A good spec on a small text, to be broken by overrides."""
     text = write_text(tmp_path / "text.txt", words=2000)
-    values = {"data": {"corpus": f"text:{text}", "vocab_size": 300, "sequence_length": 16}, "steps": 2}
+    data = {"corpus": f"text:{text}", "vocab_size": 300, "sequence_length": 16}
+    values = {"kind": "training", "data": data, "steps": 2}
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

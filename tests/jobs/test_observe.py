@@ -13,7 +13,7 @@ import yaml
 from lossworks.cli import main
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
-from lossworks.training.phases import PHASES
+from lossworks.training.measure.phases import PHASES
 from lossworks_jobs.training.prometheus import EXPORTED, MEMORY
 from lossworks_jobs.training.train import train
 

@@ -11,7 +11,7 @@ import yaml
 
 from lossworks.cli import main
 from lossworks.errors import UserError
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
 from lossworks_jobs.clusters.local_nodes import LOOPBACK, require_token, use_token
 from lossworks_jobs.clusters.ray_cluster import require_room
 from lossworks_jobs.submission import lock
@@ -133,7 +133,7 @@ def test_the_package_is_this_code_and_named_after_it(tmp_path):
     assert {"train", "tune", "federate"} <= set(found[2:])
     assert {
         "lossworks/requirements.lock",
-        "lossworks_tune/sweep.py",
+        "lossworks_tune/sweeps/run.py",
         "lossworks_federated/server/rounds.py",
     } <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]

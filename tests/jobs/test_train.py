@@ -19,7 +19,7 @@ from lossworks.models import load_classifier
 from lossworks.runs import RunFolder
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
-from lossworks.training.checkpoint import find_damage
+from lossworks.training.checkpoints.checkpoint import find_damage
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.training.train import train
 from lossworks_testing.clusters import descendants_of, until
@@ -358,7 +358,7 @@ def test_a_classifier_trains_through_the_same_command(cluster, home, tmp_path, c
     assert run.data.params["loss.tau"] == "1.5"
     assert run.data.metrics["eval/accuracy"] > 0.6
     assert run.data.metrics["eval/cross_entropy"] > 0
-    assert sum(Outcome.read(folder.outcome_file).reliability["examples"]) == 450
+    assert sum(Outcome.read(folder.outcome_file).pictured["reliability"]["examples"]) == 450
     assert folder.report.is_file()
     assert main(["export", folder.run_id, "--to", str(tmp_path / "model")]) == 0
     assert len(load_classifier(tmp_path / "model").names) == 10

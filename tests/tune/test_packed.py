@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-import lossworks_tune.packed as engine
 from lossworks.errors import UserError
 from lossworks.training.packed import Report
-from lossworks_testing.sweeps import packed, results, seen, tiny_sweep
+from lossworks_testing.sweeps import packed, results, seen, sweep_at, tiny_sweep
 from lossworks_testing.training import run_training
-from lossworks_tune.packed import PackedSweep
-from lossworks_tune.space import Space
+from lossworks_tune import packs
+from lossworks_tune.sweeps.engines import packed as engine
+from lossworks_tune.sweeps.engines.packed import PackedSweep
 
 KINDS = ["none", "asha", "hyperband", "median", "pbt", "pb2"]
 POPULATIONS = ("pbt", "pb2")
@@ -25,12 +25,12 @@ def scheduled(kind, **changes):
 def test_trials_are_what_the_training_gives_alone(tmp_path):
     """Every seed's last metrics, whatever else was in the pack."""
     spec = tiny_sweep(trials=3, seeds=[0, 1])
-    found, space = packed(spec, tmp_path / "sweep"), Space(spec)
+    found = packed(spec, tmp_path / "sweep")
 
     for trial in found.trials[::3]:
         assert trial.status == "finished"
         for place, seed in enumerate(spec.seeds):
-            values = space.values(trial.configuration.fields, seed)
+            values = found.space.values(trial.configuration.fields, seed)
             alone = run_training(values, None, str(tmp_path / f"{trial.configuration.number}-{seed}"))
             for name in ("eval/accuracy", "eval/cross_entropy", "eval/loss"):
                 expected = pytest.approx(alone["metrics"][name], rel=2e-3, abs=1e-3)
@@ -62,7 +62,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(kind, tmp_path, monkeyp
     spec = scheduled(kind, at_once=5 if kind in ("none", "asha") else None)
     expected = packed(spec, tmp_path / "whole")
     monkeypatch.setattr(engine, "_SAVE_S", 0.0 if kind in POPULATIONS else 1e9)
-    calls, advance = [], engine.advance
+    calls, advance = [], packs.advance
 
     def interrupted(runs, steps):
         calls.append(len(runs))
@@ -70,7 +70,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(kind, tmp_path, monkeyp
             raise KeyboardInterrupt
         return advance(runs, steps)
 
-    monkeypatch.setattr(engine, "advance", interrupted)
+    monkeypatch.setattr(packs, "advance", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             packed(spec, tmp_path / "parts")
@@ -81,12 +81,12 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(kind, tmp_path, monkeyp
 def test_no_finished_trial_is_trained_again(tmp_path, monkeypatch):
     """A sweep that is done trains nothing when it is gone on with; nor does confirming."""
     spec = tiny_sweep(trials=2)
-    sweep = PackedSweep(spec, Space(spec), tmp_path)
+    sweep = PackedSweep(sweep_at(spec, tmp_path))
     sweep.run()
     sweep.confirm(results(spec, tmp_path).to_confirm())
     expected = seen(results(spec, tmp_path))
-    monkeypatch.setattr(engine, "advance", lambda runs, steps: pytest.fail("trained again"))
-    again = PackedSweep(spec, Space(spec), tmp_path)
+    monkeypatch.setattr(packs, "advance", lambda runs, steps: pytest.fail("trained again"))
+    again = PackedSweep(sweep_at(spec, tmp_path))
     again.run()
     again.confirm(results(spec, tmp_path).to_confirm())
 
@@ -107,7 +107,7 @@ def test_a_damaged_state_is_passed_over(tmp_path):
 
 def test_a_configuration_that_fails_ends_no_other(tmp_path, monkeypatch):
     """Non-finite losses and errors of memory are kept with their reason."""
-    spec, advance = tiny_sweep(trials=4), engine.advance
+    spec, advance = tiny_sweep(trials=4), packs.advance
 
     def failing(runs, steps):
         slugs = [run.spec.loss.name for run in runs]
@@ -120,7 +120,7 @@ def test_a_configuration_that_fails_ends_no_other(tmp_path, monkeypatch):
             for slug, report in zip(slugs, found, strict=True)
         ]
 
-    monkeypatch.setattr(engine, "advance", failing)
+    monkeypatch.setattr(packs, "advance", failing)
     found = packed(spec, tmp_path)
     failed = {trial.configuration.loss: trial for trial in found.trials if trial.status == "failed"}
 
@@ -131,11 +131,11 @@ def test_a_configuration_that_fails_ends_no_other(tmp_path, monkeypatch):
     assert all("can't allocate memory" in trial.reason for trial in large)
 
 
-def test_a_metric_that_is_not_reported_stops_the_sweep_at_once(tmp_path):
-    """With the list of those that are."""
-    with pytest.raises(UserError, match=r"objectives=eval/f1: was not reported; reported are eval/accuracy"):
-        packed(tiny_sweep(objectives={"eval/f1": "max"}), tmp_path)
-    assert len(list((tmp_path / "trials").glob("*/metrics.jsonl"))) <= 1
+def test_a_yardstick_that_is_not_measured_stops_the_sweep_at_once(tmp_path, monkeypatch):
+    """Though it is declared: with the list of those that are measured."""
+    monkeypatch.setattr(packs, "advance", lambda runs, _: [Report(4, {"eval/ece": 0.1}) for _ in runs])
+    with pytest.raises(UserError, match=r"eval/accuracy: was not reported; reported are eval/ece"):
+        packed(tiny_sweep(), tmp_path)
 
 
 def test_seeds_that_are_worse_than_the_leaders_are_not_all_trained(tmp_path):
@@ -166,8 +166,8 @@ def test_no_configuration_is_begun_after_the_time_is_over(tmp_path):
 
 def test_packs_refill(tmp_path, monkeypatch):
     """With room for three, three are at work until there are no more."""
-    sizes, advance = [], engine.advance
-    monkeypatch.setattr(engine, "advance", lambda runs, s: sizes.append(len(runs)) or advance(runs, s))
+    sizes, advance = [], packs.advance
+    monkeypatch.setattr(packs, "advance", lambda runs, s: sizes.append(len(runs)) or advance(runs, s))
     found = packed(tiny_sweep(trials=9, at_once=3, scheduler="asha"), tmp_path)
 
     assert max(sizes) == 3
@@ -215,7 +215,7 @@ def test_two_objectives_have_a_front(tmp_path):
 def test_confirming_uses_fresh_seeds_for_the_best_and_what_it_is_compared_with(tmp_path):
     """Its finals are those of the training alone; the winner is named by them."""
     spec = tiny_sweep(trials=6, confirm={"top": 2, "seeds": [50, 51, 52]})
-    sweep = PackedSweep(spec, Space(spec), tmp_path / "sweep")
+    sweep = PackedSweep(sweep_at(spec, tmp_path / "sweep"))
     sweep.run()
     sweep.confirm(results(spec, tmp_path / "sweep").to_confirm())
     found = results(spec, tmp_path / "sweep")
@@ -226,7 +226,7 @@ def test_confirming_uses_fresh_seeds_for_the_best_and_what_it_is_compared_with(t
     assert found.baseline.configuration.number in again
     assert all(len(trial.finals) == 3 for trial in found.confirmed)
     assert winner.value("eval/accuracy") == max(t.value("eval/accuracy") for t in found.confirmed)
-    values = Space(spec).values(winner.configuration.fields, 51)
+    values = spec.make_space().values(winner.configuration.fields, 51)
     alone = run_training(values, None, str(tmp_path / "alone"))
     assert winner.finals[1]["eval/accuracy"] == pytest.approx(alone["metrics"]["eval/accuracy"], abs=0.02)
 

@@ -4,18 +4,19 @@ import math
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 
-from lossworks_tune.importance import importances, marks_of, position, share, span, ticks
-from lossworks_tune.ledger import Configuration, Status, Trial
-from lossworks_tune.pictures import draw_all
-from lossworks_tune.results import Results
-from lossworks_tune.space import Space
-from lossworks_tune.specs import DimensionSpec, SweepSpec
+from lossworks_tune.sweeps.dimensions import DimensionSpec
+from lossworks_tune.sweeps.importance import importances, marks_of, position, share, span, ticks
+from lossworks_tune.sweeps.ledger import Configuration, Status, Trial
+from lossworks_tune.sweeps.pictures import draw_all
+from lossworks_tune.sweeps.results import Results
+from lossworks_tune.sweeps.spec import SweepSpec
 
 STEPS, EVERY = 100, 50
 
@@ -53,7 +54,7 @@ def trial_of(
 def results_of(count: int = 24, *, status: Status | None = None, **changes: Any) -> Results:
     """Return results of anchors and so many drawn configurations, of which one in six was stopped."""
     spec = spec_of(**changes)
-    space, seeds, draw = Space(spec), len(spec.seeds), np.random.default_rng(0)
+    space, seeds, draw = spec.make_space(), len(spec.seeds), np.random.default_rng(0)
     trials = [
         trial_of(number, fields, anchor=title, seeds=seeds, status=status or "finished")
         for number, (title, fields) in enumerate(space.anchors())
@@ -67,7 +68,7 @@ def results_of(count: int = 24, *, status: Status | None = None, **changes: Any)
         parameters |= {name: float(draw.uniform(*of.range)) for name, of in own.items()}
         ended: Status = status or ("stopped" if number % 6 == 5 else "finished")
         trials.append(trial_of(number, space.fields(parameters), parameters, seeds=seeds, status=ended))
-    return Results(spec, tuple(trials), (), space.dimensions)
+    return Results(spec, space, STEPS, tuple(trials), ())
 
 
 def confirmed(results: Results) -> Results:
@@ -135,7 +136,7 @@ def test_what_decides_is_found_on_the_scale_that_is_searched() -> None:
         final = {"eval/accuracy": 0.5 + 0.2 * (parameters["optimizer.lr"] > 1e-3) + draw.normal(0, 0.01)}
         configuration = Configuration(number, {"loss.name": parameters["loss"]}, parameters)
         trials.append(Trial(configuration, "finished", "", [], [final]))
-    results = replace(results_of(0), trials=tuple(trials), dimensions=dimensions)
+    results = replace(results_of(0), trials=tuple(trials), space=SimpleNamespace(dimensions=dimensions))
     verbosity = optuna.logging.get_verbosity()
     found = importances(results, trials, list(dimensions))
     assert optuna.logging.get_verbosity() == verbosity

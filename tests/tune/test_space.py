@@ -9,22 +9,22 @@ import pytest
 from lossworks.errors import UserError
 from lossworks.losses import declarations
 from lossworks_testing.sweeps import tiny_sweep
-from lossworks_tune.proposals import Proposals
-from lossworks_tune.space import Space
-from lossworks_tune.specs import DimensionSpec, SweepSpec
+from lossworks_tune.sweeps.dimensions import DimensionSpec
+from lossworks_tune.sweeps.proposals import Proposals
+from lossworks_tune.sweeps.spec import SweepSpec
 
 ROWS = [slug for slug, entry in declarations().items() if entry.kind == "row"]
 
 
 def drawn(spec, count):
-    proposals = Proposals(spec, Space(spec))
+    proposals = Proposals(spec, spec.make_space())
     return [proposals.next() for _ in range(count)]
 
 
 def test_every_row_loss_of_the_catalogue_has_a_space_that_trains():
     """What is drawn is accepted by the training's spec, and belongs to the loss that was drawn."""
     spec = tiny_sweep(losses=ROWS, trials=60)
-    space = Space(spec)
+    space = spec.make_space()
     for configuration in drawn(spec, len(space.anchors()) + 60):
         training = space.training(configuration.fields, seed=3)
         own = set(declarations()[configuration.loss].search_space())
@@ -43,7 +43,7 @@ def test_every_loss_is_there_at_its_defaults_and_where_it_equals_its_parent():
         base={"task": "classification", "loss": {"name": "cross-entropy", "label_smoothing": 0.2}},
         losses=["cross-entropy", "comp-sum", {"name": "ldr", "normalisation": "none"}],
     )
-    space = Space(spec)
+    space = spec.make_space()
     found = {title: space.training(fields, 0).loss for title, fields in space.anchors()}
 
     assert list(found) == [
@@ -60,7 +60,7 @@ def test_every_loss_is_there_at_its_defaults_and_where_it_equals_its_parent():
 def test_a_loss_may_be_narrowed_and_fixed():
     """A list is a choice, a number is fixed, the rest is searched as declared."""
     spec = tiny_sweep(losses=[{"name": "aldr-kl", "temperature": [1, 2], "alpha": 3.0}])
-    dimensions = Space(spec).dimensions
+    dimensions = spec.make_space().dimensions
 
     assert dimensions["aldr-kl.temperature"] == DimensionSpec(choice=(1, 2))
     assert "aldr-kl.alpha" not in dimensions
@@ -70,7 +70,7 @@ def test_a_loss_may_be_narrowed_and_fixed():
 
 def test_a_grid_has_all_points_of_every_loss():
     spec = tiny_sweep(losses=["comp-sum", "ldr"], search={"kind": "grid", "points": 3})
-    points = list(Space(spec).grid(3))
+    points = list(spec.make_space().grid(3))
     rates = sorted({point["optimizer.lr"] for point in points})
 
     assert len(points) == 3 * 3 + 3 * 3 * 3
@@ -91,7 +91,7 @@ def test_tpe_learns_from_what_it_is_told():
 
     def rates(kind):
         spec = tiny_sweep(losses=["comp-sum"], search={"kind": kind, "startup": 8}, trials=40)
-        proposals, found = Proposals(spec, Space(spec)), []
+        proposals, found = Proposals(spec, spec.make_space()), []
         while (configuration := proposals.next()) is not None:
             rate = configuration.fields.get("optimizer.lr", 0.02)
             proposals.tell(configuration.number, [math.log(rate)], whole=True)
@@ -103,7 +103,7 @@ def test_tpe_learns_from_what_it_is_told():
 
 def test_failed_and_stopped_trials_are_told_apart():
     spec = tiny_sweep(losses=["comp-sum"], search="tpe")
-    proposals = Proposals(spec, Space(spec))
+    proposals = Proposals(spec, spec.make_space())
     numbers = [proposals.next().number for _ in range(4)]
     proposals.tell(numbers[1], None, whole=False)
     proposals.tell(numbers[2], [0.3], whole=False, step=4)
@@ -114,7 +114,7 @@ def test_failed_and_stopped_trials_are_told_apart():
 
 def test_spaces_go_to_other_processes():
     """Ray pickles what a trial is told."""
-    space = pickle.loads(pickle.dumps(Space(tiny_sweep())))  # noqa: S301
+    space = pickle.loads(pickle.dumps(tiny_sweep().make_space()))  # noqa: S301
 
     space.draw(optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask())
 
@@ -152,9 +152,25 @@ def test_a_spec_survives_yaml(tmp_path):
         ({"space": {"seed": [0, 1]}}, "seeds are the sweep's own field"),
         ({"objectives": {"eval/loss": "min"}}, "compares no losses"),
         ({"objectives": {"eval/accuracy": "most"}}, "eval/accuracy"),
+        ({"objectives": {"eval/acuracy": "max"}}, "objectives=eval/acuracy: .* did you mean eval/accuracy"),
+        ({"objectives": {"f1": "max"}}, "there are eval/accuracy, eval/cross_entropy, eval/ece"),
+        ({"objectives": {"eval/perplexity": "min"}}, "eval/perplexity: is no yardstick of what is trained"),
+        ({"objectives": {"eval/accuracy": "min"}}, "the larger one; write eval/accuracy: max"),
+        ({"objectives": {"eval/ece": "max"}}, "the smaller one; write eval/ece: min"),
         ({"objectives": {"eval/accuracy": "max", "eval/ece": "min"}, "scheduler": "asha"}, "must be none"),
         ({"search": "nsga2"}, "is for two objectives"),
-        ({"scheduler": "pbt", "seeds": [0, 1]}, "one seed"),
+        ({"scheduler": "pbt", "seeds": [0, 1]}, "pbt changes .* one seed"),
+        ({"scheduler": "pb2", "seeds": [0, 1]}, "pb2 changes .* one seed"),
+        ({"scheduler": "pbt", "search": "tpe"}, "pbt starts from random configurations, not search.kind=tpe"),
+        ({"scheduler": "pb2", "search": "grid"}, "pb2 starts from random configurations, not"),
+        (
+            {
+                "scheduler": "pb2",
+                "space": {"model.width": [4, 8]},
+                "losses": [{"name": "comp-sum", "tau": 1}],
+            },
+            "pb2 chooses numbers, and only choices are searched",
+        ),
         ({"seeds": [0, 0]}, "the same seed twice"),
         ({"confirm": {"seeds": [0, 5]}}, r"\[0\] are no fresh seeds"),
         ({"trails": 3}, "did you mean trials"),

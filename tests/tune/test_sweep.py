@@ -13,13 +13,12 @@ import pytest
 
 from lossworks.cli import main
 from lossworks.errors import UserError
-from lossworks.specs import read_train_spec
+from lossworks.tasks import read_train_spec
 from lossworks.tracking import read_all
 from lossworks_testing.sweeps import packed, results, seen, tiny_sweep
-from lossworks_tune.results import Results
-from lossworks_tune.space import Space
-from lossworks_tune.specs import SweepSpec
-from lossworks_tune.sweep import engine_of, sweep
+from lossworks_tune.sweeps.results import Results
+from lossworks_tune.sweeps.run import engine_of, sweep
+from lossworks_tune.sweeps.spec import SweepSpec
 
 COMMAND = [sys.executable, "-c", "import sys; from lossworks.cli import main; sys.exit(main())"]
 
@@ -154,7 +153,7 @@ def test_all_that_fails_fails_the_run_with_the_reason(at_home, monkeypatch):
 
     del at_home
     monkeypatch.setattr(
-        "lossworks_tune.packed.advance",
+        "lossworks_tune.packs.advance",
         lambda runs, steps: [Report(1, {}, "the loss became NaN or infinite at step 1") for _ in runs],
     )
     with pytest.raises(
@@ -183,10 +182,10 @@ def test_the_engine_is_the_one_that_can(changes, engine, why):
     changes = {"objectives": {"eval/cross_entropy": "min"}, **changes}
     spec = tiny_sweep(**changes)
     if why is None:
-        assert engine_of(spec, Space(spec)) == engine
+        assert engine_of(spec, spec.make_space()) == engine
     else:
         with pytest.raises(UserError, match=why):
-            engine_of(spec, Space(spec))
+            engine_of(spec, spec.make_space())
 
 
 def test_ray_tune_gives_what_packed_trials_give(at_home, cluster, tmp_path):

@@ -14,19 +14,18 @@ from lossworks.data import BagOrder, load_examples
 from lossworks.losses import create
 from lossworks.metrics import class_sums
 from lossworks.models import build_classifier
-from lossworks.specs import ClassifierSpec
-from lossworks_tune.packed import PackedSweep
-from lossworks_tune.proposals import Proposals
-from lossworks_tune.results import Results
-from lossworks_tune.space import Space
-from lossworks_tune.specs import SweepSpec
+from lossworks.tasks.classification import ClassifierSpec
+from lossworks_tune.sweeps.engines.packed import PackedSweep
+from lossworks_tune.sweeps.proposals import Proposals
+from lossworks_tune.sweeps.spec import SweepSpec
+from lossworks_tune.sweeps.sweep import Sweep
 
 Report = Callable[[dict[str, float]], object]
 
 
 def configurations(spec: SweepSpec) -> list[dict[str, Any]]:
     """Return the specs of all trainings, as plain data; a random search draws them whatever they give."""
-    space = Space(spec)
+    space = spec.make_space()
     proposals, found = Proposals(spec, space), []
     while (configuration := proposals.next()) is not None:
         found.append(space.values(configuration.fields, spec.seeds[0]))
@@ -45,7 +44,7 @@ def train_plainly(values: dict[str, Any], report: Report) -> float:
     )
     accuracy = 0.0
     for step in range(1, spec.steps + 1):
-        inputs, labels = data.train.batch(order.rows((step - 1) * spec.batch_size, 0, 1))
+        inputs, labels = data.train.batch(order.rows((step - 1) * spec.batch_size, 0, 1)).values()
         optimizer.zero_grad()
         loss(model.logits(inputs), labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -70,14 +69,13 @@ def by_loop(spec: SweepSpec, path: Path) -> dict[str, Any]:
 
 def by_packed(spec: SweepSpec, path: Path) -> dict[str, Any]:
     """Train all configurations packed."""
-    space = Space(spec)
     warm = spec.model_copy(update={"base": {**spec.base, "steps": 5}})
-    PackedSweep(warm, Space(warm), path / "warm").run()
+    PackedSweep(_sweep(warm, path / "warm")).run()
+    sweep = _sweep(spec, path / "sweep")
     began = time.perf_counter()
-    sweep = PackedSweep(spec, space, path / "sweep")
-    sweep.run()
+    PackedSweep(sweep).run()
     seconds = time.perf_counter() - began
-    results = Results.read(spec, space, path / "sweep")
+    results = sweep.results()
     steps = sum(trial.rows[-1]["step"] for trial in results.trials if trial.rows)
     best = results.ranked[0].value(results.metrics[0])
     return {"seconds": seconds, "configurations": len(results.trials), "best": best, "steps": steps}
@@ -85,12 +83,15 @@ def by_packed(spec: SweepSpec, path: Path) -> dict[str, Any]:
 
 def by_packed_confirmed(spec: SweepSpec, path: Path) -> dict[str, Any]:
     """Do the same, and train the winner on fresh seeds."""
-    found, space = by_packed(spec, path), Space(spec)
-    results = Results.read(spec, space, path / "sweep")
-    PackedSweep(spec, space, path / "sweep").confirm(results.ranked[:1])
-    results = Results.read(spec, space, path / "sweep")
+    found, sweep = by_packed(spec, path), _sweep(spec, path / "sweep")
+    PackedSweep(sweep).confirm(sweep.results().ranked[:1])
+    results = sweep.results()
     fresh = results.fresh(results.ranked[0], results.metrics[0])
     return {**found, "fresh": fresh.value if fresh else None}
+
+
+def _sweep(spec: SweepSpec, path: Path) -> Sweep:
+    return Sweep(spec, spec.make_space(), path)
 
 
 def _trial(config: dict[str, Any]) -> None:
@@ -105,17 +106,15 @@ def by_ray_tune(spec: SweepSpec, path: Path) -> dict[str, Any]:
     import ray
     from ray import tune
 
-    from lossworks_tune.scheduling import build_scheduler
+    from lossworks_tune.sweeps.engines.scheduling import build_scheduler
 
-    wanted, space = configurations(spec), Space(spec)
-    every = wanted[0]["evaluation"]["every"]
-    reports = -(-wanted[0]["steps"] // every)
+    wanted = configurations(spec)
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     began = time.perf_counter()
     grid = tune.Tuner(
         _trial,
         param_space={"wanted": wanted, "index": tune.grid_search(list(range(len(wanted))))},
-        tune_config=tune.TuneConfig(scheduler=build_scheduler(spec, space, reports, every)),
+        tune_config=tune.TuneConfig(scheduler=build_scheduler(_sweep(spec, path))),
         run_config=tune.RunConfig(storage_path=str(path), verbose=0),
     ).fit()
     seconds = time.perf_counter() - began

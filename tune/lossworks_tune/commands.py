@@ -8,7 +8,7 @@ from lossworks.errors import UserError
 
 if TYPE_CHECKING:
     from lossworks.runs import RunFolder
-    from lossworks_tune.specs import SweepSpec
+    from lossworks_tune.sweeps.spec import SweepSpec
 
 _EPILOG = """\
 SPEC is a YAML file such as tune/specs/label-noise.yaml; every field can be overridden, as in trials=100
@@ -32,19 +32,19 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.print_spec:
         print(spec.to_yaml(), end="")
         return 0
-    from lossworks_tune.summary import Display, show
-    from lossworks_tune.sweep import sweep
+    from lossworks_tune.sweeps.run import sweep
+    from lossworks_tune.sweeps.summary import SweepDisplay, show
 
-    with Display(spec) as display:
-        result = sweep(spec, resume=resume, address=arguments.address, watcher=display)
+    with SweepDisplay() as display:
+        result = sweep(spec, resume=resume, address=arguments.address, listener=display)
     show(spec, result)
     return 0
 
 
 def _resolve(arguments: argparse.Namespace) -> "tuple[SweepSpec, RunFolder | None]":
     from lossworks.runs import RunFolder
-    from lossworks_tune.specs import SweepSpec
-    from lossworks_tune.sweep import read_sweep_spec, require_same
+    from lossworks_tune.sweeps.run import read_sweep_spec, require_same
+    from lossworks_tune.sweeps.spec import SweepSpec
 
     overrides = list(arguments.overrides)
     file = arguments.spec

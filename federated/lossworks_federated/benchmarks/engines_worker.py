@@ -17,7 +17,7 @@ from lossworks.cohort import Member
 from lossworks.errors import RunError
 from lossworks.models import build_classifier
 from lossworks.tensors import write_tensors
-from lossworks.training.hardware import peak_memory_bytes
+from lossworks.training.measure.hardware import peak_memory_bytes
 from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.engines.simulation import simulate
 from lossworks_federated.records import array_record, member_from

@@ -16,7 +16,7 @@ import yaml
 
 from lossworks.cli import Command
 from lossworks.errors import UserError
-from lossworks.specs.base import kind_of, read_yaml
+from lossworks.specs.base import KINDS, kind_of, read_yaml
 from lossworks.specs.files import NamedFile, named_files, with_paths
 
 UPLOADED = "upload://"
@@ -29,7 +29,7 @@ class Bundle:
     """A job ready to be sent.
 
     Attributes:
-        command: The command of the command line that runs it: train, tune or federate.
+        command: The command of the command line that runs it: train, tune, federate or study.
         name: The spec's name.
         values: The whole resolved spec; paths of uploaded files begin with ``upload://``.
         uploads: Local files by the path below ``files/`` that they get.
@@ -89,7 +89,7 @@ def make_bundle(spec: str, overrides: Sequence[str], *, upload: bool, limit: int
 
 def command_of(values: dict[str, Any]) -> str:
     """Return which command runs a spec; every field of a training may be left out."""
-    return kind_of(values)[1] or "train"
+    return KINDS[kind_of(values) or "training"].command
 
 
 def _resolved(command: str, spec: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from lossworks.cli import program
 from lossworks.errors import RunError, UserError
 from lossworks.logs import EVENTS, fields, writing_logs
 from lossworks.runs import RunFolder
-from lossworks.specs import AnyTrainSpec
+from lossworks.specs import RunSpec
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.clusters.ray_cluster import lacking
 from lossworks_jobs.training.fitting import fit, last_line, read_outcome
 from lossworks_jobs.training.stopping import run_until_done
 
 if TYPE_CHECKING:
-    from lossworks.data import TokenizedCorpus
     from lossworks.reporting import TrainProgress
+    from lossworks.tasks.interface import Prepared
     from lossworks.tracking import Row
 
 _ROOM_AFTER_S = 20.0  # workers that have room start within less, mostly
@@ -46,15 +46,13 @@ class Driver:
 
     def __init__(
         self,
-        spec: AnyTrainSpec,
-        corpus: "TokenizedCorpus | None",
-        classes: int,
+        spec: RunSpec,
+        prepared: "Prepared",
         started: float,
         progress: "TrainProgress | None",
     ) -> None:
         self.spec = spec
-        self.corpus = corpus
-        self.classes = classes
+        self.prepared = prepared
         self.started = started
         self.progress = progress
         self.first_step_s: float | None = None
@@ -123,7 +121,7 @@ class Driver:
         )
         with follower:
             run_until_done(
-                lambda: fit(spec, folder, self.corpus),
+                lambda: fit(spec, folder, self.prepared.folder),
                 stop_file=folder.stop_file,
                 say=self._say,
                 look=waiting.look,
@@ -150,7 +148,9 @@ class Driver:
         from lossworks.reporting.finish import finish_run_folder
 
         try:
-            finish_run_folder(folder, self.classes, status=status, reason=reason or None, notify=self._say)
+            finish_run_folder(
+                folder, self.prepared.guess, status=status, reason=reason or None, notify=self._say
+            )
         except RunError as error:
             self._say(f"{error}; bring it up to date with: {program()} sync {folder.run_id}")
 
@@ -158,7 +158,7 @@ class Driver:
 class _Waiting:
     """What the driver says while it waits: what workers write for a person, or that there is no room yet."""
 
-    def __init__(self, folder: RunFolder, spec: AnyTrainSpec, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: RunFolder, spec: RunSpec, say: Callable[[str], None]) -> None:
         self._folder, self._spec, self._say = folder, spec, say
         self._seen = folder.notices.stat().st_size if folder.notices.exists() else 0
         # Rank 0 makes the journal when it starts.

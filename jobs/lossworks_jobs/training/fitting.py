@@ -2,27 +2,26 @@
 
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
-from lossworks.specs import AnyTrainSpec
+from lossworks.specs import RunSpec
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.clusters.ray_cluster import threads
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
-    from lossworks.data import TokenizedCorpus
 
-
-def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None") -> None:
+def fit(spec: RunSpec, folder: RunFolder, prepared: Path | None) -> None:
     """Run the workers to their end, replacing those that are lost.
 
     Args:
         spec: The run.
         folder: Where they go on from, and leave their journal and outcome.
-        corpus: The tokens of a text; None for classifiers.
+        prepared: Folder that the task made for all workers; None if it made none.
 
     Raises:
         RunError: More were lost than ``max_failures``, or the training function failed.
@@ -35,7 +34,7 @@ def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None")
     config = {
         "spec": spec.model_dump(mode="json"),
         "folder": str(folder.path),
-        "corpus": str(corpus.folder) if corpus else None,
+        "prepared": str(prepared) if prepared else None,
         "threads": threads(spec),
     }
     least = spec.elastic.min_workers
@@ -63,7 +62,7 @@ def fit(spec: AnyTrainSpec, folder: RunFolder, corpus: "TokenizedCorpus | None")
         raise RunError(f"run {folder.run_id}: {_cause(error)}") from error
 
 
-def noticed(folder: RunFolder, spec: AnyTrainSpec) -> "UserCallback":
+def noticed(folder: RunFolder, spec: RunSpec) -> "UserCallback":
     """Return a callback that tells the person at the driver of lost workers and of storage that isn't shared.
 
     It runs in Ray's controller, on the driver's node.

@@ -4,12 +4,13 @@ import shlex
 
 from lossworks.cli import program
 from lossworks.reporting import print_summary
-from lossworks.specs import AnyTrainSpec, ClassifierSpec, RunSpec, TrackingSpec
+from lossworks.specs import RunSpec, TrackingSpec
+from lossworks.tasks.registry import task_of
 from lossworks.tracking import redact, tracking_uri
 from lossworks_jobs.training.driver import RunResult
 
 
-def show(spec: AnyTrainSpec, result: RunResult, *, seconds_before: float = 0.0) -> None:
+def show(spec: RunSpec, result: RunResult, *, seconds_before: float = 0.0) -> None:
     """Print losses, speed, where everything is, and the commands that make sense next.
 
     Args:
@@ -33,26 +34,29 @@ def show(spec: AnyTrainSpec, result: RunResult, *, seconds_before: float = 0.0) 
     print_summary(title, facts, commands)
 
 
-def _figures(spec: AnyTrainSpec, metrics: dict[str, float]) -> list[tuple[str, str]]:
+def _figures(spec: RunSpec, metrics: dict[str, float]) -> list[tuple[str, str]]:
+    kind = task_of(spec)
+    row = kind.unit.removesuffix("s")
     # A loss other than cross-entropy has a unit of its own, which no other loss shares.
-    loss = "{:.4f} nats a token" if spec.loss.name == "cross-entropy" else f"{{:.4f}} ({spec.loss.name})"
-    if isinstance(spec, ClassifierSpec):
-        loss = loss.replace("a token", "an example")
+    loss = (
+        f"{{:.4f}} nats a {row}"
+        if spec.loss.titles == ("cross-entropy",)
+        else f"{{:.4f}} ({' + '.join(spec.loss.titles)})"
+    )
     known = [
         ("training loss", "train/loss", loss),
+        *((f"  {title}", f"train/loss/{title}", "{:.4f}") for title in spec.loss.titles),
         ("held-out loss", "eval/loss", loss),
-        ("held-out accuracy", "eval/accuracy", "{:.4f}"),
-        ("held-out cross-entropy", "eval/cross_entropy", "{:.4f} nats"),
-        ("calibration error", "eval/ece", "{:.4f}"),
-        ("Brier score", "eval/brier", "{:.4f}"),
-        ("held-out perplexity", "eval/perplexity", "{:.2f}"),
-        ("held-out bits per byte", "eval/bits_per_byte", "{:.4f}"),
-        ("tokens/s", "train/tokens_per_second", "{:,.0f}"),
-        ("examples/s", "train/examples_per_second", "{:,.0f}"),
+        *kind.shown,
+        (f"{kind.unit}/s", f"train/{kind.unit}_per_second", "{:,.0f}"),
         ("MFU of the last step", "train/mfu", "{:.3g} of the maker's peak"),
         ("MFU of the last step", "train/mfu_of_measured_peak", "{:.3g} of the measured peak"),
     ]
-    return [(label, text.format(metrics[name])) for label, name, text in known if name in metrics]
+    figures = [(label, text.format(metrics[name])) for label, name, text in known if name in metrics]
+    named = {name for _, name, _ in known}
+    others = [name for name in metrics if name.startswith("eval/") and name not in named]
+    further = [name for name in metrics if not name.startswith(("train/", "eval/", "time/", "telemetry/"))]
+    return figures + [(name.removeprefix("eval/"), f"{metrics[name]:.4g}") for name in (*others, *further)]
 
 
 def _memory(head_memory: dict[str, float]) -> list[tuple[str, str]]:

@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING
 
 from lossworks.errors import UserError
 from lossworks.runs import RunFolder
-from lossworks.specs import AnyTrainSpec, ClassifierSpec, RunSpec
+from lossworks.specs import RunSpec
+from lossworks.tasks.registry import task_of
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.clusters.ray_cluster import cluster, require_local_resources
 from lossworks_jobs.training.driver import Driver, RunResult
 
 if TYPE_CHECKING:
-    from lossworks.data import TokenizedCorpus
     from lossworks.reporting import TrainProgress
+    from lossworks.tasks.interface import Prepared
 
 # What decides the shape of the parameters or the batches that a checkpoint's position counts.
 _FIXED_ON_RESUME = ("task", "model.", "data.", "seed", "batch_size")
 
 
 def train(
-    spec: AnyTrainSpec,
+    spec: RunSpec,
     *,
     address: str | None = None,
     resume: RunFolder | None = None,
@@ -59,23 +60,20 @@ def train(
         if progress:
             progress.message(f"starting {spec.workers} worker{'s' * (spec.workers > 1)} on Ray")
         with cluster(spec, address):
-            corpus, classes = prepared.result()
+            found = prepared.result()
             opened.result()
-            return Driver(spec, corpus, classes, started, progress).run(resume)
+            return Driver(spec, found, started, progress).run(resume)
 
 
-def _prepare(spec: AnyTrainSpec, progress: "TrainProgress | None") -> "tuple[TokenizedCorpus | None, int]":
-    """Read the data and check them; return the tokens of a text, or None, and the number of classes."""
-    if isinstance(spec, ClassifierSpec):
-        from lossworks.training.task import build_task
+def _prepare(spec: RunSpec, progress: "TrainProgress | None") -> "Prepared":
+    """Read the data and check that everything that the spec names fits together."""
+    from lossworks.training.start import check_companions
 
-        # The model is built, too, since it may not fit the examples.
-        return None, len(build_task(spec, None).build_model().head().weight)
-    from lossworks.data import prepare
-
-    corpus = prepare(spec.text(), on_progress=progress.message if progress else None)
-    corpus.split(spec.text())
-    return corpus, corpus.vocab_size
+    kind = task_of(spec)
+    found = kind.prepare(spec, progress.message if progress else None)
+    if spec.start is not None or spec.roles:
+        check_companions(spec, kind.open(spec, found.folder))
+    return found
 
 
 def _open_store(spec: RunSpec) -> None:
@@ -85,7 +83,7 @@ def _open_store(spec: RunSpec) -> None:
     connect(spec.tracking)
 
 
-def _require_resumable(spec: AnyTrainSpec, folder: RunFolder) -> None:
+def _require_resumable(spec: RunSpec, folder: RunFolder) -> None:
     """Refuse to go on with a run whose parameters or batches would be others.
 
     Raises:

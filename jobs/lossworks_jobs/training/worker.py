@@ -10,7 +10,7 @@ from lossworks.errors import RunError, StorageError, UserError
 if TYPE_CHECKING:
     from lossworks.runs import RunFolder
     from lossworks.tracking import Journal
-    from lossworks.training.world import World
+    from lossworks.training.distributed.world import World
 
 UNSHARED = "unshared"
 """Under this name workers report that a node misses something of the driver's; they report nothing else."""
@@ -22,7 +22,7 @@ def run_worker(config: dict[str, Any]) -> None:
     """Take part in a run as one rank; rank 0 leaves the outcome in the run's folder.
 
     Args:
-        config: ``spec`` (as plain data), ``folder`` (of the run), ``corpus`` (folder of tokens, or None)
+        config: ``spec`` (as plain data), ``folder`` (of the run), ``prepared`` (folder of the task, or None)
             and ``threads`` (CPUs of this worker).
 
     Raises:
@@ -33,12 +33,14 @@ def run_worker(config: dict[str, Any]) -> None:
 
     from lossworks.logs import writing_logs
     from lossworks.runs import RunFolder
-    from lossworks.training.world import World
+    from lossworks.training.distributed.world import World
 
     torch.set_num_threads(config["threads"])
     folder, world = RunFolder(Path(config["folder"])), World.current()
     # First of all: what is written below would make folders, and hide that they are not the driver's.
-    complaint = unshared(world, [folder.spec_file, *([Path(config["corpus"])] if config["corpus"] else [])])
+    complaint = unshared(
+        world, [folder.spec_file, *([Path(config["prepared"])] if config["prepared"] else [])]
+    )
     if complaint:
         # Raised, it would only make Ray try again; and what is written here may never get to the driver.
         ray.train.report({UNSHARED: complaint})
@@ -49,11 +51,10 @@ def run_worker(config: dict[str, Any]) -> None:
 
 def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
     """Train, and journal and export what is measured."""
-    from lossworks.data import TokenizedCorpus
     from lossworks.logs import EVENTS
-    from lossworks.specs import parse_train_spec
+    from lossworks.tasks import parse_train_spec
     from lossworks.tracking import Journal
-    from lossworks.training.checkpoint import CheckpointStore
+    from lossworks.training.checkpoints.checkpoint import CheckpointStore
     from lossworks.training.loop import Job, train
     from lossworks.training.outcome import Outcome, Status
     from lossworks_jobs.training.prometheus import Exporter
@@ -72,7 +73,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
         outcome = train(
             Job(
                 spec=spec,
-                corpus=TokenizedCorpus.open(Path(config["corpus"])) if config["corpus"] else None,
+                prepared=Path(config["prepared"]) if config["prepared"] else None,
                 checkpoints=CheckpointStore(
                     folder.checkpoints,
                     keep=spec.checkpoint.keep,
@@ -83,6 +84,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
                 notify=folder.notify,
                 watch=lambda _, metrics: exporter.watch(metrics),
                 profile=folder.profile,
+                results=folder.results,
                 stop_requested=folder.stop_file.exists,
             )
         )

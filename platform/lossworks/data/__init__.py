@@ -4,6 +4,7 @@
 numpy and torch only.
 """
 
+from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.corpus import documents, fingerprint
 from lossworks.data.examples import ExampleData, Examples, load_examples
 from lossworks.data.order import BagOrder, Order, SequenceOrder
@@ -13,7 +14,9 @@ from lossworks.data.tokenized import TokenizedCorpus, TokenSequences
 from lossworks.data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, train_tokenizer
 
 __all__ = [
+    "IGNORE_INDEX",
     "BagOrder",
+    "Batch",
     "ExampleData",
     "Examples",
     "Order",

@@ -32,14 +32,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return inputs (B, …) and classes (B,) of rows (B,)."""
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return ``inputs`` (B, …) and ``targets`` (B,) of rows (B,), and of bags their ``segments`` (B,)."""
         index = torch.from_numpy(np.ascontiguousarray(rows))
-        return self.inputs[index], self.labels[index]
-
-    def bag_ids(self, rows: np.ndarray) -> Tensor:
-        """Return the bag (B,) int64 that each of the rows (B,) is in, for losses of whole bags."""
-        return torch.from_numpy(np.ascontiguousarray(rows)) // self.bag_size
+        found = {"inputs": self.inputs[index], "targets": self.labels[index]}
+        return found if self.bag_size == 1 else {**found, "segments": index // self.bag_size}
 
 
 @dataclass(frozen=True)

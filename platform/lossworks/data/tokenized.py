@@ -68,6 +68,13 @@ class TokenizedCorpus:
         """
         return np.load(self.folder / BYTES_FILE, allow_pickle=False)
 
+    def line_ends(self) -> np.ndarray:
+        """Return which tokens hold the end of a line, bool (V,)."""
+        from lossworks.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        return np.array(["\n" in tokenizer.decode([token]) for token in range(self.vocab_size)])
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Return a copy of tokens ``start`` to ``start + count - 1``, (count,) uint16 or uint32.
 
@@ -117,18 +124,30 @@ class TokenSequences:
         self.length = length
         self._first = first
         self._count = count
+        self._ends: np.ndarray | None = None
+
+    def with_steps(self, ends: np.ndarray) -> "TokenSequences":
+        """Return the same sequences with ``segments`` in their batches: which step each target belongs to.
+
+        Args:
+            ends: Which tokens end a step, bool (V,); such a token belongs to the step that it ends.
+        """
+        found = TokenSequences(self.corpus, self.length, self._first, self._count)
+        found._ends = ends
+        return found
 
     def __len__(self) -> int:
         return self._count
 
-    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the tokens and targets of sequences.
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the ``inputs`` and ``targets`` of sequences.
 
         Args:
             rows: Indices of sequences, (B,) integers from 0 to ``len(self) - 1``.
 
         Returns:
-            Tokens and targets, each (B, L) int64; ``targets[:, :-1]`` equals ``tokens[:, 1:]``.
+            Both (B, L) int64; ``targets[:, :-1]`` equals ``inputs[:, 1:]``. With steps also ``segments``
+            (B, L) int64, numbered over the batch.
 
         Raises:
             IndexError: A row is out of range.
@@ -139,4 +158,8 @@ class TokenSequences:
                 raise IndexError(f"row {row} lies outside {self._count} sequences")
             block[:] = self.corpus.read((self._first + int(row)) * self.length, self.length + 1)
         tokens, targets = (np.ascontiguousarray(part) for part in (blocks[:, :-1], blocks[:, 1:]))
-        return torch.from_numpy(tokens), torch.from_numpy(targets)
+        batch = {"inputs": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
+        if self._ends is not None:
+            ended = self._ends[targets].cumsum(1) - self._ends[targets]
+            batch["segments"] = torch.from_numpy(ended + np.arange(len(rows))[:, None] * self.length)
+        return batch

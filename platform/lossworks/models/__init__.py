@@ -2,7 +2,7 @@
 
 from lossworks.models.classifiers import Classifier, build_classifier
 from lossworks.models.huggingface import HuggingFaceModel
-from lossworks.models.interface import Head, HeadedModel, LanguageModel, Objective
+from lossworks.models.interface import Head, HeadedModel, LanguageModel, Objective, Outputs
 from lossworks.models.pretrained import load_model, read_provenance, save_model
 from lossworks.models.registry import build_model
 from lossworks.models.scoring import TextScorer, TextScores
@@ -16,6 +16,7 @@ __all__ = [
     "HuggingFaceModel",
     "LanguageModel",
     "Objective",
+    "Outputs",
     "TextScorer",
     "TextScores",
     "TrainedClassifier",

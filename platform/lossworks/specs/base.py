@@ -1,8 +1,11 @@
 """Frozen, checked records read from YAML with ``key.path=value`` overrides."""
 
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,35 +14,68 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lossworks.errors import UserError, nearest, redact
 
-# By a field that others have not: what a spec describes, and the command that runs it.
-_KINDS = {
-    "base": ("a sweep", "tune"),
-    "strategies": ("a federation", "federate"),
-    "steps": ("a training", "train"),
-    "task": ("a training", "train"),
+
+@dataclass(frozen=True)
+class SpecKind:
+    """What a spec file can describe, as its line ``kind: …`` says.
+
+    Attributes:
+        noun: It in words.
+        command: The command that runs it.
+        fields: Fields that other kinds have not, by which files without that line are recognised.
+    """
+
+    noun: str
+    command: str
+    fields: tuple[str, ...]
+
+
+KINDS = {
+    "study": SpecKind("a study", "study", ("compare",)),
+    "sweep": SpecKind("a sweep", "tune", ("base",)),
+    "federation": SpecKind("a federation", "federate", ("strategies",)),
+    "training": SpecKind("a training", "train", ("steps", "task")),
 }
 
 
-def kind_of(values: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what a spec's values describe and the command that runs it; nothing if that can't be told."""
-    return next((kind for field, kind in _KINDS.items() if field in values), ("", ""))
+def kind_of(values: Mapping[str, Any], source: str = "spec") -> str | None:
+    """Return which of :data:`KINDS` a spec's values describe, told by their fields if they don't say it.
+
+    Returns:
+        The kind; None if it is not said and no field tells.
+
+    Raises:
+        UserError: They say a kind that there is not.
+    """
+    if "kind" not in values:
+        return next((name for name, kind in KINDS.items() if values.keys() & set(kind.fields)), None)
+    kind = values["kind"]
+    if kind not in list(KINDS):
+        guess = nearest(str(kind), KINDS)
+        hint = f"did you mean {guess}?" if guess else f"it must be one of {', '.join(KINDS)}"
+        raise UserError(f"{source}: kind={kind!r}: there is no such kind of spec; {hint}")
+    return str(kind)
 
 
 class Spec(BaseModel):
     """Base of all specs: frozen, unknown keys refused, every number with its range.
 
     Attributes:
-        command: The command that runs what the spec describes; None for the groups within.
+        command: The command that runs what the spec describes; None for the groups within. A spec that has
+            one also has a field ``kind`` with that entry of :data:`KINDS`.
         shorthand: The field that a plain value sets where the whole group is meant, as ``sharding=fsdp`` sets
             ``sharding.kind``; None if a plain value is a mistake.
         open_to: The field whose value decides what further fields there are, as ``loss.name`` decides the
             loss's hyperparameters; None if the class has them all. Such a class checks them itself.
+        list_tail: The field that holds the further items where a list stands for the whole group, whose first
+            item is the group itself; None if a list is a mistake.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
     command: ClassVar[str | None] = None
     shorthand: ClassVar[str | None] = None
     open_to: ClassVar[str | None] = None
+    list_tail: ClassVar[str | None] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -66,9 +102,21 @@ class Spec(BaseModel):
         Raises:
             UserError: The file is missing, is no YAML mapping, or holds a wrong value.
         """
-        values = read_yaml(path)
-        cls.require_own(values, str(path))  # first, since other fields can be overridden there
+        values = cls.read_values(path)
         return cls.parse(apply_overrides(cls, values, overrides), source=str(path))
+
+    @classmethod
+    def read_values(cls, path: str | Path) -> dict[str, Any]:
+        """Return the values in a YAML file of this kind; say on stderr if it doesn't name its kind.
+
+        Raises:
+            UserError: The file is missing, is no YAML mapping, or is of another kind.
+        """
+        values = read_yaml(path)
+        cls.require_own(values, str(path))
+        own = next((name for name, kind in KINDS.items() if kind.command == cls.command), None)
+        suggest_kind(values, path, own)
+        return values
 
     @classmethod
     def require_own(cls, values: Mapping[str, Any], source: str) -> None:
@@ -77,9 +125,12 @@ class Spec(BaseModel):
         Raises:
             UserError: Naming that command.
         """
-        kind, command = kind_of(values)
-        if command and cls.command and command != cls.command:
-            raise UserError(f"{source}: describes {kind}, which `lossworks {command}` runs and resumes")
+        if cls.command is None:
+            return
+        kind = kind_of(values, source)
+        if kind and KINDS[kind].command != cls.command:
+            noun, command = KINDS[kind].noun, KINDS[kind].command
+            raise UserError(f"{source}: describes {noun}, which `lossworks {command}` runs and resumes")
 
     def override(self, overrides: Sequence[str]) -> Self:
         """Return a copy with ``key.path=value`` overrides applied and everything checked again.
@@ -116,6 +167,25 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def suggest_kind(values: Mapping[str, Any], path: str | Path, usual: str | None = None) -> None:
+    """Say on stderr which line a spec's file lacks if it doesn't say its kind; once for each file.
+
+    Args:
+        values: What the file holds.
+        path: The file.
+        usual: Its kind if no field tells it.
+    """
+    kind = kind_of(values, str(path)) or usual
+    if kind and "kind" not in values:
+        _hint(str(path), kind)
+
+
+@cache
+def _hint(path: str, kind: str) -> None:
+    says = "does not say what it describes; add the line"
+    print(f"lossworks: hint: {path} {says} `kind: {kind}`", file=sys.stderr)
+
+
 def apply_overrides(
     model: type[BaseModel], values: Mapping[str, Any], overrides: Sequence[str]
 ) -> dict[str, Any]:
@@ -142,7 +212,10 @@ def _setting(model: type[BaseModel], text: str) -> tuple[str, Any, str]:
         new = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"override {redact(text)!r}: the value is not valid YAML") from None
-    shorthand = getattr(_group_at(model, key), "shorthand", None)
+    group = _group_at(model, key)
+    if getattr(group, "list_tail", None) is not None and isinstance(new, list):
+        new = _expanded(group, new)
+    shorthand = getattr(group, "shorthand", None)
     return key if shorthand is None or isinstance(new, dict) else f"{key}.{shorthand}", new, text
 
 
@@ -162,7 +235,8 @@ def _set(model: type[BaseModel], values: dict[str, Any], key: str, new: Any, tex
             raise UserError(f"override {text!r}: {name} is a value, not a group of keys")
     if _decides(model, key) and values.get(leaf) != new:
         own = _group_at(model, ".".join(parents))
-        for name in values.keys() - (own.model_fields.keys() if own else set()):
+        tail = getattr(own, "list_tail", None)
+        for name in values.keys() - ((own.model_fields.keys() if own else set()) - {tail}):
             del values[name]
     values[leaf] = new
 
@@ -194,8 +268,12 @@ def _group_at(model: type[BaseModel] | None, path: str) -> type[BaseModel] | Non
 
 
 def _expanded(group: type[BaseModel] | None, values: Any) -> Any:
-    """Return a plain value that stands for a whole group as the mapping it is short for."""
+    """Return a plain value, or a list, that stands for a whole group as the mapping it is short for."""
     shorthand = getattr(group, "shorthand", None)
+    tail = getattr(group, "list_tail", None)
+    if tail is not None and isinstance(values, list | tuple) and values:
+        head = _expanded(group, values[0])
+        return {**head, tail: list(values[1:])} if isinstance(head, Mapping) else values
     plain = shorthand is not None and not isinstance(values, Mapping | BaseModel)
     return {shorthand: values} if plain else values
 

@@ -5,8 +5,8 @@ import math
 from torch import Tensor, nn
 
 from lossworks.errors import NonFiniteLossError
+from lossworks.training.distributed.world import World
 from lossworks.training.optimizer import non_finite_gradients
-from lossworks.training.world import World
 
 
 def refuse_non_finite(what: str, step: int, values: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lossworks.specs import ClassifierSpec, TrainSpec
+from lossworks.tasks.classification import ClassifierSpec
+from lossworks.tasks.language_model import TrainSpec
 from lossworks.training.packed import PackedRun, advance, alike, obstacle
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import run_training
@@ -81,8 +82,8 @@ def test_a_run_that_diverges_is_reported_and_disturbs_no_other():
         ({"model": {"width": 8, "dropout": 0.5}}, "draws random numbers"),
         ({"precision": "bf16"}, "precision=bf16"),
         ({"telemetry": 5}, "telemetry"),
-        ({"neural_collapse": True}, "neural_collapse"),
-        ({"loss": "batch-dice", "workers": 2, "sharding": "ddp"}, "whole batches"),
+        ({"analyses": ["neural-collapse"]}, "analyses is set"),
+        ({"loss": "ensloss", "data": {"source": "breast-cancer"}, "workers": 2, "sharding": "ddp"}, "random"),
         ({"resources_per_worker": {"CPU": 1, "GPU": 1}}, "GPU"),
     ],
 )

@@ -11,10 +11,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lossworks.models.transformer import Transformer
-from lossworks.training import phases
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
+from lossworks.training.measure import phases
+from lossworks.training.measure.phases import PHASES, DeviceTicks, HostTicks, PhaseClock, shares
 from lossworks.training.outcome import Outcome
-from lossworks.training.phases import PHASES, DeviceTicks, HostTicks, PhaseClock, shares
 from lossworks_testing.exchange import compare_exchange
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import run_training, tiny_spec

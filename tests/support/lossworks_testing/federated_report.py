@@ -21,8 +21,8 @@ Held-out accuracy over the last ten measured rounds (the last 20), five seeds, m
 strategy with the clients' learning rate of {grid} that was best on two other seeds in the same cell. digits:
 64-64-10 perceptron, 40 rounds; mnist1d: 40-64-64-10 perceptron, 60 rounds; two local epochs of batches of 32.
 Of five clients all take part, of fifty ten a round. (paper) and (reference) say which variant of FedLD and
-FedLEx it is; `rescale` is ours. All of it is `federated/specs/study.yaml`; every run is in
-`docs/federated-study.json`, written by
+FedLEx it is; `rescale` is ours. All of it is in `federated-study.yaml` of the folder
+`tests/support/lossworks_testing`; every run is in `docs/federated-study.json`, written by
 `PYTHONPATH=tests/support python -m lossworks_testing.federated_study`.
 
 ![accuracy over skew](federated-study.png)

@@ -1,4 +1,4 @@
-"""The study of federated strategies: runs federated/specs/study.yaml and writes docs/federated-study.json.
+"""The study of federated strategies: runs federated-study.yaml beside it, writes docs/federated-study.json.
 
 ``PYTHONPATH=tests/support python -m lossworks_testing.federated_study`` takes half an hour on two cores; what
 is in the file already is not run again.
@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-STUDY = Path("federated/specs/study.yaml")
+STUDY = Path(__file__).with_name("federated-study.yaml")
 RESULTS = Path("docs/federated-study.json")
 FIGURES = ("accuracy", "worst10", "rounds_to_target", "bytes_to_target")
 

@@ -46,9 +46,9 @@ the machine it took 13 minutes.
 
 def record(name: str) -> dict[str, Any]:
     """Run a sweep and return what is kept of it."""
-    from lossworks_tune.specs import SweepSpec
-    from lossworks_tune.summary import best_first, gains
-    from lossworks_tune.sweep import sweep
+    from lossworks_tune.sweeps.run import sweep
+    from lossworks_tune.sweeps.spec import SweepSpec
+    from lossworks_tune.sweeps.summary import best_first, gains
 
     spec = SweepSpec.read(SPECS / f"{name}.yaml")
     result = sweep(spec)

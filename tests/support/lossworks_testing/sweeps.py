@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lossworks_testing.classification import tiny
-from lossworks_tune.packed import PackedSweep
-from lossworks_tune.results import Results
-from lossworks_tune.space import Space
-from lossworks_tune.specs import SweepSpec
+from lossworks_tune.sweeps.engines.packed import PackedSweep
+from lossworks_tune.sweeps.results import Results
+from lossworks_tune.sweeps.spec import SweepSpec
+from lossworks_tune.sweeps.sweep import Sweep
 
 
 def tiny_sweep(**changes: Any) -> SweepSpec:
@@ -24,15 +24,21 @@ def tiny_sweep(**changes: Any) -> SweepSpec:
     return SweepSpec.parse({**values, **changes})
 
 
+def sweep_at(spec: SweepSpec, path: Path) -> Sweep:
+    """Return a sweep whose run has a certain folder."""
+    return Sweep(spec, spec.make_space(), path)
+
+
 def packed(spec: SweepSpec, path: Path) -> Results:
     """Run a sweep packed, without confirming, and return what it found."""
-    PackedSweep(spec, Space(spec), path).run()
-    return results(spec, path)
+    sweep = sweep_at(spec, path)
+    PackedSweep(sweep).run()
+    return sweep.results()
 
 
 def results(spec: SweepSpec, path: Path) -> Results:
     """Return what a folder holds."""
-    return Results.read(spec, Space(spec), path)
+    return sweep_at(spec, path).results()
 
 
 def seen(found: Results) -> list[tuple[Any, ...]]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.data import TokenizedCorpus, prepare
-from lossworks.specs import TrainSpec, parse_train_spec
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.tasks import parse_train_spec
+from lossworks.tasks.language_model import TrainSpec
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 
 VOCABULARY = 300
@@ -69,11 +70,12 @@ def run_training(
     outcome = train(
         Job(
             spec=spec,
-            corpus=TokenizedCorpus.open(corpus) if corpus else None,
+            prepared=Path(corpus) if corpus else None,
             checkpoints=CheckpointStore(Path(folder), keep=spec.checkpoint.keep),
             record=lambda step, metrics: rows.append((step, metrics)),
             notify=notices.append,
             profile=Path(profile) if profile else None,
+            results=Path(folder) / "methods",
             # Asked during step n, before its row is recorded.
             stop_requested=lambda: stop_after is not None and len(rows) + 1 >= stop_after,
         )

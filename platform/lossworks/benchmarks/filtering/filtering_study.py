@@ -1,6 +1,6 @@
 """The small language model of ``lossworks bench filtering``: trained, looked at, and judged."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ from lossworks.benchmarks.filtering.filtered_gradients import (
     tile_gradients,
 )
 from lossworks.data import SequenceOrder, TokenizedCorpus, prepare
-from lossworks.models import Head, LanguageModel, Objective, build_model
+from lossworks.data.batch import Batch
+from lossworks.models import LanguageModel, Objective, Outputs, build_model
 from lossworks.training.optimizer import build_optimizer, set_lr
 from lossworks.training.schedule import lr_factor
 
@@ -81,7 +82,7 @@ class Study:
     def states(self) -> Iterator[State]:
         """Train exactly, and yield what the head gets at each step of ``spec.states_steps``."""
         steps = sorted(set(self.spec.states_steps))
-        tokens, targets = self._held_out.batch(self._spaced(self.spec.states_sequences))
+        tokens, targets = self._held_out.batch(self._spaced(self.spec.states_sequences)).values()
         for done, model in self._trained(_exact, max(steps), seed=0):
             if done not in steps:
                 continue
@@ -118,8 +119,8 @@ class Study:
         yield 0, model
         for step in range(1, steps + 1):
             set_lr(optimizer, spec.optimizer.lr * lr_factor(spec.schedule, step=step, steps=steps))
-            tokens, targets = self._text.batch(order.rows((step - 1) * spec.batch_size, 0, 1))
-            (model(tokens, targets, objective) / targets.numel()).backward()
+            batch = self._text.batch(order.rows((step - 1) * spec.batch_size, 0, 1))
+            (model(batch, objective) / batch["targets"].numel()).backward()
             if spec.optimizer.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), spec.optimizer.clip_norm)
             optimizer.step()
@@ -131,7 +132,7 @@ class Study:
         made, rare = [], []
         rows = self._spaced(self.spec.held_out_sequences)
         for start in range(0, len(rows), _AT_ONCE):
-            tokens, targets = self._held_out.batch(rows[start : start + _AT_ONCE])
+            tokens, targets = self._held_out.batch(rows[start : start + _AT_ONCE]).values()
             loss = linear_cross_entropy(model.hidden(tokens), model.head().weight, targets, reduction="none")
             made.append(loss.double().flatten())  # type: ignore[union-attr]  # one tensor
             rare.append(self.rare[targets].flatten())
@@ -164,26 +165,36 @@ def objective(method: "Method") -> Objective:
     return make(method.eps or 0.0, repair=repair)
 
 
-def _exact(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden, head.weight, targets, reduction="sum")  # type: ignore[return-value]
+def _exact(outputs: Outputs, batch: Batch) -> Tensor:
+    return linear_cross_entropy(  # type: ignore[return-value]
+        outputs.hidden, _weight(outputs), batch["targets"], reduction="sum"
+    )
 
 
-def _bf16(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    e, c = hidden.bfloat16(), head.weight.bfloat16()
-    return linear_cross_entropy(e, c, targets, reduction="sum")  # type: ignore[return-value]
+def _weight(outputs: Outputs) -> Tensor:
+    if outputs.head is None:
+        raise ValueError("language models have a head")
+    return outputs.head.weight
 
 
-def _columns(eps: float, *, repair: bool) -> Callable[[Tensor, Head, Tensor], Tensor]:
-    def loss(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+def _bf16(outputs: Outputs, batch: Batch) -> Tensor:
+    e, c = outputs.hidden.bfloat16(), _weight(outputs).bfloat16()
+    return linear_cross_entropy(e, c, batch["targets"], reduction="sum")  # type: ignore[return-value]
+
+
+def _columns(eps: float, *, repair: bool) -> Objective:
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        e, c, y = outputs.hidden, _weight(outputs), batch["targets"]
         return linear_cross_entropy(  # type: ignore[return-value]
-            hidden, head.weight, targets, reduction="sum", filter_eps=eps, filter_repair=repair
+            e, c, y, reduction="sum", filter_eps=eps, filter_repair=repair
         )
 
     return loss
 
 
-def _tiles(eps: float, *, repair: bool) -> Callable[[Tensor, Head, Tensor], Tensor]:
-    def loss(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-        return TileFiltered.apply(hidden.flatten(0, -2), head.weight, targets.flatten(), eps, repair)
+def _tiles(eps: float, *, repair: bool) -> Objective:
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        e, y = outputs.hidden.flatten(0, -2), batch["targets"].flatten()
+        return TileFiltered.apply(e, _weight(outputs), y, eps, repair)
 
     return loss

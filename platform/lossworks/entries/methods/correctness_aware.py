@@ -2,14 +2,21 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lossworks.catalogue.declaration import Paper, integer, number, switch
+from lossworks.data.batch import Batch
 from lossworks.errors import UserError
-from lossworks.losses.methods import Method
 from lossworks.losses.rows import wide
+from lossworks.metrics import auroc
+from lossworks.models import Outputs
+from lossworks.specs import RunSpec
+from lossworks.tasks.analyses import Finding
+from lossworks.tasks.interface import Rows, Task
+from lossworks.tasks.methods import Method, Trained
 
 View = Callable[[Tensor], Tensor]
 """A transformed copy of inputs, shaped like them."""
@@ -87,7 +94,8 @@ class CorrectnessAware(Method):
 
     Cross-entropy makes a narrow miss more confident, since its label is above the average logit; this loss
     raises the temperature of every wrong row and lowers that of every right one. Calibrate on data that the
-    model has not fitted.
+    model has not fitted: in a training every second held-out example calibrates, after the last step, and the
+    others measure what it brings, beside one temperature for all.
     """
 
     slug = "correctness-aware"
@@ -106,6 +114,48 @@ class CorrectnessAware(Method):
     balance: bool = switch(
         False, "weigh right and wrong rows alike, as the authors' code does; else the mean"
     )
+
+    def check(self, task: type[Task], spec: RunSpec) -> None:
+        """Refuse all but classifiers.
+
+        Raises:
+            UserError: Naming the task.
+        """
+        del spec
+        if "eval/accuracy" not in task.yardsticks:
+            raise UserError(f"methods: {self.slug} calibrates classifiers, not task={task.slug}")
+
+    def finish(self, trained: Trained) -> Finding:
+        """Fit the calibrator on half the held-out examples and measure it on the others."""
+        data, seed = trained.task.held_out, trained.task.spec_of_run.seed
+        rows = np.arange(len(data))
+        shape = data.batch(rows[:1])["inputs"].shape[1:]
+        views = image_views(seed) if len(shape) == 3 else signal_views(seed)
+        labels = torch.cat(
+            [data.batch(part)["targets"] for part in np.array_split(rows, len(rows) // 256 + 1)]
+        )
+        logits = trained.collect(_logits, data, rows).float()
+        seen = torch.stack([trained.collect(_logits, _Viewed(data, view), rows) for view in views]).float()
+        own = slice(0, None, 2)
+        self._calibrator = self.fit(logits[own], seen[:, own], labels[own], seed=seed)
+        one = fit_temperature(logits[own], labels[own])
+        z, y, test = logits[1::2], labels[1::2], seen[:, 1::2]
+        temperatures = {
+            "": torch.ones(len(z)),
+            "temperature_scaling_": torch.full((len(z),), one),
+            "calibrated_": self._calibrator(z, test).detach(),
+        }
+        figures: dict[str, float] = {}
+        for name, temperature in temperatures.items():
+            found = _judged(z, temperature, y)
+            figures |= {f"calibration/{name}{figure}": value for figure, value in found.items()}
+        return Finding(figures)
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the calibrator's parameters."""
+        return {} if self._calibrator is None else dict(self._calibrator.state_dict())
+
+    _calibrator: Calibrator | None = None
 
     def fit(self, logits: Tensor, views: Tensor, labels: Tensor, *, seed: int = 0) -> Calibrator:
         """Return a calibrator trained on calibration data.
@@ -148,6 +198,43 @@ class CorrectnessAware(Method):
             raise UserError(f"{self.slug}: there is nothing to fit: views {tuple(views.shape)} are empty")
         if self.lowest >= self.highest:
             raise UserError(f"{self.slug}: lowest={self.lowest:g} must be below highest={self.highest:g}")
+
+
+class _Viewed:
+    """Examples seen through a transformation.
+
+    Args:
+        data: The examples.
+        view: What is done to their inputs.
+    """
+
+    def __init__(self, data: Rows, view: View) -> None:
+        self._data, self._view = data, view
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the batch of rows (B,), with transformed inputs."""
+        batch = self._data.batch(rows)
+        return {**batch, "inputs": self._view(batch["inputs"])}
+
+
+def _logits(outputs: Outputs, batch: Batch) -> Tensor:
+    del batch
+    return outputs.logits
+
+
+def _judged(logits: Tensor, temperature: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return calibration error (15 bins), Brier score and AUROC of the answers' confidence."""
+    sure, right = confidence(logits, temperature), logits.argmax(1) == labels
+    place = (sure * 15).ceil().long().clamp(1, 15) - 1
+    gaps = torch.zeros(15).index_add(0, place, sure.float() - right.float())
+    return {
+        "ece": float(gaps.abs().sum() / len(sure)),
+        "top1_brier": float((sure - right.float()).square().mean()),
+        "auroc": auroc(sure, right),
+    }
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

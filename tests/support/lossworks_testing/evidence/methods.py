@@ -177,7 +177,7 @@ def collapse(seeds: int) -> Study:
 def _measure(study: Study, row: str, body: nn.Module, head: nn.Linear, x: Tensor, y: Tensor) -> None:
     h, entry = body(x), create("neural-collapse")
     moments = ClassMoments.of(h, y, 10)
-    for name, value in entry.measure(moments, head.weight).items():
+    for name, value in entry.compare_grams(moments, head.weight).items():
         study.add(row, name, value)
     study.add(row, "nc4", entry.disagreement(h, moments, head.weight, head.bias))
 

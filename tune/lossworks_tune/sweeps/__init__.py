@@ -1,0 +1,1 @@
+"""Searches of losses and their hyperparameters: what is searched, how, and what is shown of it."""

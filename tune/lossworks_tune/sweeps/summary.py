@@ -1,0 +1,126 @@
+"""What a person sees of a sweep: a live table of trials, and at the end who won and by how much."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lossworks.cli import program
+from lossworks.reporting import print_summary
+from lossworks.specs.base import KINDS, kind_of
+from lossworks.tracking import redact, tracking_uri
+from lossworks_tune.display import LiveDisplay
+from lossworks_tune.sweeps.ledger import Status, Trial
+from lossworks_tune.sweeps.results import Results
+from lossworks_tune.sweeps.run import SweepListener, SweepResult
+from lossworks_tune.sweeps.spec import SweepSpec
+
+_SHOWN = 10
+_WIDTH_OF_FILES = 150
+
+
+class SweepDisplay(LiveDisplay, SweepListener):
+    """Shows the best trials while others train."""
+
+    def update(self, results: Results, phase: str) -> None:
+        """Show how it stands."""
+        best = f"best so far: {_line(results, results.ranked[0])}" if results.ranked else ""
+        self.show(phase, _counts(results), best, lambda title: table(results, title=title, count=_SHOWN))
+
+
+def _counts(results: Results) -> str:
+    found = Counter(trial.status for trial in results.trials)
+    named: tuple[Status, ...] = ("finished", "stopped", "failed", "running")
+    text = ", ".join(f"{found[status]} {status}" for status in named if found[status])
+    again = sum(bool(trial.finals) for trial in results.confirmed)
+    return text + (f"; {again} on fresh seeds" if again else "")
+
+
+def _line(results: Results, trial: Trial) -> str:
+    values = ", ".join(f"{metric} {trial.value(metric):.4f}" for metric in results.metrics)
+    return f"{trial.configuration.title} ({values})"
+
+
+def table(results: Results, *, title: str, count: int) -> Table:
+    """Return the best trials in a table."""
+    seeds = results.spec.seeds
+    found = Table(title=title, title_justify="left")
+    found.add_column("", justify="right")
+    found.add_column("configuration", overflow="fold")
+    for metric in results.metrics:
+        many = "s" if len(seeds) > 1 else ""
+        found.add_column(f"{metric}\nseed{many} {', '.join(map(str, seeds))}", justify="right")
+        if results.confirmed:
+            found.add_column(f"{metric}\n{len(results.spec.confirm.seeds)} fresh seeds", justify="right")
+    shown = results.front if len(results.metrics) == 2 else results.ranked
+    for place, trial in enumerate(best_first(results, shown)[:count], 1):
+        cells = []
+        for metric in results.metrics:
+            cells.append(f"{trial.value(metric):.4f}")
+            if results.confirmed:
+                fresh = results.fresh(trial, metric)
+                cells.append(fresh.text() if fresh is not None else "")
+        mark = "bold" if results.confirmed and trial is results.winner else ""
+        found.add_row(str(place), Text(trial.configuration.title, mark), *cells)
+    return found
+
+
+def best_first(results: Results, trials: Sequence[Trial]) -> list[Trial]:
+    """Return trials in the order to show them: those on fresh seeds by these, then the others."""
+    again = {trial.configuration.number for trial in results.confirmed if trial.finals}
+    metric = results.metrics[0]
+    sign = -1 if results.spec.objectives[metric] == "max" else 1
+
+    def key(trial: Trial) -> tuple[bool, float]:
+        fresh = results.fresh(trial, metric)
+        return trial.configuration.number not in again, sign * (fresh.value if fresh else trial.value(metric))
+
+    return sorted(trials, key=key)
+
+
+def show(spec: SweepSpec, result: SweepResult) -> None:
+    """Print the ranking, what the winner gains, where everything is, and what to do next."""
+    results, console = result.results, Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_OF_FILES)
+    what = "Pareto front" if len(results.metrics) == 2 else "best trials; those on fresh seeds first"
+    console.print(table(results, title=f"{what} of {_counts(results)}", count=_SHOWN))
+    lines = [*gains(results), ("pictures", ", ".join(path.name for path in result.pictures))]
+    failed = [trial for trial in results.trials if trial.status == "failed"]
+    if failed:
+        lines.append(("failed", f"{len(failed)}, the first because {failed[0].reason}"))
+    lines.append(("folder", str(result.folder.path)))
+    uri = tracking_uri(spec.tracking)
+    commands = [("see the runs in MLflow", redact(uri) if uri.startswith("http") else f"{program()} ui")]
+    if result.best is not None:
+        command = KINDS[kind_of(spec.base) or "training"].command
+        commands.insert(0, ("train the best", f"{program()} {command} {result.best}"))
+    print_summary(spec.name, lines, commands)
+
+
+def gains(results: Results) -> list[tuple[str, str]]:
+    """Return who won and by how much, in words."""
+    winner = results.winner
+    if winner is None:
+        return []
+    named = "best in the first objective" if len(results.metrics) == 2 else "winner"
+    if not results.confirmed:
+        named += " of the search (not confirmed on fresh seeds)"
+    lines = [(named, winner.configuration.title)]
+    rival = results.rival
+    compared = {
+        "over the baseline": results.baseline,
+        f"over the best {rival.configuration.loss}" if rival else "": rival,
+        "over its neutral point": results.neutral(winner.configuration.loss),
+    }
+    for what, other in compared.items():
+        if other is None or other.configuration.number == winner.configuration.number:
+            continue
+        for metric in results.metrics:
+            gain = results.gain(winner, other, metric)
+            if gain is not None:
+                text = f"{metric} {gain.text('{:+.4f}').replace('± +', '± ')} ({other.configuration.title})"
+                lines.append((what, text))
+    return lines
