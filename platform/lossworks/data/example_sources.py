@@ -59,7 +59,7 @@ def read_examples(spec: ExamplesSpec, seed: int) -> Read:
             return _scikit_learn(kind)
 
 
-def numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
+def _numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return labels as numbers in the order of their sorted names, and the names.
 
     Raises:
@@ -159,7 +159,7 @@ def _csv(path: Path, label: str, owner: str | None) -> Read:
         for line, row in rows
     ]
     owners = None if owner is None else np.array([row[columns.index(owner)] for _, row in rows])
-    return Read(np.array(inputs), *numbered([row[at] for _, row in rows]), owners)
+    return Read(np.array(inputs), *_numbered([row[at] for _, row in rows]), owners)
 
 
 def _require_columns(path: Path, columns: list[str], label: str, owner: str | None) -> None:
@@ -201,7 +201,7 @@ def _npz(path: Path, owner: str | None) -> Read:
     _require_arrays(path, inputs, labels)
     if owners is not None and owners.shape != labels.shape:
         raise UserError(f"{path}: {owner} {owners.shape} must be {labels.shape}, as y")
-    return Read(inputs, *numbered(labels), owners)
+    return Read(inputs, *_numbered(labels), owners)
 
 
 def _require_arrays(path: Path, inputs: np.ndarray, labels: np.ndarray) -> None:
@@ -220,7 +220,7 @@ def _image_folder(path: Path, size: int) -> Read:
     if not files:
         raise UserError(f"{path}: holds no images in a folder a class ({', '.join(_IMAGES)})")
     inputs = np.stack([_image(file, size) for file in files])
-    return Read(inputs, *numbered([file.parent.name for file in files]))
+    return Read(inputs, *_numbered([file.parent.name for file in files]))
 
 
 def _image(source: Any, size: int) -> np.ndarray:
@@ -250,4 +250,4 @@ def _hugging_face(name: str, spec: ExamplesSpec) -> Read:
     if len({array.shape for array in arrays}) != 1 or arrays[0].dtype.kind not in "biuf":
         raise UserError(f"{where}: column {spec.input} must hold images, or numbers, equally many a row")
     owners = np.array([str(one) for one in found[spec.owner]]) if spec.owner else None
-    return Read(np.stack(arrays), *numbered(found[spec.label]), owners)
+    return Read(np.stack(arrays), *_numbered(found[spec.label]), owners)
