@@ -76,7 +76,7 @@ class TokenizedCorpus:
         return np.array(["\n" in tokenizer.decode([token]) for token in range(self.vocab_size)])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return a copy of tokens ``start`` to ``start + count - 1``, (count,) uint16 or uint32.
+        """Return a copy of tokens ``start`` to ``start + count - 1``, shape (count,), uint16 or uint32.
 
         Raises:
             IndexError: Some of them lie outside the corpus.
