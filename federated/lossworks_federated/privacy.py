@@ -58,18 +58,16 @@ def require_compatible(strategy: StrategySpec, privacy: PrivacySpec) -> None:
             "strategies; and a server that sees only sums can't check replies, nor aggregate as fedld, "
             "fedmedian, fedtrimmedavg and krum do, which need individual updates"
         )
-    from lossworks_federated.strategies.catalogue import strategies
+    from lossworks_federated.strategies.catalogue import AVERAGES, EXCHANGES, declaration, strategies
 
-    kind = strategies()[strategy.name]
     for name in (strategy.name, *(entry["name"] for entry in strategy.also)):
-        part = strategies()[name].part
-        if part is not None and part.exchanges:
+        if EXCHANGES in declaration(name).flags:
             raise UserError(
                 f"privacy.kind={privacy.kind} with {name}: its further arrays would leave clients unclipped "
                 "and without noise, and Flower's mods refuse them"
             )
-    if privacy.kind == "central" and not kind.averages:
-        able = ", ".join(slug for slug, one in strategies().items() if one.averages)
+    if privacy.kind == "central" and AVERAGES not in declaration(strategy.name).flags:
+        able = ", ".join(slug for slug, one in strategies().items() if AVERAGES in one.flags)
         raise UserError(
             f"privacy.kind=central with {strategy.name}: the server's noise is for a mean of clipped "
             f"updates, and {strategy.name} aggregates otherwise; averaging ones: {able}"
