@@ -31,9 +31,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _configure_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder that `lossworks export` made")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="evaluate on other data")
-    parser.add_argument(
-        "--sequences", type=int, metavar="N", help="held-out rows to read; default all"
-    )
+    parser.add_argument("--sequences", type=int, metavar="N", help="held-out rows to read; default all")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
 
 
