@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Self
 
 from lossworks.errors import LossworksError, RunError, UserError
-from lossworks.home import switch_off_usage_reports
+from lossworks.home import QUIET_ENVIRONMENT, prepare_process
 from lossworks.ports import require_free, silence
 from lossworks_federated.engines.credentials import make_certificates, make_node_key
 from lossworks_federated.specs import FederationSpec
@@ -187,7 +187,7 @@ class Deployment:
 
     def _environment(self, name: str) -> dict[str, str]:
         quiet = {
-            "FLWR_TELEMETRY_ENABLED": "0",
+            **QUIET_ENVIRONMENT,
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         }
@@ -241,7 +241,7 @@ def _folder(named: str | None) -> Iterator[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
-    switch_off_usage_reports()
+    prepare_process()
     parser = argparse.ArgumentParser(prog="python -m lossworks_federated.loopback", description=__doc__)
     parser.add_argument("spec", help="YAML file such as federated/specs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")

@@ -11,7 +11,7 @@ from lossworks.data.examples import ExampleData, load_examples
 from lossworks.errors import UserError
 from lossworks.losses import RowLoss, create
 from lossworks.models import build_classifier
-from lossworks_federated.specs import TaskSpec
+from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.splits import Split, split_examples, with_feature_noise
 
 

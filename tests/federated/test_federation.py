@@ -23,7 +23,8 @@ from lossworks_federated.client.faults import KINDS, fault_of
 from lossworks_federated.federate import federate
 from lossworks_federated.server.measures import drift, spread
 from lossworks_federated.server.rounds import FederationOutcome, RoundFiles
-from lossworks_federated.specs import FaultSpec, FederationSpec
+from lossworks_federated.spec_parts import FaultSpec
+from lossworks_federated.specs import FederationSpec
 from lossworks_federated.strategies.catalogue import strategies as catalogue
 from lossworks_federated.strategies.interface import OwnTest
 from lossworks_testing.federation import difference, equal, rounds_of, tiny, trained, world_of

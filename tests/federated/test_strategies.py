@@ -179,7 +179,7 @@ class Quadratics:
     ) -> float:
         """Return how far from the optimum a strategy ends, all clients taking part."""
         from lossworks_federated.server.screening import Received
-        from lossworks_federated.specs import LocalSpec
+        from lossworks_federated.spec_parts import LocalSpec
         from lossworks_federated.strategies.parts import Cohort, Outcome
 
         rounds, steps, lr = 400, 10, 0.02

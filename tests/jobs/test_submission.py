@@ -244,8 +244,9 @@ def test_a_token_made_here_is_shown_to_this_machine_only(home, monkeypatch):
 
 
 def test_whatever_is_started_here_asks_for_a_token(tmp_path):
-    """Importing Lossworks settles it before Ray is imported; a token or mode that is set stays."""
-    code = "import os, lossworks; print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
+    """The command line settles it, and so does the start of Ray from Python; what is set stays."""
+    shown = "print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
+    code = f"import os; from lossworks.home import ray_variables; ray_variables(); {shown}"
     clean = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def settled(**environment):

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossworks.benchmarks.table import Row
-from lossworks.reporting.train_report import STYLE, not_measured
+from lossworks.reporting.picture_style import BLUE, GREY, ORANGE, STYLE, not_measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = {"cohort": "#2563a8", "loop": "#9aa3ad", "flower": "#d9541e", "pfl": "#6b8f3a"}
+_COLOURS = {"cohort": BLUE, "loop": GREY, "flower": ORANGE, "pfl": "#6b8f3a"}
 _CLIENTS = re.compile(r"(\d+) clients a round$")
 _SIZES = re.compile(r"10 clients a round, (\d+)(k|M) parameters")
 

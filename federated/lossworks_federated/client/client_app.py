@@ -11,7 +11,7 @@ from lossworks.errors import RunError
 from lossworks_federated.client.client_work import Client, Reply, evaluate_clients, train_clients
 from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG, METRICS, array_record
-from lossworks_federated.specs import PrivacySpec
+from lossworks_federated.spec_parts import PrivacySpec
 from lossworks_federated.world import World, world_of
 
 DROPPED_OUT = "fault: dropped out"

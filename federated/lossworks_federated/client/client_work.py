@@ -31,7 +31,7 @@ from lossworks_federated.client.client_memory import Moment, keep, recall
 from lossworks_federated.client.faults import afflicted, fault_of
 from lossworks_federated.client.local_rules import Together
 from lossworks_federated.records import CONFIG, MODEL, member_from
-from lossworks_federated.specs import LocalSpec
+from lossworks_federated.spec_parts import LocalSpec
 from lossworks_federated.strategies.catalogue import part_of
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
 from lossworks_federated.world import World

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lossworks.cohort import Member
-from lossworks_federated.specs import FaultSpec
+from lossworks_federated.spec_parts import FaultSpec
 
 _STREAM = 77
 _SCALE = 100.0

@@ -4,17 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from lossworks_federated.client.client_app import DROPPED_OUT, as_records
 from lossworks_federated.client.client_work import Client, Reply, evaluate_clients, train_clients
+from lossworks_federated.flower_private import Run, failed, identify, make_run, name_message
 from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG
-from lossworks_federated.specs import PrivacySpec
+from lossworks_federated.spec_parts import PrivacySpec
 from lossworks_federated.world import World
 
 _RUN = 1
@@ -35,12 +33,11 @@ class CohortGrid(Grid):
     def __init__(
         self, world: World, state_folder: Path | None = None, privacy: PrivacySpec | None = None
     ) -> None:
-        # Messages take their run and sender from here; inside `flwr run` Flower sets it.
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, 1, 1
+        identify(_RUN)
         self._world, self._folder = world, state_folder
         self._mods = client_mods(privacy or PrivacySpec())
         self._contexts: dict[int, Context] = {}
-        self._run = Run.create_empty(_RUN)
+        self._run = make_run(_RUN)
         self._sent = 0
         self._waiting: dict[str, Message] = {}
         self.partitions = {client + 1: client for client in range(world.task.split.clients)}
@@ -74,7 +71,7 @@ class CohortGrid(Grid):
         sent = list(messages)
         for message in sent:
             self._sent += 1
-            message.metadata.__dict__["_message_id"] = str(self._sent)
+            name_message(message, str(self._sent))
         for reply in self._answers(sent):
             self._waiting[reply.metadata.reply_to_message_id] = reply
         return [message.metadata.message_id for message in sent]
@@ -119,8 +116,7 @@ class CohortGrid(Grid):
         if reply.fault == "straggle":
             return None
         if reply.fault == "drop_out":
-            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, DROPPED_OUT)
-            return Message(error, reply_to=message)
+            return failed(message, DROPPED_OUT)
 
         def answer(message: Message, context: Context) -> Message:
             del context

@@ -5,8 +5,8 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from lossworks_federated.flower_private import Run
 from lossworks_federated.records import payload_bytes
 
 

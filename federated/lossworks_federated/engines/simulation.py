@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import RunError
+from lossworks.home import prepare_process
 from lossworks_federated.specs import FederationSpec
 
 if TYPE_CHECKING:
@@ -44,11 +45,14 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
     Raises:
         RunError: The simulation failed.
     """
+    prepare_process()  # Flower starts Ray
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
     from lossworks_federated.client.client_app import client_app
+    from lossworks_federated.flower_private import settle_telemetry
 
+    settle_telemetry()
     server = ServerApp()
     failures: list[BaseException] = []
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lossworks.reporting.train_report import STYLE, not_measured
+from lossworks.reporting.picture_style import BLUE, ORANGE, STYLE, not_measured
 from lossworks_federated.reporting.comparison import Comparison, Entry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _TERMS = {"local": "terms/local", "shift": "terms/shift", "aggregation": "terms/aggregation"}
-_TERM_COLOURS = ("#2563a8", "#d9541e", "#6b8f3a")
+_TERM_COLOURS = (BLUE, ORANGE, "#6b8f3a")
 
 
 def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> Path:

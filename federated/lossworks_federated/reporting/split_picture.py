@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lossworks.reporting.picture_style import BLUE
 from lossworks_federated.splits import Split
 
 if TYPE_CHECKING:
@@ -70,6 +71,6 @@ def _draw_image(figure: "Figure", counts: np.ndarray, names: tuple[str, ...]) ->
     if len(names) <= 30:
         upper.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=upper, shrink=0.8)
-    lower.fill_between(range(len(counts)), counts.sum(1)[order], step="mid", color="#2563a8", alpha=0.7)
+    lower.fill_between(range(len(counts)), counts.sum(1)[order], step="mid", color=BLUE, alpha=0.7)
     lower.set(xlabel="client, sorted by its most frequent class", ylabel="examples", ylim=(0, None))
     lower.spines[["top", "right"]].set_visible(False)

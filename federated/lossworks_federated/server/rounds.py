@@ -19,7 +19,8 @@ from lossworks_federated.privacy import with_privacy
 from lossworks_federated.records import array_record, flattened, grouped, member_from
 from lossworks_federated.server.measures import drift, held_out, loss_terms, spread
 from lossworks_federated.server.screening import REASONS, Received
-from lossworks_federated.specs import FederationSpec, StrategySpec, TaskSpec
+from lossworks_federated.spec_parts import TaskSpec
+from lossworks_federated.specs import FederationSpec, StrategySpec
 from lossworks_federated.strategies.catalogue import strategy
 from lossworks_federated.strategies.interface import Federated, Plan
 from lossworks_federated.world import World

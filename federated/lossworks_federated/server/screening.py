@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossworks.cohort import Member, Stack
 from lossworks_federated.records import METRICS, MODEL, member_from
-from lossworks_federated.specs import GuardSpec
+from lossworks_federated.spec_parts import GuardSpec
 
 REASONS = {
     "late": "no reply before the deadline",

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from lossworks.errors import LossworksError, RunError
 from lossworks.runs import RunFolder
 from lossworks_federated.server.rounds import FederationOutcome, RoundFiles, Rounds
-from lossworks_federated.specs import FederationSpec, StrategySpec, TaskSpec
+from lossworks_federated.spec_parts import TaskSpec
+from lossworks_federated.specs import FederationSpec, StrategySpec
 from lossworks_federated.world import World, make_world
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from lossworks.cohort import Member, Stack
 from lossworks.errors import RunError
 from lossworks_federated.records import CONFIG, METRICS, MODEL, array_record, flattened, grouped, member_from
 from lossworks_federated.server.screening import Received, screen
-from lossworks_federated.specs import GuardSpec
+from lossworks_federated.spec_parts import GuardSpec
 from lossworks_federated.strategies.catalogue import FLAGS, part_of
 from lossworks_federated.strategies.parts import Part
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from lossworks.cohort import Batches, LocalRule, Member, Stack, StackedModel
-from lossworks_federated.specs import LocalSpec
+from lossworks_federated.spec_parts import LocalSpec
 
 if TYPE_CHECKING:
     from lossworks_federated.server.screening import Received

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from lossworks.adapters.ray_private import ray_command, read_token_again
 from lossworks.errors import RunError, UserError
 from lossworks.home import QUIET_ENVIRONMENT, home, home_path, ray_token_given
 from lossworks.ports import require_free
@@ -151,9 +152,7 @@ def use_token(address: str) -> None:
     if ray_token_given() or host not in LOOPBACK or not token_file().is_file():
         return
     os.environ["RAY_AUTH_TOKEN"] = token_file().read_text(encoding="ascii")
-    raylet = sys.modules.get("ray._raylet")
-    if raylet:  # it keeps a token that it has read before
-        raylet.AuthenticationTokenLoader.instance().reset_cache()
+    read_token_again()
 
 
 def token_file() -> Path:
@@ -175,7 +174,7 @@ def _start(
     options: Sequence[str], cpus: int, log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     # Ports of workers are any, and so is the agent's: several nodes share this machine.
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, "--num-cpus", str(cpus)]
+    command = ray_command("start", *options, "--num-cpus", str(cpus))
     command += ["--min-worker-port", "0", "--max-worker-port", "0", "--dashboard-agent-listen-port", "0"]
     command += ["--disable-usage-stats", "--block"]
     with log.open("wb") as file:

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lossworks.adapters.ray_private import TALKATIVE_LOGGERS
 from lossworks.errors import RunError, UserError
+from lossworks.home import prepare_process
 from lossworks.ports import host_and_port, silence
 from lossworks_jobs.clusters.local_nodes import use_token
 
@@ -49,13 +51,14 @@ class JobServer:
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
         _require_answer(self.address)
+        prepare_process()
         use_token(self.address)
         # Our folders hold what is to be sent, and data may come with a .gitignore of their own.
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # they tell of each upload
+        for name in TALKATIVE_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         with self._errors():
             self._client = JobSubmissionClient(self.address)
 

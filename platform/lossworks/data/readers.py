@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from lossworks.data.sources import PLAIN_SUFFIXES
 from lossworks.errors import UserError
+from lossworks.home import switch_off_usage_reports
 
 # Characters a piece. Smaller ones cost nothing, and a tokenizer's working memory grows with the piece:
 # about a hundred bytes a token until the piece is done.
@@ -57,6 +58,7 @@ def read_hub(name: str, field: str) -> Iterator[Piece]:
 
 def import_datasets(where: str) -> Any:
     """Return the ``datasets`` module, or raise a UserError that begins with ``where``."""
+    switch_off_usage_reports()
     try:
         import datasets
     except ImportError:

@@ -156,7 +156,7 @@ def _import_tokenizers() -> Any:
     """Import the library, and make it safe to fork afterwards.
 
     Its threads do not survive a fork, so a child that encodes in parallel would wait for ever. It guards
-    against that only while TOKENIZERS_PARALLELISM is unset, and Lossworks sets it.
+    against that only while TOKENIZERS_PARALLELISM is unset, and the command line sets it.
     """
     import tokenizers
     import tokenizers.decoders

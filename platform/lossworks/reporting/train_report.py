@@ -12,35 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lossworks.reporting.phase_strip import draw_phases
+from lossworks.reporting.picture_style import BLUE, DARK, GREY, ORANGE, STYLE, not_measured
 from lossworks.reporting.series import Series, series, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from lossworks.tasks.interface import Task
-
-_BLUE, _ORANGE, _GREY, _DARK = "#2563a8", "#d9541e", "#9aa3ad", "#2b2f36"
-STYLE: Any = {
-    "font.size": 13,
-    "axes.titlesize": 15,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _DARK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e7eb",
-    "text.color": _DARK,
-    "xtick.color": _DARK,
-    "ytick.color": _DARK,
-    "legend.facecolor": "white",
-    "legend.edgecolor": "white",
-    "legend.framealpha": 0.85,
-    "lines.linewidth": 2.0,
-}
 
 
 def train_report(
@@ -115,7 +93,7 @@ def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], guess: float | N
         _draw_smoothed(axes, train, "training")
     if held_out is not None:
         marker = "o" if held_out[0].size <= 50 else ""
-        axes.plot(*held_out, color=_ORANGE, marker=marker, markersize=6, label="held-out")
+        axes.plot(*held_out, color=ORANGE, marker=marker, markersize=6, label="held-out")
     if guess is not None:
         _mark_level(axes, guess, f"uniform guess, ln {math.exp(guess):,.0f} = {guess:.2f}")
     axes.set(xlabel="step", ylabel=unit)
@@ -127,7 +105,7 @@ def _draw_rate(axes: "Axes", points: Series | None) -> None:
     if points is None:
         not_measured(axes)
         return
-    axes.plot(*points, color=_BLUE)
+    axes.plot(*points, color=BLUE)
     axes.set(xlabel="step", ylabel="learning rate")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -163,7 +141,7 @@ def draw_yardsticks(
     """
     axes.set_title(title)
     highest = 1.0
-    for (name, label), colour in zip(shown.items(), (_BLUE, _ORANGE), strict=False):
+    for (name, label), colour in zip(shown.items(), (BLUE, ORANGE), strict=False):
         points = series(rows, name)
         if points is not None:
             axes.plot(*points, color=colour, marker="o" if points[0].size <= 50 else "", label=label)
@@ -190,7 +168,7 @@ def _draw_memory(axes: "Axes", head_memory: Mapping[str, float] | None) -> None:
         not_measured(axes)
         return
     mib = [size / 2**20 for size in sizes.values()]
-    colours = [_BLUE if index == 0 else _GREY for index in range(len(mib))]
+    colours = [BLUE if index == 0 else GREY for index in range(len(mib))]
     bars = axes.bar(list(sizes), mib, width=0.5, color=colours)
     axes.bar_label(bars, labels=[_mib(size) for size in mib], padding=4, fontsize=14, fontweight="bold")
     axes.set(ylabel="MiB")
@@ -204,14 +182,14 @@ def _draw_memory(axes: "Axes", head_memory: Mapping[str, float] | None) -> None:
 def _draw_smoothed(axes: "Axes", points: Series, label: str) -> None:
     steps, values = points
     if values.size < 20:
-        axes.plot(steps, values, color=_BLUE, marker="o", markersize=4, label=label)
+        axes.plot(steps, values, color=BLUE, marker="o", markersize=4, label=label)
         return
-    axes.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=1.0)
-    axes.plot(steps, smooth(values, max(values.size // 40, 3)), color=_BLUE, label=f"{label}, smoothed")
+    axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=1.0)
+    axes.plot(steps, smooth(values, max(values.size // 40, 3)), color=BLUE, label=f"{label}, smoothed")
 
 
 def _mark_level(axes: "Axes", level: float, text: str) -> None:
-    axes.axhline(level, color=_DARK, linestyle="--", linewidth=1.2, zorder=1.5)
+    axes.axhline(level, color=DARK, linestyle="--", linewidth=1.2, zorder=1.5)
     axes.annotate(
         text,
         (0.99, level),
@@ -224,13 +202,6 @@ def _mark_level(axes: "Axes", level: float, text: str) -> None:
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.0},
     )
     axes.margins(y=0.12)
-
-
-def not_measured(axes: "Axes") -> None:
-    """Say so in an empty picture."""
-    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=_GREY)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(visible=True, color="#e4e7eb")
 
 
 def _mib(size: float) -> str:

@@ -34,7 +34,7 @@ class MultiLabelSpec(RunSpec):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         require_small(self, "language models")
-        MultiLabelTask.require_losses(self)
+        MultiLabelTask.require_entries(self)
         return self
 
 

@@ -50,7 +50,7 @@ class RegressionSpec(RunSpec):
                 "a companion gives: set roles.target.ema=0.99"
             )
         require_small(self, "language models")
-        RegressionTask.require_losses(self)
+        RegressionTask.require_entries(self)
         return self
 
 

@@ -11,7 +11,8 @@ from lossworks.cohort import Member
 from lossworks_federated.client.client_app import client_app
 from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.server.rounds import RoundFiles, Rounds
-from lossworks_federated.specs import FederationSpec, TaskSpec
+from lossworks_federated.spec_parts import TaskSpec
+from lossworks_federated.specs import FederationSpec
 from lossworks_federated.world import World, make_world
 
 TINY: dict[str, Any] = {

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossworks.benchmarks.table import Row
+from lossworks.reporting.picture_style import BLUE, DARK, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = {
-    "exact in bf16": "#9aa3ad",
-    "published": "#d9541e",
+    "exact in bf16": GREY,
+    "published": ORANGE,
     "published, repaired": "#f0a030",
     "columns": "#7a3e9d",
-    "columns, repaired": "#2563a8",
+    "columns, repaired": BLUE,
 }
-_DARK = "#2b2f36"
 _STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -25,11 +25,11 @@ _STYLE: Any = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#9aa3ad",
-    "axes.labelcolor": _DARK,
-    "text.color": _DARK,
-    "xtick.color": _DARK,
-    "ytick.color": _DARK,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": DARK,
+    "text.color": DARK,
+    "xtick.color": DARK,
+    "ytick.color": DARK,
 }
 _STEP = re.compile(r"hidden states after (\d+) steps")
 _CHARTED = "2^-12"  # of the three thresholds, the one that the published filter has for bf16
@@ -68,7 +68,7 @@ def _draw_losses(axes: "Axes", rows: Sequence[Row], metric: str, title: str) -> 
     figures = {(row.method, row.metric): row.value for row in rows if row.case == first}
     methods = [method for method, name in figures if name == f"{metric} minus exact" and _is_charted(method)]
     axes.set_title(title)
-    axes.axvline(0, color=_DARK, linewidth=1)
+    axes.axvline(0, color=DARK, linewidth=1)
     for place, method in enumerate(methods):
         value = figures[method, f"{metric} minus exact"] or 0.0
         error = figures[method, f"{metric} minus exact, error"] or 0.0
@@ -110,4 +110,4 @@ def _short(method: str) -> str:
 
 
 def _colour(method: str) -> str:
-    return _COLOURS.get(_short(method), _DARK)
+    return _COLOURS.get(_short(method), DARK)

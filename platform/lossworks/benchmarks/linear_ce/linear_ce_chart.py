@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossworks.benchmarks.table import Row
+from lossworks.reporting.picture_style import BLUE, DARK, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,8 +13,7 @@ if TYPE_CHECKING:
     # method -> distribution -> metric -> figure
     Panel = dict[str, dict[str, dict[str, float]]]
 
-_COLOURS = {"peaked": "#2563a8", "random": "#9aa3ad"}
-_DARK, _ORANGE = "#2b2f36", "#d9541e"
+_COLOURS = {"peaked": BLUE, "random": GREY}
 _STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 13,
@@ -22,11 +22,11 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "axes.edgecolor": "#9aa3ad",
-    "axes.labelcolor": _DARK,
-    "text.color": _DARK,
-    "xtick.color": _DARK,
-    "ytick.color": _DARK,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": DARK,
+    "text.color": DARK,
+    "xtick.color": DARK,
+    "ytick.color": DARK,
 }
 _TITLE = (
     "Loss and gradients, in matrix products E·Cᵀ of the same dtype\n"
@@ -90,7 +90,7 @@ def _draw_panel(axes: "Axes", title: str, panel: "Panel") -> None:
             label = None if number else kind
             _draw_bar(axes, place + shift, height, figures[kind], _COLOURS[kind], label)
     for products, style in ((1, ":"), (3, "--")):
-        axes.axvline(products, color=_ORANGE, linestyle=style, linewidth=1.4, zorder=3)
+        axes.axvline(products, color=ORANGE, linestyle=style, linewidth=1.4, zorder=3)
     axes.set_yticks(range(len(methods)), methods)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(methods) - 0.4, -0.6)
