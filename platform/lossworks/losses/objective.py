@@ -191,7 +191,8 @@ def _pass_of(
         impl=impl,
     ).reshape(1)
     sums = [value.to(total) for value in own]
-    sums[0] = sums[0] + (total - total.detach()) / weights[0]
+    # Where a term is not finite, the others' values must stay theirs, or a wrong one would be blamed.
+    sums[0] = sums[0] + (total - total.detach()).nan_to_num() / weights[0]
     return sums
 
 

@@ -242,7 +242,7 @@ class LossSpec(EntrySpec):
         for term in self.plus:
             if term.plus:
                 raise ValueError(f"plus: {term.name} has further terms of its own; put all into one list")
-            if term.impl != self.impl and "impl" in term.model_fields_set:
+            if term.impl not in ("auto", self.impl):
                 raise ValueError(
                     f"plus: impl={term.impl} of {term.name} must be that of {self.name}, {self.impl}"
                 )
