@@ -13,14 +13,14 @@ from lossworks.reporting import TrainProgress, print_summary
 from lossworks.tracking import Row, redact, tracking_uri
 from lossworks_federated.federate import FederationResult
 from lossworks_federated.reporting.comparison import Comparison
-from lossworks_federated.server.session import Child, Watcher
+from lossworks_federated.server.session import Child, FederationWatcher
 from lossworks_federated.specs import FederationSpec
 
 _WIDTH_OF_FILES = 150
 _MIB = 2.0**20
 
 
-class Display(Watcher):
+class FederationDisplay(FederationWatcher):
     """Shows each child's rounds; a context manager.
 
     Args:
@@ -69,7 +69,7 @@ class Display(Watcher):
             self._progress = None
 
 
-def show(spec: FederationSpec, result: FederationResult, *, where: str | None = None) -> None:
+def print_federation(spec: FederationSpec, result: FederationResult, *, where: str | None = None) -> None:
     """Print the comparison, where everything is, and what to do next.
 
     Args:

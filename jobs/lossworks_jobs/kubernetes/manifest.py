@@ -16,7 +16,7 @@ import yaml
 from lossworks.errors import UserError
 from lossworks_jobs.kubernetes.pods import SPEC_FOLDER, Pods
 
-SPEC_FILE = f"{SPEC_FOLDER}/spec.yaml"
+POD_SPEC_FILE = f"{SPEC_FOLDER}/spec.yaml"
 
 # The operator appends six characters for the cluster's name, which takes 53 at most.
 _RAY_JOB_NAME = 47
@@ -44,7 +44,7 @@ def ray_job(
 
     Args:
         name: Of the job; see :func:`job_name`.
-        spec_yaml: The whole resolved spec; the head sees it as :data:`SPEC_FILE`.
+        spec_yaml: The whole resolved spec; the head sees it as :data:`POD_SPEC_FILE`.
         entrypoint: What the head runs, such as ``lossworks train /etc/lossworks/spec.yaml``.
         image: Has Lossworks and the Ray version of this installation.
         workers: Pods that train.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.data.shards import BYTES_FILE, TOKENIZER_FILE, Index, ShardReader
+from lossworks.data.shards import BYTES_FILE, TOKENIZER_FILE, Index, TokenShardReader
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 
@@ -38,7 +38,7 @@ class TokenizedCorpus:
         self.documents = index.documents
         self.end_of_text = index.end_of_text
         self.fingerprint = index.fingerprint
-        self._reader = ShardReader(folder, index)
+        self._reader = TokenShardReader(folder, index)
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums
-from lossworks.head.cpu.backend import Combine, Pass, Result, Rule, Wanted
+from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Wanted
+from lossworks.head.cpu.backend import Combine, Pass, Result, Rule
 
 
 class Backend(Protocol):

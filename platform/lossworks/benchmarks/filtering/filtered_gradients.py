@@ -14,7 +14,7 @@ TILE = 128
 _COLUMN_ROWS = 256
 
 
-class Gradients(NamedTuple):
+class FilteredGradients(NamedTuple):
     """Of the summed loss.
 
     Attributes:
@@ -32,30 +32,41 @@ class Gradients(NamedTuple):
     kept: float
 
 
-def exact_gradients(e: Tensor, c: Tensor, targets: Tensor) -> Gradients:
+def exact_gradients(e: Tensor, c: Tensor, targets: Tensor) -> FilteredGradients:
     """Return the gradients of plain torch in float64."""
     e, c = (x.detach().double().requires_grad_() for x in (e, c))
     loss = cross_entropy(e @ c.t(), targets, reduction="sum")
     of_e, of_c = torch.autograd.grad(loss, (e, c))
-    return Gradients(loss.detach(), of_e, of_c, e.new_zeros(len(e)), 1.0)
+    return FilteredGradients(loss.detach(), of_e, of_c, e.new_zeros(len(e)), 1.0)
 
 
-def library_gradients(e: Tensor, c: Tensor, targets: Tensor, eps: float, *, repair: bool) -> Gradients:
+def library_gradients(
+    e: Tensor, c: Tensor, targets: Tensor, eps: float, *, repair: bool
+) -> FilteredGradients:
     """Return the gradients of the filter of :func:`lossworks.linear_cross_entropy`, in the inputs' dtype."""
     e, c = (x.detach().requires_grad_() for x in (e, c))
     loss, mass = linear_cross_entropy(
-        *(e, c, targets), reduction="sum", filter_eps=eps, filter_repair=repair, impl="cpu", return_mass=True
+        e,
+        c,
+        targets,
+        reduction="sum",
+        filter_eps=eps,
+        filter_repair=repair,
+        impl="cpu",
+        return_mass=True,
     )
     of_e, of_c = torch.autograd.grad(loss, (e, c))
-    return Gradients(loss.detach(), of_e, of_c, mass, kept_columns(e.detach(), c.detach(), targets, eps))
+    return FilteredGradients(
+        loss.detach(), of_e, of_c, mass, kept_columns(e.detach(), c.detach(), targets, eps)
+    )
 
 
-def rounded_gradients(e: Tensor, c: Tensor, targets: Tensor) -> Gradients:
+def rounded_gradients(e: Tensor, c: Tensor, targets: Tensor) -> FilteredGradients:
     """Return what rounding alone makes of the gradients: inputs and results in bfloat16, without a filter."""
     e, c = (x.detach().bfloat16().requires_grad_() for x in (e, c))
     loss = linear_cross_entropy(e, c, targets, reduction="sum", impl="cpu")
     of_e, of_c = torch.autograd.grad(loss, (e, c))
-    return Gradients(loss.detach(), of_e, of_c, e.new_zeros(len(e)), 1.0)  # type: ignore[union-attr]
+    return FilteredGradients(loss.detach(), of_e, of_c, e.new_zeros(len(e)), 1.0)  # type: ignore[union-attr]
 
 
 def kept_columns(e: Tensor, c: Tensor, targets: Tensor, eps: float) -> float:
@@ -70,7 +81,7 @@ def kept_columns(e: Tensor, c: Tensor, targets: Tensor, eps: float) -> float:
 
 def tile_gradients(
     e: Tensor, c: Tensor, targets: Tensor, eps: float, *, repair: bool, size: int = TILE
-) -> Gradients:
+) -> FilteredGradients:
     """Return the gradients of the published filter, in the inputs' dtype.
 
     Classes are sorted by their mean logit, and a tile of ``size`` rows × ``size`` classes is dropped where
@@ -100,7 +111,7 @@ def tile_gradients(
     if repair and m.sum() > 0:
         of_e.addr_(m, q @ c / q.sum())
         of_c.addr_(q, m @ e / m.sum())
-    return Gradients(loss, of_e, of_c[order.argsort()], m, tiles.double().mean().item())
+    return FilteredGradients(loss, of_e, of_c[order.argsort()], m, tiles.double().mean().item())
 
 
 def kept_tiles(g: Tensor, eps: float, size: int) -> Tensor:
@@ -132,7 +143,7 @@ class TileFiltered(torch.autograd.Function):
         return upstream * of_e, upstream * of_c, None, None, None
 
 
-def errors(made: Gradients, exact: Gradients, rare: Tensor) -> list[tuple[str, float, str]]:
+def errors(made: FilteredGradients, exact: FilteredGradients, rare: Tensor) -> list[tuple[str, float, str]]:
     """Return metric, value and unit of each measure.
 
     Args:

@@ -14,8 +14,8 @@ from torch import Tensor
 from lossworks.head import backends
 from lossworks.head.autograd.once_differentiable import once_differentiable
 from lossworks.head.core.problem import Coefficients, Filter, RowSums, Softmax
-from lossworks.head.core.row_formulas import CrossEntropy
-from lossworks.head.core.valid_rows import Rows
+from lossworks.head.core.row_formulas import CrossEntropyFormula
+from lossworks.head.core.valid_rows import ValidRows
 from lossworks.head.cpu.backend import Pass
 
 
@@ -26,10 +26,10 @@ def fuse(
     bias: Tensor | None,
     probabilities: Tensor | None,
     mass: Tensor | None,
-    nll: Tensor,
-    lse: Tensor | None,
-    total: Tensor | None,
-    square: Tensor | None,
+    nll_weight: Tensor,
+    lse_weight: Tensor | None,
+    total_weight: Tensor | None,
+    square_weight: Tensor | None,
     class_weight: Tensor | None,
     softcap: float | None,
     temperature: float,
@@ -48,13 +48,20 @@ def fuse(
 
     A gradient that is not wanted, and the mass where nothing is filtered, are empty.
     """
-    rows = Rows(e, c, targets, bias, softcap, ignore_index, group, probabilities=probabilities)
-    lse, total, square, mass = (rows.keep(weight) for weight in (lse, total, square, mass))
-    rule = CrossEntropy(rows.keep(nll), lse, total, square, mass, class_weight, temperature)
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, probabilities=probabilities)
+    rule = CrossEntropyFormula(
+        rows.keep(nll_weight),
+        rows.keep(lse_weight),
+        rows.keep(total_weight),
+        rows.keep(square_weight),
+        rows.keep(mass),
+        class_weight,
+        temperature,
+    )
     how = Pass(
         dtype,
         Softmax(temperature),
-        totals=total is not None,
+        totals=total_weight is not None,
         weights=class_weight,
         filtering=None if eps is None else Filter(eps, repair),
         share=share,
@@ -160,7 +167,7 @@ def sum_rows(
 
     The temperature is a tensor of no dimension or (N,).
     """
-    rows = Rows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
     how = Pass(
         dtype,
         Softmax(rows.temperature(temperature), classes),
@@ -218,7 +225,7 @@ def slope_rows(
     ``sums`` are the fields of :class:`RowSums`; ``coefficients`` are softmax, target, expected, constant and
     linear; empty tensors stand for None.
     """
-    rows = Rows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
     how = Pass(
         dtype,
         Softmax(rows.temperature(temperature), classes),

@@ -122,6 +122,10 @@ class Coefficients:
         return Coefficients(softmax, target, expected, constant, linear, self.constant_weights)
 
 
+Wanted = tuple[bool, bool, bool]
+"""Whether the gradients of E, C and the bias are wanted."""
+
+
 class Gradients(NamedTuple):
     """The gradients of E (N, D), C (V, D) and the bias (V,); None where not asked for."""
 

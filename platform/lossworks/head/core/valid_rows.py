@@ -10,7 +10,7 @@ from lossworks.head.core.problem import Gradients, Problem, RowSums
 from lossworks.head.core.vocab_parallel import Shard
 
 
-class Rows:
+class ValidRows:
     """Turns what a caller passes into a :class:`Problem` without ignored rows, and results back.
 
     Args:

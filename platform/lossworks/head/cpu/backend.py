@@ -15,19 +15,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lossworks.head.core.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax
+from lossworks.head.core.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax, Wanted
 from lossworks.head.cpu.gradients import Slopes
-from lossworks.head.cpu.tile_sizes import Plan, borrowing, make_plan
-from lossworks.head.cpu.tiles import Logits, Sums, Weighted, slices, view
+from lossworks.head.cpu.tile_sizes import TileSizes, borrowing, choose_tile_sizes
+from lossworks.head.cpu.tiles import Logits, RunningSums, Weighted, slices, view
 
 Rule = Callable[[RowSums, slice], tuple[Tensor, Coefficients]]
 """From the sums of some rows to their losses (T,) and the coefficients of the gradient of their sum."""
 
 Combine = Callable[[RowSums], RowSums]
 """Completes the sums of some rows with those of other ranks' classes."""
-
-Wanted = tuple[bool, bool, bool]
-"""Whether the gradients of E, C and the bias are wanted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +55,15 @@ class Pass:
     plan_classes: int | None = None
     accumulate: str = "fp32"
 
-    def plan(self, logits: Logits, *, keep: bool, filtered: bool) -> Plan:
+    def plan(self, logits: Logits, *, keep: bool, filtered: bool) -> TileSizes:
         """Choose the tiles."""
         classes = self.plan_classes or logits.classes
         size = logits.wide.itemsize
-        return make_plan(len(logits), classes, size, self.share, keep=keep, filtered=filtered)
+        return choose_tile_sizes(len(logits), classes, size, self.share, keep=keep, filtered=filtered)
 
-    def sums(self, logits: Logits, rows: slice) -> Sums:
+    def sums(self, logits: Logits, rows: slice) -> RunningSums:
         """Return the running sums of a chunk of rows."""
-        return Sums(
+        return RunningSums(
             logits,
             self.softmax,
             rows,
@@ -187,7 +184,7 @@ def one_after_the_other(
 def _kept(
     logits: Logits,
     how: Pass,
-    plan: Plan,
+    plan: TileSizes,
     rule: Rule,
     wanted: Wanted,
     combine: Combine,

@@ -101,7 +101,7 @@ def view(buffer: Tensor, block: slice, rows: slice) -> Tensor:
     return buffer[: shape[0] * shape[1]].view(shape)
 
 
-class Sums:
+class RunningSums:
     """The sums of a chunk's rows, taken tile by tile with a running maximum.
 
     Args:

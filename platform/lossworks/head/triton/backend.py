@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.head.core.filtering import weighted_sum
-from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Softmax
-from lossworks.head.cpu.backend import Combine, Pass, Result, Rule, Wanted, one_after_the_other
+from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Softmax, Wanted
+from lossworks.head.cpu.backend import Combine, Pass, Result, Rule, one_after_the_other
 from lossworks.head.triton import launch
 
 
