@@ -170,12 +170,13 @@ def test_a_folder_holds_at_most_a_dozen_modules():
     assert {folder for folder in LARGE if folder not in large} == set(), "take these out of LARGE"
 
 
-def test_specs_beside_a_package_are_data():
-    """``specs/`` holds YAML and nothing that runs."""
-    files = [path for root in PACKAGES for path in (ROOT / root).glob("specs/**/*") if path.is_file()]
+@pytest.mark.parametrize(("folder", "endings"), [("specs", {".yaml"}), ("studies", {".yaml", ".json"})])
+def test_specs_and_studies_beside_a_package_are_data(folder, endings):
+    """They hold YAML, studies their results, too, and nothing that runs."""
+    files = [path for root in PACKAGES for path in (ROOT / root).glob(f"{folder}/**/*") if path.is_file()]
 
     assert files
-    assert {path.suffix for path in files} == {".yaml"}
+    assert {path.suffix for path in files} <= endings
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["bench", "--help"]])

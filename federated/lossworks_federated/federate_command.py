@@ -24,14 +24,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with a run from its last saved rounds")
     parser.add_argument("--print-spec", action="store_true", help="print the whole resolved spec and end")
-    parser.add_argument("--strategies", action="store_true", help="list strategies and what they take")
+    parser.add_argument(
+        "--strategies", nargs="?", const="", metavar="NAME", help="list strategies, or print one in full"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.strategies:
-        from lossworks_federated.reporting.federation_summary import print_strategies
-
-        print_strategies()
+    if arguments.strategies is not None:
+        _print_strategies(arguments.strategies)
         return 0
     spec, resume = _resolve(arguments)
     if arguments.print_spec:
@@ -44,6 +44,18 @@ def _run(arguments: argparse.Namespace) -> int:
         result = federate(spec, resume=resume, watcher=display)
     print_federation(spec, result)
     return 1 if result.failed else 0
+
+
+def _print_strategies(name: str) -> None:
+    from lossworks.catalogue.tables import print_in_full, print_overview
+    from lossworks_federated.strategies.catalogue import declaration, refused, strategies
+
+    if name:
+        print_in_full(declaration(name))
+        return
+    notes = ["`lossworks federate --strategies NAME` says more of one."]
+    notes += [f"Left out: {slug}: {reason}" for slug, reason in refused().items()]
+    print_overview(list(strategies().values()), notes)
 
 
 def _resolve(arguments: argparse.Namespace) -> tuple["FederationSpec", "RunFolder | None"]:

@@ -65,16 +65,16 @@ def require_compatible(strategy: str, others: Sequence[str], privacy: PrivacySpe
             "strategies; and a server that sees only sums can't check replies, nor aggregate as fedld, "
             "fedmedian, fedtrimmedavg and krum do, which need individual updates"
         )
-    kind = strategies()[strategy]
+    from lossworks_federated.strategies.catalogue import AVERAGES, EXCHANGES, declaration
+
     for name in (strategy, *others):
-        part = strategies()[name].part
-        if part is not None and part.exchanges:
+        if EXCHANGES in declaration(name).flags:
             raise UserError(
                 f"privacy.kind={privacy.kind} with {name}: its further arrays would leave clients unclipped "
                 "and without noise, and Flower's mods refuse them"
             )
-    if privacy.kind == "central" and not kind.averages:
-        able = ", ".join(slug for slug, one in strategies().items() if one.averages)
+    if privacy.kind == "central" and AVERAGES not in declaration(strategy).flags:
+        able = ", ".join(slug for slug, one in strategies().items() if AVERAGES in one.flags)
         raise UserError(
             f"privacy.kind=central with {strategy}: the server's noise is for a mean of clipped "
             f"updates, and {strategy} aggregates otherwise; averaging ones: {able}"

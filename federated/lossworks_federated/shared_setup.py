@@ -9,7 +9,7 @@ from torch import Tensor
 from lossworks.cohort import Batches, Member, StackedModel, plan_batches
 from lossworks.data.examples import ExampleData, load_examples
 from lossworks.errors import UserError
-from lossworks.losses import RowLoss, create
+from lossworks.losses.objective import RowLosses, row_losses
 from lossworks.models import build_classifier
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.splits import Split, split_examples, with_feature_noise
@@ -37,7 +37,7 @@ class SharedSetup:
     labels: Tensor
     model: StackedModel
     initial: Member
-    loss: RowLoss
+    loss: RowLosses
 
     def batches_of(self, client: int, server_round: int) -> Iterator[Tensor]:
         """Yield the rows of each batch that a client takes in a round, int64, shape (B,), one a step."""
@@ -66,9 +66,6 @@ def make_setup(task: TaskSpec) -> SharedSetup:
     model = build_classifier(task.model, shape=data.shape, classes=len(data.names), seed=task.seed)
     if any(True for _ in model.buffers()):
         raise UserError("the model keeps buffers, which federated averaging would not know how to treat")
-    loss = create(task.loss.name, reduction="none", **task.loss.hyperparameters)
-    if not isinstance(loss, RowLoss):
-        raise UserError(f"loss.name={task.loss.name}: a federation's clients need a loss of rows")
     return SharedSetup(
         task=task,
         data=data,
@@ -77,7 +74,7 @@ def make_setup(task: TaskSpec) -> SharedSetup:
         labels=data.train.labels,
         model=StackedModel(model),
         initial={name: value.detach().clone() for name, value in model.named_parameters()},
-        loss=loss,
+        loss=row_losses(task.loss),
     )
 
 

@@ -2,14 +2,21 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lossworks.errors import UserError
-from lossworks.training.packed import PackedRun, Report, advance
+from lossworks.training.packed import PackedRun, Report, advance, obstacle
 
 _FLOATS_AT_ONCE = 2**22  # entries of the parameters of runs trained at once, so that a step stays in caches
 
 Item = TypeVar("Item")
+
+
+def reason_against(task: str, spec: Any) -> str | None:
+    """Return why a training can't be packed with others, or None."""
+    if task == "federation":
+        return "federations train clients at once already"
+    return obstacle(spec)
 
 
 def groups(items: Iterable[Item], run_of: Callable[[Item], PackedRun]) -> Iterator[list[Item]]:

@@ -15,7 +15,6 @@ from lossworks_federated.federate import FederationResult
 from lossworks_federated.reporting.comparison import Comparison
 from lossworks_federated.server.session import Child, FederationWatcher
 from lossworks_federated.specs import FederationSpec
-from lossworks_federated.strategies.catalogue import strategies
 
 _WIDTH_OF_FILES = 150
 _MIB = 2.0**20
@@ -123,14 +122,3 @@ def _mean(comparison: Comparison, name: str, figure: str, form: str, unit: float
     shown = form.format(found.value / unit)
     accuracy = figure in ("accuracy", "clients", "worst10") and found.half_width is not None
     return f"{shown} ± {form.format(found.half_width)}" if accuracy else shown
-
-
-def print_strategies() -> None:
-    """Print every strategy with its hyperparameters."""
-    console = Console()
-    for slug, kind in strategies().items():
-        first = (kind.__doc__ or "").strip().splitlines()[0]
-        console.print(Text.assemble((slug, "bold"), f"  {first}"))
-        console.print(Text(f"    {kind.paper}", "dim"))
-        for name, field in kind.Settings.model_fields.items():
-            console.print(Text(f"    {name}={field.default}  {field.description}"))

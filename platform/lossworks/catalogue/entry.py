@@ -31,9 +31,9 @@ class Entry:
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        own = tuple(replace(v, name=k) for k, v in vars(cls).items() if isinstance(v, Hyperparameter))
-        names = [p.name for p in own]
-        cls.hyperparameters = (*(p for p in cls.hyperparameters if p.name not in names), *own)
+        own = {k: replace(v, name=k) for k, v in vars(cls).items() if isinstance(v, Hyperparameter)}
+        # What is declared anew keeps its place.
+        cls.hyperparameters = tuple(({p.name: p for p in cls.hyperparameters} | own).values())
 
     @classmethod
     def declaration(cls) -> Declaration:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.packages import offered
 from lossworks.cli import require_one
-from lossworks.errors import UserError
+from lossworks.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from lossworks.catalogue.entry import Entry
@@ -59,12 +59,19 @@ class Catalogue:
         """
         if slug in self.refused:
             raise UserError(f"{slug}: can't be used: {self.refused[slug]}")
-        known = self.declarations(section)
-        elsewhere = self.declarations().get(slug)
+        known, every = self.declarations(section), self.declarations()
+        if slug in known:
+            return known[slug]
         what = self.sections[section or next(iter(self.sections))]
-        if slug not in known and elsewhere is not None:
-            raise UserError(f"{slug}: is no {what}; `lossworks {elsewhere.section} {slug}` says what it is")
-        return known[require_one(slug, list(known), what)]
+        if slug in every:
+            raise UserError(f"{slug}: is no {what}; `lossworks {every[slug].section} {slug}` says what it is")
+        names = [*known, *self.refused]
+        guess = None if nearest(slug, names) else nearest(slug, every)
+        if guess is not None:
+            raise UserError(
+                f"{slug}: no such {what}; did you mean {guess}, one of the {every[guess].section}?"
+            )
+        return known[require_one(slug, names, what)]
 
     def entry_class(self, slug: str) -> "type[Entry]":
         """Import and return the class of an entry.
@@ -159,9 +166,12 @@ def installed_class(path: str) -> type:
     """
     name, _, attribute = path.partition(":")
     try:
-        found = getattr(import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
+        module = import_module(name)
+    except ImportError as error:
         raise UserError(f"{path}: can't be imported: {error}") from None
+    if not hasattr(module, attribute):
+        require_one(attribute, [known for known in vars(module) if known[0] != "_"], f"class in {name}")
+    found = getattr(module, attribute)
     if not isinstance(found, type):
         raise UserError(f"{path}: is no class")
     return found

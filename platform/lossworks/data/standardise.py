@@ -1,7 +1,8 @@
 """Inputs of one scale: mean 0 and deviation 1 over the training examples."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -27,6 +28,20 @@ class Standardisation:
         wide = training.astype(np.float64)
         deviation = wide.std(axes)
         return cls(wide.mean(axes), np.where(deviation > 0, deviation, 1))
+
+    @classmethod
+    def of_plain(cls, values: Mapping[str, Any]) -> Self:
+        """Return what :meth:`plain` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: Something is missing or damaged.
+        """
+        mean, deviation = (np.array(values[name], dtype=np.float64) for name in ("mean", "deviation"))
+        return cls(mean, deviation)
+
+    def plain(self) -> dict[str, list[float]]:
+        """Return mean and deviation as plain data."""
+        return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Return examples (N, F, …) brought to that scale.

@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lossworks.data.batch import Batch
 from lossworks.errors import UserError
+from lossworks.head import linear_top_k
 from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Loss
 from lossworks.losses.label_blocks import OverNegatives, streamed
 from lossworks.losses.problems import CLASSES, Problem
 from lossworks.losses.rows import wide
+from lossworks.models.interface import Outputs
 
 _POSITIVES = 3  # of a row of a problem
 
@@ -52,6 +55,30 @@ class MultiLabelLoss(Loss):
         """See :meth:`Loss.problem`."""
         scores = torch.randn(rows, CLASSES, dtype=torch.float64, generator=generator)
         return Problem(scores, torch.randint(0, CLASSES, (rows, _POSITIVES), generator=generator))
+
+    def of(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
+        """See :meth:`Loss.of`; on embeddings where there is a head, else on scores (N, L)."""
+        head = outputs.head
+        if head is None:
+            return super().of(outputs, batch, **how)
+        return self.linear(outputs.hidden, head.weight, batch["targets"], head.bias, **self.given(batch))
+
+    @torch.no_grad()
+    def best(self, outputs: Outputs, k: int) -> Tensor:
+        """Return the k labels with the highest scores, the highest first, (N, k), without all scores at once.
+
+        Args:
+            outputs: Of a model with features (N, D), or logits (N, L).
+            k: At most the number of labels.
+        """
+        if outputs.head is None:
+            return outputs.logits.topk(k, dim=1).indices
+        e, c = self._normalised(outputs.hidden, outputs.head.weight)
+        return linear_top_k(e, c.to(e), k, outputs.head.bias).classes
+
+    def valid_rows(self, targets: Tensor) -> Tensor:
+        """See :meth:`Loss.valid_rows`; of sets (N, P), shape (N,)."""
+        return self.kept(targets != self.ignore_index)
 
     def row_losses(self, scores: Tensor, positives: Tensor, counted: Tensor) -> Tensor:
         """Return the losses of rows, shape (N,).

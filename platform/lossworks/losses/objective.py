@@ -7,13 +7,14 @@ mean of means would weigh elements by where they happen to lie. T terms, S numbe
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from lossworks.catalogue.registry import create
 from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.errors import UserError
 from lossworks.head import VocabParallel, linear_row_loss
 from lossworks.losses.gathered_rows import gather_rows, head_group
 from lossworks.losses.interface import Loss, RowLoss
@@ -190,8 +191,59 @@ def _pass_of(
         impl=impl,
     ).reshape(1)
     sums = [value.to(total) for value in own]
-    sums[0] = sums[0] + (total - total.detach()) / weights[0]
+    # Where a term is not finite, the others' values must stay theirs, or a wrong one would be blamed.
+    sums[0] = sums[0] + (total - total.detach()).nan_to_num() / weights[0]
     return sums
+
+
+class RowLosses(Protocol):
+    """What clients and other stacks of models descend on: losses of rows, unreduced.
+
+    Attributes:
+        ignore_index: Target of rows that count for nothing.
+    """
+
+    ignore_index: int
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the losses (...) of logits (..., K) with targets (...), 0 where nothing counts."""
+
+
+class WeightedRows:
+    """A sum of row losses with constant weights; see :class:`RowLosses`.
+
+    Args:
+        losses: With ``reduction="none"``.
+        weights: Of each.
+    """
+
+    ignore_index = IGNORE_INDEX
+
+    def __init__(self, losses: Sequence[Loss], weights: Sequence[float]) -> None:
+        self._terms = list(zip(losses, weights, strict=True))
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """See :class:`RowLosses`."""
+        parts = [weight * loss(logits, targets) for loss, weight in self._terms]
+        return torch.stack(parts).sum(0)
+
+
+def row_losses(spec: LossSpec) -> RowLosses:
+    """Return the unreduced row losses of a spec, one or a sum.
+
+    Raises:
+        UserError: A term is no loss of rows, or its weight changes over steps.
+    """
+    losses = [build_loss(term).with_reduction("none") for term in spec.terms]
+    for term, loss in zip(spec.terms, losses, strict=True):
+        if not isinstance(loss, RowLoss) or loss.kind != "row":
+            raise UserError(f"loss.name={term.name}: a federation's clients need losses of rows")
+        if term.weight.final is not None:
+            raise UserError(f"loss.weight of {term.name}: clients take constant weights, not {term.weight}")
+    weights = [term.weight.value for term in spec.terms]
+    if weights == [1.0]:
+        return cast("RowLoss", losses[0])
+    return WeightedRows(losses, weights)
 
 
 def build_loss(spec: LossSpec) -> Loss:

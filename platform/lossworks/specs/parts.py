@@ -144,13 +144,13 @@ class EntrySpec(Spec):
     """An entry of the catalogue with its hyperparameters, which are fields beside ``name``.
 
     Attributes:
-        sort: What the entry must be: a method, an analysis, or neither, which is a loss.
+        section: Of the catalogue, in which the entry must be.
     """
 
     model_config = ConfigDict(extra="allow")
     shorthand: ClassVar[str | None] = "name"
     open_to: ClassVar[str | None] = "name"
-    sort: ClassVar[str] = "loss"
+    section: ClassVar[str] = "losses"
 
     name: str = Field(description="slug of the entry in the catalogue")
 
@@ -163,9 +163,11 @@ class EntrySpec(Spec):
     def _fill_in(self) -> Self:
         """Check the hyperparameters and give the others their defaults, which are stored with a run."""
         entry = declaration(self.name)
-        sort = entry.kind if entry.kind in ("method", "analysis") else "loss"
-        if self.sort not in (sort, "loss"):
-            raise ValueError(f"{self.name}: is no {self.sort}, but a {sort}")
+        if entry.section != self.section:
+            raise ValueError(
+                f"{self.name}: is one of the {entry.section}, not of the {self.section}; name it in "
+                f"{entry.section}: [{self.name}]"
+            )
         resolved = entry.check(self.model_extra or {})
         object.__setattr__(self, "__pydantic_extra__", resolved)
         return self
@@ -180,13 +182,13 @@ class EntrySpec(Spec):
 class MethodSpec(EntrySpec):
     """A method: what changes how training goes, or follows it; ``smooth-adversarial-comp-sum`` is short."""
 
-    sort: ClassVar[str] = "method"
+    section: ClassVar[str] = "methods"
 
 
 class AnalysisSpec(EntrySpec):
     """An analysis that is measured with each evaluation, such as ``neural-collapse``."""
 
-    sort: ClassVar[str] = "analysis"
+    section: ClassVar[str] = "analyses"
 
 
 class LossSpec(EntrySpec):
@@ -240,7 +242,7 @@ class LossSpec(EntrySpec):
         for term in self.plus:
             if term.plus:
                 raise ValueError(f"plus: {term.name} has further terms of its own; put all into one list")
-            if term.impl != self.impl and "impl" in term.model_fields_set:
+            if term.impl not in ("auto", self.impl):
                 raise ValueError(
                     f"plus: impl={term.impl} of {term.name} must be that of {self.name}, {self.impl}"
                 )

@@ -90,6 +90,10 @@ class Analysis(Settings):
             UserError: Naming what it needs.
         """
         del task, spec
+        if self.subject == "runs":
+            raise UserError(
+                f"analyses: {self.slug} compares runs: use `lossworks analyse {self.slug} RUN RUN`"
+            )
 
     def measure(self, probe: Probe) -> Finding:
         """Return what it finds of a model; every rank calls.

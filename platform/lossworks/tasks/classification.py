@@ -38,7 +38,7 @@ class ClassifierSpec(RunSpec):
                     f"{name}={size} must be a multiple of data.bag_size={self.data.bag_size}: bags stay whole"
                 )
         require_small(self, "language models")
-        ClassificationTask.require_losses(self)
+        ClassificationTask.require_entries(self)
         return self
 
 

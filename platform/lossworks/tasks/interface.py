@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Declaration
-from lossworks.catalogue.registry import declaration, declarations
+from lossworks.catalogue.registry import create, declaration, declarations
 from lossworks.data import Order, SequenceOrder
 from lossworks.data.batch import Batch
 from lossworks.losses.objective import Objective
@@ -148,8 +148,8 @@ class Task(ABC):
         return entry.kind in cls.kinds and set(entry.requires) <= set(cls.provides)
 
     @classmethod
-    def require_losses(cls, spec: RunSpec) -> None:
-        """Refuse losses that can't train a run.
+    def require_entries(cls, spec: RunSpec) -> None:
+        """Refuse losses, methods and analyses that a run can't have.
 
         Raises:
             ValueError: Naming those that can, and the tasks that the loss could train.
@@ -157,6 +157,8 @@ class Task(ABC):
         for term in spec.loss.terms:
             if not cls.takes(declaration(term.name), spec):
                 raise ValueError(cls._refusal(term.name, spec))
+        for entry in (*spec.methods, *spec.analyses):
+            create(entry.name, **entry.hyperparameters).check(cls, spec)
 
     @classmethod
     def _refusal(cls, slug: str, spec: RunSpec) -> str:
@@ -165,10 +167,6 @@ class Task(ABC):
         able = ", ".join(name for name, entry in declarations().items() if cls.takes(entry, spec))
         text = f"loss.name={slug} can't train task={cls.slug} as it is here; what can: {able}"
         entry = declaration(slug)
-        if entry.kind == "method":
-            return f"loss.name={slug}: is a method, no loss; name it in methods: [{slug}]"
-        if entry.kind == "analysis":
-            return f"loss.name={slug}: is an analysis, no loss; name it in analyses: [{slug}]"
         others = [name for name in task_slugs() if name != cls.slug and task_class(name).takes(entry)]
         if others:
             text += f"; {slug} trains task={' or '.join(others)}"
@@ -287,6 +285,24 @@ class Task(ABC):
     def class_names(self) -> tuple[str, ...]:
         """Return the names of the classes, in the order of their numbers; empty where there are none."""
         return ()
+
+    @classmethod
+    def reopen(cls, spec: RunSpec, folder: Path) -> "tuple[Task, HeadedModel]":
+        """Return the task of an exported model, with the data of a spec, and the model.
+
+        Args:
+            spec: The run that the model is from, perhaps with other data.
+            folder: What ``save`` wrote.
+
+        Raises:
+            UserError: The folder or the data can't be read, or they don't fit each other.
+        """
+        from lossworks.training.start import begin_from, trained_weights
+
+        task = cls.open(spec, None)
+        model = task.build_model()
+        begin_from(trained_weights(str(folder), "folder"), model)
+        return task, model.eval()
 
     @abstractmethod
     def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:

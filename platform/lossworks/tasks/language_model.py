@@ -15,7 +15,7 @@ from lossworks.catalogue.registry import declaration
 from lossworks.data import TokenizedCorpus, prepare
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.losses.objective import Objective
-from lossworks.models import HeadedModel, LanguageModel, Outputs, build_model, save_model
+from lossworks.models import HeadedModel, LanguageModel, Outputs, build_model, load_model, save_model
 from lossworks.specs import DataSpec, LossSpec, ModelSpec, RunSpec
 from lossworks.tasks.interface import Mode, Prepared, Say, Task, as_sums
 
@@ -36,7 +36,7 @@ class TrainSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        LanguageTask.require_losses(self)
+        LanguageTask.require_entries(self)
         if self.sharding.vocab_parallel:
             self._require_splittable_head()
         return self
@@ -121,6 +121,15 @@ class LanguageTask(Task):
         corpus = prepare(text, on_progress=say)
         corpus.split(text)
         return Prepared(corpus.folder, math.log(corpus.vocab_size))
+
+    @classmethod
+    def reopen(cls, spec: RunSpec, folder: Path) -> "tuple[Task, HeadedModel]":
+        """See :meth:`Task.reopen`; the text is tokenised with the model's own tokenizer."""
+        model, _ = load_model(folder)
+        run = cast("TrainSpec", spec)
+        data = run.data.model_copy(update={"tokenizer": str((folder / "tokenizer.json").absolute())})
+        own = run.model_copy(update={"data": data})
+        return cls(own, prepare(data)), model
 
     @classmethod
     def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:

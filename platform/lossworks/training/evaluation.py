@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lossworks.data.batch import on
-from lossworks.tasks.analyses import Analysis, Probe
-from lossworks.tasks.interface import Evaluation, Measure, Rows, Task
+from lossworks.tasks.analyses import Analysis, Finding, Probe
+from lossworks.tasks.interface import Evaluation, Measure, Rows, Sums, Task
 from lossworks.training.batches import largest_share, micro_batches, share
 from lossworks.training.distributed.world import World
 
@@ -38,12 +38,8 @@ def evaluate(
         bf16: Run products in bfloat16.
         analyses: What is measured besides, each with passes of its own.
     """
+    over = _summing(model, world, micro_batch_size, bf16=bf16)
     chosen = spaced(limit, len(task.held_out))
-    size = micro_batch_size or AT_ONCE
-
-    def over(measure: Measure, data: Rows, rows: np.ndarray) -> Tensor:
-        return summed(model, measure, data, rows, world, size=size, bf16=bf16)
-
     found = task.evaluation(over(task.measured, task.held_out, chosen))
     for analysis in analyses:
         more = analysis.measure(Probe(task, over, chosen))
@@ -51,6 +47,30 @@ def evaluate(
         pictured = {analysis.slug: more.pictured} if more.pictured else {}
         found = replace(found, yardsticks=found.yardsticks | figures, pictured=found.pictured | pictured)
     return found
+
+
+def analysed(
+    model: nn.Module,
+    task: Task,
+    world: World,
+    analysis: Analysis,
+    *,
+    limit: int | None,
+    micro_batch_size: int | None,
+    bf16: bool,
+) -> Finding:
+    """Return what an analysis of models finds; arguments as for :func:`evaluate`."""
+    over = _summing(model, world, micro_batch_size, bf16=bf16)
+    return analysis.measure(Probe(task, over, spaced(limit, len(task.held_out))))
+
+
+def _summing(model: nn.Module, world: World, micro_batch_size: int | None, *, bf16: bool) -> Sums:
+    size = micro_batch_size or AT_ONCE
+
+    def over(measure: Measure, data: Rows, rows: np.ndarray) -> Tensor:
+        return summed(model, measure, data, rows, world, size=size, bf16=bf16)
+
+    return over
 
 
 def spaced(limit: int | None, rows: int) -> np.ndarray:

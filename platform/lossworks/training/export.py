@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lossworks import __version__
-from lossworks.data import TokenizedCorpus, prepare
 from lossworks.errors import UserError
-from lossworks.models import load_model, read_provenance
+from lossworks.models import read_provenance
 from lossworks.runs import RunFolder
-from lossworks.specs import DataSpec
+from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Evaluation
-from lossworks.tasks.language_model import LanguageTask, TrainSpec
-from lossworks.tasks.registry import task_of
+from lossworks.tasks.registry import parse_train_spec, task_of
 from lossworks.training.checkpoints.checkpoint import tensors_in
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import evaluate
@@ -36,8 +34,8 @@ def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
         "step": checkpoint.step,
         "held_out_loss": checkpoint.held_out_loss,
         "lossworks": __version__,
-        "task": task_of(spec).slug,
         "data": spec.model_dump(mode="json").get("data"),
+        "spec": spec.model_dump(mode="json", exclude={"tracking"}),
     }
     state = tensors_in(checkpoint.folder, "model.")
     own = {name: value for name, value in state.items() if not name.startswith(ATTACHED)}
@@ -46,34 +44,30 @@ def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
 
 
 def evaluate_folder(folder: Path, *, overrides: Sequence[str] = (), limit: int | None = None) -> Evaluation:
-    """Return an exported model's loss on the held-out part of its corpus, or of another.
+    """Return what an exported model's task measures on the held-out part of its data, or of others.
 
     Args:
         folder: What ``export_run`` made.
-        overrides: ``data.key=value``, to evaluate on other text.
-        limit: Sequences to read; None for all.
+        overrides: ``data.key=value``, to evaluate on other data.
+        limit: Rows to read; None for all.
 
     Raises:
-        UserError: The folder or the text can't be read.
+        UserError: The folder or the data can't be read.
     """
-    model, _ = load_model(folder)
-    corpus, data = _text(folder, overrides)
-    return evaluate(
-        model,
-        LanguageTask(TrainSpec(data=data), corpus),
-        World.current(),
-        limit=limit,
-        micro_batch_size=None,
-        bf16=False,
-    )
-
-
-def _text(folder: Path, overrides: Sequence[str]) -> tuple[TokenizedCorpus, DataSpec]:
-    """Return the corpus that an exported model was trained on, tokenised with its own tokenizer."""
     wrong = [text for text in overrides if not text.startswith("data.")]
     if wrong:
         raise UserError(f"override {wrong[0]!r}: only data.key=value says what to evaluate on")
-    stored = DataSpec.parse(read_provenance(folder)["data"])
-    data = stored.override([text.removeprefix("data.") for text in overrides])
-    data = data.model_copy(update={"tokenizer": str((folder / "tokenizer.json").absolute())})
-    return prepare(data), data
+    spec = exported_spec(folder).override(overrides)
+    task, model = task_of(spec).reopen(spec, folder)
+    return evaluate(model, task, World.current(), limit=limit, micro_batch_size=None, bf16=False)
+
+
+def exported_spec(folder: Path) -> RunSpec:
+    """Return the spec of the run that an exported model is from, with plain cross-entropy for older folders.
+
+    Raises:
+        UserError: The folder holds no model of ours.
+    """
+    provenance = read_provenance(folder)
+    stored = provenance.get("spec") or {"data": provenance.get("data", {})}
+    return parse_train_spec(stored, source=str(folder))

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from lossworks.catalogue.registry import declaration
-from lossworks.cohort import Member, Stack, StackedModel, stack
+from lossworks.cohort import AdamWSettings, Member, ScheduledAdamW, StackedModel, stack
 from lossworks.data import Order
 from lossworks.losses import RowLoss
 from lossworks.losses.interface import of_members
 from lossworks.losses.objective import Objective
 from lossworks.models import Outputs
-from lossworks.specs import RunSpec
+from lossworks.specs import OptimizerSpec, RunSpec, ScheduleSpec
 from lossworks.tasks.interface import Task
 from lossworks.tasks.registry import parse_train_spec, task_of
 from lossworks.training.evaluation import spaced
@@ -54,8 +54,10 @@ def obstacle(spec: RunSpec) -> str | None:
 
 
 def alike(spec: RunSpec) -> str:
-    """Return what runs must have in common to be packed together."""
-    return spec.model_dump_json(exclude=set(_MAY_DIFFER))
+    """Return what runs must have in common to be packed together, as the JSON of a spec."""
+    values = spec.model_dump(mode="json", exclude=set(_MAY_DIFFER))
+    # The loss may decide the width of the head, and what a batch holds.
+    return json.dumps({**values, "loss": json.loads(task_of(spec).shaping(spec))})
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +82,8 @@ class _Data:
 
 
 @lru_cache(maxsize=64)
-def _data_of(common: str, loss: str, seed: int) -> _Data:
-    values = {**json.loads(common), "seed": seed, "loss": json.loads(loss)}
-    spec = parse_train_spec(values)
+def _data_of(common: str, seed: int) -> _Data:
+    spec = parse_train_spec({**json.loads(common), "seed": seed})
     task = task_of(spec).open(spec, None)
     model = task.build_model()
     return _Data(
@@ -133,18 +134,7 @@ class PackedRun:
     @property
     def data(self) -> _Data:
         """What it reads."""
-        # The loss may decide the width of the head, and what a batch holds.
-        return _data_of(self.common, self.data_loss, self.spec.seed)
-
-    @property
-    def data_loss(self) -> str:
-        """Return the part of the loss that decides what model and data look like, as JSON."""
-        return task_of(self.spec).shaping(self.spec)
-
-    @property
-    def group(self) -> str:
-        """Return what runs have in common that are advanced together."""
-        return f"{self.common} {self.data_loss}"
+        return _data_of(self.common, self.spec.seed)
 
     @property
     def until_report(self) -> int:
@@ -174,7 +164,7 @@ def advance(runs: Sequence[PackedRun], steps: int) -> list[Report]:
     A run that becomes non-finite disturbs no other, and is reported as failed.
 
     Args:
-        runs: At least one, of one :attr:`PackedRun.group`.
+        runs: At least one, alike; see :func:`alike`.
         steps: How many, at least one; no run may have fewer left.
     """
     objectives = [_objective_of(run) for run in runs]
@@ -265,7 +255,8 @@ class _Pack:
             stack([run.tensors[kind] for run in runs]) for kind in ("params", "first", "second")
         )
         self._together = list(_taken_together(objectives))
-        self._adamw = _AdamW(runs, self._params, self._first, self._second)
+        members = [(_settings(run.spec.optimizer), _rate(run.spec), run.step) for run in runs]
+        self._adamw = ScheduledAdamW(members, self._params, self._first, self._second)
         clips = [run.spec.optimizer.clip_norm for run in runs]
         self._clip = torch.tensor([math.inf if clip is None else clip for clip in clips])
 
@@ -386,13 +377,29 @@ class _Pack:
         train = {
             "train/loss": float(losses[-1]),
             "train/grad_norm": float(norms[-1]),
-            "train/lr": _lr(run, run.step),
+            "train/lr": _rate(run.spec)(run.step),
         }
         return Report(run.step, train | measured)
 
 
-def _lr(run: PackedRun, step: int) -> float:
-    return run.spec.optimizer.lr * lr_factor(run.spec.schedule, step=step, steps=run.spec.steps)
+def _settings(spec: OptimizerSpec) -> AdamWSettings:
+    return AdamWSettings(spec.betas, spec.eps, spec.weight_decay)
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """The learning rate of a run at a step, counted from 1; equal runs have equal ones."""
+
+    peak: float
+    schedule: ScheduleSpec
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.peak * lr_factor(self.schedule, step=step, steps=self.steps)
+
+
+def _rate(spec: RunSpec) -> _Rate:
+    return _Rate(spec.optimizer.lr, spec.schedule, spec.steps)
 
 
 def _taken_together(objectives: Sequence[Objective]) -> Iterator[_Together]:
@@ -400,71 +407,3 @@ def _taken_together(objectives: Sequence[Objective]) -> Iterator[_Together]:
     for _, group in groupby(range(len(objectives)), key=lambda index: _sharing(objectives[index])):
         places = list(group)
         yield _Together([objectives[place] for place in places], slice(places[0], places[-1] + 1))
-
-
-@dataclass(eq=False)
-class _Alike:
-    """Parameters of all runs whose steps are alike: matrices, which decay, or others."""
-
-    run: PackedRun
-    step: Tensor
-    decay: float
-    params: list[Tensor]
-    first: list[Tensor]
-    second: list[Tensor]
-    places: list[tuple[int, int]]  # parameter and run, in the same order
-
-
-def _by_decay(params: Stack, decay: float) -> list[list[int]]:
-    """Return which parameters decay alike: matrices, and others, which don't."""
-    matrices = [place for place, value in enumerate(params.values()) if value.dim() > 2]
-    others = [place for place, value in enumerate(params.values()) if value.dim() <= 2]
-    return [part for part in (matrices, others) if part] if decay else [[*matrices, *others]]
-
-
-class _AdamW:
-    """torch's fused AdamW on stacks, with hyperparameters of each run.
-
-    It reads and writes a parameter and its moments once a step, where separate operations would take ten
-    passes; for small models at many runs these would be most of the time.
-    """
-
-    def __init__(self, runs: Sequence[PackedRun], params: Stack, first: Stack, second: Stack) -> None:
-        self._groups: list[_Alike] = []
-        views = {name: [of[name].unbind(0) for of in (params, first, second)] for name in params}
-        names = list(params)
-        by_step: dict[object, list[int]] = defaultdict(list)
-        for index, run in enumerate(runs):
-            by_step[run.spec.optimizer, run.spec.schedule, run.step].append(index)
-        for indices in by_step.values():
-            run = runs[indices[0]]
-            decay = run.spec.optimizer.weight_decay
-            for parts in _by_decay(params, decay):
-                places = [(place, index) for place in parts for index in indices]
-                columns = [[views[names[p]][kind][i] for p, i in places] for kind in range(3)]
-                own = decay if params[names[parts[0]]].dim() > 2 else 0.0
-                step = torch.tensor(float(run.step))
-                self._groups.append(_Alike(run, step, own, columns[0], columns[1], columns[2], places))
-
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """Move the parameters in place."""
-        # The kernel reads memory in the parameter's order; those of convolutions come in others.
-        views = [gradient.contiguous().unbind(0) for gradient in gradients]
-        for group in self._groups:
-            group.step += 1
-            optimizer = group.run.spec.optimizer
-            torch._fused_adamw_(
-                group.params,
-                [views[place][index] for place, index in group.places],
-                group.first,
-                group.second,
-                [],
-                [group.step] * len(group.places),
-                lr=_lr(group.run, int(group.step)),
-                beta1=optimizer.betas[0],
-                beta2=optimizer.betas[1],
-                weight_decay=group.decay,
-                eps=optimizer.eps,
-                amsgrad=False,
-                maximize=False,
-            )

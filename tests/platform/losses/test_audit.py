@@ -77,6 +77,7 @@ def test_a_failed_audit_has_exit_status_1(capsys):
         (["ldr", "temperature"], "override 'temperature': write it as hyperparameter=value"),
         (["no.such.module:Loss"], "no.such.module:Loss: can't be imported"),
         ([f"{faulty.__name__}:NOT_A_CLASS"], "is no class"),
+        ([f"{faulty.__name__}:Naif"], "Naif: no such class in lossworks_testing.faulty; did you mean Naive?"),
         (["ldr", "--json", "/nowhere/report.json"], "is no file in an existing folder"),
     ],
 )

@@ -108,6 +108,7 @@ def test_the_table_as_json(capsys):
     ("arguments", "message"),
     [
         (["lrd"], "lrd: no such loss; did you mean ldr?"),
+        (["neural-colapse"], "no such loss; did you mean neural-collapse, one of the analyses?"),
         (["--plot"], "name the loss to draw"),
         (["ldr", "--plot", "/nowhere/ldr.png"], "there is no folder /nowhere"),
     ],

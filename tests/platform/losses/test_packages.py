@@ -111,6 +111,8 @@ def test_two_packages_with_one_name_are_refused(packages):
 
     with pytest.raises(UserError, match=r"focal: can't be used: one 1\.0 and two 1\.0 have an entry of this"):
         create("focal")
+    with pytest.raises(UserError, match=r"focl: no such loss; did you mean focal\?"):
+        create("focl")
     assert "focal" not in declarations()
     assert create("ldr").slug == "ldr"
 

@@ -8,18 +8,19 @@ from typing import Protocol
 
 import yaml
 
-from lossworks.errors import LossworksError, RunError, UserError
+from lossworks.errors import RunError, UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import read_yaml
-from lossworks.tracking import Journal, check_tracking, create_run, deliver, open_run
+from lossworks.tracking import Journal, check_tracking
 from lossworks.tracking.store import Status
+from lossworks_tune.parent_run import close_parent, closing, open_parent
 from lossworks_tune.periodic import repeated
 from lossworks_tune.sweeps.ledger import Trial
 from lossworks_tune.sweeps.results import Results
 from lossworks_tune.sweeps.space import Space
 from lossworks_tune.sweeps.spec import SweepSpec
 from lossworks_tune.sweeps.sweep import Sweep
-from lossworks_tune.sweeps.tracking import TrialRuns, close
+from lossworks_tune.sweeps.tracking import TrialRuns
 
 
 class Engine(Protocol):
@@ -92,7 +93,7 @@ def sweep(
         from lossworks_tune.sweeps.engines.ray_tune import require_local_room
 
         require_local_room(spec, space)
-    folder = _open(spec, resume)
+    folder = open_parent(spec, "sweep", spec.flat(), resume)
     with folder.hold():
         running = Sweep(spec, space, folder.path)
         return _Run(running, folder, listener or SweepListener()).run(_make(name, running, address))
@@ -111,29 +112,22 @@ class _Run:
         self._sweep, self._folder, self._listener = sweep, folder, listener
         self._runs = TrialRuns(sweep, folder)
         self._phase, self._complaint = "starting", ""
+        self._files: list[Path] = []
 
     def run(self, engine: Engine) -> SweepResult:
-        """Search, confirm and draw, and close the run however it ended."""
-        status: Status = "FAILED"
-        reason, files = "the driver failed", list[Path]()
-        try:
+        """Search, confirm and draw, and close the run however it ended.
+
+        Raises:
+            RunError: No configuration came to its end.
+        """
+        with closing(self._close):
             with repeated(self._look):
                 self._train(engine)
             results = self._sweep.results()
-            status, reason = ("FINISHED", "") if results.ranked else ("FAILED", _why_nothing(results))
-        except KeyboardInterrupt:
-            status, reason = "KILLED", "stopped"
-            raise
-        except LossworksError as error:
-            reason = str(error)
-            raise
-        finally:
-            files = _finish(self._sweep, self._folder)
-            self._close(status, files, reason)
-        if not results.ranked:
-            raise RunError(f"run {self._folder.run_id}: {reason}")
-        best = next((file for file in files if file.name == "best.yaml"), None)
-        pictures = tuple(file for file in files if file.suffix == ".png")
+            if not results.ranked:
+                raise RunError(f"run {self._folder.run_id}: {_why_nothing(results)}")
+        best = next((file for file in self._files if file.name == "best.yaml"), None)
+        pictures = tuple(file for file in self._files if file.suffix == ".png")
         return SweepResult(self._folder, results, pictures, best)
 
     def _train(self, engine: Engine) -> None:
@@ -151,14 +145,10 @@ class _Run:
             self._listener.message(f"{complaint}; trials go on and wait in {self._folder.path}")
         self._complaint = complaint
 
-    def _close(self, status: Status, files: list[Path], reason: str) -> None:
+    def _close(self, status: Status, reason: str) -> None:
+        self._files = _finish(self._sweep, self._folder)
         complaint = self._runs.try_sync(self._sweep.results())
-        if not complaint:
-            try:
-                deliver(self._sweep.spec.tracking, self._folder.run_id, self._folder.journal)
-                close(self._sweep.spec, self._folder, status, files, reason)
-            except RunError as error:
-                complaint = str(error)
+        complaint = complaint or close_parent(self._sweep.spec, self._folder, status, self._files, reason)
         if complaint:
             self._listener.message(complaint)
 
@@ -180,12 +170,10 @@ def engine_of(spec: SweepSpec, space: Space) -> str:
 
 
 def _not_packed(spec: SweepSpec, space: Space) -> str | None:
-    if space.task == "federation":
-        return "federations train clients at once already"
-    from lossworks.training.packed import obstacle
+    from lossworks_tune.packs import reason_against
 
     trainings = (space.training(fields, spec.seeds[0]) for _, fields in space.anchors())
-    return next((why for training in trainings if (why := obstacle(training))), None)
+    return next((why for training in trainings if (why := reason_against(space.task, training))), None)
 
 
 def _make(name: str, sweep: Sweep, address: str | None) -> Engine:
@@ -219,17 +207,6 @@ def require_same(stored: SweepSpec, asked: SweepSpec) -> None:
     changed = [f"{n} (was {old.get(n)}, now {new.get(n)})" for n in names if old.get(n) != new.get(n)]
     if changed:
         raise UserError(f"--resume: trials were begun with another spec: {'; '.join(changed)}")
-
-
-def _open(spec: SweepSpec, resume: RunFolder | None) -> RunFolder:
-    if resume is not None:
-        open_run(spec.tracking, resume.run_id)
-        return resume
-    parameters = {name: value for name, value in spec.flat().items() if not name.startswith("tracking.")}
-    run_id = create_run(
-        spec.tracking, name=spec.name, parameters=parameters, tags={"lossworks.kind": "sweep"}
-    )
-    return RunFolder.create(spec, run_id)
 
 
 def _finish(sweep: Sweep, folder: RunFolder) -> list[Path]:

@@ -8,7 +8,6 @@ from lossworks.tracking import create_run, deliver, finish_run
 from lossworks.tracking.store import Status
 from lossworks_tune.sweeps.ledger import Trial, TrialFolder, TrialsFolder
 from lossworks_tune.sweeps.results import Results
-from lossworks_tune.sweeps.spec import SweepSpec
 from lossworks_tune.sweeps.sweep import Sweep
 
 _STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -79,14 +78,3 @@ class TrialRuns:
         name = f"{configuration.number:05d} {configuration.title}"
         parent, tracking = self._folder.run_id, self._sweep.spec.tracking
         return create_run(tracking, name=name[:250], parameters=values, tags=tags, parent=parent)
-
-
-def close(spec: SweepSpec, folder: RunFolder, status: Status, artifacts: list[Path], reason: str) -> None:
-    """Store a sweep's artifacts and its status.
-
-    Raises:
-        RunError: The store is away.
-    """
-    tags = {"lossworks.folder": str(folder.path)}
-    files = [path for path in [folder.spec_file, *artifacts] if path.is_file()]
-    finish_run(spec.tracking, folder.run_id, status, artifacts=files, tags=tags, reason=reason or None)

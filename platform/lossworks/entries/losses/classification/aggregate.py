@@ -13,6 +13,7 @@ from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Loss
 from lossworks.losses.problems import Problem, of_classes
 from lossworks.losses.rows import wide
+from lossworks.models.interface import Outputs
 
 _RHO_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
@@ -207,10 +208,11 @@ class AggregateInterpolation(Loss):
 
     rho: float = number(0.1, "ρ: 0 is the bag loss, 1 the instance loss", ge=0, le=1, search=(0, 1))
     response: str = choice(
-        "real",
+        "auto",
         "ℓ: squared error of real responses; cross-entropy of probabilities of one class (binary), from a "
-        "logit a row, or of K classes (class), from K logits",
-        ("real", "binary", "class"),
+        "logit a row, or of K classes (class), from K logits; auto: class where responses are integers, else "
+        "real",
+        ("auto", "real", "binary", "class"),
     )
 
     def problem(self, rows: int, generator: torch.Generator) -> Problem:
@@ -241,7 +243,8 @@ class AggregateInterpolation(Loss):
             UserError: The shapes differ, or a class is out of range.
         """
         context = self.context(given)
-        self._check(predictions, responses)
+        response = self._response(responses)
+        self._check(predictions, responses, response)
         named = context.segments
         if named is None or named.shape != responses.shape:
             raise UserError(f"{self.slug}: segments must be shaped like responses (N,)")
@@ -253,7 +256,7 @@ class AggregateInterpolation(Loss):
         # Chosen first: where nothing is known, predictions and responses may be anything.
         f = torch.where(_beside(valid, predictions), wide(predictions), 0)
         y = torch.where(valid, responses.detach(), 0)
-        losses = self._squared if self.response == "real" else self._cross_entropy
+        losses = self._squared if response == "real" else self._cross_entropy
         of_bag, of_rows = losses(f, y, bags, size, valid)
         values = (1 - self.rho) * of_bag + self.rho * of_rows
         return self.reduce_elements(values, valid, context)
@@ -265,13 +268,26 @@ class AggregateInterpolation(Loss):
     def _known(self, responses: Tensor) -> Tensor:
         return ~responses.isnan() if responses.is_floating_point() else responses != self.ignore_index
 
-    def _check(self, predictions: Tensor, responses: Tensor) -> None:
-        classes = self.response == "class"
+    def prediction(self, outputs: Outputs) -> Tensor:
+        """Return the logits of classes, (N, K), or the one output a row, (N,); of two classes z_1 - z_0."""
+        logits = outputs.logits
+        if self.response == "binary" and logits.shape[-1] == 2:
+            return logits[..., 1] - logits[..., 0]
+        return logits[..., 0] if logits.shape[-1] == 1 else logits
+
+    def _response(self, responses: Tensor) -> str:
+        """Return what the responses are taken for."""
+        if self.response != "auto":
+            return self.response
+        return "real" if responses.is_floating_point() else "class"
+
+    def _check(self, predictions: Tensor, responses: Tensor, response: str) -> None:
+        classes = response == "class"
         if predictions.dim() != 1 + classes:
             expected = "(N, K)" if classes else "(N,)"
             raise UserError(
                 f"{self.slug}: predictions {tuple(predictions.shape)} must be {expected} "
-                f"with response={self.response}"
+                f"with response={response}"
             )
         self.require_shape("responses", responses, predictions[..., 0] if classes else predictions)
         if classes:

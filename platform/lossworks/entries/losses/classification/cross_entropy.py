@@ -148,9 +148,11 @@ class LogZ(CrossEntropy):
         """The weight of lse²."""
         return self.coefficient
 
-    def phi(self, target: Tensor, logsumexp: Tensor, classes: int) -> Tensor:  # noqa: ARG002
-        """Return the penalty alone; see :meth:`RowLoss.phi`."""
-        return self.coefficient * logsumexp.square()
+    def phi(self, target: Tensor, logsumexp: Tensor, classes: int) -> Tensor:
+        """See :meth:`RowLoss.phi`; without smoothing and class weights."""
+        return (
+            self.coefficient * logsumexp.square() if self.alone else super().phi(target, logsumexp, classes)
+        )
 
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """See :meth:`RowLoss.forward`."""

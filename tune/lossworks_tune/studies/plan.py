@@ -1,0 +1,198 @@
+"""What a study trains: every variant in every setting with every seed."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from lossworks.errors import UserError
+from lossworks.specs.base import apply_overrides
+from lossworks.trainables import Direction, Trainable, task_of, trainable
+
+_UNTRAINED = ("name", "tracking", "storage")  # fields that change nothing of what is trained
+_SEEDS = ("seed", "seeds")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Values of the fields that a study varies for all its variants alike.
+
+    Attributes:
+        fields: By dotted name; none for a study that varies nothing else.
+    """
+
+    fields: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """It in words, such as ``data.label_noise=0.6``; empty where nothing else varies."""
+        return ", ".join(f"{name}={shown(value)}" for name, value in self.fields.items())
+
+    def fits(self, where: Mapping[str, Any]) -> bool:
+        """Return whether it has certain values."""
+        return all(self.fields[name] == value for name, value in where.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """One training of a study.
+
+    Attributes:
+        variant: Name of its variant.
+        setting: Title of its setting.
+        seed: Its seed.
+        spec: Its spec, whole.
+        digest: Of all in the spec that decides over the result.
+    """
+
+    variant: str
+    setting: str
+    seed: int
+    spec: Any
+    digest: str
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What tells it from the others of its study."""
+        return self.variant, self.setting, self.seed
+
+
+class Plan:
+    """The trainings of a study.
+
+    Args:
+        base: Values of a spec of what is trained.
+        compare: What differs from it in each variant, nested like the base.
+        over: Further fields by dotted name, each with the values that it takes.
+        seeds: Of each variant in each setting.
+
+    Attributes:
+        task: Name of what is trained.
+        trainable: What trains it.
+        variants: Names of the variants.
+        settings: All combinations of the further fields' values.
+        seeds: As given.
+
+    Raises:
+        UserError: The base is wrong.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[str, Any],
+        compare: Mapping[str, Mapping[str, Any]],
+        over: Mapping[str, Sequence[Any]],
+        seeds: Sequence[int],
+    ) -> None:
+        self.task = task_of(base)
+        self.trainable: Trainable = trainable(self.task)
+        self._base: Any = self.trainable.parse(base, "base")
+        self._compare, self._over = compare, over
+        self.variants, self.seeds = tuple(compare), tuple(seeds)
+        values = itertools.product(*over.values())
+        self.settings = tuple(Setting(dict(zip(over, chosen, strict=True))) for chosen in values)
+
+    @property
+    def yardsticks(self) -> Mapping[str, Direction]:
+        """The metrics by which trainings can be compared, each with its better direction."""
+        return self.trainable.yardsticks(self._base)
+
+    @cached_property
+    def trainings(self) -> tuple[Training, ...]:
+        """All trainings, setting by setting.
+
+        Raises:
+            UserError: A variant, setting or seed gives a spec that is refused.
+        """
+        order = itertools.product(self.settings, self.variants, self.seeds)
+        return tuple(self.training(variant, setting, seed) for setting, variant, seed in order)
+
+    def training(self, variant: str, setting: Setting, seed: int) -> Training:
+        """Return one training.
+
+        Raises:
+            UserError: A field is unknown or a value is refused; the message names the variant or setting.
+        """
+        fields = dict(leaves(self._compare[variant])) | dict(setting.fields)
+        where = f"compare.{variant}" + (f" with {setting.title}" if setting.title else "")
+        overrides = [f"{name}={yaml.safe_dump(value)}" for name, value in fields.items()]
+        own = self._base.model_dump(mode="json", exclude_unset=True)
+        try:
+            values = apply_overrides(type(self._base), own, overrides)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        spec: Any = self.trainable.parse(self.trainable.seeded(values, seed), where)
+        return Training(variant, setting.title, seed, spec, _digest(spec))
+
+    def check(self) -> None:
+        """Refuse what can't be compared.
+
+        Raises:
+            UserError: A field is unknown or set twice, a value is refused, or two variants are the same.
+        """
+        for name, values in self._over.items():
+            if not values:
+                raise UserError(f"over.{name}: has no values; give the list of those to compare at")
+            if len({shown(value) for value in values}) < len(values):
+                raise UserError(f"over.{name}={list(values)}: a value is there twice")
+        for variant, name in itertools.product(self.variants, self._over):
+            if any(field == name for field, _ in leaves(self._compare[variant])):
+                raise UserError(f"over.{name}: compare.{variant} sets it, too; only one of them can")
+        names = {*self._over, *(field for fields in self._compare.values() for field, _ in leaves(fields))}
+        if seeded := names & set(_SEEDS):
+            raise UserError(f"{min(seeded)}: seeds are the study's own field, seeds")
+        for setting in self.settings:
+            seen: dict[str, str] = {}
+            for variant in self.variants:
+                digest = self.training(variant, setting, self.seeds[0]).digest
+                if digest in seen:
+                    raise UserError(f"compare: {seen[digest]} and {variant} train the same")
+                seen[digest] = variant
+
+    @property
+    def varies_the_loss(self) -> bool:
+        """Whether the trained loss differs between trainings."""
+        first = (self.training(v, s, self.seeds[0]) for v in self.variants for s in self.settings)
+        return len({training.spec.loss.model_dump_json() for training in first}) > 1
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted names and values of nested fields; an empty mapping is a value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields with their dotted names taken apart: ``{"a.b": 1}`` as ``{"a": {"b": 1}}``.
+
+    Raises:
+        UserError: One field is a value and a group at once.
+    """
+    found: dict[str, Any] = {}
+    for path, value in leaves(values):
+        *parents, leaf = path.split(".")
+        group = found
+        for parent in parents:
+            group = group.setdefault(parent, {})
+            if not isinstance(group, dict):
+                raise UserError(f"{path}: {parent} has a value already, so it can't have fields, too")
+        group[leaf] = value
+    return found
+
+
+def shown(value: Any) -> str:
+    """Return a value as titles have it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _digest(spec: Any) -> str:
+    values = spec.model_dump(mode="json", exclude=set(_UNTRAINED))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

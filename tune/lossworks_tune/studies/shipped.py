@@ -1,0 +1,50 @@
+"""The studies that come with Lossworks, by name, and the results of theirs that are kept beside them."""
+
+from pathlib import Path
+
+from lossworks.cli import require_one
+from lossworks.errors import UserError
+
+
+def folder() -> Path:
+    """Return where they lie: beside the package in a checkout, inside it where a wheel is installed."""
+    package = Path(__file__).resolve().parents[1]
+    beside = package.parent / "studies"
+    return beside if beside.is_dir() else package / "studies" / "shipped"
+
+
+def files() -> dict[str, Path]:
+    """Return the file of each by its name."""
+    return {path.stem: path for path in sorted(folder().glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """Return the file of a study by its name or path.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    known = files()
+    if not known:
+        raise UserError(f"{name}: no study comes with this installation; give a YAML file")
+    return known[require_one(name, list(known), "study")]
+
+
+def results_of(file: Path) -> Path:
+    """Return where the results of a study's file are kept; it need not exist."""
+    return file.parent / "results" / f"{file.stem}.json"
+
+
+def evidence_page() -> Path:
+    """Return the page that is made of all results.
+
+    Raises:
+        UserError: This is no checkout of the sources, which alone have it.
+    """
+    page = folder().parents[1] / "docs" / "evidence.md"
+    if not page.is_file():
+        raise UserError(f"{page}: there is no such page; results are kept in a checkout of the sources only")
+    return page
