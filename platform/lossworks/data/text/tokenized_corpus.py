@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.data.shards import BYTES_FILE, TOKENIZER_FILE, Index, TokenShardReader
+from lossworks.data.text.token_shards import BYTES_FILE, TOKENIZER_FILE, Index, TokenShardReader
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 
@@ -70,7 +70,7 @@ class TokenizedCorpus:
 
     def line_ends(self) -> np.ndarray:
         """Return which tokens hold the end of a line, bool (V,)."""
-        from lossworks.data.tokenizer import load_tokenizer
+        from lossworks.data.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.tokenizer_path)
         return np.array(["\n" in tokenizer.decode([token]) for token in range(self.vocab_size)])
