@@ -287,21 +287,23 @@ class Task(ABC):
         return ()
 
     @classmethod
-    def reopen(cls, spec: RunSpec, folder: Path) -> "tuple[Task, HeadedModel]":
-        """Return the task of an exported model, with the data of a spec, and the model.
+    def reopen(
+        cls, spec: RunSpec, folder: Path, fill: Callable[[HeadedModel], None]
+    ) -> "tuple[Task, HeadedModel]":
+        """Return the task of an exported model, with the data of a spec, and the model in eval mode.
 
         Args:
             spec: The run that the model is from, perhaps with other data.
             folder: What ``save`` wrote.
+            fill: Puts the folder's weights into a model.
 
         Raises:
             UserError: The folder or the data can't be read, or they don't fit each other.
         """
-        from lossworks.training.start import begin_from, trained_weights
-
+        del folder
         task = cls.open(spec, None)
         model = task.build_model()
-        begin_from(trained_weights(str(folder), "folder"), model)
+        fill(model)
         return task, model.eval()
 
     @abstractmethod
