@@ -318,6 +318,7 @@ class Trainer:
                 micro_batch_size=self.spec.micro_batch_size,
                 bf16=self.bf16,
                 analyses=self.analyses,
+                roles=self.roles.outputs if self.roles else None,
             )
 
     def _save(self) -> None:
