@@ -40,7 +40,7 @@ class SharedSetup:
     loss: RowLosses
 
     def batches_of(self, client: int, server_round: int) -> Iterator[Tensor]:
-        """Yield the rows of each batch that a client takes in a round, one int64 tensor a step."""
+        """Yield the rows of each batch that a client takes in a round, int64, shape (B,), one a step."""
         batches = self.batches([client], server_round, self.task.local.epochs)
         for rows, counts in zip(batches.rows, batches.counts, strict=True):
             yield rows[0, : counts[0]]

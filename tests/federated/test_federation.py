@@ -94,7 +94,7 @@ def test_too_few_replies_end_the_run_with_the_last_model_saved(tmp_path: Path) -
 def test_liars_are_refused_by_a_guard_and_outvoted_by_a_median(tmp_path: Path) -> None:
     guard = {"largest_norm": 5.0, "least_cosine": 0.0}
     split = {"kind": "iid", "clients": 10}
-    changes = {"split": split, "faults": {"lying_clients": [7]}, "rounds": 2}
+    changes = {"split": split, "faults": {"sign_flip_clients": [7]}, "rounds": 2}
     rounds = rounds_of(tiny(guard=guard, **changes), tmp_path / "guarded")
     rounds.run()
     assert rounds.strategy.received.refused == {"opposed": (7,)}

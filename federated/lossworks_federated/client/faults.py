@@ -19,7 +19,7 @@ def fault_of(faults: FaultSpec, seed: int, server_round: int, client: int) -> st
     """
     if client in faults.nan_clients:
         return "nan"
-    if client in faults.lying_clients:
+    if client in faults.sign_flip_clients:
         return "sign_flip"
     shares = [getattr(faults, kind) for kind in FAULTS]
     if not any(shares):

@@ -48,7 +48,7 @@ class CohortGrid(Grid):
 
     @property
     def run(self) -> Run:
-        """The run."""
+        """The run that ``set_run`` was given, or an empty one."""
         return self._run
 
     def create_message(

@@ -48,7 +48,7 @@ class FederationDisplay(FederationWatcher):
         self._progress.__enter__()
 
     def row(self, row: Row) -> None:
-        """Move the bar."""
+        """Show the round of a journal's row on the progress bar."""
         if self._progress is not None and row["step"] > 0:
             self._progress.update(row)
 
@@ -60,7 +60,7 @@ class FederationDisplay(FederationWatcher):
             self.say(f"clients were trained one by one: {outcome.obstacle}")
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print a sentence above the progress bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _close(self) -> None:

@@ -1,8 +1,9 @@
 """A run as a KubeRay ``RayJob``: what ``kubectl apply -f`` needs to train on Kubernetes.
 
-Everything is a pure function of its arguments; nothing here talks to a cluster. A worker is a pod of its own,
-so Ray can't pack two onto one, and the head trains nothing. Secrets are never written: pods take them from a
-Secret by its name. Ray's token authentication is on; the operator (KubeRay 1.5.1 or later) makes the token.
+Everything is a pure function of its arguments; nothing here connects to a cluster. A worker is a pod of its
+own, so Ray can't pack two onto one, and the head trains nothing. Secrets are never written: pods take them
+from a Secret by its name. Ray's token authentication is on; the operator (KubeRay 1.5.1 or later) makes the
+token.
 """
 
 import json

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lossworks.data.readers import hub_call, import_datasets
+from lossworks.data.text.readers import hub_call, import_datasets
 from lossworks.errors import UserError
 from lossworks.specs import ExamplesSpec
 

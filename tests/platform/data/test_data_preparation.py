@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lossworks.data import TokenizedCorpus, documents, load_tokenizer, prepare
-from lossworks.data import preparation as preparation_module
+from lossworks.data.text import preparation as preparation_module
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lossworks.data.shards import SHARD_FORMAT, Index, TokenShardReader, TokenShardWriter, narrowest_dtype
+from lossworks.data.text.token_shards import (
+    SHARD_FORMAT,
+    Index,
+    TokenShardReader,
+    TokenShardWriter,
+    narrowest_dtype,
+)
 from lossworks.errors import UserError
 
 

@@ -33,7 +33,7 @@ class FilteredGradients(NamedTuple):
 
 
 def exact_gradients(e: Tensor, c: Tensor, targets: Tensor) -> FilteredGradients:
-    """Return the gradients of plain torch in float64."""
+    """Return the gradients of plain torch in float64, for E (N, D), C (V, D) and targets (N,)."""
     e, c = (x.detach().double().requires_grad_() for x in (e, c))
     loss = cross_entropy(e @ c.t(), targets, reduction="sum")
     of_e, of_c = torch.autograd.grad(loss, (e, c))
@@ -43,7 +43,10 @@ def exact_gradients(e: Tensor, c: Tensor, targets: Tensor) -> FilteredGradients:
 def library_gradients(
     e: Tensor, c: Tensor, targets: Tensor, eps: float, *, repair: bool
 ) -> FilteredGradients:
-    """Return the gradients of the filter of :func:`lossworks.linear_cross_entropy`, in the inputs' dtype."""
+    """Return the gradients of the filter of :func:`lossworks.linear_cross_entropy`, in the inputs' dtype.
+
+    The shapes are those of :func:`exact_gradients`.
+    """
     e, c = (x.detach().requires_grad_() for x in (e, c))
     loss, mass = linear_cross_entropy(
         e,
@@ -62,7 +65,10 @@ def library_gradients(
 
 
 def rounded_gradients(e: Tensor, c: Tensor, targets: Tensor) -> FilteredGradients:
-    """Return what rounding alone makes of the gradients: inputs and results in bfloat16, without a filter."""
+    """Return what rounding alone makes of the gradients: inputs and results in bfloat16, without a filter.
+
+    The shapes are those of :func:`exact_gradients`.
+    """
     e, c = (x.detach().bfloat16().requires_grad_() for x in (e, c))
     loss = linear_cross_entropy(e, c, targets, reduction="sum", impl="cpu")
     of_e, of_c = torch.autograd.grad(loss, (e, c))
@@ -70,7 +76,10 @@ def rounded_gradients(e: Tensor, c: Tensor, targets: Tensor) -> FilteredGradient
 
 
 def kept_columns(e: Tensor, c: Tensor, targets: Tensor, eps: float) -> float:
-    """Return the share of columns of 256 rows with a probability of at least eps, or a target."""
+    """Return the share of columns of 256 rows with a probability of at least eps, or a target.
+
+    The shapes are those of :func:`exact_gradients`.
+    """
     shares = []
     for rows in torch.arange(len(e)).split(_COLUMN_ROWS):
         large = (e[rows] @ c.t()).softmax(1).amax(0) >= eps
@@ -131,14 +140,14 @@ class TileFiltered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, e: Tensor, c: Tensor, targets: Tensor, eps: float, repair: bool) -> Tensor:
-        """Form the gradients at once."""
+        """Return the summed loss, a scalar, and keep the gradients of E (N, D) and C (V, D)."""
         made = tile_gradients(e, c, targets, eps, repair=repair)
         ctx.save_for_backward(made.e, made.c)
         return made.loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale them."""
+        """Return the kept gradients times the upstream gradient, a scalar."""
         of_e, of_c = ctx.saved_tensors
         return upstream * of_e, upstream * of_c, None, None, None
 

@@ -57,12 +57,12 @@ class FilteringMethod(NamedTuple):
 
     @property
     def eps(self) -> float | None:
-        """The threshold."""
+        """The probability below which entries are left out; None where nothing is."""
         return None if self.exponent is None else 2.0**-self.exponent
 
     @property
     def label(self) -> str:
-        """What the tables say."""
+        """The name of the method in tables."""
         if self.exponent is None:
             return {"exact": _EXACT, "bf16": _BF16}[self.name]
         return f"{FILTERS[self.name]}, 2^-{self.exponent}"

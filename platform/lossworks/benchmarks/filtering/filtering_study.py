@@ -49,7 +49,7 @@ class State(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """The held-out loss in nats a token."""
         return float(self.exact.loss) / len(self.e)
 
 

@@ -84,7 +84,13 @@ class CrossEntropyFormula:
 
 
 def negative_log_likelihood(sums: RowSums, temperature: float | Tensor, mass: Tensor | None) -> Tensor:
-    """Return s·lse − t/τ without cancellation where the logits have a large common offset."""
+    """Return s·lse − t/τ, shape (N,), without cancellation where the logits have a large common offset.
+
+    Args:
+        sums: Of the rows.
+        temperature: τ, one number or shape (N,).
+        mass: s, shape (N,), or None for 1.
+    """
     maximum, log_total = sums.shifted()
     scaled = sums.target / temperature
     if mass is None:
@@ -95,7 +101,7 @@ def negative_log_likelihood(sums: RowSums, temperature: float | Tensor, mass: Te
 def negative_log_likelihood_with_gradient(
     sums: RowSums, temperature: float | Tensor, mass: Tensor | None
 ) -> Tensor:
-    """Return the same number with the gradient of s·lse − t/τ, in which m is no variable of its own."""
+    """Return the same numbers (N,) with the gradient of s·lse − t/τ, in which m is no variable of its own."""
     plain = sums.logsumexp if mass is None else mass * sums.logsumexp
     plain = plain - sums.target / temperature
     return plain + (negative_log_likelihood(sums, temperature, mass) - plain).detach()

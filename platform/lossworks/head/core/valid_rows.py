@@ -112,7 +112,7 @@ class ValidRows:
 
 
 def check_range(targets: Tensor, *, classes: int, ignore_index: int) -> None:
-    """Refuse targets out of range.
+    """Refuse targets, int64 of any shape, that are out of range.
 
     On a GPU this waits for the device, as finding the rows that count does anyway.
 

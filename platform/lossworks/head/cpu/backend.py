@@ -56,7 +56,7 @@ class Pass:
     accumulate: str = "fp32"
 
     def plan(self, logits: Logits, *, keep: bool, filtered: bool) -> TileSizes:
-        """Choose the tiles."""
+        """Choose the tiles of a pass over logits."""
         classes = self.plan_classes or logits.classes
         size = logits.wide.itemsize
         return choose_tile_sizes(len(logits), classes, size, self.share, keep=keep, filtered=filtered)
@@ -173,7 +173,10 @@ def one_after_the_other(
     wanted: Wanted,
     combine: Combine,
 ) -> Result:
-    """Return losses and gradients from any implementation's two functions, the logits being made twice."""
+    """Return losses and gradients from any implementation's two functions, the logits being made twice.
+
+    The shapes are those of :class:`Problem`, :class:`RowSums` and :class:`Gradients`.
+    """
     sums = combine(row_sums(problem, how))
     losses, coefficients = rule(sums, slice(0, len(problem.e)))
     if not any(wanted):
@@ -251,7 +254,7 @@ def teacher_gradients(
     dtype: torch.dtype,
     share: float,
 ) -> Gradients:
-    """Return the gradients for ∂L/∂z_ik = coefficient_i·q_ik of the student."""
+    """Return the gradients for ∂L/∂z_ik = coefficient_i·q_ik of the student; both tensors are (N,)."""
     student, theirs = Logits(problem, dtype), Logits(teacher, teacher.e.dtype)
     how = Pass(dtype, share=share)
     plan = how.plan(student, keep=False, filtered=False)

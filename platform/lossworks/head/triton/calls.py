@@ -24,7 +24,7 @@ class KernelCall(NamedTuple):
     arguments: dict[str, Any]
 
     def __call__(self) -> None:
-        """Launch the kernel."""
+        """Launch the kernel on the device of its arguments."""
         with torch.cuda.device_of(self.arguments["head"].e):
             self.kernel[(self.programs,)](**self.arguments)
 
@@ -67,7 +67,7 @@ def slab_call(
     first: int,
     tile: Tile,
 ) -> KernelCall:
-    """Return the call that fills ``slab`` with ∂L/∂z of the classes from ``first`` on."""
+    """Return the call that fills ``slab`` (N, B) with ∂L/∂z of the classes from ``first`` on."""
     rows, width = slab.shape
     arguments = {
         "head": _head(problem),
@@ -94,7 +94,10 @@ def fused_call(
     eps: float,
     tile: Tile,
 ) -> KernelCall:
-    """Return the call that adds the gradients to ``sums`` and what it drops to ``masses``."""
+    """Return the call that adds the gradients to ``sums`` and what it drops to ``masses``, (N,) and (V,).
+
+    ``order`` has the order in which classes are walked, shape (V,), or is None.
+    """
     rows, classes = len(problem.e), len(problem.c)
     arguments = {
         "head": _head(problem),
@@ -115,7 +118,7 @@ def fused_call(
 
 
 def parts_of(coefficients: Coefficients, logsumexp: Tensor, expected: Tensor | None) -> kernels.Parts:
-    """Return coefficients and row sums as kernels see them."""
+    """Return coefficients and row sums, all of shape (N,), as kernels see them."""
     return kernels.Parts(
         logsumexp=_vector(logsumexp),
         mean=_vector(expected),
@@ -129,7 +132,7 @@ def parts_of(coefficients: Coefficients, logsumexp: Tensor, expected: Tensor | N
 
 
 def target_of(tensor: Tensor) -> CompileTarget:
-    """Return the family of the tensor's device.
+    """Return the family of the device of a tensor, whatever its shape.
 
     Raises:
         UserError: No table fits the device.

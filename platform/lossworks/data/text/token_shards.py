@@ -74,7 +74,7 @@ class Index(BaseModel):
         return index
 
     def write(self, folder: Path) -> None:
-        """Write ``index.json``."""
+        """Write the index into a folder, as ``index.json``."""
         write_synced(folder / INDEX_FILE, (self.model_dump_json(indent=2) + "\n").encode())
 
     @property
@@ -161,7 +161,7 @@ class TokenShardReader:
         self._maps: dict[int, np.ndarray] = {}
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return a copy of tokens ``start`` to ``start + count - 1``, (count,) uint16 or uint32.
+        """Return a copy of tokens ``start`` to ``start + count - 1``, shape (count,), uint16 or uint32.
 
         Raises:
             IndexError: Some of them lie outside the corpus.

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lossworks.data.corpus import documents, fingerprint, utf8_size
-from lossworks.data.readers import Piece
-from lossworks.data.shards import (
+from lossworks.data.text.corpus import documents, fingerprint, utf8_size
+from lossworks.data.text.readers import Piece
+from lossworks.data.text.token_shards import (
     BYTES_FILE,
     SHARD_FORMAT,
     TOKENIZER_FILE,
@@ -22,8 +22,8 @@ from lossworks.data.shards import (
     narrowest_dtype,
     write_synced,
 )
-from lossworks.data.tokenized import TokenizedCorpus
-from lossworks.data.tokenizer import (
+from lossworks.data.text.tokenized_corpus import TokenizedCorpus
+from lossworks.data.text.tokenizer import (
     encode_texts,
     end_of_text_id,
     load_tokenizer,
