@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import settings
 
+from lossworks.home import QUIET_ENVIRONMENT, prepare_process
+
 # The same examples at every run; `--hypothesis-profile=default` looks further.
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -38,10 +40,21 @@ def no_proxy():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_usage_reports():
+    """No report home from the libraries that tests call and start themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUIET_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """A Ray instance of four logical CPUs; yields its address."""
     import ray
+
+    prepare_process()  # or anybody on this machine could use it
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,94 @@ def test_mlflow_is_known_to_tracking_only():
     assert files == []
 
 
+def modules() -> dict[str, Path]:
+    """Return the files of all packages by the names that they are imported by."""
+    return {
+        ".".join(file.relative_to(ROOT / root).with_suffix("").parts).removesuffix(".__init__"): file
+        for root, package in PACKAGES.items()
+        for file in (ROOT / root / package).rglob("*.py")
+    }
+
+
+def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield the import statements at any depth, but those for the type checker alone."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(node, ast.If) and child in node.body and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield from statements(child)
+
+
+def imports_within(code: str, known: Container[str]) -> set[str]:
+    """Return which of the known modules a module imports; ``from package import module`` is the module."""
+    found: set[str] = set()
+    for statement in statements(ast.parse(code)):
+        if isinstance(statement, ast.Import):
+            found |= {alias.name for alias in statement.names}
+            continue
+        whole = {f"{statement.module}.{alias.name}" for alias in statement.names}
+        found |= {name if name in known else str(statement.module) for name in whole}
+    return {name for name in found if name in known}
+
+
+def circles(graph: Mapping[str, set[str]]) -> set[frozenset[str]]:
+    """Return the sets of modules that can reach one another by imports."""
+    reach = {name: set(targets) for name, targets in graph.items()}
+    for middle in graph:  # Warshall's closure
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    rings = {frozenset({a, *(b for b in reach[a] if a in reach.get(b, ()))}) for a in graph}
+    return {ring for ring in rings if len(ring) > 1}
+
+
+def test_circles_are_recognised():
+    """Otherwise the test below could not fail: lazy imports count, those for types don't."""
+    lazy = "def f():\n    from house import b"
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import house.a"
+    known = {"house", "house.a", "house.b", "house.c"}
+    graph = {"house.a": imports_within(lazy, known), "house.c": imports_within("import house.b", known)}
+
+    assert circles({**graph, "house.b": imports_within("from house.c import x", known)}) == {
+        frozenset({"house.b", "house.c"})
+    }
+    assert circles({**graph, "house.b": imports_within("import house.a", known)}) == {
+        frozenset({"house.a", "house.b"})
+    }
+    assert circles({**graph, "house.b": imports_within(typed, known)}) == set()
+
+
+def test_no_imports_go_in_circles():
+    """Lazy ones included: a circle says that two modules are one, or that a third is missing."""
+    files = modules()
+    found = circles({name: imports_within(file.read_text(), files) - {name} for name, file in files.items()})
+
+    assert len(files) > 200
+    assert found == set()
+
+
+# Folders that still hold more than a dozen modules, and how many. It may only shrink.
+LARGE = {
+    "federated/lossworks_federated/strategies": 13,
+    "tune/lossworks_tune/studies": 14,
+}
+
+
+def test_a_folder_holds_at_most_a_dozen_modules():
+    """So that its listing is its table of contents."""
+    folders = Counter(
+        file.parent.relative_to(ROOT).as_posix()
+        for root, package in PACKAGES.items()
+        for file in (ROOT / root / package).rglob("*.py")
+        if file.name != "__init__.py"
+    )
+    large = {folder: count for folder, count in folders.items() if count > 12}
+
+    assert {folder: count for folder, count in large.items() if count > LARGE.get(folder, 12)} == {}
+    assert {folder for folder in LARGE if folder not in large} == set(), "take these out of LARGE"
+
+
 @pytest.mark.parametrize(("folder", "endings"), [("specs", {".yaml"}), ("studies", {".yaml", ".json"})])
 def test_specs_and_studies_beside_a_package_are_data(folder, endings):
     """They hold YAML, studies their results, too, and nothing that runs."""
@@ -100,3 +190,30 @@ def test_help_imports_nothing_heavy(arguments):
 
     assert output.splitlines()[-1] == "heavy: []"
     assert "usage: lossworks" in output
+
+
+def test_importing_changes_nothing_in_the_process():
+    """A program that uses the library keeps its environment; what starts other libraries settles theirs."""
+    names = [
+        name
+        for name, file in sorted(modules().items())
+        if not file.name.startswith(("served_", "pfl_"))  # MLflow runs these; pfl need not be installed
+    ]
+    # Other libraries may do what they like, and are here before.
+    code = (
+        "import importlib, os, signal, sys\n"
+        "import flwr.simulation, matplotlib, mlflow, ray.train.torch, ray.tune, sklearn.datasets\n"
+        "import transformers\n"
+        "def state():\n"
+        "    handlers = {str(one): signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}\n"
+        "    return {**os.environ, **handlers, 'the working directory': os.getcwd()}\n"
+        "before = state()\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    changed = [key for key, _ in set(state().items()) ^ set(before.items())]\n"
+        "    assert not changed, f'{name} changes {changed}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
+
+    assert len(names) > 200
+    assert done.returncode == 0, done.stderr[-2000:]

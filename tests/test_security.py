@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from lossworks.cli import main
 from lossworks.errors import RunError, UserError
 from lossworks.home import QUIET_ENVIRONMENT
-from lossworks.training.checkpoint import load_shards
+from lossworks.training.checkpoints.checkpoint import load_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("platform", "jobs", "tune", "federated")
@@ -252,13 +252,17 @@ def test_code_in_an_array_file_does_not_run(tmp_path, marker):
 
 
 def test_usage_reports_are_off():
-    """Importing the library switches them off before the others can be imported; a user's word stays."""
-    code = "import json, os, lossworks; print(json.dumps(dict(os.environ)))"
+    """The command line switches them off before the others can be imported; a user's word stays."""
+    code = (
+        "import json, os, sys; from lossworks.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    print()\nprint(json.dumps(dict(os.environ)))"
+    )
     clean = {name: value for name, value in os.environ.items() if name not in QUIET_ENVIRONMENT}
 
     def imported(**environment):
         command, everything = [sys.executable, "-c", code], {**clean, **environment}
-        found = json.loads(subprocess.run(command, env=everything, capture_output=True, check=True).stdout)
+        printed = subprocess.run(command, env=everything, capture_output=True, check=True).stdout
+        found = json.loads(printed.splitlines()[-1])
         return {name: found[name] for name in QUIET_ENVIRONMENT}
 
     assert imported() == QUIET_ENVIRONMENT

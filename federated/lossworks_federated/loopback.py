@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Self
 
 from lossworks.errors import LossworksError, RunError, UserError
-from lossworks.home import switch_off_usage_reports
-from lossworks.ports import require_free, silence
-from lossworks_federated.credentials import make_certificates, make_node_key
+from lossworks.home import QUIET_ENVIRONMENT, prepare_process
+from lossworks.ports import require_free_port, silence
+from lossworks_federated.engines.credentials import make_certificates, make_node_key
 from lossworks_federated.specs import FederationSpec
 
 _MOST = 10
@@ -51,13 +51,13 @@ clientapp = "deployed.client:app"
 spec = {spec}
 result = {result}
 """
-_SERVER = 'from lossworks_federated.server_app import app\n\n__all__ = ["app"]\n'
-_CLIENT = "from lossworks_federated.client_app import client_app\n\napp = client_app()\n"
+_SERVER = 'from lossworks_federated.server.server_app import app\n\n__all__ = ["app"]\n'
+_CLIENT = "from lossworks_federated.client.client_app import client_app\n\napp = client_app()\n"
 
 
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on."""
-    return require_free("127.0.0.1", 0, named="127.0.0.1")
+    return require_free_port("127.0.0.1", 0, named="127.0.0.1")
 
 
 @dataclass
@@ -187,7 +187,7 @@ class Deployment:
 
     def _environment(self, name: str) -> dict[str, str]:
         quiet = {
-            "FLWR_TELEMETRY_ENABLED": "0",
+            **QUIET_ENVIRONMENT,
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         }
@@ -241,7 +241,7 @@ def _folder(named: str | None) -> Iterator[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script and return its exit status."""
-    switch_off_usage_reports()
+    prepare_process()
     parser = argparse.ArgumentParser(prog="python -m lossworks_federated.loopback", description=__doc__)
     parser.add_argument("spec", help="YAML file such as federated/specs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(spec: FederationSpec, folder: Path) -> None:
     from lossworks.runs import RunFolder
     from lossworks_federated.federate import result_of
-    from lossworks_federated.summary import show
+    from lossworks_federated.reporting.federation_summary import print_federation
 
     with Deployment(folder) as deployment:
         print(f"SuperLink on 127.0.0.1:{deployment.port}, TLS, registered nodes only", flush=True)
@@ -272,7 +272,7 @@ def _run(spec: FederationSpec, folder: Path) -> None:
             deployment.add_node(partition, spec.split.clients)
         print(f"{spec.split.clients} SuperNodes started; flwr run", flush=True)
         found = result_of(RunFolder(deployment.run(spec)))
-    show(spec, found, where="SuperLink and SuperNodes")
+    print_federation(spec, found, where="SuperLink and SuperNodes")
     if found.failed:
         title, reason = found.failed[0]
         raise RunError(f"{title}: {reason}")

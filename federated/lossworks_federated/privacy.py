@@ -4,10 +4,12 @@ The noise comes from numpy's global stream, unseeded, as it must be where it pro
 privacy don't repeat.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import UserError
-from lossworks_federated.specs import PrivacySpec, StrategySpec
+from lossworks_federated.spec_parts import PrivacySpec
+from lossworks_federated.strategies.catalogue import strategies
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -44,8 +46,13 @@ def with_privacy(strategy: "Strategy", privacy: PrivacySpec, clients: int) -> "S
     )
 
 
-def require_compatible(strategy: StrategySpec, privacy: PrivacySpec) -> None:
+def require_compatible(strategy: str, others: Sequence[str], privacy: PrivacySpec) -> None:
     """Refuse what the maths or Flower's mods don't allow.
+
+    Args:
+        strategy: Slug of the strategy.
+        others: Slugs of the methods whose client part is added to it.
+        privacy: What is asked for.
 
     Raises:
         UserError: With the reason.
@@ -58,19 +65,17 @@ def require_compatible(strategy: StrategySpec, privacy: PrivacySpec) -> None:
             "strategies; and a server that sees only sums can't check replies, nor aggregate as fedld, "
             "fedmedian, fedtrimmedavg and krum do, which need individual updates"
         )
-    from lossworks_federated.strategies.catalogue import strategies
+    from lossworks_federated.strategies.catalogue import AVERAGES, EXCHANGES, declaration
 
-    kind = strategies()[strategy.name]
-    for name in (strategy.name, *(entry["name"] for entry in strategy.also)):
-        part = strategies()[name].part
-        if part is not None and part.exchanges:
+    for name in (strategy, *others):
+        if EXCHANGES in declaration(name).flags:
             raise UserError(
                 f"privacy.kind={privacy.kind} with {name}: its further arrays would leave clients unclipped "
                 "and without noise, and Flower's mods refuse them"
             )
-    if privacy.kind == "central" and not kind.averages:
-        able = ", ".join(slug for slug, one in strategies().items() if one.averages)
+    if privacy.kind == "central" and AVERAGES not in declaration(strategy).flags:
+        able = ", ".join(slug for slug, one in strategies().items() if AVERAGES in one.flags)
         raise UserError(
-            f"privacy.kind=central with {strategy.name}: the server's noise is for a mean of clipped "
-            f"updates, and {strategy.name} aggregates otherwise; averaging ones: {able}"
+            f"privacy.kind=central with {strategy}: the server's noise is for a mean of clipped "
+            f"updates, and {strategy} aggregates otherwise; averaging ones: {able}"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks_federated.specs import SplitSpec
+from lossworks_federated.spec_parts import SplitSpec
 
 _ORDER, _SIZES, _TESTS, _FEATURES = range(4)  # what a random stream is for
 

@@ -1,11 +1,11 @@
 """Lossworks: the loss as a first-class part of machine learning.
 
-``import lossworks`` is light; torch is imported when a function that needs it is first used.
+``import lossworks`` is light: torch is imported when a function that needs it is first used. It changes
+nothing in the process; what other libraries read from the environment is settled by the command line, and
+where they are started.
 """
 
 from typing import TYPE_CHECKING, Any
-
-from lossworks.home import settle_ray_token, switch_off_usage_reports
 
 if TYPE_CHECKING:
     from lossworks.head import (
@@ -27,9 +27,6 @@ __all__ = [
     "linear_row_statistics",
     "linear_top_k",
 ]
-
-switch_off_usage_reports()
-settle_ray_token()
 
 
 def __getattr__(name: str) -> Any:

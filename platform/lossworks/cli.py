@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from lossworks import __version__
 from lossworks.errors import LossworksError, UserError, nearest
+from lossworks.home import prepare_process
 
 _GROUP = "lossworks.commands"
 
@@ -38,6 +39,7 @@ class Command:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a run that failed, 2 for bad input."""
     debug = bool(os.environ.get("LOSSWORKS_DEBUG"))
+    prepare_process()
     try:
         parsed = _parser().parse_args(arguments)
         return parsed.run(parsed)

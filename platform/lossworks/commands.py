@@ -30,26 +30,23 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _configure_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder that `lossworks export` made")
-    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="evaluate on other text")
-    parser.add_argument("--sequences", type=int, metavar="N", help="held-out sequences; default all")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="evaluate on other data")
+    parser.add_argument("--sequences", type=int, metavar="N", help="held-out rows to read; default all")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from lossworks.reporting import print_summary
-    from lossworks.training.export import evaluate_folder
+    from lossworks.tasks.registry import task_of
+    from lossworks.training.export import evaluate_folder, exported_spec
 
     if arguments.sequences is not None and arguments.sequences < 1:
         raise UserError(f"--sequences {arguments.sequences}: must be at least 1")
     result = evaluate_folder(Path(arguments.folder), overrides=arguments.overrides, limit=arguments.sequences)
-    print_summary(
-        f"{arguments.folder} on held-out text",
-        [
-            ("loss", f"{result.loss:.4f} nats a token"),
-            ("perplexity", f"{result.yardsticks['eval/perplexity']:.2f}"),
-            ("bits per byte", f"{result.yardsticks['eval/bits_per_byte']:.4f}"),
-        ],
-    )
+    shown = task_of(exported_spec(Path(arguments.folder))).shown
+    metrics = result.metrics()
+    figures = [(label, text.format(metrics[name])) for label, name, text in shown if name in metrics]
+    print_summary(f"{arguments.folder} on held-out data", [("loss", f"{result.loss:.4f}"), *figures])
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result.metrics(), indent=1))
     return 0
@@ -93,7 +90,7 @@ def _configure_ui(parser: argparse.ArgumentParser) -> None:
 
 def _ui(arguments: argparse.Namespace) -> int:
     from lossworks.tracking import check_tracking, tracking_uri
-    from lossworks.tracking.serving import backend_environment, serve
+    from lossworks.tracking.server.process import backend_environment, serve
 
     spec = TrackingSpec.parse({"uri": arguments.uri})
     check_tracking(spec)
@@ -105,7 +102,7 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 
 EXPORT = Command("write a run's model as safetensors, config and tokenizer", _configure_export, _export)
-EVALUATE = Command("measure an exported model on held-out text", _configure_evaluate, _evaluate)
+EVALUATE = Command("measure an exported model on held-out data", _configure_evaluate, _evaluate)
 REPORT = Command("draw a run's report.png again", _configure_run, _report)
 SYNC = Command("deliver what a tracking server missed while it was away", _configure_run, _sync)
 UI = Command("open MLflow's pages on the embedded store", _configure_ui, _ui)

@@ -1,11 +1,12 @@
-"""Where Lossworks keeps its files, and the usage reports it switches off."""
+"""Where Lossworks keeps its files, and what it settles in the environment for libraries that it starts."""
 
 import json
 import os
 import secrets
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from lossworks.adapters.ray_private import connected, read_mode_again, read_token_again
 
 # Libraries read these once, when they are imported; a value the user set himself stays.
 QUIET_ENVIRONMENT = {
@@ -21,8 +22,18 @@ QUIET_ENVIRONMENT = {
 _OWN_TOKEN = secrets.token_hex(32)
 
 
+def prepare_process() -> None:
+    """Settle what other libraries read from this process's environment, for all that is started from here.
+
+    The command line calls it first of all, and functions that start Ray, Flower or MLflow call what they need
+    of it. Importing Lossworks does not: a program that uses the library keeps its environment.
+    """
+    switch_off_usage_reports()
+    settle_ray_token()
+
+
 def switch_off_usage_reports() -> None:
-    """Turn off the telemetry of Ray, MLflow, Flower and Hugging Face before they are imported."""
+    """Turn off the telemetry of Ray, MLflow, Flower and Hugging Face; call it before they are imported."""
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -31,14 +42,16 @@ def settle_ray_token() -> None:
     """Let nobody else into a Ray instance that this process starts.
 
     Ray listens on all interfaces and runs whatever it is sent, so what is started here asks for a token that
-    only this process and its children know, unless the user has settled it. It must be so before Ray is
-    imported, which reads the mode once; a cluster that is joined and asks for none ignores the token.
+    only this process and its children know, unless the user has settled it. A cluster that is joined and asks
+    for none ignores the token; one that this process is connected to already is left alone.
     """
-    if "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
+    if "RAY_AUTH_MODE" in os.environ or connected():
         return
     os.environ["RAY_AUTH_MODE"] = "token"
     if not ray_token_given():
         os.environ["RAY_AUTH_TOKEN"] = _OWN_TOKEN
+    read_mode_again()
+    read_token_again()
 
 
 def ray_token_given() -> bool:
@@ -50,10 +63,12 @@ def ray_token_given() -> bool:
 
 
 def ray_variables(further: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the variables that Ray's workers get from a driver, less those that its job has settled.
+    """Prepare this process to start or join Ray; return the variables that its workers get from it.
 
-    Ray refuses a driver that names a variable which the job that it runs in was submitted with.
+    Those that its job has settled are left out: Ray refuses a driver that names a variable which the job that
+    it runs in was submitted with.
     """
+    prepare_process()
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     settled = (job.get("runtime_env") or {}).get("env_vars") or {}
     return {

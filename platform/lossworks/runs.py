@@ -12,7 +12,8 @@ from typing import Protocol
 
 from lossworks.errors import UserError, nearest
 from lossworks.home import runs_folder
-from lossworks.specs import AnyTrainSpec, read_train_spec, read_yaml
+from lossworks.specs import RunSpec, read_yaml
+from lossworks.tasks import read_train_spec
 
 JOB_VARIABLE = "LOSSWORKS_JOB"
 """Names the folder of the submitted job that this process runs; the run that it begins is noted there."""
@@ -74,10 +75,14 @@ class RunFolder:
         """Return the picture of what the loss looked like within, of runs with telemetry."""
         return self.path / "telemetry.png"
 
+    def picture(self, analysis: str) -> Path:
+        """Return the picture of an analysis that was measured with each evaluation."""
+        return self.path / f"{analysis}.png"
+
     @property
-    def collapse(self) -> Path:
-        """Return the picture of neural collapse, of classifiers that measure it."""
-        return self.path / "collapse.png"
+    def results(self) -> Path:
+        """Return the folder of what methods made for use after training."""
+        return self.path / "methods"
 
     @property
     def logs(self) -> Path:
@@ -104,7 +109,7 @@ class RunFolder:
         with contextlib.suppress(OSError), self.notices.open("a", encoding="utf-8") as file:
             file.write(f"{' '.join(text.split())}\n")
 
-    def spec(self) -> AnyTrainSpec:
+    def spec(self) -> RunSpec:
         """Return the spec the run was last started with."""
         return read_train_spec(self.spec_file)
 

@@ -1,7 +1,7 @@
 """What a sweep can train, found through entry points, since rooms don't import each other.
 
 A room offers what it trains as an entry point of the group ``lossworks.trainables`` that names a
-:class:`Trainable`; the entry point's name is the task.
+:class:`Trainable`: ``training``, which trains every task of ``lossworks.tasks``, or another kind of spec.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +15,7 @@ from lossworks.specs import Spec
 from lossworks.specs.base import kind_of
 
 _GROUP = "lossworks.trainables"
+_TRAINING = "training"
 
 Direction = Literal["min", "max"]
 """Whether the smaller or the larger value of a metric is the better one."""
@@ -63,7 +64,8 @@ def trainable(task: str) -> Trainable:
         UserError: No installed room does.
     """
     points = {point.name: point for point in entry_points(group=_GROUP)}
-    if task not in points:
-        raise UserError(f"task={task}: nothing here trains it; known: {', '.join(sorted(points))}")
-    found: Trainable = points[task].load()
+    point = points.get(task) or points.get(_TRAINING)
+    if point is None:
+        raise UserError(f"task={task}: nothing here trains it; install lossworks[jobs]")
+    found: Trainable = point.load()
     return found

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lossworks_federated.guidance import guidance_matrix
+from lossworks_federated.server.guidance import guidance_matrix
 
 
 def moved(m=4, shape=(3, 5), seed=0):

@@ -8,7 +8,7 @@ import pytest
 from cryptography import x509
 
 from lossworks.tensors import load_tensors
-from lossworks_federated.credentials import make_certificates, make_node_key
+from lossworks_federated.engines.credentials import make_certificates, make_node_key
 from lossworks_federated.federate import federate
 from lossworks_federated.loopback import Deployment, main
 from lossworks_testing.federation import difference, tiny

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lossworks_federated.principal import principal_update
+from lossworks_federated.server.principal_directions import principal_update
 
 
 def step_by_step(g, rho, flip=False):

@@ -9,7 +9,7 @@ from lossworks.cohort import LocalRule, Sgd, StackedModel, plan_batches, repeat,
 from lossworks.losses import create
 from lossworks.models import build_classifier
 from lossworks.specs import ClassifierModelSpec
-from lossworks_federated.rules import (
+from lossworks_federated.client.local_rules import (
     Contrast,
     ControlVariates,
     Dynamic,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossworks.errors import UserError
-from lossworks_federated.specs import SplitSpec
-from lossworks_federated.split_picture import draw_split
+from lossworks_federated.reporting.split_picture import draw_split
+from lossworks_federated.spec_parts import SplitSpec
 from lossworks_federated.splits import split_examples, with_feature_noise
 
 KINDS = ("iid", "dirichlet", "shards", "quantity")

@@ -24,7 +24,7 @@ def refused(arguments, capsys, monkeypatch):
     def started(*_):
         raise AssertionError("a cluster was started")
 
-    monkeypatch.setattr("lossworks_jobs.cluster._start", started)
+    monkeypatch.setattr("lossworks_jobs.clusters.ray_cluster._start", started)
     status = main(arguments)
     error = capsys.readouterr().err
 

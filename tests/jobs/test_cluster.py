@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from lossworks.runs import run_of
-from lossworks_jobs.nodes import start_nodes
+from lossworks_jobs.clusters.local_nodes import start_nodes
 from lossworks_testing.clusters import (
     blind_node,
     cli,
@@ -135,7 +135,7 @@ def test_a_killed_driver_is_resubmitted_and_changes_nothing(submitted, nodes, he
     """kill -9 of the job's process: the client sees it fail, and --resume ends with the very same curve."""
     process, job = start(file, nodes, here, tmp_path / "log")
     folder = run_at(here, job, 30)
-    for driver in processes_of(nodes, "lossworks_jobs.entry"):
+    for driver in processes_of(nodes, "lossworks_jobs.submission.job_entry"):
         driver.kill()
 
     assert process.wait(60) == 137

@@ -13,9 +13,9 @@ import yaml
 from lossworks.cli import main
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
-from lossworks.training.phases import PHASES
-from lossworks_jobs.prometheus import EXPORTED, MEMORY
-from lossworks_jobs.train import train
+from lossworks.training.measure.phases import PHASES
+from lossworks_jobs.training.prometheus import EXPORTED, MEMORY
+from lossworks_jobs.training.train import train
 
 pytestmark = pytest.mark.timeout(240)
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "grafana-lossworks.json"

@@ -11,16 +11,16 @@ import yaml
 
 from lossworks.cli import main
 from lossworks.errors import UserError
-from lossworks.training.world import World
-from lossworks_jobs import lock
-from lossworks_jobs.bundle import FILES, SPEC_FILE, make_bundle
-from lossworks_jobs.cluster import require_room
-from lossworks_jobs.entry import main as entry
-from lossworks_jobs.fitting import last_line
-from lossworks_jobs.nodes import LOOPBACK, require_token, use_token
-from lossworks_jobs.package import write_package
-from lossworks_jobs.submission import Options, runtime_environment, start_script
-from lossworks_jobs.worker import unshared
+from lossworks.training.distributed.world import World
+from lossworks_jobs.clusters.local_nodes import LOOPBACK, require_token, use_token
+from lossworks_jobs.clusters.ray_cluster import require_room
+from lossworks_jobs.submission import lock
+from lossworks_jobs.submission.bundle import FILES, SPEC_FILE, make_bundle
+from lossworks_jobs.submission.job_entry import main as entry
+from lossworks_jobs.submission.package import write_package
+from lossworks_jobs.submission.submit import SubmitOptions, runtime_environment, start_script
+from lossworks_jobs.training.fitting import last_line
+from lossworks_jobs.training.worker import unshared
 from lossworks_testing.training import tiny_spec, write_text
 
 MIB = 2**20
@@ -80,7 +80,9 @@ def test_the_entry_brings_files_to_shared_storage_and_runs_the_command(text, tmp
     content.mkdir()
     bundle.write(content)
     called = []
-    monkeypatch.setattr("lossworks_jobs.entry.run_command", lambda command: called.append(command) or 7)
+    monkeypatch.setattr(
+        "lossworks_jobs.submission.job_entry.run_command", lambda command: called.append(command) or 7
+    )
 
     for key in ("first", "second"):
         assert entry(["--spec", str(content / SPEC_FILE), "--key", key]) == 7
@@ -133,7 +135,7 @@ def test_the_package_is_this_code_and_named_after_it(tmp_path):
     assert {
         "lossworks/requirements.lock",
         "lossworks_tune/sweeps/run.py",
-        "lossworks_federated/rounds.py",
+        "lossworks_federated/server/rounds.py",
     } <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
 
@@ -153,18 +155,18 @@ def test_other_packages_than_the_locks_are_refused(monkeypatch, capsys, home):
 
 def test_a_job_is_started_by_an_interpreter_that_has_ray(tmp_path):
     """The script tries interpreters, becomes the one that fits, and says so when none does."""
-    missing = start_script("k", None, Options(python="/nowhere/python"))
+    missing = start_script("k", None, SubmitOptions(python="/nowhere/python"))
     ended = subprocess.run(["sh", "-c", missing], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "name one with --python" in ended.stderr
 
-    script = start_script("a key", "a run", Options())
+    script = start_script("a key", "a run", SubmitOptions())
     assert "--key 'a key' --resume 'a run' --check-lock" in script
-    assert runtime_environment(Options(graceful_s=9))["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "9"
-    installing = runtime_environment(Options(install=True))
+    assert runtime_environment(SubmitOptions(graceful_s=9))["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "9"
+    installing = runtime_environment(SubmitOptions(install=True))
     assert any(line.startswith("ray") for line in installing["pip"]["packages"])
     assert installing["config"]["setup_timeout_seconds"] >= 1800
-    assert "config" not in runtime_environment(Options())
+    assert "config" not in runtime_environment(SubmitOptions())
 
 
 @pytest.mark.parametrize(
@@ -243,8 +245,9 @@ def test_a_token_made_here_is_shown_to_this_machine_only(home, monkeypatch):
 
 
 def test_whatever_is_started_here_asks_for_a_token(tmp_path):
-    """Importing Lossworks settles it before Ray is imported; a token or mode that is set stays."""
-    code = "import os, lossworks; print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
+    """The command line settles it, and so does the start of Ray from Python; what is set stays."""
+    shown = "print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
+    code = f"import os; from lossworks.home import ray_variables; ray_variables(); {shown}"
     clean = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def settled(**environment):

@@ -19,10 +19,10 @@ from lossworks.models import load_classifier
 from lossworks.runs import RunFolder
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
-from lossworks.training.checkpoint import find_damage
+from lossworks.training.checkpoints.checkpoint import find_damage
 from lossworks.training.outcome import Outcome
-from lossworks_jobs.train import train
-from lossworks_testing.clusters import until
+from lossworks_jobs.training.train import train
+from lossworks_testing.clusters import descendants_of, until
 from lossworks_testing.terminal import Terminal
 
 pytestmark = pytest.mark.timeout(240)
@@ -76,12 +76,8 @@ def when_step(home, step, action, seen=frozenset()):
 
 
 def kill_a_worker(_folder=None):
-    workers = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if (process.info["cmdline"] or [""])[0].startswith("ray::RayTrainWorker")
-    ]
-    workers[-1].send_signal(signal.SIGKILL)
+    """Kill a worker of the Ray instance that this process started; other runs have their own."""
+    descendants_of(os.getpid(), "ray::RayTrainWorker")[-1].kill()
 
 
 def test_a_run_ends_in_mlflow_with_all_it_should_have(finished, home, spec):
@@ -362,7 +358,7 @@ def test_a_classifier_trains_through_the_same_command(cluster, home, tmp_path, c
     assert run.data.params["loss.tau"] == "1.5"
     assert run.data.metrics["eval/accuracy"] > 0.6
     assert run.data.metrics["eval/cross_entropy"] > 0
-    assert sum(Outcome.read(folder.outcome_file).reliability["examples"]) == 450
+    assert sum(Outcome.read(folder.outcome_file).pictured["reliability"]["examples"]) == 450
     assert folder.report.is_file()
     assert main(["export", folder.run_id, "--to", str(tmp_path / "model")]) == 0
     assert len(load_classifier(tmp_path / "model").names) == 10

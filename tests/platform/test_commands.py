@@ -16,7 +16,7 @@ from lossworks.runs import RunFolder
 from lossworks.specs import DataSpec
 from lossworks.tracking import Journal, create_run
 from lossworks.tracking.client import connect
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 from lossworks_testing.training import prepared, tiny_spec, write_text
 

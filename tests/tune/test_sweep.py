@@ -13,7 +13,7 @@ import pytest
 
 from lossworks.cli import main
 from lossworks.errors import UserError
-from lossworks.specs import read_train_spec
+from lossworks.tasks import read_train_spec
 from lossworks.tracking import read_all
 from lossworks_testing.sweeps import packed, results, seen, tiny_sweep
 from lossworks_tune.sweeps.results import Results

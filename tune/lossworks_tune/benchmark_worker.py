@@ -14,7 +14,7 @@ from lossworks.data import BagOrder, load_examples
 from lossworks.losses import create
 from lossworks.metrics import class_sums
 from lossworks.models import build_classifier
-from lossworks.specs import ClassifierSpec
+from lossworks.tasks.classification import ClassifierSpec
 from lossworks_tune.sweeps.engines.packed import PackedSweep
 from lossworks_tune.sweeps.proposals import Proposals
 from lossworks_tune.sweeps.spec import SweepSpec
@@ -44,7 +44,7 @@ def train_plainly(values: dict[str, Any], report: Report) -> float:
     )
     accuracy = 0.0
     for step in range(1, spec.steps + 1):
-        inputs, labels = data.train.batch(order.rows((step - 1) * spec.batch_size, 0, 1))
+        inputs, labels = data.train.batch(order.rows((step - 1) * spec.batch_size, 0, 1)).values()
         optimizer.zero_grad()
         loss(model.logits(inputs), labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

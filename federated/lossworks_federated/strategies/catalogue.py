@@ -1,43 +1,80 @@
-"""The strategies there are: every class with a slug in this package's files."""
+"""The strategies there are, by slug, without importing torch or Flower.
 
-import importlib
-import pkgutil
-from collections.abc import Mapping
-from functools import cache
+``strategies.json`` beside this file and ``docs/strategies.md`` are written from the classes by ``python -m
+lossworks_federated.strategies.catalogue``; a test keeps them current. Other packages add strategies through
+entry points of the group ``lossworks.strategies``.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lossworks.cli import require_one
+from lossworks.catalogue.declaration import Declaration
+from lossworks.catalogue.registry import Catalogue
 from lossworks.errors import UserError
-from lossworks.specs import Spec
 
 if TYPE_CHECKING:
     from lossworks_federated.strategies.interface import Federated
     from lossworks_federated.strategies.parts import Part
 
+FILE = Path(__file__).with_name("strategies.json")
+CLIENT_PART, AVERAGES, EXCHANGES = FLAGS = ("client-part", "averages", "exchanges")
+"""What a declaration says of a strategy in its flags.
 
-@cache
-def strategies() -> dict[str, type["Federated"]]:
-    """Return all strategies by slug, sorted."""
-    import lossworks_federated.strategies as package
-    from lossworks_federated.strategies.interface import Federated
+It has a part in clients, which other strategies can add; the next model is w⁰ plus the mean update, weighted
+by examples; further arrays than parameters go between clients and server.
+"""
+_HEAD = """# Strategies of federated learning
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    found = {kind.slug: kind for kind in _below(Federated) if kind.slug}
-    return dict(sorted(found.items()))
+Written from the declarations by `python -m lossworks_federated.strategies.catalogue`; `lossworks federate
+--strategies NAME` prints the same. In the formulas w⁰ are the parameters that a round starts from, w_i those
+that client i returns, g_i = w_i - w⁰ its update, p_i its share of the examples, F_i its loss, and m the
+clients that answered, of M in all.
+
+Flags: `client-part`, the part in clients can be added to other strategies (`also: [fedprox]`); `averages`,
+the next model is the mean of the clients', weighted by examples; `exchanges`, further arrays go between
+clients and server, so that privacy which clips and blurs updates refuses it.
+"""
+
+_catalogue = Catalogue(FILE, {"strategies": "strategy"})
 
 
-def _below(kind: type[Any]) -> list[type[Any]]:
-    return [kind, *(found for child in kind.__subclasses__() for found in _below(child))]
+def strategies() -> Mapping[str, Declaration]:
+    """Return the declarations of all strategies by slug, in the order of the slugs."""
+    return _catalogue.declarations()
 
 
-def strategy(name: str) -> type["Federated"]:
-    """Return a strategy's class.
+def refused() -> Mapping[str, str]:
+    """Return why strategies that packages offer can't be used, in one line each, by slug."""
+    return _catalogue.refused
+
+
+def declaration(name: str) -> Declaration:
+    """Return what a strategy declares.
 
     Raises:
         UserError: There is none of that name.
     """
-    return strategies()[require_one(name, list(strategies()), "strategy")]
+    return _catalogue.declaration(name)
+
+
+def search_space(name: str) -> dict[str, dict[str, Any]]:
+    """Return what a search varies in a strategy; see :meth:`lossworks.losses.Declaration.search_space`.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    return declaration(name).search_space()
+
+
+def strategy(name: str) -> type["Federated"]:
+    """Import and return a strategy's class.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    found: Any = _catalogue.entry_class(name)
+    return found
 
 
 def check_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,8 +83,7 @@ def check_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: There is no such strategy or hyperparameter, or a value is out of range.
     """
-    kind = strategy(name)
-    return kind.Settings.parse(given, source=f"strategy {name}").model_dump(mode="json")
+    return declaration(name).check(given)
 
 
 def check_also(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +94,7 @@ def check_also(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """
     rest = dict(entry)
     other = rest.pop("name", None)
-    able = [slug for slug, kind in strategies().items() if kind.part is not None]
+    able = [slug for slug, one in strategies().items() if CLIENT_PART in one.flags]
     if other not in able:
         raise UserError(f"strategy {name}: also={other!r}: methods with a client part are {', '.join(able)}")
     if other == name:
@@ -77,5 +113,34 @@ def part_of(entry: Mapping[str, Any]) -> "Part":
     kind = strategy(name)
     if kind.part is None:
         raise UserError(f"{name}: has no client part")
-    settings: Spec = kind.Settings.parse(rest, source=f"strategy {name}")
-    return kind.part(settings)
+    return kind.part(check_settings(name, rest))
+
+
+def page_text(present: Sequence[Declaration]) -> str:
+    """Return the content of ``docs/strategies.md``."""
+    from lossworks.catalogue.document import section_text
+
+    return f"{_HEAD}\n{section_text('Strategies', present)}\n"
+
+
+def found() -> list[Declaration]:
+    """Import our strategies and return what they declare, by slug."""
+    import lossworks_federated.strategies as package
+    from lossworks.catalogue import document
+
+    return document.found(package)
+
+
+def main() -> None:
+    """Write the file and the page."""
+    from lossworks.catalogue.document import DOCS, catalogue_text
+
+    present = found()
+    FILE.write_text(catalogue_text(present), encoding="utf-8")
+    if DOCS.is_dir():
+        (DOCS / "strategies.md").write_text(page_text(present), encoding="utf-8")
+    print(f"{len(present)} strategies")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from lossworks.catalogue.declaration import Paper
 from lossworks.cohort import Member, Stack
-from lossworks_federated.strategies.fedavg import NoSettings
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
 
@@ -44,8 +44,10 @@ class FedBN(Federated, Reproducible):
     """FedAvg of all but the normalisation layers, which every client keeps for itself."""
 
     slug = "fedbn"
-    paper = "Li et al. 2021, FedBN: Federated Learning on Non-IID Features via Local Batch Normalization"
-    Settings = NoSettings
+    formula = "w = Σ p_i w_i of all but normalisation layers"
+    paper = Paper(
+        "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", "Li et al.", 2021
+    )
     part = LocalNormsPart
     averages = True
 

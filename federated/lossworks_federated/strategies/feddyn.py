@@ -1,21 +1,14 @@
 """FedDyn (Acar et al. 2021)."""
 
-from pydantic import Field
 from torch import Tensor
 
+from lossworks.catalogue.declaration import Paper, number
 from lossworks.cohort import LocalRule, Member, Stack
-from lossworks.specs import Spec
-from lossworks_federated.rules import Dynamic
-from lossworks_federated.screening import Received
+from lossworks_federated.client.local_rules import Dynamic
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible, moved
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
 from lossworks_federated.strategies.scaffold import equal_weights, zeros
-
-
-class DynamicSettings(Spec):
-    """Hyperparameters of FedDyn."""
-
-    alpha: float = Field(0.1, gt=0.0, le=10.0, description="α of the dynamic penalty")
 
 
 class DynamicPart(Part):
@@ -23,7 +16,6 @@ class DynamicPart(Part):
 
     slug = "feddyn"
     keeps = True
-    settings: DynamicSettings
 
     def initial(self, origin: Member) -> Member:
         """Return h_i = 0."""
@@ -43,15 +35,17 @@ class FedDyn(Federated, Reproducible):
     """Dynamic penalties in clients; h ← h − (α/M) Σ (w_i − w⁰) and w ← mean w_i − h/α, all clients alike."""
 
     slug = "feddyn"
-    paper = "Acar et al. 2021, Federated Learning Based on Dynamic Regularization"
-    Settings = DynamicSettings
+    formula = "h ← h - (α/M) Σ g_i, w = mean w_i - h/α"
+    paper = Paper("Federated Learning Based on Dynamic Regularization", "Acar et al.", 2021)
     part = DynamicPart
-    settings: DynamicSettings
+
+    alpha: float = number(0.1, "α of the dynamic penalty", gt=0, le=10, search=(1e-3, 1), log=True)
+
     _h: Member | None = None
 
     def combine(self, received: Received) -> Member:
         """Return the mean of the clients' parameters minus h/α."""
-        alpha, h = self.settings.alpha, self._h or zeros(self.origin)
+        alpha, h = self.alpha, self._h or zeros(self.origin)
         self._h = {
             name: h[name] - alpha / self.clients * update.sum(0) for name, update in received.updates.items()
         }

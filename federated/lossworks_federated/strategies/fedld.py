@@ -1,40 +1,20 @@
 """FedLD (Zeng, Guo et al. 2024): margin control in clients, principal directions in the server."""
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 
+from lossworks.catalogue.declaration import Paper, choice, number
 from lossworks.cohort import LocalRule, Member
-from lossworks.specs import Spec
-from lossworks_federated.principal import principal_update
-from lossworks_federated.rules import Margin
-from lossworks_federated.screening import Received
+from lossworks_federated.client.local_rules import Margin
+from lossworks_federated.server.principal_directions import UpdateRescale, principal_update
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Part
-
-
-class FedLDSettings(Spec):
-    """Hyperparameters of FedLD; the published command has margin 0.1."""
-
-    margin: float = Field(0.03, ge=0.0, le=10.0, description="λ of the margin control; 0 for none")
-    rho: float = Field(0.8, gt=0.0, le=1.0, description="ρ, share of the principal directions that is kept")
-    variant: Literal["paper", "reference"] = Field(
-        "paper",
-        description="paper: the margin is on logits, by example, and every update is along principal "
-        "directions; reference: as the released code, on softmax outputs of the whole batch, and a layer's "
-        "first update is the mean",
-    )
-    rescale: Literal["none", "norm"] = Field(
-        "none", description="norm gives a layer's update the norm of the mean update (not in the paper)"
-    )
 
 
 class MarginPart(Part):
     """Discourages confident outputs."""
 
     slug = "fedld"
-    settings: FedLDSettings
 
     def rule(self, cohort: Cohort) -> LocalRule | None:
         """Return the margin control."""
@@ -54,24 +34,51 @@ class FedLD(Federated, Reproducible):
     """
 
     slug = "fedld"
-    paper = "Zeng, Guo et al. 2024, Tackling Data Heterogeneity in Federated Learning via Loss Decomposition"
-    Settings = FedLDSettings
+    formula = (
+        "w = w⁰ + Σ_j≤ρm (s_j/Σs) u_j mean ‖g_i‖ sign(e_ij), from G Gᵀ/m = Σ s_j e_j e_jᵀ and u_j ∝ Gᵀe_j; "
+        "F_i + λ log(1 + ‖z‖²) in clients"
+    )
+    paper = Paper(
+        "Tackling Data Heterogeneity in Federated Learning via Loss Decomposition", "Zeng, Guo et al.", 2024
+    )
     part = MarginPart
-    settings: FedLDSettings
+
+    margin: float = number(
+        0.03,
+        "λ of the margin control; 0 for none, and 0.1 in the published command",
+        ge=0,
+        le=10,
+        search=(3e-3, 0.3),
+        log=True,
+    )
+    rho: float = number(0.8, "ρ, share of the principal directions that is kept", gt=0, le=1, search=(0.5, 1))
+    variant: str = choice(
+        "paper",
+        "paper: the margin is on logits, by example, and every update is along principal directions; "
+        "reference: as the released code, on softmax outputs of the whole batch, and a layer's first update "
+        "is the mean",
+        ("paper", "reference"),
+    )
+    rescale: UpdateRescale = choice(
+        "none",
+        "norm gives a layer's update the norm of the mean update (not in the paper)",
+        ("none", "norm"),
+    )
+
     _history: Member | None = None
 
     def combine(self, received: Received) -> Member:
         """Return w⁰ plus the principal updates."""
-        settings, history = self.settings, self._history or {}
+        history = self._history or {}
         combined = {}
         for name, updates in received.updates.items():
-            first = settings.variant == "reference" and not history.get(name, torch.zeros(1)).any()
+            first = self.variant == "reference" and not history.get(name, torch.zeros(1)).any()
             if updates[0].numel() == 1 or first:
                 update = updates.mean(0)
             else:
-                update = principal_update(updates, settings.rho, rescale=settings.rescale)
+                update = principal_update(updates, self.rho, rescale=self.rescale)
             combined[name] = update
-        if settings.variant == "reference":
+        if self.variant == "reference":
             # Of the code's running average only one thing is ever asked: whether it is all zero.
             self._history = {
                 name: torch.maximum(history.get(name, torch.zeros(1)), update.any().float().reshape(1))

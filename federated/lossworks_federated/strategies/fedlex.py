@@ -1,37 +1,17 @@
 """FedLEx (Internò, Olhofer, Jin, Hammer 2024): clients explore, and what moved little moves little later."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from pydantic import Field
 
+from lossworks.catalogue.declaration import Paper, choice, integer, number
 from lossworks.cohort import LocalRule, Member, Stack
-from lossworks.specs import Spec
-from lossworks_federated.guidance import guidance_matrix
-from lossworks_federated.rules import Guided
-from lossworks_federated.screening import Received
+from lossworks_federated.client.local_rules import Guided
+from lossworks_federated.server.guidance import guidance_matrix
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Part
-
-
-class FedLExSettings(Spec):
-    """Hyperparameters of FedLEx; the released code explores for 150 epochs with all clients."""
-
-    explore_epochs: int = Field(5, ge=1, le=1000, description="epochs of the exploration, E_x")
-    explorers: float = Field(1.0, gt=0.0, le=1.0, description="share of the clients that explore")
-    variant: Literal["paper", "reference"] = Field(
-        "paper",
-        description="paper: each client's matrix is scaled, then averaged, and steps are multiplied; "
-        "reference: as in the released code, averaged, then scaled, and gradients are multiplied",
-    )
-    scaler: Literal["minmax", "robust"] = Field("minmax", description="how a matrix is brought to [0, 1]")
-    refresh: Literal["once", "each-round"] = Field(
-        "once", description="each-round builds the guidance from the matrices of a round's clients"
-    )
-    rescale: Literal["none", "mean"] = Field(
-        "none", description="mean divides a matrix by its mean, so that steps stay as long (not in the paper)"
-    )
 
 
 class GuidedPart(Part):
@@ -39,9 +19,8 @@ class GuidedPart(Part):
 
     slug = "fedlex"
     exchanges = True
-    settings: FedLExSettings
 
-    def __init__(self, settings: Spec) -> None:
+    def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
         self._displacements: Stack | None = None  # w⁰ − w_i of the explorers
         self._explorers: list[int] = []
@@ -101,12 +80,40 @@ class FedLEx(Federated, Reproducible):
     """
 
     slug = "fedlex"
-    paper = (
-        "Internò, Olhofer, Jin, Hammer 2024, Federated Loss Exploration for Improved Convergence "
-        "on Non-IID Data"
+    formula = "w = Σ p_i w_i with steps multiplied by a guidance in [0, 1] in clients"
+    paper = Paper(
+        "Federated Loss Exploration for Improved Convergence on Non-IID Data",
+        "Internò, Olhofer, Jin, Hammer",
+        2024,
     )
-    Settings = FedLExSettings
     part = GuidedPart
+
+    explore_epochs: int = integer(
+        5,
+        "E_x, epochs of the exploration; the released code explores for 150 with all clients",
+        ge=1,
+        le=1000,
+        search=(1, 50),
+        log=True,
+    )
+    explorers: float = number(1.0, "share of the clients that explore", gt=0, le=1)
+    variant: str = choice(
+        "paper",
+        "paper: each client's matrix is scaled, then averaged, and steps are multiplied; reference: as in "
+        "the released code, averaged, then scaled, and gradients are multiplied",
+        ("paper", "reference"),
+    )
+    scaler: str = choice("minmax", "how a matrix is brought to [0, 1]", ("minmax", "robust"))
+    refresh: str = choice(
+        "once",
+        "each-round builds the guidance from the matrices of a round's clients",
+        ("once", "each-round"),
+    )
+    rescale: str = choice(
+        "none",
+        "mean divides a matrix by its mean, so that steps stay as long (not in the paper)",
+        ("none", "mean"),
+    )
 
 
 def _beginning(state: Member, prefix: str) -> Member:

@@ -2,9 +2,9 @@
 
 import torch
 
+from lossworks.catalogue.declaration import Paper
 from lossworks.cohort import Member
-from lossworks_federated.screening import Received
-from lossworks_federated.strategies.fedavg import NoSettings
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible, moved
 
 
@@ -17,8 +17,10 @@ class FedNova(Federated, Reproducible):
     """
 
     slug = "fednova"
-    paper = "Wang et al. 2020, Tackling the Objective Inconsistency Problem in Federated Optimization"
-    Settings = NoSettings
+    formula = "w = w⁰ + τ Σ p_i g_i/a_i with τ = Σ p_i a_i"
+    paper = Paper(
+        "Tackling the Objective Inconsistency Problem in Federated Optimization", "Wang et al.", 2020
+    )
 
     def combine(self, received: Received) -> Member:
         """Return w⁰ plus the normalised updates."""

@@ -1,25 +1,16 @@
 """FedProx (Li et al. 2020)."""
 
-from pydantic import Field
-
+from lossworks.catalogue.declaration import Paper, number
 from lossworks.cohort import LocalRule
-from lossworks.specs import Spec
-from lossworks_federated.rules import Proximal
+from lossworks_federated.client.local_rules import Proximal
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Part
-
-
-class ProximalSettings(Spec):
-    """Hyperparameters of FedProx."""
-
-    mu: float = Field(0.1, ge=0.0, le=1e4, description="μ of the penalty (μ/2)‖w − w⁰‖²; 0 is FedAvg")
 
 
 class ProximalPart(Part):
     """Pulls clients towards w⁰."""
 
     slug = "fedprox"
-    settings: ProximalSettings
 
     def rule(self, cohort: Cohort) -> LocalRule:
         """Return the pull."""
@@ -30,7 +21,11 @@ class FedProx(Federated, Reproducible):
     """FedAvg whose clients have the penalty (μ/2)‖w − w⁰‖²."""
 
     slug = "fedprox"
-    paper = "Li et al. 2020, Federated Optimization in Heterogeneous Networks"
-    Settings = ProximalSettings
+    formula = "w = Σ p_i w_i with ∇F_i(w) + μ (w - w⁰) in clients"
+    paper = Paper("Federated Optimization in Heterogeneous Networks", "Li et al.", 2020)
     part = ProximalPart
     averages = True
+
+    mu: float = number(
+        0.1, "μ of the penalty (μ/2)‖w - w⁰‖²; 0 is FedAvg", ge=0, le=1e4, search=(1e-3, 1), log=True
+    )

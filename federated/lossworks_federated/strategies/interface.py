@@ -7,7 +7,7 @@ FedAvg. m replies are usable in a round, of the clients that were asked.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,13 +18,14 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from lossworks.catalogue.declaration import Declaration
+from lossworks.catalogue.entry import Entry
 from lossworks.cohort import Member, Stack
 from lossworks.errors import RunError
-from lossworks.specs import Spec
 from lossworks_federated.records import CONFIG, METRICS, MODEL, array_record, flattened, grouped, member_from
-from lossworks_federated.screening import Received, screen
-from lossworks_federated.specs import GuardSpec
-from lossworks_federated.strategies.catalogue import part_of
+from lossworks_federated.server.screening import Received, screen
+from lossworks_federated.spec_parts import GuardSpec
+from lossworks_federated.strategies.catalogue import FLAGS, part_of
 from lossworks_federated.strategies.parts import Part
 
 _TRAIN, _TEST, _EXPLORE = range(3)  # what a draw is for
@@ -76,40 +77,45 @@ class OwnTest:
     accuracy: float
 
 
-class Federated(Strategy):
+class Federated(Entry, Strategy):
     """A strategy as it is declared, and the parts that its clients have.
 
     Args:
         plan: Draws and checks.
         also: Parts of other methods to add, as mappings of ``name`` and hyperparameters.
-        hyperparameters: Of ``Settings``.
+        hyperparameters: Those that the class declares.
 
     Attributes:
-        slug: Name in specs; empty for classes that are no strategy themselves.
-        paper: Where it is from.
-        Settings: Its hyperparameters.
-        part: Its part in clients, if it has one.
+        part: Its part in clients, if it has one, which is given the same hyperparameters.
         averages: Whether the next model is w⁰ plus the mean update, weighted by examples.
 
     Raises:
         UserError: A hyperparameter is unknown or out of range.
     """
 
-    slug: ClassVar[str] = ""
-    paper: ClassVar[str] = ""
-    Settings: ClassVar[type[Spec]] = Spec
+    section = "strategies"
+    kind = "strategy"
+    example = "lossworks federate federated/specs/digits.yaml strategies=[{slug}]"
     part: ClassVar[type[Part] | None] = None
     averages: ClassVar[bool] = False
 
     def __init__(
         self, *, plan: Plan | None = None, also: Sequence[Mapping[str, Any]] = (), **hyperparameters: Any
     ) -> None:
-        self.settings = self.Settings.parse(hyperparameters, source=f"strategy {self.slug}")
+        self.set_hyperparameters(hyperparameters)
         super().__init__(**self.flower_arguments())
         self.plan = plan or Plan()
-        own = {"name": self.slug, **self.settings.model_dump(mode="json")}
+        own = {"name": self.slug, **self.settings()}
         self.described = [own, *map(dict, also)] if self.part else [dict(entry) for entry in also]
         self.parts = [part_of(entry) for entry in self.described]
+
+    @classmethod
+    def declaration(cls) -> Declaration:
+        """Return all that is declared here; what is known of the parts is among the flags."""
+        part = cls.part
+        known = (part is not None, cls.averages, part is not None and part.exchanges)
+        flags = (*cls.flags, *(flag for flag, holds in zip(FLAGS, known, strict=True) if holds))
+        return replace(super().declaration(), flags=flags)
 
     def flower_arguments(self) -> dict[str, Any]:
         """Return what the constructor of Flower's class is given; FedAvg's needs nothing."""

@@ -1,20 +1,12 @@
 """MOON (Li, He, Song 2021)."""
 
-from pydantic import Field
 from torch import Tensor
 
+from lossworks.catalogue.declaration import Paper, number
 from lossworks.cohort import LocalRule, Member, Stack
-from lossworks.specs import Spec
-from lossworks_federated.rules import Contrast
+from lossworks_federated.client.local_rules import Contrast
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
-
-
-class MoonSettings(Spec):
-    """Hyperparameters of MOON."""
-
-    mu: float = Field(1.0, ge=0.0, le=1e3, description="μ, weight of the contrast; 0 is FedAvg")
-    temperature: float = Field(0.5, gt=0.0, le=10.0, description="T of the contrast")
 
 
 class ContrastPart(Part):
@@ -22,7 +14,6 @@ class ContrastPart(Part):
 
     slug = "moon"
     keeps = True
-    settings: MoonSettings
 
     def initial(self, origin: Member) -> Member:
         """Return w⁰: a client's first round has no earlier model."""
@@ -45,7 +36,14 @@ class Moon(Federated, Reproducible):
     """FedAvg with model-contrastive local training; features are those the head reads, unprojected."""
 
     slug = "moon"
-    paper = "Li, He, Song 2021, Model-Contrastive Federated Learning"
-    Settings = MoonSettings
+    formula = (
+        "w = Σ p_i w_i with F_i - μ log(e^(cos(h, h⁰)/T)/(e^(cos(h, h⁰)/T) + e^(cos(h, h_i)/T))) in clients"
+    )
+    paper = Paper("Model-Contrastive Federated Learning", "Li, He, Song", 2021)
     part = ContrastPart
     averages = True
+
+    mu: float = number(
+        1.0, "μ, weight of the contrast; 0 is FedAvg", ge=0, le=1e3, search=(0.1, 10), log=True
+    )
+    temperature: float = number(0.5, "T of the contrast", gt=0, le=10, search=(0.1, 1), log=True)

@@ -3,18 +3,18 @@
 w⁰ are the parameters that a round starts from. Stacks have the clients first, in the order they were given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from lossworks.cohort import Batches, LocalRule, Member, Stack, StackedModel
-from lossworks.specs import Spec
-from lossworks_federated.specs import LocalSpec
+from lossworks_federated.spec_parts import LocalSpec
 
 if TYPE_CHECKING:
-    from lossworks_federated.screening import Received
+    from lossworks_federated.server.screening import Received
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Part:
     One object serves one round's clients, another, in the server, holds what the method keeps there.
 
     Args:
-        settings: Of the method.
+        settings: The method's hyperparameters, checked and complete.
 
     Attributes:
         slug: The method's.
@@ -75,8 +75,8 @@ class Part:
     sends: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
 
-    def __init__(self, settings: Spec) -> None:
-        self.settings = settings
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = SimpleNamespace(**settings)
 
     def initial(self, origin: Member) -> Member:
         """Return what a client has kept before its first round."""

@@ -1,22 +1,15 @@
 """SCAFFOLD (Karimireddy et al. 2020)."""
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from lossworks.catalogue.declaration import Paper, number
 from lossworks.cohort import LocalRule, Member, Stack
 from lossworks.errors import UserError
-from lossworks.specs import Spec
-from lossworks_federated.rules import ControlVariates
-from lossworks_federated.screening import Received
+from lossworks_federated.client.local_rules import ControlVariates
+from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible, moved
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
-
-
-class ScaffoldSettings(Spec):
-    """Hyperparameters of SCAFFOLD."""
-
-    server_lr: float = Field(1.0, gt=0.0, le=10.0, description="η_g, factor of the mean update")
 
 
 class ControlPart(Part):
@@ -74,14 +67,17 @@ class Scaffold(Federated, Reproducible):
     """Steps corrected by control variates; w ← w⁰ + η_g/m · Σ (w_i − w⁰), all clients alike."""
 
     slug = "scaffold"
-    paper = "Karimireddy et al. 2020, SCAFFOLD: Stochastic Controlled Averaging for Federated Learning"
-    Settings = ScaffoldSettings
+    formula = "w = w⁰ + (η_g/m) Σ g_i with ∇F_i(w) - c_i + c in clients"
+    paper = Paper(
+        "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", "Karimireddy et al.", 2020
+    )
     part = ControlPart
-    settings: ScaffoldSettings
+
+    server_lr: float = number(1.0, "η_g, factor of the mean update", gt=0, le=10, search=(0.1, 2), log=True)
 
     def combine(self, received: Received) -> Member:
         """Return w⁰ + η_g times the plain mean of updates."""
-        return moved(self.origin, received.updates, equal_weights(received) * self.settings.server_lr)
+        return moved(self.origin, received.updates, equal_weights(received) * self.server_lr)
 
 
 def zeros(like: Member) -> Member:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lossworks.home import home_path
+from lossworks_jobs.clusters.local_nodes import token_file
 from lossworks_jobs.doctor.check import Area, Check
-from lossworks_jobs.nodes import token_file
 
 _AREA = Area("files")
 

@@ -108,9 +108,13 @@ def open_files(limits: tuple[int, int] | None = None) -> Check:
 
 
 def usage_reports(environment: Mapping[str, str] = os.environ) -> Check:
-    """Check that no library reports home, unless the user wanted it."""
+    """Check that no library reports home; what is unset here is switched off when the library is started."""
     reports = {name: value for name, value in QUIET_ENVIRONMENT.items() if "PARALLELISM" not in name}
-    on = [f"{name}={environment[name]}" for name in reports if environment.get(name, "") != reports[name]]
+    on = [
+        f"{name}={environment[name]}"
+        for name in reports
+        if environment.get(name, reports[name]) != reports[name]
+    ]
     if not on:
         return _AREA.ok("usage reports", "off in Ray, MLflow, Flower and Hugging Face")
     return _AREA.warn(

@@ -6,12 +6,16 @@ import logging
 import sys
 from typing import Any
 
+from lossworks.adapters.ray_private import version_at
+from lossworks.home import prepare_process
+
 _COUNTED = ("CPU", "GPU")
 
 
 def main() -> None:
     """Print what the address on the command line leads to."""
     address = sys.argv[1]
+    prepare_process()
     try:
         seen = _job_server(address) if address.startswith("http") else _cluster(address)
     except Exception as error:  # noqa: BLE001  (whatever Ray raises is what the user must hear)
@@ -24,7 +28,7 @@ def _job_server(address: str) -> dict[str, Any]:
 
     client = JobSubmissionClient(address)
     client.list_jobs()  # the version is told to everybody; this needs the token
-    return {"ray": client._server_ray_version, "jobs": address}
+    return {"ray": version_at(client), "jobs": address}
 
 
 def _cluster(address: str) -> dict[str, Any]:

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lossworks.data import SequenceOrder, TokenizedCorpus
-from lossworks.models import Head, build_model
-from lossworks.specs import TrainSpec
+from lossworks.data.batch import Batch
+from lossworks.models import Outputs, build_model
+from lossworks.tasks.language_model import TrainSpec
 from lossworks.training.optimizer import build_optimizer
 
 
-def dense_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy with all logits built, as most training scripts do."""
-    logits = nn.functional.linear(hidden, head.weight)
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def dense_cross_entropy(outputs: Outputs, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy, a scalar, with all logits built, as most training scripts do."""
+    return nn.functional.cross_entropy(outputs.logits.flatten(0, 1), batch["targets"].flatten())
 
 
 def main() -> None:
@@ -42,8 +42,8 @@ def main() -> None:
     losses: list[Tensor] = []
     for step in range(spec.steps):
         started = time.perf_counter()
-        tokens, targets = text.batch(order.rows(step * spec.batch_size, rank, workers))
-        loss = model(tokens, targets, dense_cross_entropy)
+        batch = text.batch(order.rows(step * spec.batch_size, rank, workers))
+        loss = model(batch, dense_cross_entropy)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec.optimizer.clip_norm or float("inf"))
         optimizer.step()

@@ -118,7 +118,7 @@ def _resident_peak() -> tuple[Callable[[], int], str]:
     except OSError:
         import torch
 
-        from lossworks.training.hardware import peak_memory_bytes
+        from lossworks.training.measure.hardware import peak_memory_bytes
 
         # Where it can't be set back, an earlier peak hides growth.
         return lambda: peak_memory_bytes(torch.device("cpu")), "ru_maxrss"

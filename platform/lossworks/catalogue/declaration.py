@@ -12,14 +12,7 @@ from typing import Any, Literal, Self
 
 from lossworks.errors import UserError, nearest
 
-Kind = Literal["row", "sequence", "logits", "margin", "value", "multi-label", "bag", "method", "analysis"]
-"""What an entry works on.
-
-``row``: row statistics of logits, with or without the logits; ``sequence``: the same, reduced per sequence
-before a nonlinearity; ``logits``: dense logits (N, K); ``margin``: one logit a row, two classes; ``value``:
-bins of a scalar target; ``multi-label``: sets of classes; ``bag``: mean responses of groups of rows;
-``method``: a training procedure; ``analysis``: figures of something trained.
-"""
+OWN = "lossworks"  # the package whose entries need no entry point
 
 
 @dataclass(frozen=True)
@@ -183,7 +176,13 @@ class Declaration:
 
     Attributes:
         slug: Its name, in kebab case.
-        kind: What it works on.
+        section: The part of the catalogue that it belongs to: ``losses``, ``methods`` (training procedures),
+            ``analyses`` (figures of something trained), or one of another room.
+        kind: What it works on, of losses: ``row`` (row statistics of logits, with or without the logits),
+            ``sequence`` (the same, reduced per sequence before a nonlinearity), ``logits`` (dense logits (N,
+            K)), ``margin`` (one logit a row, two classes), ``value`` (outputs of a head against a scalar
+            target), ``multi-label`` (sets of classes), ``bag`` (mean responses of groups of rows), or what a
+            package brings.
         title: One line.
         formula: The formula as text.
         paper: Its source.
@@ -198,10 +197,13 @@ class Declaration:
             ``whole-batch``: splitting a batch changes it; ``own-outputs``: predictions must not have seen
             the targets.
         module: Where the code is, as ``package.module:Class``.
+        example: A command line that runs it; empty if no command does.
+        package: The installed distribution that it comes from.
     """
 
     slug: str
-    kind: Kind
+    section: str
+    kind: str
     title: str
     formula: str
     paper: Paper
@@ -213,6 +215,8 @@ class Declaration:
     invariances: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    example: str = ""
+    package: str = OWN
 
     def check(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return all hyperparameters: ``values``, and defaults for the others.
@@ -242,7 +246,8 @@ class Declaration:
     @property
     def of_next_tokens(self) -> bool:
         """Whether it can train a language model on its targets, without logits and without further inputs."""
-        return self.without_logits and not self.requires and "own-outputs" not in self.flags
+        of_classes = self.kind in ("row", "sequence") and self.without_logits
+        return of_classes and not self.requires and "own-outputs" not in self.flags
 
     @property
     def neutral(self) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import json
 
-from lossworks.catalogue.declaration import Case, Declaration, Hyperparameter
+from lossworks.catalogue.declaration import OWN, Case, Declaration, Hyperparameter
 
 
 def without_logits(entry: Declaration) -> str:
@@ -35,3 +35,25 @@ def case_text(case: Case) -> str:
     constant = f" plus {case.constant:g}" if case.constant else ""
     logs = f" plus {case.log_classes:g}·log K" if case.log_classes else ""
     return f"{factor}`{case.equals}`{f' ({other})' if other else ''}{constant}{logs} at {own}"
+
+
+def facts(entry: Declaration) -> list[str]:
+    """Return what an entry declares besides formula and hyperparameters, a sentence each."""
+    found = [f"{entry.paper}."]
+    if entry.without_logits:
+        found.append(f"Without logits: {without_logits(entry)}.")
+    found += [f"Equals {case_text(case)}." for case in entry.cases]
+    if entry.invariances:
+        found.append(f"Unchanged by a {' and a '.join(entry.invariances)} of the logits.")
+    for what, names in (("Needs the inputs", entry.requires), ("Flags", entry.flags)):
+        if names:
+            found.append(f"{what}: {', '.join(names)}.")
+    return found if entry.package == OWN else [*found, f"From the package {entry.package}."]
+
+
+def run_text(entry: Declaration) -> str:
+    """Return which command runs an entry, or how Python does."""
+    if entry.example:
+        return f"Run it: {entry.example}"
+    module, _, name = entry.module.partition(":")
+    return f"No command runs it; from Python: from {module} import {name}"

@@ -1,17 +1,19 @@
 """Many small models of one architecture trained at once, with the result of training them one by one."""
 
 from lossworks.cohort.batches import Batches, plan_batches
-from lossworks.cohort.optimizers import AdamW, Optimizer, Sgd
+from lossworks.cohort.optimizers import AdamW, AdamWSettings, Optimizer, ScheduledAdamW, Sgd
 from lossworks.cohort.rules import LocalRule
 from lossworks.cohort.stacked import Member, Stack, StackedModel, member_of, repeat, stack
 from lossworks.cohort.training import TrainedMembers, train_members
 
 __all__ = [
     "AdamW",
+    "AdamWSettings",
     "Batches",
     "LocalRule",
     "Member",
     "Optimizer",
+    "ScheduledAdamW",
     "Sgd",
     "Stack",
     "StackedModel",

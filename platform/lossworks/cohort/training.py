@@ -11,7 +11,7 @@ from lossworks.cohort.batches import Batches
 from lossworks.cohort.optimizers import Optimizer
 from lossworks.cohort.rules import LocalRule
 from lossworks.cohort.stacked import Stack, StackedModel
-from lossworks.losses import RowLoss
+from lossworks.losses.objective import RowLosses
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ def train_members(
     params: Stack,
     examples: tuple[Tensor, Tensor],
     batches: Batches,
-    loss: RowLoss,
+    loss: RowLosses,
     optimizer: Optimizer,
     rule: LocalRule | None = None,
 ) -> TrainedMembers:
@@ -50,7 +50,7 @@ def train_members(
         params: Where each member starts, (M, …).
         examples: Inputs (N, …) and labels (N,) int64, which the batches name by row.
         batches: Of all members.
-        loss: With ``reduction="none"``.
+        loss: Unreduced.
         optimizer: New, with per-member values in the order of ``batches.members``.
         rule: Hooks, with what they keep in the order of ``batches.members``.
     """
@@ -84,7 +84,7 @@ class _Given:
 
 
 def _objective(
-    loss: RowLoss, rule: LocalRule | None, given: _Given, hidden: Tensor, logits: Tensor
+    loss: RowLosses, rule: LocalRule | None, given: _Given, hidden: Tensor, logits: Tensor
 ) -> Tensor:
     """Return what each member descends on, (m,), and keep its mean loss."""
     own = loss(logits, given.targets).sum(1) / given.counts

@@ -3,14 +3,14 @@
 import csv
 import random
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lossworks.data.readers import hub_call, import_datasets
+from lossworks.data.text.readers import hub_call, import_datasets
 from lossworks.errors import UserError
 from lossworks.specs import ExamplesSpec
 
@@ -43,12 +43,30 @@ def read_examples(spec: ExamplesSpec, seed: int) -> Read:
     Raises:
         UserError: The source can't be read.
     """
+    found = _read(spec, seed)
+    return found if spec.classes is None else _of_classes(found, [str(name) for name in spec.classes])
+
+
+def _of_classes(found: Read, kept: list[str]) -> Read:
+    """Return the examples of some classes, numbered in the order in which they are named."""
+    missing = [name for name in kept if name not in found.names]
+    if missing:
+        raise UserError(f"data.classes: {missing[0]} is no class; there are {', '.join(found.names)}")
+    if len(set(kept)) < len(kept):
+        raise UserError(f"data.classes=[{', '.join(kept)}]: names a class twice")
+    numbers = np.array([kept.index(name) if name in kept else -1 for name in found.names])[found.labels]
+    rows = numbers >= 0
+    owners = None if found.owners is None else found.owners[rows]
+    return Read(found.inputs[rows], numbers[rows].astype(np.int64), tuple(kept), owners)
+
+
+def _read(spec: ExamplesSpec, seed: int) -> Read:
     kind, _, name = spec.source.partition(":")
     match kind:
         case "csv":
-            return _csv(_file(name), spec.label, spec.owner)
+            return _csv(existing_file(name), spec.label, spec.owner)
         case "npz":
-            return _npz(_file(name), spec.owner)
+            return _npz(existing_file(name), spec.owner)
         case "imagefolder":
             return _image_folder(_folder(name), spec.image_size)
         case "hf":
@@ -59,7 +77,7 @@ def read_examples(spec: ExamplesSpec, seed: int) -> Read:
             return _scikit_learn(kind)
 
 
-def numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
+def _numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return labels as numbers in the order of their sorted names, and the names.
 
     Raises:
@@ -73,7 +91,12 @@ def numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     return numbers.reshape(-1).astype(np.int64), tuple(str(name) for name in names)
 
 
-def _file(name: str) -> Path:
+def existing_file(name: str) -> Path:
+    """Return the file that ``data.source`` names.
+
+    Raises:
+        UserError: There is none.
+    """
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"data.source: {path}: {'is no file' if path.exists() else 'no such file'}")
@@ -135,6 +158,32 @@ def _streams_kept() -> Iterator[None]:
 
 
 def _csv(path: Path, label: str, owner: str | None) -> Read:
+    table = read_table(path, label, owner)
+    return Read(table.inputs, *_numbered(table.labels), table.owners)
+
+
+class Table(NamedTuple):
+    """A csv file with numeric features.
+
+    Attributes:
+        inputs: Shape (N, F), float64.
+        labels: What stands in the label's column, N texts.
+        lines: The line of each row, for messages.
+        owners: What stands in the owner's column, texts (N,), or None if nobody asked.
+    """
+
+    inputs: np.ndarray
+    labels: list[str]
+    lines: list[int]
+    owners: np.ndarray | None = None
+
+
+def read_table(path: Path, label: str, owner: str | None = None) -> Table:
+    """Return a csv file; every column but label and owner is a feature.
+
+    Raises:
+        UserError: It can't be read, lacks a column, or a feature is no finite number; with line and column.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
@@ -155,11 +204,11 @@ def _csv(path: Path, label: str, owner: str | None) -> Read:
     others = {at} if owner is None else {at, columns.index(owner)}
     features = [index for index in range(len(columns)) if index not in others]
     inputs = [
-        [_number(row[index], f"{path}, line {line}, column {columns[index]}") for index in features]
+        [finite_number(row[index], f"{path}, line {line}, column {columns[index]}") for index in features]
         for line, row in rows
     ]
     owners = None if owner is None else np.array([row[columns.index(owner)] for _, row in rows])
-    return Read(np.array(inputs), *numbered([row[at] for _, row in rows]), owners)
+    return Table(np.array(inputs), [row[at] for _, row in rows], [line for line, _ in rows], owners)
 
 
 def _require_columns(path: Path, columns: list[str], label: str, owner: str | None) -> None:
@@ -174,7 +223,12 @@ def _require_columns(path: Path, columns: list[str], label: str, owner: str | No
         raise UserError(f"{path}: has no feature beside {label}")
 
 
-def _number(text: str, where: str) -> float:
+def finite_number(text: str, where: str) -> float:
+    """Return the number in a text.
+
+    Raises:
+        UserError: It is none, or not finite; naming where it stands.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -184,24 +238,33 @@ def _number(text: str, where: str) -> float:
     return value
 
 
-def _npz(path: Path, owner: str | None) -> Read:
+def read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return arrays of an npz file, by name.
+
+    Raises:
+        UserError: It can't be read, or lacks one.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            needed = ["x", "y", *([owner] if owner else [])]
             if set(needed) - set(arrays.files):
                 raise UserError(
                     f"{path}: holds {', '.join(arrays.files)}; the arrays {' and '.join(needed)} are needed"
                 )
-            inputs, labels = arrays["x"], arrays["y"]
-            owners = arrays[owner].astype(str) if owner else None
+            return {name: arrays[name] for name in needed}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: can't be read as npz: {error}") from None
+
+
+def _npz(path: Path, owner: str | None) -> Read:
+    arrays = read_arrays(path, ["x", "y", *([owner] if owner else [])])
+    inputs, labels = arrays["x"], arrays["y"]
+    owners = arrays[owner].astype(str) if owner else None
     _require_arrays(path, inputs, labels)
     if owners is not None and owners.shape != labels.shape:
         raise UserError(f"{path}: {owner} {owners.shape} must be {labels.shape}, as y")
-    return Read(inputs, *numbered(labels), owners)
+    return Read(inputs, *_numbered(labels), owners)
 
 
 def _require_arrays(path: Path, inputs: np.ndarray, labels: np.ndarray) -> None:
@@ -220,7 +283,7 @@ def _image_folder(path: Path, size: int) -> Read:
     if not files:
         raise UserError(f"{path}: holds no images in a folder a class ({', '.join(_IMAGES)})")
     inputs = np.stack([_image(file, size) for file in files])
-    return Read(inputs, *numbered([file.parent.name for file in files]))
+    return Read(inputs, *_numbered([file.parent.name for file in files]))
 
 
 def _image(source: Any, size: int) -> np.ndarray:
@@ -250,4 +313,4 @@ def _hugging_face(name: str, spec: ExamplesSpec) -> Read:
     if len({array.shape for array in arrays}) != 1 or arrays[0].dtype.kind not in "biuf":
         raise UserError(f"{where}: column {spec.input} must hold images, or numbers, equally many a row")
     owners = np.array([str(one) for one in found[spec.owner]]) if spec.owner else None
-    return Read(np.stack(arrays), *numbered(found[spec.label]), owners)
+    return Read(np.stack(arrays), *_numbered(found[spec.label]), owners)

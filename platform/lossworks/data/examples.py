@@ -3,6 +3,7 @@
 Everything is a function of the source, the spec and the seed, so every worker makes the same for itself.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,28 +19,35 @@ _SPLIT, _NOISE, _IMBALANCE, _BAGS = range(4)  # what a random stream is for
 
 
 class Examples:
-    """Examples with their classes, read by row.
+    """Examples with what is known of each, read by row.
 
     Args:
         inputs: Shape (N, …), float32.
-        labels: Shape (N,), int64.
-        bag_size: Rows a bag, k: rows b·k to b·k + k − 1 are bag b. 1 where there are no bags.
+        labels: Classes (N,) int64, values (N,) float32, or sets of labels (N, P) int64 padded with -100.
+        bag_size: Rows a bag, k: rows b·k to b·k + k − 1 are bag b; a bag's number is in the batch's
+            ``segments``. None where there are no bags.
+        further: What batches hold besides, by name, each with N rows.
     """
 
-    def __init__(self, inputs: Tensor, labels: Tensor, bag_size: int = 1) -> None:
+    def __init__(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        bag_size: int | None = None,
+        further: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.inputs, self.labels, self.bag_size = inputs, labels, bag_size
+        self.further = dict(further or {})
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return inputs (B, …) and classes (B,) of rows (B,)."""
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return ``inputs`` (B, …), ``targets`` (B, …) and what else there is of rows (B,)."""
         index = torch.from_numpy(np.ascontiguousarray(rows))
-        return self.inputs[index], self.labels[index]
-
-    def bag_ids(self, rows: np.ndarray) -> Tensor:
-        """Return the bag (B,) int64 that each of the rows (B,) is in, for losses of whole bags."""
-        return torch.from_numpy(np.ascontiguousarray(rows)) // self.bag_size
+        found = {"inputs": self.inputs[index], "targets": self.labels[index]}
+        found |= {name: value[index] for name, value in self.further.items()}
+        return found if self.bag_size is None else {**found, "segments": index // self.bag_size}
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class ExampleData:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one example."""
+        """The shape of one example, without the axis of examples."""
         return tuple(self.train.inputs.shape[1:])
 
 
@@ -83,10 +91,12 @@ def load_examples(spec: ExamplesSpec, seed: int) -> ExampleData:
     standardise = Standardisation.of(inputs[train]) if spec.standardise else None
     x = to_float32(standardise(inputs) if standardise else inputs)
     noisy = with_label_noise(labels[train], spec.label_noise, len(names), seed)
-    dealt = _in_bags(len(train), spec.bag_size, seed)
+    dealt = in_bags(len(train), spec.bag_size, seed)
+    bags = spec.bag_size if spec.bag_size > 1 else None
     return ExampleData(
-        Examples(torch.from_numpy(x[train][dealt]), torch.from_numpy(noisy[dealt]), spec.bag_size),
-        Examples(torch.from_numpy(x[held_out]), torch.from_numpy(labels[held_out])),
+        Examples(torch.from_numpy(x[train][dealt]), torch.from_numpy(noisy[dealt]), bags),
+        # Held-out examples are measured one by one, each a bag of its own.
+        Examples(torch.from_numpy(x[held_out]), torch.from_numpy(labels[held_out]), bags and 1),
         names,
         None if owners is None else owners[train][dealt],
         standardise,
@@ -129,7 +139,7 @@ def _kept(labels: np.ndarray, ratio: float, classes: int, seed: int) -> np.ndarr
     return np.sort(np.concatenate(kept))
 
 
-def _in_bags(examples: int, size: int, seed: int) -> np.ndarray:
+def in_bags(examples: int, size: int, seed: int) -> np.ndarray:
     """Return rows in an order in which each ``size`` are a bag, dealt at random; what fills none is left out.
 
     Without bags the rows stay as they are.

@@ -1,7 +1,8 @@
 """Inputs of one scale: mean 0 and deviation 1 over the training examples."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -28,18 +29,32 @@ class Standardisation:
         deviation = wide.std(axes)
         return cls(wide.mean(axes), np.where(deviation > 0, deviation, 1))
 
+    @classmethod
+    def of_plain(cls, values: Mapping[str, Any]) -> Self:
+        """Return what :meth:`plain` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: Something is missing or damaged.
+        """
+        mean, deviation = (np.array(values[name], dtype=np.float64) for name in ("mean", "deviation"))
+        return cls(mean, deviation)
+
+    def plain(self) -> dict[str, list[float]]:
+        """Return mean and deviation as plain data."""
+        return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
+
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Return examples (N, F, …) brought to that scale.
 
         Returns:
-            Shape (N, F, …), float64: in float32 a large mean would swallow what distinguishes the examples.
+            Shape (N, F, …), float64: in float32 a large mean would round the examples' differences away.
         """
         shape = (1, -1, *[1] * (inputs.ndim - 2))
         return (inputs - self.mean.reshape(shape)) / self.deviation.reshape(shape)
 
 
 def to_float32(inputs: np.ndarray) -> np.ndarray:
-    """Return inputs as float32.
+    """Return inputs (N, …) as float32.
 
     Raises:
         UserError: They hold numbers that float32 can't.

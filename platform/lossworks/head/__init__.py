@@ -4,10 +4,11 @@ The folder is not called like its function: a submodule would take the function'
 the package, and ``from lossworks import linear_cross_entropy`` would sometimes give a module.
 """
 
-from lossworks.head.folded import linear_row_loss
-from lossworks.head.interface import linear_cross_entropy
+from lossworks.head.core.vocab_parallel import VocabParallel
+from lossworks.head.cross_entropy import linear_cross_entropy
 from lossworks.head.module import LinearCrossEntropy
 from lossworks.head.predictions import TopK, linear_log_probabilities, linear_top_k
+from lossworks.head.row_loss import linear_row_loss
 from lossworks.head.statistics import (
     ExpectedLogit,
     Gathered,
@@ -20,7 +21,6 @@ from lossworks.head.statistics import (
     linear_row_statistics,
     row_statistics,
 )
-from lossworks.head.vocabulary import VocabParallel
 
 __all__ = [
     "ExpectedLogit",

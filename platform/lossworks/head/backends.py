@@ -1,4 +1,4 @@
-"""The implementations behind ``impl``, each with the functions of :mod:`lossworks.head.cpu`."""
+"""The implementations behind ``impl``, each with the functions of :mod:`lossworks.head.cpu.backend`."""
 
 from typing import Protocol
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.cpu import Combine, Pass, Result, Rule, Wanted
-from lossworks.head.problem import Coefficients, Gradients, Problem, RowSums
+from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Wanted
+from lossworks.head.cpu.backend import Combine, Pass, Result, Rule
 
 
 class Backend(Protocol):
-    """What an implementation provides; see :mod:`lossworks.head.cpu` for the arguments."""
+    """What an implementation provides; see :mod:`lossworks.head.cpu.backend` for the arguments."""
 
     def row_sums(self, problem: Problem, how: Pass) -> RowSums:
         """Return the sums of every row."""
@@ -19,7 +19,7 @@ class Backend(Protocol):
     def gradients(
         self, problem: Problem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
     ) -> tuple[Gradients, Tensor | None]:
-        """Return the gradients, and the probability that a filter left out of each row."""
+        """Return the gradients, and the probability that a filter left out of each row, (N,) or None."""
 
     def fused(
         self, problem: Problem, how: Pass, rule: Rule, wanted: Wanted, combine: Combine = ...
@@ -29,7 +29,7 @@ class Backend(Protocol):
     def teacher_expected(
         self, problem: Problem, teacher: Problem, temperature: float, dtype: torch.dtype, share: float
     ) -> tuple[Tensor, Tensor]:
-        """Return the expected logits under a teacher's softmax, and its log Σ exp."""
+        """Return the expected logits under a teacher's softmax, and its log Σ exp, each of shape (N,)."""
 
     def teacher_gradients(
         self,
@@ -42,7 +42,7 @@ class Backend(Protocol):
         dtype: torch.dtype,
         share: float,
     ) -> Gradients:
-        """Return the gradients of the expected logits, weighted by ``coefficient``."""
+        """Return the gradients of the expected logits, weighted by ``coefficient`` (N,); ``lse`` is (N,)."""
 
 
 def get(impl: str, problem: Problem) -> Backend:
@@ -55,12 +55,12 @@ def get(impl: str, problem: Problem) -> Backend:
         usable = problem.e.is_cuda and problem.probabilities is None and problem.e.dtype.itemsize <= 4
         impl = "triton" if usable else "cpu"
     if impl == "cpu":
-        from lossworks.head import cpu
+        from lossworks.head.cpu import backend as plain
 
-        return cpu
-    from lossworks.head.triton import backend
+        return plain
+    from lossworks.head.triton import backend as kernels
 
-    reason = backend.unusable(problem)
+    reason = kernels.unusable(problem)
     if reason:
         raise UserError(f"impl='triton': {reason}; impl='cpu' does it")
-    return backend
+    return kernels

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lossworks.errors import UserError
-from lossworks.head.interface import linear_cross_entropy
+from lossworks.head.cross_entropy import linear_cross_entropy
 
 
 class LinearCrossEntropy(nn.Module):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.arguments import (
+from lossworks.head.autograd.row_sums import differentiable_row_sums
+from lossworks.head.core.arguments import (
     Implementation,
     Operands,
     Options,
@@ -24,11 +25,10 @@ from lossworks.head.arguments import (
     check_targets,
     operands,
 )
-from lossworks.head.problem import RowSums
-from lossworks.head.reference import dense_logits, scaled_logits
-from lossworks.head.rows import check_range
-from lossworks.head.sums import row_sums
-from lossworks.head.vocabulary import VocabParallel
+from lossworks.head.core.dense_reference import dense_logits, scaled_logits
+from lossworks.head.core.problem import RowSums
+from lossworks.head.core.valid_rows import check_range
+from lossworks.head.core.vocab_parallel import VocabParallel
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,7 +312,7 @@ class _Linear:
         if key not in self._passes:
             self._check(temperature, classes)
             first = not self._passes
-            self._passes[key] = row_sums(
+            self._passes[key] = differentiable_row_sums(
                 self._head,
                 self._options,
                 self._targets,
@@ -395,7 +395,7 @@ class _Linear:
         return e.to(self._wide), c.to(self._wide), None if bias is None else bias.to(self._wide)
 
     def _teacher(self, teacher: TeacherExpectedLogit) -> Tensor:
-        from lossworks.head.distillation import teacher_expected_logit
+        from lossworks.head.autograd.distillation import teacher_expected_logit
 
         if self._head.group is not None or self._offset is not None:
             raise UserError("TeacherExpectedLogit can't be combined with vocab_parallel or a target_offset")

@@ -6,10 +6,11 @@ Declarations are read without torch; the code of an entry is imported when it is
 from typing import TYPE_CHECKING, Any
 
 from lossworks.catalogue.declaration import Case, Declaration, Hyperparameter, Paper
+from lossworks.catalogue.entry import Entry
 from lossworks.catalogue.registry import create, declaration, declarations, search_space
 
 if TYPE_CHECKING:
-    from lossworks.losses.interface import Context, Entry, Loss, RowLoss
+    from lossworks.losses.interface import Context, Loss, RowLoss
 
 __all__ = [
     "Case",
@@ -29,7 +30,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the base classes, and torch with them, on first use."""
-    if name in ("Context", "Entry", "Loss", "RowLoss"):
+    if name in ("Context", "Loss", "RowLoss"):
         from lossworks.losses import interface
 
         return getattr(interface, name)

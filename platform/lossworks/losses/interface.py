@@ -1,26 +1,37 @@
-"""What every entry of the catalogue is, and what losses on rows of logits share.
+"""What every loss of the catalogue is, and what losses on rows of logits share.
 
 A loss sums and whoever trains divides: ``reduction="sum"`` with ``count`` is what a training loop uses, so
 that micro-batches and ranks of unequal size weigh every element alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lossworks.catalogue.declaration import Case, Declaration, Hyperparameter, Kind, Paper
+from lossworks.catalogue.entry import Entry
+from lossworks.data.batch import IGNORE_INDEX, NAMES, Batch
 from lossworks.errors import UserError, nearest
 from lossworks.head import LogSumExp, Target, VocabParallel, linear_row_loss
-from lossworks.head.arguments import Implementation, all_classes, check_choice, operands
-from lossworks.head.reference import dense_logits
+from lossworks.head.core.arguments import Implementation, all_classes, check_choice, operands
+from lossworks.head.core.dense_reference import dense_logits
+from lossworks.losses.problems import Problem, of_classes
 from lossworks.losses.rows import DenseRows, LinearRows, Rows, wide
+from lossworks.models.interface import Outputs
 
 Reduction = Literal["mean", "sum", "none"]
+
+Addition = Literal["elements", "statistics", "batches"]
+"""How the losses of parts make that of the whole.
+
+``elements``: it is a mean of elements, whose number is known before the loss is; ``statistics``: it is a
+function of sums over all parts, which :meth:`Loss.sums` gives, and trained exactly in two passes;
+``batches``: every micro-batch is a batch of its own, and they weigh alike.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +43,14 @@ class Context:
         segments: Which sequence, step or bag each row belongs to, int64 in [0, S), shaped like the targets.
         next_probabilities: Of the next state's bins by the target network, shape (..., m).
         discounts: γ of the next state, 0 where there is none, shaped like the targets.
+        others: What other packages' batches hold besides, by the names that they declare.
     """
 
     weight: Tensor | None = None
     segments: Tensor | None = None
     next_probabilities: Tensor | None = None
     discounts: Tensor | None = None
+    others: Mapping[str, Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, given: dict[str, Tensor | None], owner: str, requires: tuple[str, ...]) -> "Context":
@@ -46,78 +59,16 @@ class Context:
         Raises:
             UserError: A name is unknown, or one that is required is missing.
         """
-        known = [field.name for field in fields(cls)]
+        own = [field.name for field in fields(cls) if field.name != "others"]
+        known = [*own, *(name for name in NAMES if name not in own)]
         for name in given:
             if name not in known:
                 raise UserError(f"{owner}: no input {name}; did you mean {nearest(name, known) or known}?")
-        context = cls(**given)
         for name in requires:
-            if getattr(context, name) is None:
+            if given.get(name) is None:
                 raise UserError(f"{owner}: needs the input {name}")
-        return context
-
-
-class Entry:
-    """A class of the catalogue: what it declares, and its checked hyperparameters.
-
-    A subclass declares hyperparameters as class attributes (``temperature: float = number(1.0, …)``); on an
-    instance they are plain values. The attributes below are those of
-    :class:`lossworks.catalogue.declaration.Declaration`; ``title`` is the first line of the docstring.
-    """
-
-    slug: ClassVar[str] = ""
-    kind: ClassVar[Kind]
-    formula: ClassVar[str]
-    paper: ClassVar[Paper]
-    hyperparameters: ClassVar[tuple[Hyperparameter, ...]] = ()
-    without_logits: ClassVar[bool] = False
-    products: ClassVar[float] = 0.0
-    cases: ClassVar[tuple[Case, ...]] = ()
-    invariances: ClassVar[tuple[str, ...]] = ()
-    requires: ClassVar[tuple[str, ...]] = ()
-    flags: ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        super().__init_subclass__(**arguments)
-        own = tuple(replace(v, name=k) for k, v in vars(cls).items() if isinstance(v, Hyperparameter))
-        names = [p.name for p in own]
-        cls.hyperparameters = (*(p for p in cls.hyperparameters if p.name not in names), *own)
-
-    @classmethod
-    def declaration(cls) -> Declaration:
-        """Return all that is declared here."""
-        return Declaration(
-            slug=cls.slug,
-            kind=cls.kind,
-            title=(cls.__doc__ or "").strip().splitlines()[0].rstrip("."),
-            formula=cls.formula,
-            paper=cls.paper,
-            hyperparameters=cls.hyperparameters,
-            module=f"{cls.__module__}:{cls.__qualname__}",
-            without_logits=cls.without_logits,
-            products=cls.products,
-            cases=cls.cases,
-            invariances=cls.invariances,
-            requires=cls.requires,
-            flags=cls.flags,
-        )
-
-    def set_hyperparameters(self, values: dict[str, Any]) -> None:
-        """Check hyperparameters and make them attributes.
-
-        Raises:
-            UserError: A name is unknown or a value out of range.
-        """
-        for name, value in self.declaration().check(values).items():
-            object.__setattr__(self, name, value)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the hyperparameters as they are."""
-        return {p.name: getattr(self, p.name) for p in self.hyperparameters}
-
-    def extra_repr(self) -> str:
-        """Return the hyperparameters as they would be given."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        others = {name: value for name, value in given.items() if name not in own}
+        return cls(**{name: given.get(name) for name in own}, others=others)
 
 
 class Loss(Entry, nn.Module):
@@ -133,11 +84,84 @@ class Loss(Entry, nn.Module):
         UserError: A name is unknown or a value out of range.
     """
 
-    def __init__(self, *, reduction: Reduction = "mean", ignore_index: int = -100, **values: Any) -> None:
+    section: ClassVar[str] = "losses"
+    adds: ClassVar[Addition] = "elements"
+
+    def __init__(
+        self, *, reduction: Reduction = "mean", ignore_index: int = IGNORE_INDEX, **values: Any
+    ) -> None:
         super().__init__()
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.reduction, self.ignore_index = reduction, ignore_index
         self.set_hyperparameters(values)
+
+    def with_reduction(self, reduction: Reduction) -> Self:
+        """Return the same loss, with the same parameters and state, reduced in another way."""
+        twin = copy(self)
+        twin.reduction = reduction
+        return twin
+
+    def prediction(self, outputs: Outputs) -> Tensor:
+        """Return what ``forward`` takes of a model's outputs: the logits, unless a kind of loss differs."""
+        return outputs.logits
+
+    def given(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what a batch holds of the further inputs: weights, and what the loss requires."""
+        return {name: batch[name] for name in ("weight", *self.requires) if name in batch}
+
+    def of(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
+        """Return the loss of a model's outputs for a batch, reduced as the loss is.
+
+        Args:
+            outputs: Of the model.
+            batch: With ``targets``, and whatever the loss requires.
+            how: How a linear head is computed, ``impl`` and ``vocab_parallel``, for losses that can do
+                without the logits; others build them.
+        """
+        del how
+        return self(self.prediction(outputs), batch["targets"], **self.given(batch))
+
+    def sums(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
+        """Return numbers (S,) that add up over rows, micro-batches, ranks and clients; arguments as ``of``.
+
+        Unless ``adds`` says otherwise it is the summed loss, of a loss that is reduced by ``"sum"``; where
+        each micro-batch is a batch of its own, it is the loss of that one, reduced by ``"mean"``.
+        """
+        return self.of(outputs, batch, **how).reshape(1)
+
+    def value(self, sums: Tensor, count: float) -> Tensor:
+        """Return the loss of sums (S,) over all parts, a scalar; 0 where nothing counts.
+
+        Args:
+            sums: Of all parts, added.
+            count: :meth:`elements` of all parts, added.
+        """
+        return sums[0] / count if count else 0.0 * sums[0]
+
+    def valid_rows(self, targets: Tensor) -> Tensor:
+        """Return which targets (...) count, bool (...): classes other than ``ignore_index``, or no NaN."""
+        return ~targets.isnan() if targets.is_floating_point() else targets != self.ignore_index
+
+    def count(self, targets: Tensor) -> Tensor:
+        """Return how many elements of a summed loss count, by which a training loop divides."""
+        return self.valid_rows(targets).sum()
+
+    def elements(self, batch: Batch) -> float:
+        """Return what ``sums`` of a batch are divided by: elements, or 1 for a batch of its own."""
+        if self.adds == "batches":
+            return float(self.valid_rows(batch["targets"]).any())
+        return float(self.count(batch["targets"]))
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """Return a random problem in float64 that fits this loss, by which it is audited: logits and classes.
+
+        A kind of loss that takes something else makes its own.
+
+        Args:
+            rows: Rows, sequences or examples, two or more; rows 2i and 2i + 1 may belong together.
+            generator: Of the numbers.
+        """
+        return of_classes(rows, generator)
 
     def context(self, given: dict[str, Tensor | None]) -> Context:
         """Return the typed context of ``forward``'s keyword arguments."""
@@ -191,7 +215,8 @@ class RowLoss(Loss):
     see :func:`of_members`.
     """
 
-    kind: ClassVar[Kind] = "row"
+    kind: ClassVar[str] = "row"
+    example: ClassVar[str] = "lossworks train jobs/specs/digits.yaml loss={slug}"
     without_logits = True
     products = 3.0
 
@@ -239,9 +264,24 @@ class RowLoss(Loss):
         """Return which elements count, bool, shaped like the unreduced losses."""
         return rows.valid
 
-    def count(self, targets: Tensor) -> Tensor:
-        """Return how many elements of a summed loss count, by which a training loop divides."""
-        return (targets != self.ignore_index).sum()
+    @property
+    def joint(self) -> bool:
+        """Whether ``phi`` is all there is, so that several such losses share one pass over the logits."""
+        return self.folds and not self.needs_logits
+
+    def of(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
+        """See :meth:`Loss.of`; without the logits where there is a head."""
+        head = outputs.head
+        if head is None:
+            return super().of(outputs, batch)
+        return self.linear(
+            outputs.hidden,
+            head.weight,
+            batch["targets"],
+            head.bias,
+            softcap=head.softcap,
+            **{**how, **self.given(batch)},
+        )
 
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """Return the loss of dense logits.
@@ -310,8 +350,11 @@ class RowLoss(Loss):
 
     @property
     def folds(self) -> bool:
-        """Whether ``phi`` is all there is, so that the gradient can be formed in the forward pass."""
-        return type(self).values is RowLoss.values
+        """Whether ``phi`` is all there is, so that the gradient can be formed in the forward pass.
+
+        The pass gives no gradient to parameters of the loss itself; where there are any, autograd has to.
+        """
+        return type(self).values is RowLoss.values and next(self.parameters(), None) is None
 
     def _folded(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.head import VocabParallel, linear_row_statistics, row_statistics
-from lossworks.head.arguments import Implementation
+from lossworks.head.core.arguments import Implementation
 from lossworks.head.statistics import Name, Statistic
 
 

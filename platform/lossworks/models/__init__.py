@@ -2,7 +2,8 @@
 
 from lossworks.models.classifiers import Classifier, build_classifier
 from lossworks.models.huggingface import HuggingFaceModel
-from lossworks.models.interface import Head, HeadedModel, LanguageModel, Objective
+from lossworks.models.interface import Head, HeadedModel, LanguageModel, Objective, Outputs
+from lossworks.models.predictors import Predictor, load_predictor, save_predictor
 from lossworks.models.pretrained import load_model, read_provenance, save_model
 from lossworks.models.registry import build_model
 from lossworks.models.scoring import TextScorer, TextScores
@@ -16,6 +17,8 @@ __all__ = [
     "HuggingFaceModel",
     "LanguageModel",
     "Objective",
+    "Outputs",
+    "Predictor",
     "TextScorer",
     "TextScores",
     "TrainedClassifier",
@@ -24,7 +27,9 @@ __all__ = [
     "build_model",
     "load_classifier",
     "load_model",
+    "load_predictor",
     "read_provenance",
     "save_classifier",
     "save_model",
+    "save_predictor",
 ]

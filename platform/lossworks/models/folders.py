@@ -17,6 +17,7 @@ from lossworks.errors import UserError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CLASSIFIER_FORMAT = "lossworks-classifier"
+PREDICTOR_FORMAT = "lossworks-predictor"
 
 
 def require_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:

@@ -5,7 +5,7 @@ vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +46,46 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-Objective = Callable[[Tensor, Head, Tensor], Tensor]
-"""A loss: called with the features (…, D), the head and the targets (…)."""
+class Outputs:
+    """What a model gives for a batch: features and head, and logits only when they are asked for.
+
+    Args:
+        hidden: Features, shape (…, D).
+        head: The head; None for stacks of models, whose logits are there.
+        dense: The logits (…, K), where they are there already.
+        rerun: From other inputs to their outputs, for losses that look at changed inputs.
+        roles: Outputs of companions of the model, such as a teacher, by role.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head | None,
+        *,
+        dense: Tensor | None = None,
+        rerun: "Callable[[Tensor], Outputs] | None" = None,
+        roles: "Mapping[str, Outputs] | None" = None,
+    ) -> None:
+        self.hidden, self.head = hidden, head
+        self.rerun, self.roles = rerun, dict(roles or {})
+        self._dense = dense
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits (…, K); they are built at the first call."""
+        if self._dense is None:
+            if self.head is None:
+                raise ValueError("outputs without a head must hold their logits")
+            self._dense = self.head.logits(self.hidden)
+        return self._dense
+
+    def with_roles(self, roles: "Mapping[str, Outputs]") -> "Outputs":
+        """Return the same with the outputs of companions."""
+        return Outputs(self.hidden, self.head, dense=self._dense, rerun=self.rerun, roles=roles)
+
+
+Objective = Callable[[Outputs, Mapping[str, Tensor]], Tensor]
+"""Called with what the model gives and the batch; returns whatever is to leave the model's forward."""
 
 
 class HeadedModel(nn.Module, ABC):
@@ -73,18 +111,28 @@ class HeadedModel(nn.Module, ABC):
             UserError: The architecture can't do it.
         """
 
-    def forward(self, inputs: Tensor, targets: Tensor, objective: Objective) -> Tensor:
-        """Return ``objective(hidden, head, targets)``.
+    def attach(self, name: str, module: nn.Module) -> None:
+        """Make a module part of what is trained, sharded and kept in checkpoints, such as a loss.
+
+        Its parameters and state carry the name; a module without any leaves the model's state as it was.
+        """
+        self.add_module(name, module)
+
+    def outputs(self, inputs: Tensor) -> Outputs:
+        """Return features and head for inputs that ``hidden`` takes."""
+        return Outputs(self.hidden(inputs), self.head(), rerun=self.outputs)
+
+    def forward(self, batch: Mapping[str, Tensor], objective: Objective) -> Tensor:
+        """Return ``objective(outputs, batch)``.
 
         The objective runs in here, and not after the model, because FSDP gathers the sharded head only
         while ``forward`` runs; DDP, too, sees only what ``forward`` does.
 
         Args:
-            inputs: What ``hidden`` takes.
-            targets: One for each row of features, or whatever else the objective takes.
+            batch: ``inputs``, which ``hidden`` takes, and whatever else the objective takes.
             objective: Any loss; the model knows none.
         """
-        return objective(self.hidden(inputs), self.head(), targets)
+        return objective(self.outputs(batch["inputs"]), batch)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Return the dense logits (B, …, V) of inputs, for prediction and tests.

@@ -92,10 +92,7 @@ def save_classifier(
     """
     folder = Path(folder)
     require_free(folder)
-    scale = standardisation and {
-        "mean": standardisation.mean.tolist(),
-        "deviation": standardisation.deviation.tolist(),
-    }
+    scale = None if standardisation is None else standardisation.plain()
     config = config_text(
         {
             "format": CLASSIFIER_FORMAT,
@@ -139,10 +136,7 @@ def _parts(
     try:
         shape = tuple(int(size) for size in config["shape"])
         names = tuple(str(name) for name in config["classes"])
-        scale = config["standardisation"] and Standardisation(
-            np.array(config["standardisation"]["mean"], dtype=np.float64),
-            np.array(config["standardisation"]["deviation"], dtype=np.float64),
-        )
+        scale = config["standardisation"] and Standardisation.of_plain(config["standardisation"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: lacks shape, classes or standardisation, or they are damaged") from None
     return shape, names, scale

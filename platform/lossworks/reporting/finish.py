@@ -4,9 +4,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lossworks.reporting.series import series
+from lossworks.catalogue.registry import create
+from lossworks.reporting.series import Series, series
 from lossworks.runs import RunFolder
-from lossworks.specs import ClassifierSpec
+from lossworks.tasks.registry import task_of
 from lossworks.tracking import Row, deliver, finish_run, read_all
 from lossworks.tracking.store import Status
 from lossworks.training.outcome import Outcome
@@ -20,24 +21,26 @@ TRACKED_STATUS: dict[str, Status] = {
 }
 
 
-def draw_report(folder: RunFolder, vocabulary: int | None = None) -> Path:
+def draw_report(folder: RunFolder, guess: float | None = None) -> Path:
     """Draw ``report.png`` from the run's journal and outcome, and return its path."""
     from lossworks.reporting.train_report import train_report
 
     spec = folder.spec()  # first, since it refuses runs of other rooms
     rows: list[Row] = read_all(folder.journal)
     outcome = Outcome.read(folder.outcome_file) if folder.outcome_file.is_file() else None
-    plain = spec.loss.name == "cross-entropy"
-    row = "example" if isinstance(spec, ClassifierSpec) else "token"
+    plain = spec.loss.titles == ("cross-entropy",)
+    kind = task_of(spec)
+    row = kind.unit.removesuffix("s")
     return train_report(
         rows,
         head_memory=outcome.head_memory if outcome else None,
-        reliability=outcome.reliability if outcome else None,
+        task=kind,
+        pictured=outcome.pictured if outcome else {},
         seconds=outcome.seconds if outcome else None,
         title=f"{spec.name} · {folder.run_id[:8]}",
         path=folder.report,
-        vocabulary=vocabulary if plain else None,
-        loss=f"nats per {row}" if plain else f"{spec.loss.name} per {row}",
+        guess=guess if plain else None,
+        loss=f"nats per {row}" if plain else f"{' + '.join(spec.loss.titles)} per {row}",
     )
 
 
@@ -65,32 +68,34 @@ def draw_flame(folder: RunFolder) -> Path | None:
     return folder.profile
 
 
-def draw_collapse(folder: RunFolder) -> Path | None:
-    """Draw ``collapse.png`` from the run's journal and outcome; return its path, or None if not measured."""
+def draw_analyses(folder: RunFolder) -> list[Path]:
+    """Draw what analyses measured with each evaluation, from the run's journal and outcome."""
     if not folder.outcome_file.is_file():
-        return None
-    matrices = Outcome.read(folder.outcome_file).collapse
-    if not matrices:
-        return None
-    import torch
+        return []
+    pictured = Outcome.read(folder.outcome_file).pictured
+    curves = curves_of(folder)
+    drawn = []
+    for analysis in folder.spec().analyses:
+        if analysis.name not in pictured:
+            continue
+        own = {name.removeprefix("eval/"): points for name, points in curves.items()}
+        figure = create(analysis.name, **analysis.hyperparameters).draw(pictured[analysis.name], own)
+        if figure is not None:
+            figure.savefig(folder.picture(analysis.name), facecolor="white")
+            drawn.append(folder.picture(analysis.name))
+    return drawn
 
-    from lossworks.entries.analyses.neural_collapse import MATRICES, Grams
-    from lossworks.losses import create
 
-    kinds = [
-        [torch.tensor(matrices[f"{which} {name}"]) for which in ("found", "predicted")] for name in MATRICES
-    ]
-    found, predicted = (Grams(*matrices) for matrices in zip(*kinds, strict=True))
+def curves_of(folder: RunFolder) -> dict[str, Series]:
+    """Return steps and values of every figure in a run's journal, by tracked name."""
     rows = read_all(folder.journal)
-    names = ("nc1", "nc2_classifier", "nc2_features", "nc3", "nc4")
-    curves = {name: points for name in names if (points := series(rows, f"eval/{name}")) is not None}
-    create("neural-collapse").draw(found, predicted, curves).savefig(folder.collapse)
-    return folder.collapse
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    return {name: points for name in names if (points := series(rows, name)) is not None}
 
 
 def finish_run_folder(
     folder: RunFolder,
-    vocabulary: int | None,
+    guess: float | None,
     *,
     status: Status,
     reason: str | None,
@@ -100,7 +105,7 @@ def finish_run_folder(
 
     Args:
         folder: The run.
-        vocabulary: Classes, whose uniform loss is drawn as a line; None for none.
+        guess: The loss of a uniform guess, which is drawn as a line; None for none.
         status: How it ended; only of a run that finished the model is logged.
         reason: Why it failed.
         notify: Called with a sentence if the model can't be logged, which is no reason to fail the run.
@@ -110,11 +115,10 @@ def finish_run_folder(
     """
     artifacts = [folder.spec_file]
     if folder.journal.is_file():
-        artifacts.append(draw_report(folder, vocabulary))
-        artifacts += [
-            path for draw in (draw_telemetry, draw_collapse, draw_flame) if (path := draw(folder)) is not None
-        ]
-    artifacts += [path for path in (folder.outcome_file, folder.logs) if path.exists()]
+        artifacts.append(draw_report(folder, guess))
+        artifacts += [path for draw in (draw_telemetry, draw_flame) if (path := draw(folder)) is not None]
+        artifacts += draw_analyses(folder)
+    artifacts += [path for path in (folder.outcome_file, folder.logs, folder.results) if path.exists()]
     if status == "FINISHED" and folder.spec().tracking.logs_model:
         _log_model(folder, notify)
     tags = {"lossworks.folder": str(folder.path), "lossworks.checkpoints": str(folder.checkpoints)}
@@ -123,8 +127,9 @@ def finish_run_folder(
 
 def _log_model(folder: RunFolder, notify: Callable[[str], None]) -> None:
     """Log the best checkpoint's model, unless that has been done, and register it if the spec says so."""
-    from lossworks.tracking.models import log_model, logged_step
-    from lossworks.training.export import choose_checkpoint, export_run
+    from lossworks.tracking.models.logged_models import log_model, logged_step
+    from lossworks.training.export import export_run
+    from lossworks.training.start import choose_checkpoint
 
     tracking = folder.spec().tracking
     try:

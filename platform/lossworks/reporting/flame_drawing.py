@@ -80,7 +80,7 @@ def write_png(boxes: Sequence[Box], *, title: str, path: Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    from lossworks.reporting.train_report import STYLE
+    from lossworks.reporting.picture_style import STYLE
 
     shown = [box for box in boxes if box.depth < _DEEPEST]
     rows = 1 + max((box.depth for box in shown), default=0)

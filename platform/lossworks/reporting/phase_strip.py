@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lossworks.reporting.phase_colours import PHASE_COLOURS
+from lossworks.reporting.picture_style import GREY, not_measured
 from lossworks.reporting.series import series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_GREY = "#9aa3ad"
 _WRITABLE = 0.045  # share of the bar that holds a number
 _PEAKS = {"train/mfu": "the maker's peak", "train/mfu_of_measured_peak": "the measured peak"}
 
@@ -50,8 +50,6 @@ def draw_phases(axes: "Axes", rows: Sequence[Mapping[str, Any]], seconds: Mappin
         rows: Rows of the run's journal.
         seconds: Of each phase over the whole run; None if not known.
     """
-    from lossworks.reporting.train_report import not_measured
-
     found, total = time_shares(rows, seconds)
     known = utilisation(rows)
     axes.set_title("Where the time went" + ("" if total is None else f" · {_duration(total)}"))
@@ -63,7 +61,7 @@ def draw_phases(axes: "Axes", rows: Sequence[Mapping[str, Any]], seconds: Mappin
         return
     left = 0.0
     for phase, share in found.items():
-        colour = PHASE_COLOURS.get(phase, _GREY)
+        colour = PHASE_COLOURS.get(phase, GREY)
         axes.barh(
             0,
             share,

@@ -4,13 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lossworks.reporting.picture_style import BLUE, ORANGE, STYLE, not_measured
 from lossworks.reporting.series import series
-from lossworks.reporting.train_report import STYLE, not_measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_BLUE, _ORANGE = "#2563a8", "#d9541e"
 
 
 def telemetry_report(rows: Sequence[Mapping[str, Any]], *, title: str, path: Path) -> Path | None:
@@ -34,7 +32,7 @@ def telemetry_report(rows: Sequence[Mapping[str, Any]], *, title: str, path: Pat
         _draw_bands(loss, rows, "loss", "Loss of single elements")
         _draw_bands(slope, rows, "gradient_norm", "Gradient norm at the logits of a row")
         _draw_bands(logits, rows, "logit_norm", "Norm of a row of logits")
-        zero.plot(*without, color=_BLUE, marker="o" if without[0].size <= 50 else "")
+        zero.plot(*without, color=BLUE, marker="o" if without[0].size <= 50 else "")
         zero.set_title("Share of rows without a gradient")
         zero.set(xlabel="step", ylim=(-0.04, 1.04))
         _mark_spikes(loss, rows)
@@ -51,9 +49,9 @@ def _draw_bands(axes: "Axes", rows: Sequence[Mapping[str, Any]], name: str, titl
     if low is None or middle is None or high is None or largest is None:
         not_measured(axes)
         return
-    axes.fill_between(low[0], low[1], high[1], color=_BLUE, alpha=0.2, linewidth=0, label="5 % to 95 %")
-    axes.plot(*middle, color=_BLUE, label="median")
-    axes.plot(*largest, color=_ORANGE, linewidth=1.2, label="largest")
+    axes.fill_between(low[0], low[1], high[1], color=BLUE, alpha=0.2, linewidth=0, label="5 % to 95 %")
+    axes.plot(*middle, color=BLUE, label="median")
+    axes.plot(*largest, color=ORANGE, linewidth=1.2, label="largest")
     axes.set(xlabel="step")
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
 
@@ -61,4 +59,4 @@ def _draw_bands(axes: "Axes", rows: Sequence[Mapping[str, Any]], name: str, titl
 def _mark_spikes(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     spikes = series(rows, "telemetry/spike")
     for step in () if spikes is None else spikes[0]:
-        axes.axvline(step, color=_ORANGE, linestyle=":", linewidth=1.2)
+        axes.axvline(step, color=ORANGE, linestyle=":", linewidth=1.2)

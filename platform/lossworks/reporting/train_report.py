@@ -12,34 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lossworks.reporting.phase_strip import draw_phases
-from lossworks.reporting.reliability import draw_reliability
+from lossworks.reporting.picture_style import BLUE, DARK, GREY, ORANGE, STYLE, not_measured
 from lossworks.reporting.series import Series, series, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREY, _DARK = "#2563a8", "#d9541e", "#9aa3ad", "#2b2f36"
-STYLE: Any = {
-    "font.size": 13,
-    "axes.titlesize": 15,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _DARK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e7eb",
-    "text.color": _DARK,
-    "xtick.color": _DARK,
-    "ytick.color": _DARK,
-    "legend.facecolor": "white",
-    "legend.edgecolor": "white",
-    "legend.framealpha": 0.85,
-    "lines.linewidth": 2.0,
-}
+    from lossworks.tasks.interface import Task
 
 
 def train_report(
@@ -48,9 +27,10 @@ def train_report(
     head_memory: Mapping[str, float] | None,
     title: str,
     path: Path,
-    vocabulary: int | None = None,
+    task: "type[Task]",
+    guess: float | None = None,
     loss: str = "nats per token",
-    reliability: Mapping[str, Sequence[float]] | None = None,
+    pictured: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> Path:
     """Draw the report of a run as a PNG of 1600 × 1000 pixels.
@@ -62,9 +42,10 @@ def train_report(
         head_memory: Peak memory of the head in bytes by way of computing it, ours first; None if unknown.
         title: Heading.
         path: File to write; its folder is created.
-        vocabulary: Classes V, to mark ln V, the cross-entropy of a uniform guess; None for other losses.
+        task: What was trained; it draws its own panels.
+        guess: The loss of a uniform guess, to be marked; None for none.
         loss: What the trained loss is counted in.
-        reliability: Of a classifier: examples, confidence and accuracy by bin; None or empty if unknown.
+        pictured: What the last evaluation gave to be drawn; None or empty if unknown.
         seconds: Of each phase over the whole run; None or empty if unknown.
 
     Returns:
@@ -81,20 +62,28 @@ def train_report(
         grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 0.2))
         curve, second, speed, last = (figure.add_subplot(grid[at // 2, at % 2]) for at in range(4))
         draw_phases(figure.add_subplot(grid[2, :]), rows, seconds)
-        _draw_loss(curve, rows, vocabulary, loss)
-        _draw_speed(speed, rows)
-        if series(rows, "eval/accuracy") is None:
+        _draw_loss(curve, rows, guess, loss)
+        _draw_speed(speed, rows, task.unit)
+        if task.panels is None:
             _draw_rate(second, series(rows, "train/lr"))
             _draw_memory(last, head_memory)
         else:
-            _draw_accuracy(second, rows)
-            draw_reliability(last, reliability)
+            draw_yardsticks(second, rows, *task.panels)
+            _draw_last(last, rows, task, pictured or {})
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png")
     return path
 
 
-def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int | None, unit: str) -> None:
+def _draw_last(
+    axes: "Axes", rows: Sequence[Mapping[str, Any]], task: "type[Task]", pictured: Mapping[str, Any]
+) -> None:
+    """Draw what the task has to show; the learning rate where it has nothing."""
+    if not task.draw(axes, pictured):
+        _draw_rate(axes, series(rows, "train/lr"))
+
+
+def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], guess: float | None, unit: str) -> None:
     train, held_out = series(rows, "train/loss"), series(rows, "eval/loss")
     axes.set_title("Loss")
     if train is None and held_out is None:
@@ -104,11 +93,9 @@ def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], vocabulary: int 
         _draw_smoothed(axes, train, "training")
     if held_out is not None:
         marker = "o" if held_out[0].size <= 50 else ""
-        axes.plot(*held_out, color=_ORANGE, marker=marker, markersize=6, label="held-out")
-    if vocabulary is not None:
-        _mark_level(
-            axes, math.log(vocabulary), f"uniform guess, ln {vocabulary:,} = {math.log(vocabulary):.2f}"
-        )
+        axes.plot(*held_out, color=ORANGE, marker=marker, markersize=6, label="held-out")
+    if guess is not None:
+        _mark_level(axes, guess, f"uniform guess, ln {math.exp(guess):,.0f} = {guess:.2f}")
     axes.set(xlabel="step", ylabel=unit)
     axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.88))
 
@@ -118,17 +105,16 @@ def _draw_rate(axes: "Axes", points: Series | None) -> None:
     if points is None:
         not_measured(axes)
         return
-    axes.plot(*points, color=_BLUE)
+    axes.plot(*points, color=BLUE)
     axes.set(xlabel="step", ylabel="learning rate")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]], unit: str) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     axes.set_title("Throughput")
-    unit = "examples" if series(rows, "train/examples_per_second") is not None else "tokens"
     points = series(rows, f"train/{unit}_per_second")
     if points is None:
         not_measured(axes)
@@ -142,10 +128,21 @@ def _draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(loc="upper right", ncols=3)
 
 
-def _draw_accuracy(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_title("Held-out accuracy and calibration error")
-    for name, label, colour in (("accuracy", "accuracy", _BLUE), ("ece", "calibration error", _ORANGE)):
-        points = series(rows, f"eval/{name}")
+def draw_yardsticks(
+    axes: "Axes", rows: Sequence[Mapping[str, Any]], title: str, shown: Mapping[str, str]
+) -> None:
+    """Draw one or two yardsticks over the steps.
+
+    Args:
+        axes: Where.
+        rows: Of the run's journal.
+        title: Heading.
+        shown: Label by tracked name.
+    """
+    axes.set_title(title)
+    highest = 1.0
+    for (name, label), colour in zip(shown.items(), (BLUE, ORANGE), strict=False):
+        points = series(rows, name)
         if points is not None:
             axes.plot(*points, color=colour, marker="o" if points[0].size <= 50 else "", label=label)
             axes.annotate(
@@ -157,7 +154,8 @@ def _draw_accuracy(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
                 color=colour,
                 fontweight="bold",
             )
-    axes.set(xlabel="step", ylim=(0, 1.08))
+            highest = max(highest, float(np.max(points[1])))
+    axes.set(xlabel="step", ylim=(0, 1.08 * highest))
     axes.legend(loc="center right")
 
 
@@ -170,7 +168,7 @@ def _draw_memory(axes: "Axes", head_memory: Mapping[str, float] | None) -> None:
         not_measured(axes)
         return
     mib = [size / 2**20 for size in sizes.values()]
-    colours = [_BLUE if index == 0 else _GREY for index in range(len(mib))]
+    colours = [BLUE if index == 0 else GREY for index in range(len(mib))]
     bars = axes.bar(list(sizes), mib, width=0.5, color=colours)
     axes.bar_label(bars, labels=[_mib(size) for size in mib], padding=4, fontsize=14, fontweight="bold")
     axes.set(ylabel="MiB")
@@ -184,14 +182,14 @@ def _draw_memory(axes: "Axes", head_memory: Mapping[str, float] | None) -> None:
 def _draw_smoothed(axes: "Axes", points: Series, label: str) -> None:
     steps, values = points
     if values.size < 20:
-        axes.plot(steps, values, color=_BLUE, marker="o", markersize=4, label=label)
+        axes.plot(steps, values, color=BLUE, marker="o", markersize=4, label=label)
         return
-    axes.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=1.0)
-    axes.plot(steps, smooth(values, max(values.size // 40, 3)), color=_BLUE, label=f"{label}, smoothed")
+    axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=1.0)
+    axes.plot(steps, smooth(values, max(values.size // 40, 3)), color=BLUE, label=f"{label}, smoothed")
 
 
 def _mark_level(axes: "Axes", level: float, text: str) -> None:
-    axes.axhline(level, color=_DARK, linestyle="--", linewidth=1.2, zorder=1.5)
+    axes.axhline(level, color=DARK, linestyle="--", linewidth=1.2, zorder=1.5)
     axes.annotate(
         text,
         (0.99, level),
@@ -204,13 +202,6 @@ def _mark_level(axes: "Axes", level: float, text: str) -> None:
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.0},
     )
     axes.margins(y=0.12)
-
-
-def not_measured(axes: "Axes") -> None:
-    """Say so in an empty picture."""
-    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=_GREY)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(visible=True, color="#e4e7eb")
 
 
 def _mib(size: float) -> str:

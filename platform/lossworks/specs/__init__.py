@@ -1,51 +1,47 @@
 """Specs: what a run is, checked before anything starts."""
 
 from lossworks.specs.base import Spec, field_paths, read_yaml
-from lossworks.specs.classification import (
-    AnyTrainSpec,
-    ClassifierModelSpec,
-    ClassifierSpec,
-    ExamplesSpec,
-    parse_train_spec,
-    read_train_spec,
-)
+from lossworks.specs.classification import ClassifierModelSpec, ExamplesSpec
 from lossworks.specs.parts import (
+    AnalysisSpec,
     CheckpointSpec,
     DataSpec,
     EvaluationSpec,
     LossSpec,
+    MethodSpec,
     ModelSpec,
     OptimizerSpec,
     ProfileSpec,
+    RoleSpec,
     ScheduleSpec,
     ShardingSpec,
     TelemetrySpec,
+    WeightSpec,
 )
 from lossworks.specs.tracking import ModelTrackingSpec, TrackingSpec
-from lossworks.specs.train import RunSpec, TrainSpec
+from lossworks.specs.train import RunSpec
 
 __all__ = [
-    "AnyTrainSpec",
+    "AnalysisSpec",
     "CheckpointSpec",
     "ClassifierModelSpec",
-    "ClassifierSpec",
     "DataSpec",
     "EvaluationSpec",
     "ExamplesSpec",
     "LossSpec",
+    "MethodSpec",
     "ModelSpec",
     "ModelTrackingSpec",
     "OptimizerSpec",
     "ProfileSpec",
+    "RoleSpec",
     "RunSpec",
     "ScheduleSpec",
     "ShardingSpec",
     "Spec",
     "TelemetrySpec",
     "TrackingSpec",
-    "TrainSpec",
+    "WeightSpec",
     "field_paths",
-    "parse_train_spec",
-    "read_train_spec",
     "read_yaml",
 ]

@@ -67,12 +67,15 @@ class Spec(BaseModel):
             ``sharding.kind``; None if a plain value is a mistake.
         open_to: The field whose value decides what further fields there are, as ``loss.name`` decides the
             loss's hyperparameters; None if the class has them all. Such a class checks them itself.
+        list_tail: The field that holds the further items where a list stands for the whole group, whose first
+            item is the group itself; None if a list is a mistake.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
     command: ClassVar[str | None] = None
     shorthand: ClassVar[str | None] = None
     open_to: ClassVar[str | None] = None
+    list_tail: ClassVar[str | None] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -209,7 +212,10 @@ def _setting(model: type[BaseModel], text: str) -> tuple[str, Any, str]:
         new = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"override {redact(text)!r}: the value is not valid YAML") from None
-    shorthand = getattr(_group_at(model, key), "shorthand", None)
+    group = _group_at(model, key)
+    if getattr(group, "list_tail", None) is not None and isinstance(new, list):
+        new = _expanded(group, new)
+    shorthand = getattr(group, "shorthand", None)
     return key if shorthand is None or isinstance(new, dict) else f"{key}.{shorthand}", new, text
 
 
@@ -229,7 +235,8 @@ def _set(model: type[BaseModel], values: dict[str, Any], key: str, new: Any, tex
             raise UserError(f"override {text!r}: {name} is a value, not a group of keys")
     if _decides(model, key) and values.get(leaf) != new:
         own = _group_at(model, ".".join(parents))
-        for name in values.keys() - (own.model_fields.keys() if own else set()):
+        tail = getattr(own, "list_tail", None)
+        for name in values.keys() - ((own.model_fields.keys() if own else set()) - {tail}):
             del values[name]
     values[leaf] = new
 
@@ -261,8 +268,12 @@ def _group_at(model: type[BaseModel] | None, path: str) -> type[BaseModel] | Non
 
 
 def _expanded(group: type[BaseModel] | None, values: Any) -> Any:
-    """Return a plain value that stands for a whole group as the mapping it is short for."""
+    """Return a plain value, or a list, that stands for a whole group as the mapping it is short for."""
     shorthand = getattr(group, "shorthand", None)
+    tail = getattr(group, "list_tail", None)
+    if tail is not None and isinstance(values, list | tuple) and values:
+        head = _expanded(group, values[0])
+        return {**head, tail: list(values[1:])} if isinstance(head, Mapping) else values
     plain = shorthand is not None and not isinstance(values, Mapping | BaseModel)
     return {shorthand: values} if plain else values
 

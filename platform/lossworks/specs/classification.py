@@ -1,14 +1,10 @@
-"""The spec of training a classifier, and which spec a file holds."""
+"""The parts of specs that say which labelled examples are read, and which small model reads them."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from lossworks.errors import UserError
-from lossworks.specs.base import Spec, apply_overrides
-from lossworks.specs.train import RunSpec, TrainSpec
+from lossworks.specs.base import Spec
 
 BUILT_IN = ("digits", "breast-cancer", "wine", "mnist1d")
 FROM_PATH = ("csv", "npz", "imagefolder")
@@ -47,9 +43,19 @@ class ExamplesSpec(Spec):
     imbalance: float = Field(
         1.0, ge=1.0, le=10000.0, description="examples of the first class over those of the last, in training"
     )
+    classes: tuple[str | int, ...] | None = Field(
+        None, min_length=2, description="names of the classes that are kept, such as [3, 8]; all if unset"
+    )
     bag_size: int = Field(
         1, ge=1, le=65536, description="training examples are dealt into bags of so many, which stay together"
     )
+
+    @property
+    def may_be_binary(self) -> bool:
+        """Whether there can be two classes; of sources that must be read first, it is not known here."""
+        if self.classes is not None:
+            return len(self.classes) == 2
+        return self.source == "breast-cancer" or (":" in self.source and not self.source.startswith("blobs"))
 
     @model_validator(mode="after")
     def _has_owners(self) -> Self:
@@ -83,67 +89,3 @@ class ClassifierModelSpec(Spec):
         if self.kind == "resnet" and self.width % self.groups:
             raise ValueError(f"width={self.width} must be a multiple of groups={self.groups}")
         return self
-
-
-class ClassifierSpec(RunSpec):
-    """Training of a classifier."""
-
-    task: Literal["classification"] = Field("classification", description="what is trained")
-    data: ExamplesSpec = ExamplesSpec()
-    model: ClassifierModelSpec = ClassifierModelSpec()
-    neural_collapse: bool = Field(
-        False, description="with each evaluation, measure NC1 to NC4 on the training examples, and draw them"
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        for name in ("batch_size", "micro_batch_size"):
-            size = getattr(self, name)
-            if size is not None and size % self.data.bag_size:
-                raise ValueError(
-                    f"{name}={size} must be a multiple of data.bag_size={self.data.bag_size}: bags stay whole"
-                )
-        if self.activation_checkpointing:
-            raise ValueError("activation_checkpointing=true is for language models")
-        if self.sharding.vocab_parallel:
-            raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
-        self.loss.require(lambda entry: entry.kind in ("row", "logits"), "a classifier")
-        return self
-
-
-AnyTrainSpec = TrainSpec | ClassifierSpec
-_CLASSES: dict[str, type[TrainSpec] | type[ClassifierSpec]] = {
-    "language-model": TrainSpec,
-    "classification": ClassifierSpec,
-}
-
-
-def parse_train_spec(values: Mapping[str, Any], *, source: str = "spec") -> AnyTrainSpec:
-    """Return the spec that ``values`` describe; their ``task`` says which class it is.
-
-    Raises:
-        UserError: A value is wrong.
-    """
-    return _class_of(values, source).parse(values, source=source)
-
-
-def read_train_spec(path: str | Path, overrides: Sequence[str] = ()) -> AnyTrainSpec:
-    """Return the spec in the YAML file ``path`` with ``key.path=value`` overrides applied.
-
-    Raises:
-        UserError: The file is missing, is no YAML mapping, or holds a wrong value.
-    """
-    values = TrainSpec.read_values(path)
-    # A bare word, so that it needs no YAML; whatever else stands there is refused as it was written.
-    tasks = [text.partition("=")[2].strip() for text in overrides if text.startswith("task=")]
-    asked = {"task": tasks[-1]} if tasks else {}
-    kind = _class_of({**values, **asked}, str(path))
-    return kind.parse(apply_overrides(kind, values, overrides), source=str(path))
-
-
-def _class_of(values: Mapping[str, Any], source: str) -> type[TrainSpec] | type[ClassifierSpec]:
-    TrainSpec.require_own(values, source)
-    task = values.get("task", "language-model")
-    if not isinstance(task, str) or task not in _CLASSES:
-        raise UserError(f"{source}: task={task!r} must be one of {', '.join(_CLASSES)}")
-    return _CLASSES[task]

@@ -114,43 +114,61 @@ class ShardingSpec(Spec):
         return f"{self.kind}, vocabulary-parallel head" if self.vocab_parallel else self.kind
 
 
-class LossSpec(Spec):
-    """The training objective on the model's head: a loss of the catalogue with its hyperparameters.
+class WeightSpec(Spec):
+    """The factor of a term in a sum of losses: constant, or going in a line from one number to another.
 
-    They are fields beside ``name``: ``{name: ldr, temperature: 0.7}``; ``loss=ldr`` is short for
-    ``loss.name=ldr``. `lossworks losses NAME` says which there are.
+    ``weight=0.1`` is short for ``weight.value=0.1``.
+    """
+
+    shorthand: ClassVar[str | None] = "value"
+
+    value: float = Field(1.0, description="factor of the term, or the factor at the first step of a line")
+    final: float | None = Field(None, description="factor at the end of the line; null for a constant")
+    start: int = Field(1, ge=1, description="step, counted from 1, up to which the factor is `value`")
+    steps: int = Field(1, ge=1, description="steps from `value` to `final`")
+
+    def at(self, step: int) -> float:
+        """Return the factor at a step, counted from 1."""
+        if self.final is None:
+            return self.value
+        done = min(max(step - self.start, 0) / self.steps, 1.0)
+        return self.value + done * (self.final - self.value)
+
+    def __str__(self) -> str:
+        if self.final is None:
+            return f"{self.value:g}"
+        return f"{self.value:g} to {self.final:g} in {self.steps} steps"
+
+
+class EntrySpec(Spec):
+    """An entry of the catalogue with its hyperparameters, which are fields beside ``name``.
+
+    Attributes:
+        section: Of the catalogue, in which the entry must be.
     """
 
     model_config = ConfigDict(extra="allow")
     shorthand: ClassVar[str | None] = "name"
     open_to: ClassVar[str | None] = "name"
+    section: ClassVar[str] = "losses"
 
-    name: str = Field("cross-entropy", description="slug of the loss; `lossworks losses` lists them")
-    impl: Literal["auto", "cpu", "triton", "reference"] = Field(
-        "auto",
-        description="how the head is computed: cpu (plain torch) and triton (a GPU's kernels) never build "
-        "the logits, auto chooses between them, reference builds the logits",
-    )
+    name: str = Field(description="slug of the entry in the catalogue")
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The loss's hyperparameters, defaults included."""
+        """The entry's hyperparameters, defaults included."""
         return dict(self.model_extra or {})
-
-    def require(self, able: Callable[[Declaration], bool], what: str) -> None:
-        """Refuse a loss that can't train something.
-
-        Raises:
-            ValueError: Naming those that can.
-        """
-        if not able(declaration(self.name)):
-            others = ", ".join(slug for slug, entry in declarations().items() if able(entry))
-            raise ValueError(f"loss.name={self.name} can't train {what}; what can: {others}")
 
     @model_validator(mode="after")
     def _fill_in(self) -> Self:
         """Check the hyperparameters and give the others their defaults, which are stored with a run."""
-        resolved = declaration(self.name).check(self.model_extra or {})
+        entry = declaration(self.name)
+        if entry.section != self.section:
+            raise ValueError(
+                f"{self.name}: is one of the {entry.section}, not of the {self.section}; name it in "
+                f"{entry.section}: [{self.name}]"
+            )
+        resolved = entry.check(self.model_extra or {})
         object.__setattr__(self, "__pydantic_extra__", resolved)
         return self
 
@@ -159,6 +177,105 @@ class LossSpec(Spec):
         values: dict[str, Any] = plain(self)
         kept = self.model_fields_set if info.exclude_unset else values.keys()
         return {name: value for name, value in values.items() if name in kept}
+
+
+class MethodSpec(EntrySpec):
+    """A method: what changes how training goes, or follows it; ``smooth-adversarial-comp-sum`` is short."""
+
+    section: ClassVar[str] = "methods"
+
+
+class AnalysisSpec(EntrySpec):
+    """An analysis that is measured with each evaluation, such as ``neural-collapse``."""
+
+    section: ClassVar[str] = "analyses"
+
+
+class LossSpec(EntrySpec):
+    """The training objective on the model's head: a loss of the catalogue with its hyperparameters.
+
+    They are fields beside ``name``: ``{name: ldr, temperature: 0.7}``; ``loss=ldr`` is short for
+    ``loss.name=ldr``. `lossworks losses NAME` says which there are. A list is a weighted sum of losses, the
+    first of which is the field itself and the others are ``plus``.
+    """
+
+    list_tail: ClassVar[str | None] = "plus"
+
+    name: str = Field("cross-entropy", description="slug of the loss; `lossworks losses` lists them")
+    impl: Literal["auto", "cpu", "triton", "reference"] = Field(
+        "auto",
+        description="how the head is computed: cpu (plain torch) and triton (a GPU's kernels) never build "
+        "the logits, auto chooses between them, reference builds the logits",
+    )
+    weight: WeightSpec = WeightSpec()
+    plus: "tuple[LossSpec, ...]" = Field(
+        (), description="further terms of a sum, each a loss with its weight and hyperparameters"
+    )
+
+    @property
+    def terms(self) -> "tuple[LossSpec, ...]":
+        """All losses of the sum, this one first."""
+        return (self, *self.plus)
+
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What each term is called in logs: its slug, with a number where that is there twice."""
+        slugs = [term.name for term in self.terms]
+        return tuple(
+            slug if slugs.count(slug) == 1 else f"{slug}-{slugs[: place + 1].count(slug)}"
+            for place, slug in enumerate(slugs)
+        )
+
+    def require(self, able: Callable[[Declaration], bool], what: str) -> None:
+        """Refuse a loss that can't train something.
+
+        Raises:
+            ValueError: Naming those that can.
+        """
+        for term in self.terms:
+            if not able(declaration(term.name)):
+                others = ", ".join(slug for slug, entry in declarations().items() if able(entry))
+                raise ValueError(f"loss.name={term.name} can't train {what}; what can: {others}")
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        for term in self.plus:
+            if term.plus:
+                raise ValueError(f"plus: {term.name} has further terms of its own; put all into one list")
+            if term.impl not in ("auto", self.impl):
+                raise ValueError(
+                    f"plus: impl={term.impl} of {term.name} must be that of {self.name}, {self.impl}"
+                )
+        return self
+
+
+class RoleSpec(Spec):
+    """A companion of the model whose outputs a loss reads: frozen, or a slowly moving copy of the model.
+
+    ``teacher=RUN`` is short for ``teacher.of=RUN``.
+    """
+
+    shorthand: ClassVar[str | None] = "of"
+
+    of: str | None = Field(
+        None,
+        min_length=1,
+        description="a run, a folder of `lossworks export`, hf:PATH of a local transformers model, or start: "
+        "the model as training begins",
+    )
+    ema: float | None = Field(
+        None,
+        ge=0.0,
+        lt=1.0,
+        description="a copy of the model that keeps this share of itself at every step and takes the rest "
+        "from the model",
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.of is None) == (self.ema is None):
+            raise ValueError("give one of `of` (a run, a folder or start) and `ema`")
+        return self
 
 
 class OptimizerSpec(Spec):

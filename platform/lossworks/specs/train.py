@@ -1,21 +1,20 @@
-"""The spec of one training run."""
+"""What the specs of all training runs have in common."""
 
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lossworks.catalogue.registry import declaration
 from lossworks.specs.base import Spec
 from lossworks.specs.parts import (
+    AnalysisSpec,
     CheckpointSpec,
-    DataSpec,
     ElasticSpec,
     EvaluationSpec,
     LossSpec,
-    ModelSpec,
+    MethodSpec,
     OptimizerSpec,
     ProfileSpec,
+    RoleSpec,
     ScheduleSpec,
     ShardingSpec,
     TelemetrySpec,
@@ -49,7 +48,23 @@ class RunSpec(Spec):
     storage: str | None = Field(
         None, description="absolute folder of runs, shared by all workers; default: runs/ in the home folder"
     )
+    start: str | None = Field(
+        None,
+        min_length=1,
+        description="trained weights to begin from: a run, or a folder of `lossworks export`",
+    )
     loss: LossSpec = LossSpec()
+    roles: dict[str, RoleSpec] = Field(
+        default_factory=dict,
+        description="companions of the model by name, such as teacher, reference or target, for losses that "
+        "read them: {teacher: RUN}, {reference: start}, {target: {ema: 0.99}}",
+    )
+    methods: tuple[MethodSpec, ...] = Field(
+        (), description="what changes how training goes, or follows it; `lossworks methods` lists them"
+    )
+    analyses: tuple[AnalysisSpec, ...] = Field(
+        (), description="what is measured with each evaluation; `lossworks analyses` lists them"
+    )
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -72,6 +87,10 @@ class RunSpec(Spec):
         least = self.elastic.min_workers
         if least is not None and least > self.workers:
             raise ValueError(f"elastic.min_workers={least} must not exceed workers={self.workers}")
+        if self.roles and self.sharding.vocab_parallel:
+            raise ValueError(
+                f"roles ({', '.join(self.roles)}) can't be combined with sharding.vocab_parallel=true"
+            )
         for name, amount in self.resources_per_worker.items():
             if amount < 0:
                 raise ValueError(f"resources_per_worker.{name}={amount} must not be negative")
@@ -87,51 +106,3 @@ class RunSpec(Spec):
         if self.storage is not None and not self.storage.startswith("/"):
             raise ValueError(f"storage={self.storage!r} must be an absolute path")
         return self
-
-
-class TrainSpec(RunSpec):
-    """Training of a language model."""
-
-    task: Literal["language-model"] = Field("language-model", description="what is trained")
-    data: DataSpec = DataSpec()
-    model: ModelSpec = ModelSpec()
-
-    def text(self) -> DataSpec:
-        """Return the data with the tokenizer settled: a transformers checkpoint brings its own."""
-        if self.data.tokenizer is None and self.model.source.startswith("hf:"):
-            path = Path(self.model.source.removeprefix("hf:")).expanduser() / "tokenizer.json"
-            return self.data.model_copy(update={"tokenizer": str(path)})
-        return self.data
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        self.loss.require(lambda entry: entry.of_next_tokens, "a language model")
-        if self.sharding.vocab_parallel:
-            self._require_splittable_head()
-        return self
-
-    def _require_splittable_head(self) -> None:
-        if self.telemetry.every or self.telemetry.spike is not None:
-            raise ValueError(
-                "telemetry can't be combined with sharding.vocab_parallel=true: no worker has whole rows of "
-                "logits"
-            )
-        if declaration(self.loss.name).kind == "sequence":
-            raise ValueError(
-                f"loss.name={self.loss.name} can't be combined with sharding.vocab_parallel=true"
-            )
-        if self.sharding.kind != "fsdp":
-            raise ValueError(
-                f"sharding.vocab_parallel=true needs sharding=fsdp, not {self.sharding.kind}: "
-                "otherwise every worker holds the whole head"
-            )
-        if self.model.source == "transformer" and self.model.tied:
-            raise ValueError(
-                "sharding.vocab_parallel=true can't split a head that is the embedding, too, whose look-up "
-                "needs all classes: set model.tied=false"
-            )
-        if self.loss.impl == "reference":
-            raise ValueError(
-                "loss.impl=reference can't be combined with sharding.vocab_parallel=true: it builds the "
-                "logits of all classes; use auto, cpu or triton"
-            )

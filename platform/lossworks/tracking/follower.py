@@ -16,7 +16,7 @@ from lossworks.tracking.delivery import SYSTEM_JOURNAL, Delivery, deliveries
 from lossworks.tracking.journal import Row, read_rows
 
 if TYPE_CHECKING:
-    from lossworks.tracking.system import JournalMonitor
+    from lossworks.tracking.system_metrics import JournalMonitor
 
 _logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Follower:
         return self.undelivered
 
     def _start_monitor(self) -> "JournalMonitor":
-        from lossworks.tracking.system import JournalMonitor
+        from lossworks.tracking.system_metrics import JournalMonitor
 
         path = self._journal.with_name(SYSTEM_JOURNAL)
         monitor = JournalMonitor(self._run_id, tracking_uri(self._spec), path)

@@ -113,6 +113,18 @@ def finish_run(
             client.set_terminated(run_id, status)
 
 
+def add_artifacts(spec: TrackingSpec, run_id: str, paths: Iterable[Path]) -> None:
+    """Store further artifacts of a run that has ended.
+
+    Raises:
+        RunError: The store can't be reached or refuses.
+    """
+    client = connect(spec)
+    with store_errors(spec):
+        for path in paths:
+            _log_artifact(client, run_id, path)
+
+
 def _mlflow_tags(parent: str | None) -> dict[str, str]:
     """Return the tags that MLflow's pages read."""
     tags = {"mlflow.source.name": "lossworks", "mlflow.source.type": "LOCAL"}

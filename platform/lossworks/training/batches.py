@@ -2,27 +2,19 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from lossworks.training.world import World
-
-if TYPE_CHECKING:
-    from lossworks.training.task import Rows
-
-IGNORE_INDEX = -100
+from lossworks.data.batch import Batch, stand_in
+from lossworks.tasks.interface import Rows
+from lossworks.training.distributed.world import World
 
 
-def micro_batches(
-    data: "Rows", rows: np.ndarray, *, size: int | None, largest_share: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's rows as (inputs, targets) of at most ``size`` rows.
+def micro_batches(data: Rows, rows: np.ndarray, *, size: int | None, largest_share: int) -> Iterator[Batch]:
+    """Yield this rank's rows as batches of at most ``size`` rows.
 
     Every rank must go through equally many forward passes, or collectives would wait for ever; a rank with a
-    smaller share therefore ends with a row whose targets are all ignored.
+    smaller share therefore ends with a row that counts for nothing.
 
     Args:
         data: Where rows are read.
@@ -36,8 +28,7 @@ def micro_batches(
         if len(part):
             yield data.batch(part)
         else:
-            inputs, targets = data.batch(np.zeros(1, dtype=np.int64))
-            yield inputs, torch.full_like(targets, IGNORE_INDEX)
+            yield stand_in(data.batch(np.zeros(1, dtype=np.int64)))
 
 
 def share(total: int, world: World) -> slice:

@@ -5,31 +5,42 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 
+from lossworks.catalogue.registry import create
+from lossworks.data.batch import Batch, on
 from lossworks.errors import NonFiniteLossError
-from lossworks.training import events
+from lossworks.losses.objective import ElementLosses
+from lossworks.models import Outputs
+from lossworks.tasks.interface import Evaluation, Measure, Rows
+from lossworks.tasks.methods import Method, Trained, replaces_loss
+from lossworks.tasks.registry import task_of
+from lossworks.tensors import write_tensors
 from lossworks.training.batches import micro_batches
-from lossworks.training.communication import time_communication
-from lossworks.training.evaluation import evaluate
-from lossworks.training.finite import blame_gradient, refuse_non_finite
-from lossworks.training.hardware import Peak, peak_memory_bytes
-from lossworks.training.head_memory import measure_head_memory
+from lossworks.training.distributed.communication import time_communication
+from lossworks.training.distributed.sharding import clip_gradients, distribute, gradient_sync
+from lossworks.training.distributed.world import World
+from lossworks.training.evaluation import AT_ONCE, collected, evaluate
 from lossworks.training.job import Job
-from lossworks.training.objective import ElementLosses
-from lossworks.training.optimizer import build_optimizer, set_lr
+from lossworks.training.measure import events
+from lossworks.training.measure.finite import blame_gradient, refuse_non_finite
+from lossworks.training.measure.hardware import Peak, peak_memory_bytes
+from lossworks.training.measure.head_memory import measure_head_memory
+from lossworks.training.measure.phases import PHASES, PhaseClock, shares
+from lossworks.training.measure.profiling import StepProfiler
+from lossworks.training.measure.speed import Speed
+from lossworks.training.measure.telemetry import Telemetry
+from lossworks.training.optimizer import OBJECTIVE, build_optimizer, set_lr
 from lossworks.training.outcome import Outcome, Status
-from lossworks.training.phases import PHASES, PhaseClock, shares
-from lossworks.training.profiling import StepProfiler
+from lossworks.training.roles import Roles
 from lossworks.training.schedule import lr_factor
-from lossworks.training.sharding import clip_gradients, distribute, gradient_sync
-from lossworks.training.speed import Speed
-from lossworks.training.task import Evaluation, build_task
-from lossworks.training.telemetry import Telemetry
-from lossworks.training.world import World
+from lossworks.training.start import begin_from, trained_weights
 
 
 def train(job: Job) -> Outcome:
@@ -59,22 +70,30 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         spec = job.spec
         self.job, self.spec, self.world = job, spec, World.current()
-        self.task = build_task(spec, job.corpus)
+        self.task = task_of(spec).open(spec, job.prepared)
         self.order = self.task.order()
         model = self.task.build_model()
+        if spec.start is not None:
+            begin_from(trained_weights(spec.start, "start"), model)
+        self.roles = Roles(spec, self.task, model, self.world)
+        model.attach(OBJECTIVE, self.task.objective)
         self.headed_model = model
+        self.methods: list[Method] = [create(one.name, **one.hyperparameters) for one in spec.methods]
         self.bf16 = spec.precision == "bf16"
         flops, peak = self.task.flops_per_unit(model), Peak.of(self.world, bf16=self.bf16)
         self.speed = Speed(self.task.unit, flops, peak)
         self.model = distribute(model, spec, self.world)
         self.clock = PhaseClock.on(self.world.device)
         time_communication(self.model, self.clock, self.world.device)
-        self.objective = self.clock.within("head", self.task.objective)
+        self.objective = self.clock.within("head", self._descended)
         self.profiler = StepProfiler(
             spec.profile, job.profile if self.world.leads else None, self.clock, job.notify
         )
         self.optimizer = build_optimizer(self.model, spec.optimizer)
-        self.telemetry = Telemetry(spec.telemetry, ElementLosses(spec.loss), self.world, bf16=self.bf16)
+        losses = ElementLosses(self.task.objective)
+        self.telemetry = Telemetry(spec.telemetry, losses, self.world, bf16=self.bf16)
+        self.analyses = [create(analysis.name, **analysis.hyperparameters) for analysis in spec.analyses]
+        self._companions: dict[str, Outputs] = {}
         self.step, self.position = 0, 0
         self.metrics: dict[str, float] = {}
         self.evaluation: Evaluation | None = None  # the last
@@ -87,11 +106,32 @@ class Trainer:
         self.clock.start()
         self._restore()
         self.model.train()
+        for method in self.methods:
+            method.start(self.task, self.model)
         try:
             status, reason = self._train()
         finally:
             self.profiler.close()
+        if status == "finished" and self.methods:
+            self._finish_methods()
         return self._outcome(status, reason)
+
+    def _finish_methods(self) -> None:
+        """Let methods do what follows training, and keep what they made and found."""
+        size = self.spec.micro_batch_size or AT_ONCE
+
+        def over(measure: Measure, data: Rows, rows: np.ndarray) -> Tensor:
+            return collected(self.model, measure, data, rows, self.world, size=size, bf16=self.bf16)
+
+        found: dict[str, float] = {}
+        for method in self.methods:
+            found |= method.finish(Trained(self.task, over)).figures
+            if self.world.leads and self.job.results is not None and (made := method.result()):
+                self.job.results.mkdir(exist_ok=True)
+                write_tensors(self.job.results / f"{method.slug}.safetensors", made)
+        self.metrics |= found
+        if self.world.leads and found:
+            self.job.record(self.step, found)
 
     def _train(self) -> tuple[Status, str]:
         """Take steps to the end and return what that was, with a sentence about it."""
@@ -151,51 +191,104 @@ class Trainer:
                     largest_share=self.order.largest_share(world.size),
                 )
             )
-            own = [(self.task.objective.count(targets), *self.task.counts(targets)) for _, targets in batches]
-        counts = self._gather([sum(column) for column in zip(*own, strict=True)])
-        elements, units, further = counts.sum(dim=0).tolist()
-        loss = self._accumulate(batches, elements)
+            for method in self.methods:
+                batches = [method.batch(batch, step) for batch in batches]
+            objective = self.task.objective
+            objective.begin(step)
+            terms = len(objective.titles)
+            own = [(*objective.counts(batch), *self.task.counts(batch)) for batch in batches]
+        gathered = self._gather([sum(column) for column in zip(*own, strict=True)]).sum(dim=0).tolist()
+        counts, (units, further) = gathered[:terms], gathered[terms:]
+        sums = self._accumulate(batches, counts)
         stop = float(world.leads and self.job.stop_requested())
-        ranks = self._gather([loss, stop, peak_memory_bytes(world.device)])
-        total = float(ranks[:, 0].sum())
-        refuse_non_finite("loss", step, ranks[:, 0])
-        seen, complaint = self.telemetry.look(step, total / elements, self.model, batches, rows)
+        ranks = self._gather([*sums.tolist(), stop, peak_memory_bytes(world.device)])
+        of_ranks = ranks[:, :-2]
+        self._refuse_non_finite(step, of_ranks)
+        loss, parts = objective.value(of_ranks.sum(dim=0), counts)
+        seen, complaint = self.telemetry.look(step, loss, self.model, batches, rows)
         if complaint and world.leads:
             events.complained(step, complaint)
             self.job.notify(complaint)
         lr = spec.optimizer.lr * lr_factor(spec.schedule, step=step, steps=spec.steps)
         with self.clock("optimizer"):
+            for method in self.methods:
+                method.gradients(self.model, step)
             norm = clip_gradients(self.model, spec.optimizer.clip_norm)
             if not math.isfinite(norm):
                 blame_gradient(self.model, step, world)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            self.roles.follow(self.model)
+            for method in self.methods:
+                method.after_step(self.model, step)
         metrics = {
-            **self.task.train_metrics(total, elements, units, further),
+            **self.task.train_metrics(loss, units, further),
+            **({f"train/loss/{title}": value for title, value in parts.items()} if terms > 1 else {}),
             "train/grad_norm": norm,
             "train/lr": lr,
-            "train/peak_memory_bytes": float(ranks[:, 2].max()),
+            "train/peak_memory_bytes": float(ranks[:, -1].max()),
             **seen,
         }
-        return _Step(metrics, units, stop=bool(ranks[0, 1]))
+        return _Step(metrics, units, stop=bool(ranks[0, -2]))
 
-    def _accumulate(self, batches: list[tuple[Tensor, Tensor]], elements: float) -> float:
-        """Run all micro-batches forward and backward; return this rank's summed loss."""
-        device = self.world.device
+    def _accumulate(self, batches: list[Batch], counts: list[float]) -> Tensor:
+        """Run all micro-batches forward and backward; return this rank's sums (S,) of the objective.
+
+        Where a loss is a function of sums over the whole batch, they are taken first, in a pass without
+        gradients; the second pass then descends on each sum times the derivative at the total.
+        """
+        device, objective = self.world.device, self.task.objective
+        before = self._sums_without_gradient(batches) if objective.two_passes else torch.empty(0)
+        # Both DDP and FSDP average over ranks; the loss is to be a sum over them, divided once.
+        slopes = objective.slopes(before, counts, scale=self.world.size).to(device)
         total = torch.zeros((), device=device)
-        for index, (inputs, targets) in enumerate(batches):
+        for index, batch in enumerate(batches):
             with gradient_sync(self.model, enabled=index == len(batches) - 1):
-                with (
-                    self.clock("forward"),
-                    torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16),
-                ):
-                    loss = self.model(inputs.to(device), targets.to(device), self.objective)
+                with self.clock("forward"):
+                    sums = self._forward(batch)
                 with self.clock("backward"):
-                    # Both DDP and FSDP average over ranks; the loss is to be a sum over them, divided once.
-                    (loss * (self.world.size / elements)).backward()
-            total += loss.detach()
-        return float(total)
+                    (sums * slopes.to(sums.dtype)).sum().backward()
+            total = total + sums.detach()
+        return total
+
+    def _sums_without_gradient(self, batches: list[Batch]) -> Tensor:
+        """Return the objective's sums (S,) over all micro-batches and ranks."""
+        total = torch.zeros((), device=self.world.device)
+        with torch.no_grad(), self.clock("forward"):
+            for batch in batches:
+                total = total + self._forward(batch)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a forward pass without a backward pass leaves the root's parameters whole
+        return self._gather(total.tolist()).sum(dim=0)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Return the sums (S,) of a micro-batch, through the distributed model."""
+        device = self.world.device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            self._companions = self.roles.outputs(batch) if self.roles else {}
+            batch = self.task.completed(batch, self.roles.outputs) if self.roles else batch
+            found: Tensor = self.model(on(device, batch), self.objective)
+        return found
+
+    def _descended(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Return the sums of the objective, or of the method that takes its place; inside the forward."""
+        objective = self.task.objective
+        if self._companions:
+            outputs = outputs.with_roles(self._companions)
+        own = next((method for method in self.methods if replaces_loss(method)), None)
+        found: Tensor = objective(outputs, batch) if own is None else own.loss(outputs, batch, objective)
+        return found
+
+    def _refuse_non_finite(self, step: int, sums: Tensor) -> None:
+        """Check the sums of every rank, shape (ranks, S), and name the term that is not finite."""
+        if bool(sums.isfinite().all()):
+            return
+        objective = self.task.objective
+        parts = sums.split(objective.sizes, dim=1)
+        for title, part in zip(objective.titles, parts, strict=True):
+            what = f"loss {title}" if len(objective.titles) > 1 else "loss"
+            refuse_non_finite(what, step, part.sum(dim=1))
 
     def _gather(self, values: Sequence[float]) -> Tensor:
         """Gather numbers of all ranks, and count how long that takes."""
@@ -224,6 +317,8 @@ class Trainer:
                 limit=self.spec.evaluation.sequences,
                 micro_batch_size=self.spec.micro_batch_size,
                 bf16=self.bf16,
+                analyses=self.analyses,
+                roles=self.roles.outputs if self.roles else None,
             )
 
     def _save(self) -> None:
@@ -238,6 +333,7 @@ class Trainer:
                 step=self.step,
                 position=self.position,
                 held_out_loss=self.held_out_loss,
+                further=self._further(),
             )
         events.saved(self.step, self.checkpoint, time.perf_counter() - began)
 
@@ -247,7 +343,10 @@ class Trainer:
             found = self.job.checkpoints.newest() if self.world.leads else None
             checkpoint, complaints = self.world.agree(found)
             if checkpoint is not None:
-                self.job.checkpoints.load(checkpoint, self.model, self.optimizer)
+                further = self._further()
+                self.job.checkpoints.load(checkpoint, self.model, self.optimizer, further)
+                for method in self.methods:
+                    method.load_state(further.get("methods", {}).get(method.slug, {}))
         if checkpoint is not None:
             self.step, self.position = checkpoint.step, checkpoint.position
             self.checkpoint = checkpoint.folder
@@ -259,6 +358,12 @@ class Trainer:
                 events.complained(self.step, text)
             self.job.notify(text)
 
+    def _further(self) -> dict[str, Any]:
+        """Return the tensors of what else has a state: moving companions, and methods."""
+        companions = {name: get_model_state_dict(model) for name, model in self.roles.moving().items()}
+        methods = {method.slug: state for method in self.methods if (state := method.state())}
+        return ({"roles": companions} if companions else {}) | ({"methods": methods} if methods else {})
+
     def _last_good(self) -> str:
         if self.checkpoint is None:
             return "there is no checkpoint yet"
@@ -268,7 +373,7 @@ class Trainer:
         seconds = self._mean_seconds(self.clock.total())
         events.ended(self.step, status, reason, seconds)
         best = self.job.checkpoints.best() if self.world.leads else None
-        head_memory = measure_head_memory(self.spec, self.headed_model, self.world)
+        head_memory = measure_head_memory(self.task, self.headed_model, self.world)
         return Outcome(
             status=status,
             reason=reason,
@@ -277,7 +382,6 @@ class Trainer:
             checkpoint=str(self.checkpoint) if self.checkpoint else None,
             best=self.world.agree(str(best.folder) if best else None),
             head_memory=self.world.agree(head_memory),
-            reliability=self.evaluation.reliability if self.evaluation else {},
-            collapse=self.evaluation.collapse if self.evaluation else {},
+            pictured=self.evaluation.pictured if self.evaluation else {},
             seconds=seconds,
         )

@@ -5,17 +5,23 @@ from torch import nn
 
 from lossworks.specs import OptimizerSpec
 
+OBJECTIVE = "objective"
+"""Under this name losses are attached to the model that they train."""
+
 
 def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov and Hutter 2019) over the parameters that want a gradient.
 
     Parameters with two or more axes (matrices, embeddings) decay; gains and biases do not, since pulling a
-    normalisation's gain to zero is no regularisation.
+    normalisation's gain to zero is no regularisation. Nor do those of losses, which are a group of their own.
     """
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    own = [p for name, p in named if OBJECTIVE in name.split(".")]
+    wanted = [p for name, p in named if OBJECTIVE not in name.split(".")]
     groups = [
         {"params": [p for p in wanted if p.dim() >= 2], "weight_decay": spec.weight_decay},
         {"params": [p for p in wanted if p.dim() < 2], "weight_decay": 0.0},
+        {"params": own, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

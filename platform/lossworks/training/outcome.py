@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Status = Literal["finished", "stopped", "diverged", "failed", "storage"]
 
@@ -23,8 +23,8 @@ class Outcome:
         checkpoint: Folder of the newest checkpoint, or None.
         best: Folder of the checkpoint with the least held-out loss, or None.
         head_memory: Peak bytes of the head, ours and with the logits built; empty if not measured.
-        reliability: Of a classifier at its last evaluation: examples, confidence and accuracy by bin.
-        collapse: Gram matrices of a classifier with ``neural_collapse`` at its last evaluation, by name.
+        pictured: What pictures are drawn of, as the last evaluation gave it, by name: of the task and of
+            analyses.
         seconds: Wall-clock seconds by phase, a mean over ranks; of the last attempt alone where a run was
             gone on with, and empty if not measured.
     """
@@ -36,8 +36,7 @@ class Outcome:
     checkpoint: str | None
     best: str | None
     head_memory: dict[str, float] = field(default_factory=dict)
-    reliability: dict[str, list[float]] = field(default_factory=dict)
-    collapse: dict[str, list[list[float]]] = field(default_factory=dict)
+    pictured: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
@@ -48,5 +47,8 @@ class Outcome:
 
     @classmethod
     def read(cls, path: Path) -> "Outcome":
-        """Return the outcome in a JSON file."""
-        return cls(**json.loads(path.read_text()))
+        """Return the outcome in a JSON file; what an older Lossworks kept under other names is moved."""
+        values = json.loads(path.read_text())
+        older = {"reliability": values.pop("reliability", {}), "neural-collapse": values.pop("collapse", {})}
+        values["pictured"] = values.get("pictured", {}) | {name: of for name, of in older.items() if of}
+        return cls(**values)

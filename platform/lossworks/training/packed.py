@@ -1,85 +1,96 @@
-"""Many training runs of classifiers at once, each with the result it has alone under ``lossworks train``.
+"""Many training runs of small models at once, each with the result it has alone under ``lossworks train``.
 
 M runs of one architecture on one kind of data; they may differ in loss, optimiser, schedule and seed, and
-stand at different steps. B examples a step, K classes.
+stand at different steps. B rows a step, K outputs.
 """
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.cohort import Member, Stack, StackedModel, stack
-from lossworks.data import BagOrder, load_examples
-from lossworks.losses import Loss, RowLoss, create, declaration
+from lossworks.catalogue.registry import declaration
+from lossworks.cohort import AdamWSettings, Member, ScheduledAdamW, StackedModel, stack
+from lossworks.data import Order
+from lossworks.losses import RowLoss
 from lossworks.losses.interface import of_members
-from lossworks.metrics import class_sums
-from lossworks.models import build_classifier
-from lossworks.specs import AnyTrainSpec, ClassifierSpec
-from lossworks.training.batches import IGNORE_INDEX
-from lossworks.training.evaluation import AT_ONCE, spaced
+from lossworks.losses.objective import Objective
+from lossworks.models import Outputs
+from lossworks.specs import OptimizerSpec, RunSpec, ScheduleSpec
+from lossworks.tasks.interface import Task
+from lossworks.tasks.registry import parse_train_spec, task_of
+from lossworks.training.evaluation import spaced
 from lossworks.training.schedule import lr_factor
 
 _MAY_DIFFER = ("name", "seed", "loss", "optimizer", "schedule", "tracking", "storage", "checkpoint")
 _EXAMPLES_AT_ONCE = 2**17  # of runs that are evaluated together
 
 
-def obstacle(spec: AnyTrainSpec) -> str | None:
+def obstacle(spec: RunSpec) -> str | None:
     """Return why a run can't be packed with others, or None."""
-    if not isinstance(spec, ClassifierSpec):
-        return "language models fill a worker each"
-    whole_batch = "whole-batch" in declaration(spec.loss.name).flags
+    drawing = [term.name for term in spec.loss.terms if "random" in declaration(term.name).flags]
     split = spec.workers > 1 or spec.micro_batch_size is not None
+    further = [name for name in ("methods", "analyses", "roles", "start") if getattr(spec, name)]
     reasons = {
         "GPUs are asked for": spec.resources_per_worker.get("GPU", 0) > 0,
-        f"model.dropout={spec.model.dropout} draws random numbers": spec.model.dropout > 0,
         f"precision={spec.precision}": spec.precision != "fp32",
-        "neural_collapse is measured": spec.neural_collapse,
+        f"{', '.join(further)} is set": bool(further),
         "telemetry is asked for": bool(spec.telemetry.every or spec.telemetry.spike),
-        f"loss.name={spec.loss.name} is of whole batches, which workers or micro_batch_size split": (
-            whole_batch and split
-        ),
+        f"loss.name={', '.join(drawing)} draws random numbers for each part of a batch, and workers or "
+        "micro_batch_size split batches": bool(drawing) and split,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    found = task_of(spec).obstacle(spec) or next((why for why, holds in reasons.items() if holds), None)
+    if found is None and any(True for _ in Objective(spec.loss).parameters()):
+        return f"loss.name={spec.loss.name} has parameters of its own"
+    return found
 
 
-def alike(spec: ClassifierSpec) -> str:
-    """Return what runs must have in common to be packed together."""
-    return spec.model_dump_json(exclude=set(_MAY_DIFFER))
+def alike(spec: RunSpec) -> str:
+    """Return what runs must have in common to be packed together, as the JSON of a spec."""
+    values = spec.model_dump(mode="json", exclude=set(_MAY_DIFFER))
+    # The loss may decide the width of the head, and what a batch holds.
+    return json.dumps({**values, "loss": json.loads(task_of(spec).shaping(spec))})
 
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """What the runs of one seed read; see :class:`lossworks.data.examples.ExampleData`."""
+    """What the runs of one seed read.
 
-    inputs: Tensor
-    labels: Tensor
-    held_out: Tensor
-    held_out_labels: Tensor
-    order: BagOrder
+    Attributes:
+        task: Of the first of them; its objective is not used.
+        train: All rows, by name.
+        held_out: Those that an evaluation reads.
+        order: In which training visits the rows.
+        model: The architecture.
+        initial: Parameters before the first step.
+    """
+
+    task: Task
+    train: dict[str, Tensor]
+    held_out: dict[str, Tensor]
+    order: Order
     model: StackedModel
     initial: Member
 
 
 @lru_cache(maxsize=64)
 def _data_of(common: str, seed: int) -> _Data:
-    spec = ClassifierSpec.model_validate_json(common)
-    data = load_examples(spec.data, seed)
-    chosen = torch.from_numpy(spaced(spec.evaluation.sequences, len(data.held_out)))
-    model = build_classifier(spec.model, shape=data.shape, classes=len(data.names), seed=seed)
+    spec = parse_train_spec({**json.loads(common), "seed": seed})
+    task = task_of(spec).open(spec, None)
+    model = task.build_model()
     return _Data(
-        data.train.inputs,
-        data.train.labels,
-        data.held_out.inputs[chosen],
-        data.held_out.labels[chosen],
-        BagOrder(len(data.train), spec.data.bag_size, spec.batch_size, seed),
+        task,
+        task.train.batch(np.arange(len(task.train))),
+        task.held_out.batch(spaced(spec.evaluation.sequences, len(task.held_out))),
+        task.order(),
         StackedModel(model),
         {name: value.detach() for name, value in model.named_parameters()},
     )
@@ -92,11 +103,12 @@ class PackedRun:
     Attributes:
         spec: The run.
         step: Steps taken.
-        tensors: Parameters and AdamW's two moments, by ``params``, ``first`` and ``second`` and name.
+        tensors: Parameters and AdamW's two moments, by ``params``, ``first`` and ``second`` and name, and the
+            state of a loss that has one, by ``loss``.
         common: What it has in common with those it may be packed with.
     """
 
-    spec: ClassifierSpec
+    spec: RunSpec
     step: int
     tensors: dict[str, Member]
     common: str = field(init=False)
@@ -105,15 +117,19 @@ class PackedRun:
         self.common = alike(self.spec)
 
     @classmethod
-    def start(cls, spec: ClassifierSpec) -> Self:
+    def start(cls, spec: RunSpec) -> Self:
         """Return a run before its first step.
 
         Raises:
             UserError: Its data can't be read, or its model doesn't fit them.
         """
-        params = _data_of(alike(spec), spec.seed).initial
+        found = cls(spec, 0, {})
+        params = found.data.initial
         zeros = {name: torch.zeros_like(value) for name, value in params.items()}
-        return cls(spec, 0, {"params": params, "first": zeros, "second": zeros})
+        found.tensors = {"params": params, "first": zeros, "second": zeros}
+        if state := Objective(spec.loss).state_dict():
+            found.tensors["loss"] = state
+        return found
 
     @property
     def data(self) -> _Data:
@@ -151,8 +167,9 @@ def advance(runs: Sequence[PackedRun], steps: int) -> list[Report]:
         runs: At least one, alike; see :func:`alike`.
         steps: How many, at least one; no run may have fewer left.
     """
-    order = sorted(range(len(runs)), key=lambda index: _kind_of_loss(runs[index]))
-    pack = _Pack([runs[index] for index in order])
+    objectives = [_objective_of(run) for run in runs]
+    order = sorted(range(len(runs)), key=lambda index: _sharing(objectives[index]))
+    pack = _Pack([runs[index] for index in order], [objectives[index] for index in order])
     # Where a loss has next to no gradient, AdamW's second moments become denormal numbers, which processors
     # take many times as long for.
     torch.set_flush_denormal(True)
@@ -163,70 +180,131 @@ def advance(runs: Sequence[PackedRun], steps: int) -> list[Report]:
     return [reports[order.index(index)] for index in range(len(runs))]
 
 
-def _kind_of_loss(run: PackedRun) -> str:
+def _objective_of(run: PackedRun) -> Objective:
+    """Return a run's objective in the state in which the run left it."""
+    objective = Objective(run.spec.loss)
+    if "loss" in run.tensors:
+        objective.load_state_dict({name: value.clone() for name, value in run.tensors["loss"].items()})
+    return objective
+
+
+def _sharing(objective: Objective) -> str:
     """Return what runs have in common whose losses are taken together."""
-    loss = _loss(run)
-    settings = loss.settings()
-    for name in loss.per_row if isinstance(loss, RowLoss) else ():
-        settings.pop(name)
-    return f"{loss.slug} {settings}"
+    kinds = []
+    for loss in objective.terms:
+        settings = loss.settings()
+        for name in loss.per_row if isinstance(loss, RowLoss) else ():
+            settings.pop(name)
+        kinds.append(f"{loss.slug} {settings}")
+    return " + ".join(kinds)
 
 
-def _loss(run: PackedRun) -> Loss:
-    spec = run.spec.loss
-    of_rows = declaration(spec.name).kind == "row"
-    found: Loss = create(
-        spec.name,
-        reduction="none" if of_rows else "mean",
-        ignore_index=IGNORE_INDEX,
-        **spec.hyperparameters,
-    )
-    return found
+class _Together:
+    """Runs that lie side by side and whose losses are taken at once, where they are losses of rows.
+
+    Args:
+        objectives: Theirs.
+        place: Where they lie in the pack.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], place: slice) -> None:
+        self.objectives, self.place = objectives, place
+        terms = [[objective.terms[at] for objective in objectives] for at in range(len(objectives[0].terms))]
+        rows = all(isinstance(loss, RowLoss) and loss.kind == "row" for term in terms for loss in term)
+        self._rows = (
+            [of_members([cast("RowLoss", loss.with_reduction("none")) for loss in term]) for term in terms]
+            if rows
+            else []
+        )
+
+    def begin(self, steps: Sequence[int]) -> None:
+        """Set the weights of the runs' next steps."""
+        for objective, step in zip(self.objectives, steps, strict=True):
+            objective.begin(step)
+
+    def values(self, hidden: Tensor, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Return the mean losses (M,) of the runs for features (M, B, D), logits (M, B, K) and a batch."""
+        if not self._rows:
+            parts = [
+                objective_value(
+                    objective, hidden[at], logits[at], {name: value[at] for name, value in batch.items()}
+                )
+                for at, objective in enumerate(self.objectives)
+            ]
+            return torch.stack(parts)
+        means = [loss(logits, batch["targets"]).mean(1) for loss in self._rows]
+        if len(means) == 1 and all(objective.weights == (1.0,) for objective in self.objectives):
+            return means[0]
+        weights = logits.new_tensor([objective.weights for objective in self.objectives])
+        return (torch.stack(means, 1) * weights).sum(1)
+
+
+def objective_value(objective: Objective, hidden: Tensor, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Return the objective of one model's features (B, D) and logits (B, K), a differentiable scalar."""
+    sums = objective(Outputs(hidden, None, dense=logits), batch)
+    return objective.total(sums, objective.counts(batch))
 
 
 class _Pack:
     """Runs with their tensors stacked, those whose losses are taken together side by side."""
 
-    def __init__(self, runs: Sequence[PackedRun]) -> None:
-        self._runs = runs
+    def __init__(self, runs: Sequence[PackedRun], objectives: Sequence[Objective]) -> None:
+        self._runs, self._objectives = runs, objectives
         self._model = runs[0].data.model
         self._params, self._first, self._second = (
             stack([run.tensors[kind] for run in runs]) for kind in ("params", "first", "second")
         )
-        self._losses = [_loss(run) for run in runs]
-        self._together = list(_taken_together(runs, self._losses))
-        self._adamw = _AdamW(runs, self._params, self._first, self._second)
+        self._together = list(_taken_together(objectives))
+        members = [(_settings(run.spec.optimizer), _rate(run.spec), run.step) for run in runs]
+        self._adamw = ScheduledAdamW(members, self._params, self._first, self._second)
         clips = [run.spec.optimizer.clip_norm for run in runs]
         self._clip = torch.tensor([math.inf if clip is None else clip for clip in clips])
 
     def advance(self, steps: int) -> list[Report]:
-        inputs, labels, rows = self._batches(steps)
+        data, rows = self._batches(steps)
         count = len(self._runs)
         losses, norms = torch.zeros(steps, count), torch.zeros(steps, count)
-        targets = labels[rows]
+        others = {name: value[rows] for name, value in data.items() if name != "inputs"}
+        weighted = any(term.weight.final is not None for run in self._runs for term in run.spec.loss.terms)
         for step in range(steps):
-            objective = partial(self._objective, targets[step], losses[step])
-            gradients = self._model.gradients(self._params, inputs[rows[step]], objective)
+            batch = {name: value[step] for name, value in others.items()}
+            if weighted or step == 0:
+                self._begin(step)
+
+            objective = partial(self._kept, batch, losses[step])
+            gradients = self._model.gradients(self._params, data["inputs"][rows[step]], objective)
             with torch.no_grad():
                 norms[step] = self._clipped(gradients)
                 self._adamw.step(gradients)
-        for index, run in enumerate(self._runs):
+        for index, (run, own) in enumerate(zip(self._runs, self._objectives, strict=True)):
             run.step += steps
             stacks = {"params": self._params, "first": self._first, "second": self._second}
             run.tensors = {
                 kind: {name: value[index] for name, value in of.items()} for kind, of in stacks.items()
             }
+            if state := own.state_dict():
+                run.tensors["loss"] = state
         measured = self._evaluated()
         return [
             self._report(index, losses[:, index], norms[:, index], measured[index]) for index in range(count)
         ]
 
-    def _batches(self, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the examples of all seeds, and which each run takes at each step, (T, M, B)."""
+    def _kept(self, batch: dict[str, Tensor], kept: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Return each run's mean loss (M,), and keep it."""
+        found = self._values(hidden, logits, batch)
+        kept.copy_(found.detach())
+        return found
+
+    def _begin(self, step: int) -> None:
+        for together in self._together:
+            runs = self._runs[together.place]
+            together.begin([run.step + step + 1 for run in runs])
+
+    def _batches(self, steps: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the rows of all seeds, by name, and which each run takes at each step, (T, M, B)."""
         seeds = {run.spec.seed: run.data for run in self._runs}
-        starts = dict(
-            zip(seeds, np.cumsum([0, *(len(data.labels) for data in seeds.values())]), strict=False)
-        )
+        sizes = [len(data.train["inputs"]) for data in seeds.values()]
+        starts = dict(zip(seeds, np.cumsum([0, *sizes]), strict=False))
         places: dict[tuple[int, int], np.ndarray] = {}  # of one seed at one step, which many runs share
         for run in self._runs:
             key = run.spec.seed, run.step
@@ -235,23 +313,19 @@ class _Pack:
                 own = [run.data.order.rows(first + step * size, 0, 1) for step in range(steps)]
                 places[key] = np.stack(own) + starts[run.spec.seed]
         rows = [places[run.spec.seed, run.step] for run in self._runs]
-        inputs, labels = (
-            torch.cat([getattr(data, name) for data in seeds.values()]) for name in ("inputs", "labels")
-        )
-        return inputs, labels, torch.from_numpy(np.stack(rows, axis=1))
+        names = self._runs[0].data.train
+        together = {name: torch.cat([data.train[name] for data in seeds.values()]) for name in names}
+        return together, torch.from_numpy(np.stack(rows, axis=1))
 
-    def _objective(self, targets: Tensor, kept: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
-        """Return each run's mean loss (M,) of logits (M, B, K), and keep it."""
-        del hidden
+    def _values(self, hidden: Tensor, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Return each run's mean loss (M,)."""
+        if len(self._together) == 1:
+            return self._together[0].values(hidden, logits, batch)
         parts = []
-        for loss, place in self._together:
-            if isinstance(loss, RowLoss):
-                parts.append(loss(logits[place], targets[place]).mean(1))
-            else:
-                parts += [loss(*one)[None] for one in zip(logits[place], targets[place], strict=True)]
-        found = torch.cat(parts)
-        kept.copy_(found.detach())
-        return found
+        for together in self._together:
+            own = {name: value[together.place] for name, value in batch.items()}
+            parts.append(together.values(hidden[together.place], logits[together.place], own))
+        return torch.cat(parts)
 
     def _clipped(self, gradients: Sequence[Tensor]) -> Tensor:
         """Scale the gradients of each run to its largest norm, in place; return the norms before (M,)."""
@@ -272,24 +346,26 @@ class _Pack:
             by_seed[run.spec.seed].append(index)
         for indices in by_seed.values():
             data = self._runs[indices[0]].data
-            at_once = max(1, _EXAMPLES_AT_ONCE // len(data.held_out))
+            at_once = max(1, _EXAMPLES_AT_ONCE // len(data.held_out["inputs"]))
             for start in range(0, len(indices), at_once):
                 some = indices[start : start + at_once]
                 params = {name: value[some] for name, value in self._params.items()}
-                _, logits = self._model(params, data.held_out.expand(len(some), *data.held_out.shape))
-                for index, z in zip(some, logits, strict=True):
-                    found[index] = self._measured(index, z, data.held_out_labels)
+                inputs = data.held_out["inputs"]
+                hidden, logits = self._model(params, inputs.expand(len(some), *inputs.shape))
+                for index, h, z in zip(some, hidden, logits, strict=True):
+                    found[index] = self._measured(index, h, z)
         return [found[index] for index in range(len(self._runs))]
 
-    def _measured(self, index: int, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        loss = self._losses[index]
-        if isinstance(loss, RowLoss):
-            own = float(loss(logits, labels).double().mean())
-        else:  # a mean over what the training loop takes at once
-            parts = zip(logits.split(AT_ONCE), labels.split(AT_ONCE), strict=True)
-            own = float(np.mean([float(loss(z, y)) for z, y in parts]))
-        yardsticks = class_sums(logits, labels).metrics()
-        return {"eval/loss": own, **{f"eval/{name}": value for name, value in yardsticks.items()}}
+    def _measured(self, index: int, hidden: Tensor, logits: Tensor) -> dict[str, float]:
+        """Return what the task measures of one run's outputs for the held-out rows."""
+        data, objective = self._runs[index].data, self._objectives[index]
+        objective.eval()
+        outputs = Outputs(hidden, None, dense=logits)
+        own = objective(outputs, data.held_out)
+        loss, _ = objective.value(own.double(), objective.counts(data.held_out))
+        objective.train()
+        yardsticks, _ = data.task.figures(data.task.measure(outputs, data.held_out, own))
+        return {"eval/loss": loss, **yardsticks}
 
     def _report(self, index: int, losses: Tensor, norms: Tensor, measured: dict[str, float]) -> Report:
         run = self._runs[index]
@@ -301,86 +377,33 @@ class _Pack:
         train = {
             "train/loss": float(losses[-1]),
             "train/grad_norm": float(norms[-1]),
-            "train/lr": _lr(run, run.step),
+            "train/lr": _rate(run.spec)(run.step),
         }
         return Report(run.step, train | measured)
 
 
-def _lr(run: PackedRun, step: int) -> float:
-    return run.spec.optimizer.lr * lr_factor(run.spec.schedule, step=step, steps=run.spec.steps)
+def _settings(spec: OptimizerSpec) -> AdamWSettings:
+    return AdamWSettings(spec.betas, spec.eps, spec.weight_decay)
 
 
-def _taken_together(runs: Sequence[PackedRun], losses: Sequence[Loss]) -> Iterator[tuple[Loss, slice]]:
-    """Yield a loss for each row of runs that it serves."""
-    for _, group in groupby(range(len(runs)), key=lambda index: _kind_of_loss(runs[index])):
+@dataclass(frozen=True)
+class _Rate:
+    """The learning rate of a run at a step, counted from 1; equal runs have equal ones."""
+
+    peak: float
+    schedule: ScheduleSpec
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.peak * lr_factor(self.schedule, step=step, steps=self.steps)
+
+
+def _rate(spec: RunSpec) -> _Rate:
+    return _Rate(spec.optimizer.lr, spec.schedule, spec.steps)
+
+
+def _taken_together(objectives: Sequence[Objective]) -> Iterator[_Together]:
+    """Yield runs whose losses are taken at once."""
+    for _, group in groupby(range(len(objectives)), key=lambda index: _sharing(objectives[index])):
         places = list(group)
-        own = [loss for index in places if isinstance(loss := losses[index], RowLoss)]
-        yield of_members(own) if own else losses[places[0]], slice(places[0], places[-1] + 1)
-
-
-@dataclass(eq=False)
-class _Alike:
-    """Parameters of all runs whose steps are alike: matrices, which decay, or others."""
-
-    run: PackedRun
-    step: Tensor
-    decay: float
-    params: list[Tensor]
-    first: list[Tensor]
-    second: list[Tensor]
-    places: list[tuple[int, int]]  # parameter and run, in the same order
-
-
-def _by_decay(params: Stack, decay: float) -> list[list[int]]:
-    """Return which parameters decay alike: matrices, and others, which don't."""
-    matrices = [place for place, value in enumerate(params.values()) if value.dim() > 2]
-    others = [place for place, value in enumerate(params.values()) if value.dim() <= 2]
-    return [part for part in (matrices, others) if part] if decay else [[*matrices, *others]]
-
-
-class _AdamW:
-    """torch's fused AdamW on stacks, with hyperparameters of each run.
-
-    It reads and writes a parameter and its moments once a step, where separate operations would take ten
-    passes; for small models at many runs these would be most of the time.
-    """
-
-    def __init__(self, runs: Sequence[PackedRun], params: Stack, first: Stack, second: Stack) -> None:
-        self._groups: list[_Alike] = []
-        views = {name: [of[name].unbind(0) for of in (params, first, second)] for name in params}
-        names = list(params)
-        by_step: dict[object, list[int]] = defaultdict(list)
-        for index, run in enumerate(runs):
-            by_step[run.spec.optimizer, run.spec.schedule, run.step].append(index)
-        for indices in by_step.values():
-            run = runs[indices[0]]
-            decay = run.spec.optimizer.weight_decay
-            for parts in _by_decay(params, decay):
-                places = [(place, index) for place in parts for index in indices]
-                columns = [[views[names[p]][kind][i] for p, i in places] for kind in range(3)]
-                own = decay if params[names[parts[0]]].dim() > 2 else 0.0
-                step = torch.tensor(float(run.step))
-                self._groups.append(_Alike(run, step, own, columns[0], columns[1], columns[2], places))
-
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """Move the parameters in place."""
-        # The kernel reads memory in the parameter's order; those of convolutions come in others.
-        views = [gradient.contiguous().unbind(0) for gradient in gradients]
-        for group in self._groups:
-            group.step += 1
-            optimizer = group.run.spec.optimizer
-            torch._fused_adamw_(
-                group.params,
-                [views[place][index] for place, index in group.places],
-                group.first,
-                group.second,
-                [],
-                [group.step] * len(group.places),
-                lr=_lr(group.run, int(group.step)),
-                beta1=optimizer.betas[0],
-                beta2=optimizer.betas[1],
-                weight_decay=group.decay,
-                eps=optimizer.eps,
-                amsgrad=False,
-                maximize=False,
-            )
+        yield _Together([objectives[place] for place in places], slice(places[0], places[-1] + 1))

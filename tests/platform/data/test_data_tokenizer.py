@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lossworks.data import end_of_text_id, load_tokenizer, token_bytes, train_tokenizer
-from lossworks.data.tokenizer import encode_texts, vocabulary_size
+from lossworks.data.text.tokenizer import encode_texts, vocabulary_size
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 
@@ -156,7 +156,7 @@ class TestTokenBytes:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_encodes_without_the_parents_threads(tokenizer, monkeypatch):
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as the command line does
     texts = ["some text"] * 1000
     list(encode_texts(tokenizer, texts))
     child = os.fork()

@@ -183,7 +183,7 @@ def test_bags_are_disjoint_drawn_once_and_of_training_alone():
     assert len(bagged.train) == len(plain.train) // 4 * 4
     assert pairs(bagged) < pairs(plain)
     assert torch.equal(bagged.held_out.inputs, plain.held_out.inputs)
-    assert torch.bincount(bagged.train.bag_ids(rows)).tolist() == [4] * (len(rows) // 4)
+    assert torch.bincount(bagged.train.batch(rows)["segments"]).tolist() == [4] * (len(rows) // 4)
     assert torch.equal(bagged.train.labels, load(source="wine", bag_size=4).train.labels)
     with pytest.raises(UserError, match=r"data\.bag_size=500: there are only"):
         load(source="wine", bag_size=500)

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lossworks.errors import UserError
-from lossworks.head.problem import Coefficients, Filter, Problem, Softmax
+from lossworks.head.core.problem import Coefficients, Filter, Problem, Softmax
 from lossworks.head.triton import launch
 
 ALL = (True, True, True)
@@ -357,7 +357,7 @@ def test_a_teacher_of_another_width(interpreter, softcap, teacher_softcap, optio
 
 FAR = """
 import torch
-from lossworks.head.problem import Coefficients, Filter, Problem, Softmax
+from lossworks.head.core.problem import Coefficients, Filter, Problem, Softmax
 from lossworks.head.triton import launch
 
 far = torch.from_file(path, True, 2**31 + 8, dtype=torch.float16).as_strided((3, 8), (2**30, 1))

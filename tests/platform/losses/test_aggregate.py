@@ -48,6 +48,60 @@ def test_the_value_is_the_definition(rho):
     torch.testing.assert_close(create(SLUG, rho=rho, response="binary")(f, labels, segments=bags), binary)
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.3, 1.0])
+def test_classes_are_compared_with_their_shares_of_a_bag(rho):
+    """The definition in loops, of four classes, and its gradient."""
+    bags = torch.tensor([0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 0, 2])
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(12, 4, dtype=torch.float64, generator=g).requires_grad_()
+    y = torch.randint(0, 4, (12,), generator=g)
+    expected = 0.0
+    for bag in bags.unique():
+        rows = bags == bag
+        share, p = torch.nn.functional.one_hot(y[rows], 4).double().mean(0), z[rows].softmax(1)
+        of_rows = -(p.log() @ share).sum()
+        expected += (1 - rho) * rows.sum() * -(share @ p.mean(0).log()) + rho * of_rows
+    loss = create(SLUG, rho=rho, response="class")
+
+    torch.testing.assert_close(loss(z, y, segments=bags), expected / 12)
+    assert torch.autograd.gradcheck(lambda z: loss(z, y, segments=bags), (z,))
+
+
+def test_two_classes_are_the_binary_case():
+    """Of the difference of their logits."""
+    f, _, bags = problem()
+    y = torch.arange(12) % 2
+    z = torch.stack((torch.zeros_like(f), f), 1) + 3.0
+
+    found = create(SLUG, rho=0.3, response="class")(z, y, segments=bags)
+
+    torch.testing.assert_close(found, create(SLUG, rho=0.3, response="binary")(f, y.double(), segments=bags))
+
+
+@pytest.mark.parametrize("response", ["real", "binary", "class"])
+def test_a_row_whose_response_is_unknown_is_in_no_bag(response):
+    """NaN, or -100 of classes, whatever its prediction; nothing known is 0 without a gradient."""
+    f, y, bags = problem()
+    y, ignored = (y.sigmoid(), torch.nan) if response != "class" else ((y > 0).long(), -100)
+    f = f if response != "class" else torch.stack((f, -f), 1)
+    loss = create(SLUG, rho=0.4, response=response)
+    known = torch.arange(12) != 2
+    spoilt, targets = f.detach().clone(), torch.where(known, y, ignored)
+    spoilt[2] = torch.nan
+    spoilt.requires_grad_()
+
+    value = loss(spoilt, targets, segments=bags)
+    (gradient,) = torch.autograd.grad(value, spoilt)
+    nothing = loss(spoilt, torch.full_like(targets, ignored), segments=bags)
+
+    torch.testing.assert_close(value, loss(f[known], y[known], segments=bags[known]))
+    assert gradient.isfinite().all()
+    assert gradient[2].abs().max() == 0
+    assert nothing == 0
+    assert torch.autograd.grad(nothing, spoilt)[0].abs().max() == 0
+    assert loss.count(targets) == 11
+
+
 def test_the_two_differ_by_the_variance_within_bags():
     """The identity of squared errors; and bag loss is at most instance loss."""
     f, y, bags = problem()
@@ -172,7 +226,14 @@ def test_what_does_not_fit_is_refused():
     f, y, bags = problem()
     with pytest.raises(UserError, match="needs the input segments"):
         create(SLUG)(f, y)
-    with pytest.raises(UserError, match="segments must be shaped like predictions"):
+    with pytest.raises(UserError, match="segments must be shaped like responses"):
         create(SLUG)(f, y, segments=bags[:3])
     with pytest.raises(UserError, match=r"responses \(3,\) must be \(12,\)"):
         create(SLUG)(f, y[:3], segments=bags)
+    classes = create(SLUG, response="class")
+    with pytest.raises(UserError, match=r"predictions \(12,\) must be \(N, K\) with response=class"):
+        classes(f, y.long(), segments=bags)
+    with pytest.raises(UserError, match=r"classes must be torch\.int64"):
+        classes(f[:, None].expand(-1, 3), y, segments=bags)
+    with pytest.raises(UserError, match="targets hold 3"):
+        classes(f[:, None].expand(-1, 3), torch.full((12,), 3), segments=bags)

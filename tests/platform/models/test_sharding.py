@@ -14,14 +14,15 @@ from lossworks.specs import ModelSpec
 
 TINY = ModelSpec(layers=2, width=16, heads=2, hidden=24)
 TOKENS = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(1))
+BATCH = {"inputs": TOKENS[:, :-1], "targets": TOKENS[:, 1:]}
 
 
-def mean_cross_entropy(hidden, head, targets):
-    return functional.cross_entropy(head.logits(hidden).flatten(0, 1), targets.flatten())
+def mean_cross_entropy(outputs, batch):
+    return functional.cross_entropy(outputs.logits.flatten(0, 1), batch["targets"].flatten())
 
 
 def step(model):
-    loss = model(TOKENS[:, :-1], TOKENS[:, 1:], mean_cross_entropy)
+    loss = model(BATCH, mean_cross_entropy)
     loss.backward()
     return loss.detach(), [whole(parameter.grad) for parameter in model.parameters()]
 

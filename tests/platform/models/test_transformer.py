@@ -18,18 +18,18 @@ VARIANTS = [
 ]
 
 
-def mean_cross_entropy(hidden, head, targets):
-    return functional.cross_entropy(head.logits(hidden).flatten(0, 1).float(), targets.flatten())
+def mean_cross_entropy(outputs, batch):
+    return functional.cross_entropy(outputs.logits.flatten(0, 1).float(), batch["targets"].flatten())
 
 
 def batch(length=12, sequences=2, vocab=VOCAB):
     tokens = torch.randint(vocab, (sequences, length + 1), generator=torch.Generator().manual_seed(1))
-    return tokens[:, :-1], tokens[:, 1:]
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
 def gradients(model, objective=mean_cross_entropy):
     model.zero_grad()
-    loss = model(*batch(), objective)
+    loss = model(batch(), objective)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -38,7 +38,7 @@ def gradients(model, objective=mean_cross_entropy):
 @pytest.mark.parametrize("changed", [0, 5, 11])
 def test_a_token_changes_nothing_before_it(spec, changed):
     model = build_model(spec, vocab_size=VOCAB, seed=0)
-    tokens, _ = batch()
+    tokens = batch()["inputs"]
     other = tokens.clone()
     other[:, changed] = (other[:, changed] + 1) % VOCAB
     before, after = model.hidden(tokens), model.hidden(other)
@@ -47,21 +47,23 @@ def test_a_token_changes_nothing_before_it(spec, changed):
     assert ((after - before)[:, changed:].abs().amax(dim=-1) > 1e-6).all()
 
 
-def test_forward_is_the_objective_of_hidden_head_and_targets():
+def test_forward_is_the_objective_of_outputs_and_batch():
     model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    tokens, targets = batch()
-    seen = []
+    given, seen = batch(), []
 
-    def objective(*arguments):
-        seen.extend(arguments)
-        return arguments[0].sum()
+    def objective(outputs, batch):
+        seen.extend((outputs, batch))
+        return outputs.hidden.sum()
 
-    value = model(tokens, targets, objective)
+    value = model(given, objective)
+    outputs, passed = seen
 
-    torch.testing.assert_close(seen[0], model.hidden(tokens))
-    assert seen[1].weight is model.embedding.weight
-    assert seen[2] is targets
-    torch.testing.assert_close(value, seen[0].sum())
+    torch.testing.assert_close(outputs.hidden, model.hidden(given["inputs"]))
+    assert outputs.head.weight is model.embedding.weight
+    assert passed is given
+    torch.testing.assert_close(value, outputs.hidden.sum())
+    torch.testing.assert_close(outputs.logits, model.logits(given["inputs"]))
+    torch.testing.assert_close(outputs.rerun(given["inputs"]).hidden, outputs.hidden)
 
 
 def test_head_applies_bias_and_softcap():
@@ -81,7 +83,7 @@ def test_initial_loss_is_that_of_guessing(tied, activation):
     model = build_model(spec, vocab_size=1000, seed=0)
 
     with torch.no_grad():
-        loss = model(*batch(length=64, sequences=8, vocab=1000), mean_cross_entropy)
+        loss = model(batch(length=64, sequences=8, vocab=1000), mean_cross_entropy)
 
     assert abs(loss.item() - math.log(1000)) < 0.1
 
@@ -164,7 +166,7 @@ def test_bfloat16_autocast_is_close_to_float32(spec):
     loss, expected = gradients(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low, found = gradients(model)
-        hidden = model.hidden(batch()[0])
+        hidden = model.hidden(batch()["inputs"])
 
     assert hidden.isfinite().all()
     torch.testing.assert_close(low, loss, rtol=0, atol=0.01)
@@ -174,7 +176,7 @@ def test_bfloat16_autocast_is_close_to_float32(spec):
 
 def test_float64_model_rotates_in_float64():
     model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    tokens, _ = batch()
+    tokens = batch()["inputs"]
     single = model.hidden(tokens)
     double = model.double().hidden(tokens)
 
@@ -191,7 +193,7 @@ def test_model_has_no_buffers_and_takes_any_length():
 
 def test_generation_follows_its_generator_and_keeps_the_prompt():
     model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    prompt, _ = batch(length=4)
+    prompt = batch(length=4)["inputs"]
 
     def generate(seed, temperature=1.0):
         return model.generate(prompt, 8, temperature, torch.Generator().manual_seed(seed))
@@ -208,7 +210,7 @@ def test_generation_follows_its_generator_and_keeps_the_prompt():
 
 def test_generation_at_temperature_zero_is_greedy_and_the_limit_of_cold():
     model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    tokens, _ = batch(length=4)
+    tokens = batch(length=4)["inputs"]
     greedy = model.generate(tokens, 3, 0.0)
     expected = tokens
     for _ in range(3):
@@ -220,7 +222,7 @@ def test_generation_at_temperature_zero_is_greedy_and_the_limit_of_cold():
 
 def test_generation_refuses_what_it_cannot_do():
     model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    tokens, _ = batch(length=4)
+    tokens = batch(length=4)["inputs"]
 
     with pytest.raises(UserError, match="new_tokens=-1: must be at least 0"):
         model.generate(tokens, -1)

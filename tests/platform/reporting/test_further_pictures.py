@@ -4,9 +4,9 @@ import struct
 
 import pytest
 
-from lossworks.reporting.finish import draw_collapse, draw_telemetry
+from lossworks.reporting.finish import draw_analyses, draw_telemetry
 from lossworks.runs import RunFolder
-from lossworks.specs import ClassifierSpec
+from lossworks.tasks.classification import ClassifierSpec
 from lossworks.tracking import Journal
 from lossworks.training.outcome import Outcome
 from lossworks_testing.classification import tiny
@@ -34,9 +34,9 @@ def size(path):
 def test_runs_without_them_have_no_such_pictures(folder):
     """Nor has a run that has not ended."""
     assert draw_telemetry(folder) is None
-    assert draw_collapse(folder) is None
+    assert draw_analyses(folder) == []
     Outcome("finished", "", 5, {}, None, None).write(folder.outcome_file)
-    assert draw_collapse(folder) is None
+    assert draw_analyses(folder) == []
 
 
 def test_telemetry_is_drawn_with_what_there_is(folder):
@@ -53,10 +53,10 @@ def test_collapse_is_drawn_with_its_curves(folder):
     """From the journal and the outcome alone."""
     matrix = [[1.0, -0.5], [-0.5, 1.0]]
     names = [f"{w} {n}" for w in ("found", "predicted") for n in ("classifier", "features", "aligned")]
-    Outcome("finished", "", 5, {}, None, None, collapse=dict.fromkeys(names, matrix)).write(
-        folder.outcome_file
-    )
+    folder.spec_file.write_text(ClassifierSpec.parse(tiny(analyses=["neural-collapse"])).to_yaml())
+    pictured = {"neural-collapse": dict.fromkeys(names, matrix)}
+    Outcome("finished", "", 5, {}, None, None, pictured=pictured).write(folder.outcome_file)
     record(folder, {"eval/nc1": 0.4, "eval/nc4": 0.0})
 
-    assert draw_collapse(folder) == folder.collapse
-    assert size(folder.collapse)[0] == 1100
+    assert draw_analyses(folder) == [folder.picture("neural-collapse")]
+    assert size(folder.picture("neural-collapse"))[0] == 1100

@@ -8,7 +8,8 @@ from lossworks.reporting import train_report
 from lossworks.reporting.phase_colours import PHASE_COLOURS
 from lossworks.reporting.phase_strip import time_shares, utilisation
 from lossworks.reporting.series import series, smooth
-from lossworks.training.phases import PHASES
+from lossworks.tasks import task_class
+from lossworks.training.measure.phases import PHASES
 
 
 def rows(steps=60):
@@ -25,6 +26,7 @@ def size(path):
     return struct.unpack(">II", data[16:24])
 
 
+LM = task_class("language-model")
 MEMORY = {"linear cross-entropy": 21.4 * 2**20, "with logits": 1538 * 2**20}
 
 
@@ -33,7 +35,9 @@ def test_a_report_is_a_picture_of_1600_by_1000(tmp_path, steps):
     path = tmp_path / "new" / "report.png"
 
     assert (
-        train_report(list(rows(steps)), head_memory=MEMORY, title="a [b] $c", path=path, vocabulary=512)
+        train_report(
+            list(rows(steps)), task=LM, head_memory=MEMORY, title="a [b] $c", path=path, guess=math.log(512)
+        )
         == path
     )
 
@@ -46,7 +50,7 @@ def test_missing_series_are_left_out(tmp_path, missing):
     for row in kept:
         row["metrics"].pop(missing, None)
 
-    path = train_report(kept, head_memory=None, title="missing", path=tmp_path / "report.png")
+    path = train_report(kept, task=LM, head_memory=None, title="missing", path=tmp_path / "report.png")
 
     assert size(path) == (1600, 1000)
 
@@ -56,7 +60,9 @@ def test_values_that_are_not_finite_do_not_break_it(tmp_path):
     for row in diverged[30:]:
         row["metrics"] = dict.fromkeys(row["metrics"], math.nan) | {"train/loss": math.inf}
 
-    path = train_report(diverged, head_memory={"x": math.nan}, title="diverged", path=tmp_path / "report.png")
+    path = train_report(
+        diverged, task=LM, head_memory={"x": math.nan}, title="diverged", path=tmp_path / "report.png"
+    )
 
     assert size(path) == (1600, 1000)
 
@@ -65,7 +71,7 @@ def test_drawing_leaves_matplotlib_settings_and_backend_alone(tmp_path):
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    train_report(list(rows()), head_memory=MEMORY, title="t", path=tmp_path / "report.png")
+    train_report(list(rows()), task=LM, head_memory=MEMORY, title="t", path=tmp_path / "report.png")
 
     assert dict(mpl.rcParams) == before
 
@@ -105,7 +111,12 @@ def test_a_classifiers_report_has_a_reliability_diagram(tmp_path, curve):
         row["metrics"] |= {"eval/accuracy": 0.5, "eval/ece": 0.1, "train/examples_per_second": 1e4}
 
     path = train_report(
-        found, head_memory=None, title="digits", path=tmp_path / "report.png", reliability=curve
+        found,
+        task=task_class("classification"),
+        head_memory=None,
+        title="digits",
+        path=tmp_path / "report.png",
+        pictured={"reliability": curve},
     )
 
     assert size(path) == (1600, 1000)
@@ -140,7 +151,7 @@ def test_every_phase_has_a_colour_of_its_own():
 def test_a_report_says_where_the_time_went(tmp_path, seconds):
     """Also where next to nothing, or nothing at all, was measured."""
     path = train_report(
-        list(rows()), head_memory=MEMORY, title="time", path=tmp_path / "report.png", seconds=seconds
+        list(rows()), task=LM, head_memory=MEMORY, title="time", path=tmp_path / "report.png", seconds=seconds
     )
 
     assert size(path) == (1600, 1000)

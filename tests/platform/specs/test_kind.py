@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from lossworks.errors import UserError
-from lossworks.specs import ClassifierSpec, parse_train_spec, read_train_spec
 from lossworks.specs.base import KINDS, kind_of
+from lossworks.tasks import parse_train_spec, read_train_spec
+from lossworks.tasks.classification import ClassifierSpec
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted(ROOT.glob("*/specs/*.yaml")) + sorted(ROOT.glob("*/studies/*.yaml"))

@@ -22,10 +22,11 @@ from lossworks.errors import UserError
 from lossworks.models import TextScorer, load_classifier, load_model
 from lossworks.reporting.finish import finish_run_folder, sync_run
 from lossworks.runs import RunFolder
-from lossworks.specs import ModelTrackingSpec, parse_train_spec
+from lossworks.specs import ModelTrackingSpec
+from lossworks.tasks import parse_train_spec
 from lossworks.tracking import Journal, create_run
 from lossworks.tracking.client import connect
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.export import evaluate_folder, export_run
 from lossworks.training.loop import Job, train
 from lossworks_testing.classification import tiny

@@ -4,10 +4,10 @@ import pytest
 
 from lossworks.reporting.finish import finish_run_folder
 from lossworks.runs import RunFolder
-from lossworks.specs import parse_train_spec
+from lossworks.tasks import parse_train_spec
 from lossworks.tracking import Follower, Journal, check_tracking, create_run
 from lossworks.tracking.client import connect
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 from lossworks_testing.browser import browser, chromium
 from lossworks_testing.classification import tiny

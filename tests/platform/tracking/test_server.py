@@ -14,9 +14,9 @@ from lossworks.cli import main
 from lossworks.errors import RunError, UserError
 from lossworks.specs import TrackingSpec
 from lossworks.tracking import check_tracking, create_run, finish_run
-from lossworks.tracking.accounts import Accounts
-from lossworks.tracking.backend import backend_uri
 from lossworks.tracking.client import connect
+from lossworks.tracking.server.accounts import Accounts
+from lossworks.tracking.server.database import backend_uri
 from lossworks_testing.postgres import PASSWORD, binaries, postgres
 from lossworks_testing.server import TeamServer, free_port
 from lossworks_testing.soak import Writing, all_end_well, count_points, start_writers

@@ -3,7 +3,9 @@
 import pytest
 
 from lossworks.errors import UserError
-from lossworks.specs import ClassifierSpec, TrainSpec, parse_train_spec, read_train_spec
+from lossworks.tasks import parse_train_spec, read_train_spec
+from lossworks.tasks.classification import ClassifierSpec
+from lossworks.tasks.language_model import TrainSpec
 from lossworks_testing.classification import tiny
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, run_training
@@ -19,7 +21,7 @@ def test_it_learns_and_is_measured_by_the_yardsticks(tmp_path):
         assert result["metrics"]["eval/accuracy"] > 0.9
         assert 0 <= result["metrics"]["eval/ece"] <= 1
         assert result["metrics"]["train/examples_per_second"] > 0
-        assert sum(result["reliability"]["examples"]) == 45
+        assert sum(result["pictured"]["reliability"]["examples"]) == 45
     assert plain["metrics"]["eval/loss"] == pytest.approx(plain["metrics"]["eval/cross_entropy"], rel=1e-5)
     assert other["metrics"]["eval/loss"] < 0 < other["metrics"]["eval/cross_entropy"]
 
@@ -78,7 +80,10 @@ def test_a_loss_of_whole_batches_trains(tmp_path):
 def test_neural_collapse_is_measured_over_all_ranks(tmp_path):
     """Ranks with split parameters see what one process sees; the collapse goes on with training."""
     values = tiny(
-        steps=60, neural_collapse=True, checkpoint={"every": 20}, evaluation={"every": 20, "sequences": 1000}
+        steps=60,
+        analyses=["neural-collapse"],
+        checkpoint={"every": 20},
+        evaluation={"every": 20, "sequences": 1000},
     )
     one = run_training(values, None, str(tmp_path / "one"))
     curve = [metrics["eval/nc1"] for _, metrics in one["rows"] if "eval/nc1" in metrics]
@@ -86,8 +91,9 @@ def test_neural_collapse_is_measured_over_all_ranks(tmp_path):
     assert len(curve) == 3
     assert curve[-1] < curve[0]
     assert 0 <= one["metrics"]["eval/nc4"] < 0.1
-    assert len(one["collapse"]) == 6
-    assert len(one["collapse"]["found aligned"]) == 3
+    pictured = one["pictured"]["neural-collapse"]
+    assert len(pictured) == 6
+    assert len(pictured["found aligned"]) == 3
     (tmp_path / "results").mkdir()
     split = {**values, "workers": 2, "sharding": {"kind": "fsdp"}}
     two = run_ranks(2, run_training, split, None, str(tmp_path / "two"), folder=tmp_path / "results")[0]
@@ -97,10 +103,10 @@ def test_neural_collapse_is_measured_over_all_ranks(tmp_path):
 
 def test_imbalanced_classes_are_compared_with_their_own_optimum(tmp_path):
     """The predicted rows grow with their classes."""
-    values = tiny(neural_collapse=True, data={"source": "wine", "imbalance": 5})
+    values = tiny(analyses=["neural-collapse"], data={"source": "wine", "imbalance": 5})
     result = run_training(values, None, str(tmp_path / "run"))
 
-    rows = result["collapse"]["predicted classifier"]
+    rows = result["pictured"]["neural-collapse"]["predicted classifier"]
     assert rows[0][0] > rows[1][1] > rows[2][2] >= 0
     assert rows[0][1] == 0
 
@@ -121,9 +127,9 @@ def test_the_task_chooses_the_spec(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "regression"}, "task='regression' must be one of language-model, classification"),
+        ({"task": "clasification"}, "must be one of classification, language-model"),
         ({"task": ["classification"]}, "task=['classification'] must be one of"),
-        ({"loss": "dco"}, "loss.name=dco can't train a classifier; what can: aldr-kl"),
+        ({"loss": "dco"}, "loss.name=dco can't train task=classification as it is here; what can: aldr-kl"),
         ({"sharding": {"kind": "fsdp", "vocab_parallel": True}}, "is for the large heads"),
         ({"data": {"corpus": "stdlib"}}, "data.corpus: unknown key"),
         ({"data": {"label_noise": 2}}, "data.label_noise=2"),

@@ -6,7 +6,7 @@ import pytest
 
 from lossworks.errors import UserError
 from lossworks.models.huggingface import HuggingFaceModel
-from lossworks.training.vocabulary import split_head
+from lossworks.training.distributed.split_head import split_head
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import VOCABULARY, losses, prepared, run_training, tiny_spec
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lossworks.specs import TrainSpec
+from lossworks.tasks.language_model import TrainSpec
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import VOCABULARY, losses, run_training, tiny_spec
 
@@ -187,16 +187,16 @@ def test_a_gpu_follows_the_curve_of_a_cpu(text, corpus, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(text, corpus, tmp_path, monkeypatch):
     """NaN names the step, the rank and the last good checkpoint, and changes no parameter."""
-    from lossworks.training.objective import HeadObjective
+    from lossworks.losses.objective import Objective
 
     calls = iter(range(1000))
-    plain = HeadObjective.__call__
+    plain = Objective.forward
 
     def breaks(*arguments, **options):
         loss = plain(*arguments, **options)
         return loss * math.nan if torch.is_grad_enabled() and next(calls) == 4 else loss
 
-    monkeypatch.setattr(HeadObjective, "__call__", breaks)
+    monkeypatch.setattr(Objective, "forward", breaks)
     result = one_process(tiny_spec(text), corpus, tmp_path)
 
     assert result["status"] == "diverged"
@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(text, corpus, tmp_path,
 
 def test_a_gradient_that_is_not_finite_names_the_parameter(text, corpus, tmp_path, monkeypatch):
     """A finite loss with a NaN gradient is caught, too."""
-    from lossworks.training import language
+    from lossworks.tasks import language_model as language
 
     def poisoned(*arguments, **options):
         model = build(*arguments, **options)

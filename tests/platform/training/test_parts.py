@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from lossworks.specs import ModelSpec, OptimizerSpec, ScheduleSpec
 from lossworks.training.batches import largest_share, share
-from lossworks.training.head_memory import head_peak, with_logits
-from lossworks.training.memory import peak_bytes
+from lossworks.training.distributed.world import World
+from lossworks.training.measure.head_memory import head_peak, with_logits
+from lossworks.training.measure.memory import peak_bytes
 from lossworks.training.optimizer import build_optimizer
 from lossworks.training.schedule import lr_factor
-from lossworks.training.world import World
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,19 @@
 
 import json
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lossworks.training import phases
+from lossworks.models.transformer import Transformer
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
+from lossworks.training.measure import phases
+from lossworks.training.measure.phases import PHASES, DeviceTicks, HostTicks, PhaseClock, shares
 from lossworks.training.outcome import Outcome
-from lossworks.training.phases import PHASES, DeviceTicks, HostTicks, PhaseClock, shares
 from lossworks_testing.exchange import compare_exchange
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import run_training, tiny_spec
@@ -18,7 +24,7 @@ from lossworks_testing.training import run_training, tiny_spec
 def pass_time(monkeypatch):
     """A clock that goes on only by so many seconds as it is told to."""
     now = [100.0]
-    monkeypatch.setattr(phases.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def pass_seconds(seconds):
         now[0] += seconds
@@ -178,21 +184,56 @@ def test_a_gpus_time_is_that_of_its_work():
     assert total["forward"] > 0.8 * elapsed
 
 
-def test_a_run_says_where_its_time_went(text, corpus, tmp_path):
-    """Shares at each evaluation and the last step, totals at the end; all of the time is in them."""
-    spec = tiny_spec(text, steps=8)
-    began = time.perf_counter()
-    result = run_training(spec.model_dump(mode="json"), corpus, str(tmp_path))
-    elapsed = time.perf_counter() - began
-    rows = {step: metrics for step, metrics in result["rows"] if "time/data" in metrics}
-    steps = sum(metrics["train/step_seconds"] for _, metrics in result["rows"])
+SECONDS = {"forward": 1, "backward": 2, "optimizer": 4, "evaluation": 8, "checkpoint": 16}
 
-    assert list(rows) == [3, 6, 8]
-    for metrics in rows.values():
-        assert sum(metrics[f"time/{phase}"] for phase in PHASES) == pytest.approx(1)
-    assert all(result["seconds"][phase] > 0 for phase in PHASES)
-    assert steps < sum(result["seconds"].values()) < elapsed
-    assert rows[8]["train/checkpoint_seconds"] < result["seconds"]["checkpoint"]
+
+@pytest.fixture
+def work(monkeypatch, pass_time):
+    """Calls of a run's parts by phase; each takes the seconds of ``SECONDS``, and nothing else takes any."""
+    calls = Counter()
+
+    def does(phase):
+        calls[phase] += 1
+        pass_time(SECONDS[phase])
+
+    def around(owner, name, phase):
+        original = getattr(owner, name)
+
+        def timed(*arguments, **named):
+            does(phase)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, timed)
+
+    def on_forward(module, _):
+        if isinstance(module, Transformer):
+            does("forward" if torch.is_grad_enabled() else "evaluation")
+
+    around(torch.Tensor, "backward", "backward")
+    around(CheckpointStore, "save", "checkpoint")
+    hooks = [
+        register_module_forward_pre_hook(on_forward),
+        register_optimizer_step_pre_hook(lambda *_: does("optimizer")),
+    ]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_run_says_where_its_time_went(work, text, corpus, tmp_path):
+    """Each phase gets the seconds of its own parts, all of them and no others: in laps and in total."""
+    values = tiny_spec(text, steps=8).model_dump(mode="json")
+    result = run_training(values, corpus, str(tmp_path))
+    laps = {step: row for step, row in result["rows"] if "time/data" in row}
+    seconds = {phase: SECONDS.get(phase, 0) * work[phase] for phase in PHASES}
+
+    assert (work["optimizer"], work["checkpoint"]) == (8, 3)
+    assert list(laps) == [3, 6, 8]
+    assert result["seconds"] == seconds
+    # A lap ends with the evaluation, before the checkpoint: the next has that.
+    assert [row["train/checkpoint_seconds"] for row in laps.values()] == [0, 16, 16]
+    first = {"forward": 3, "backward": 6, "optimizer": 12, "evaluation": seconds["evaluation"] / 3}
+    assert {phase: laps[3][f"time/{phase}"] for phase in first} == pytest.approx(shares(first))
 
 
 def test_an_outcome_of_before_can_be_read(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from lossworks.errors import UserError
 from lossworks.reporting.flame import read_calls
-from lossworks.training.profiling import TRACE
+from lossworks.training.measure.profiling import TRACE
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import losses, run_training, tiny_spec
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from lossworks.models import build_classifier, build_model
+from lossworks.models.operations import count_step_flops
 from lossworks.specs import ClassifierModelSpec, ModelSpec
-from lossworks.training import hardware
-from lossworks.training.hardware import Peak, measure_peak
-from lossworks.training.operations import count_step_flops
-from lossworks.training.speed import Speed
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
+from lossworks.training.measure import hardware
+from lossworks.training.measure.hardware import Peak, measure_peak
+from lossworks.training.measure.speed import Speed
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import run_training, tiny_spec
 

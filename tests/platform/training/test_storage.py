@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.storage import save_under_limit
 from lossworks_testing.training import tiny_spec, write_text
@@ -40,8 +40,9 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 from lossworks.errors import StorageError
-from lossworks.specs import parse_train_spec, read_yaml
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.specs import read_yaml
+from lossworks.tasks import parse_train_spec
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 from lossworks_testing.training import prepared
 
@@ -57,7 +58,7 @@ def record(step, metrics):
 
 try:
     store = CheckpointStore(disk / "c", keep=2)
-    train(Job(spec=spec, corpus=prepared(spec), checkpoints=store, record=record))
+    train(Job(spec=spec, prepared=prepared(spec).folder, checkpoints=store, record=record))
 except StorageError as error:
     print(error)
 newest, complaints = CheckpointStore(disk / "c", keep=2).newest()

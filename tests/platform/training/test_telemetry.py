@@ -7,17 +7,22 @@ import pytest
 import torch
 
 from lossworks.errors import UserError
-from lossworks.models import Head
+from lossworks.losses.objective import ElementLosses, Objective
+from lossworks.models import Head, Outputs
 from lossworks.specs import LossSpec, TelemetrySpec
-from lossworks.training.objective import ElementLosses, build_objective
-from lossworks.training.telemetry import SpikeWatch, Telemetry
-from lossworks.training.world import World
+from lossworks.training.distributed.world import World
+from lossworks.training.measure.telemetry import SpikeWatch, Telemetry
 from lossworks_testing.classification import tiny
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, run_training, tiny_spec
 
 IGNORE = -100
 ALL = {"telemetry": {"every": 2, "rows": 512, "spike": 3.0}}
+
+
+def probe(spec, hidden, head, targets):
+    """Return what telemetry sees of a loss."""
+    return ElementLosses(Objective(spec)).probe(Outputs(hidden, head), {"targets": targets})
 
 
 def problem(n=6, d=4, k=5):
@@ -32,7 +37,7 @@ def problem(n=6, d=4, k=5):
 def test_a_probe_of_cross_entropy_has_its_closed_form():
     """ℓ = lse − z_y, ∂ℓ/∂z = p − e_y, and rows that don't count are left out."""
     hidden, head, targets = problem()
-    loss, slope, logit = ElementLosses(LossSpec()).probe(hidden, head, targets)
+    loss, slope, logit = probe(LossSpec(), hidden, head, targets)
 
     valid = targets != IGNORE
     z, y = head.logits(hidden)[valid].double(), targets[valid]
@@ -45,10 +50,10 @@ def test_a_probe_of_cross_entropy_has_its_closed_form():
 def test_a_row_that_is_certain_has_no_gradient():
     """Mean absolute error in float32, with the right answer far ahead and far behind."""
     hidden, head = torch.tensor([[200.0, 0.0], [-200.0, 0.0]]), Head(torch.eye(2))
-    probe = ElementLosses(LossSpec(name="comp-sum", tau=2.0)).probe(hidden, head, torch.tensor([0, 0]))
+    found = probe(LossSpec(name="comp-sum", tau=2.0), hidden, head, torch.tensor([0, 0]))
 
-    assert probe[1].tolist() == [0.0, 0.0]
-    assert probe[0].tolist() == pytest.approx([0.0, 1.0])
+    assert found[1].tolist() == [0.0, 0.0]
+    assert found[0].tolist() == pytest.approx([0.0, 1.0])
 
 
 def test_losses_of_sequences_and_of_batches_have_fewer_values():
@@ -56,8 +61,8 @@ def test_losses_of_sequences_and_of_batches_have_fewer_values():
     g = torch.Generator().manual_seed(1)
     hidden, targets = torch.randn(4, 3, 2, generator=g), torch.randint(0, 5, (4, 3), generator=g)
     head = Head(torch.randn(5, 2, generator=g))
-    of_sequences = ElementLosses(LossSpec(name="dco", samples=4)).probe(hidden, head, targets)
-    of_batches = ElementLosses(LossSpec(name="batch-dice")).probe(hidden[:, 0], head, targets[:, 0])
+    of_sequences = probe(LossSpec(name="dco", samples=4), hidden, head, targets)
+    of_batches = probe(LossSpec(name="batch-dice"), hidden[:, 0], head, targets[:, 0])
 
     assert of_sequences.shape == (3, 12)
     assert int((~of_sequences[0].isnan()).sum()) == 4
@@ -71,12 +76,11 @@ def test_losses_of_examples_add_up_to_the_trained_one():
     hidden, targets = torch.randn(4, 3, 2, generator=g), torch.randint(0, 5, (4, 3), generator=g)
     targets[1, 1:] = IGNORE
     head, spec = Head(torch.randn(5, 2, generator=g)), LossSpec(name="ldr")
-    each = ElementLosses(spec).of_examples(hidden, head, targets)
+    outputs, batch = Outputs(hidden, head), {"targets": targets}
+    each = ElementLosses(Objective(spec)).of_examples(outputs, batch)
 
     tokens = (targets != IGNORE).sum(1)
-    assert float((each * tokens).sum()) == pytest.approx(
-        float(build_objective(spec)(hidden, head, targets)), rel=1e-5
-    )
+    assert float((each * tokens).sum()) == pytest.approx(float(Objective(spec)(outputs, batch)), rel=1e-5)
 
 
 def test_a_run_is_the_same_with_it_and_its_figures_are_in_order(tmp_path):
@@ -117,15 +121,16 @@ def test_a_spike_names_the_examples_to_blame():
     """Two micro-batches, the second of them with the worst example."""
     hidden, head, targets = problem(8)
     targets[2] = 0
-    losses_of = ElementLosses(LossSpec())
-    each = losses_of.of_examples(hidden, head, targets)
+    losses_of = ElementLosses(Objective(LossSpec()))
+    each = losses_of.of_examples(Outputs(hidden, head), {"targets": targets})
     rows = np.array([40, 41, 42, 43, 50, 51, 52, 53])
 
     class Model(torch.nn.Module):
-        def forward(self, inputs, targets, objective):
-            return objective(inputs, head, targets)
+        def forward(self, batch, objective):
+            return objective(Outputs(batch["inputs"], head), batch)
 
-    batches = [(hidden[:4], targets[:4]), (hidden[4:], targets[4:])]
+    halves = slice(0, 4), slice(4, None)
+    batches = [{"inputs": hidden[half], "targets": targets[half]} for half in halves]
     telemetry = Telemetry(TelemetrySpec(spike=5.0), losses_of, World(0, 1, torch.device("cpu")), bf16=False)
     for step in range(1, 31):
         metrics, complaint = telemetry.look(step, 2.0 + 0.1 * math.sin(step), Model(), batches, rows)

@@ -8,12 +8,11 @@ import torch
 from lossworks.data import TokenizedCorpus
 from lossworks.errors import UserError
 from lossworks.models import build_model
-from lossworks.specs import TrainSpec
-from lossworks.training.checkpoint import CheckpointStore, load_shards
+from lossworks.tasks.language_model import LanguageTask, TrainSpec
+from lossworks.training.checkpoints.checkpoint import CheckpointStore, load_shards
+from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import evaluate
-from lossworks.training.head_memory import DENSE, OURS, head_peak, without_logits
-from lossworks.training.language import LanguageTask
-from lossworks.training.world import World
+from lossworks.training.measure.head_memory import DENSE, OURS, head_peak, without_logits
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.split_head import everything
 from lossworks_testing.training import VOCABULARY, losses, run_several, run_training, tiny_spec

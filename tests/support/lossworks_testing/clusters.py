@@ -7,14 +7,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from lossworks.runs import RunFolder, run_of
 from lossworks.tracking import read_all
-from lossworks_jobs.nodes import Nodes
+from lossworks_jobs.clusters.local_nodes import LocalNodes
 
 
 def lose(process: subprocess.Popen) -> None:
@@ -29,7 +29,7 @@ def lose(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def blind_node(nodes: Nodes, home: Path, temporary: Path, log: Path) -> Iterator[subprocess.Popen]:
+def blind_node(nodes: LocalNodes, home: Path, temporary: Path, log: Path) -> Iterator[subprocess.Popen]:
     """A node of one CPU that joins ``nodes`` and finds an empty folder where the shared home folder is.
 
     Args:
@@ -132,11 +132,16 @@ def listening(pid: int, name: str) -> list[int]:
     ]
 
 
-def processes_of(nodes: Nodes, name: str) -> list[psutil.Process]:
+def processes_of(nodes: LocalNodes, name: str) -> list[psutil.Process]:
     """Return the processes below any node whose command line has a word."""
+    running = [node.pid for node in nodes.processes if node.poll() is None]
+    return [found for pid in running for found in descendants_of(pid, name)]
+
+
+def descendants_of(pid: int, name: str) -> list[psutil.Process]:
+    """Return the descendants of a process whose command line has a word."""
     found = []
-    for node in nodes.processes:
-        if node.poll() is None:
-            members = psutil.Process(node.pid).children(recursive=True)
-            found += [member for member in members if name in json.dumps(member.cmdline())]
+    for member in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # has ended since
+            found += [member] if name in json.dumps(member.cmdline()) else []
     return found

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lossworks.training.communication import time_communication
-from lossworks.training.phases import HostTicks, PhaseClock
+from lossworks.training.distributed.communication import time_communication
+from lossworks.training.measure.phases import HostTicks, PhaseClock
 
 _CPU = torch.device("cpu")
 

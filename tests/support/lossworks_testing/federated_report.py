@@ -135,7 +135,7 @@ def draw(path: Path = PICTURE) -> None:
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
 
-    from lossworks.reporting.train_report import STYLE
+    from lossworks.reporting.picture_style import STYLE
 
     results = Results()
     with rc_context(STYLE):

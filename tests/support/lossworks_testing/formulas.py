@@ -25,7 +25,8 @@ def cross_entropy(z, y, options):
 
 def log_z(z, y, options):
     log_total = math.log(sum(math.exp(value) for value in z))
-    return cross_entropy(z, y, options) + options["coefficient"] * log_total**2
+    penalty = options["coefficient"] * log_total**2
+    return penalty if options["alone"] else cross_entropy(z, y, options) + penalty
 
 
 def comp_sum(z, y, options):

@@ -9,10 +9,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as ByClass
 
 from lossworks.errors import UserError
-from lossworks.models import Head, build_model
+from lossworks.losses.objective import Objective
+from lossworks.models import Head, Outputs, build_model
 from lossworks.specs import LossSpec, ModelSpec
-from lossworks.training.objective import build_objective
-from lossworks.training.vocabulary import split_head
+from lossworks.training.distributed.split_head import split_head
 
 CLASSES = 17
 ROWS = (4, 0, 7)  # of each rank
@@ -32,13 +32,14 @@ def shares() -> tuple[list[float], list[float]]:
     )
     targets = torch.randint(CLASSES, (sum(ROWS),), generator=generator)
     targets[[0, 5]] = -100
-    objective, mesh = build_objective(LossSpec()), init_device_mesh("cpu", (ranks,))
+    objective, mesh = Objective(LossSpec()), init_device_mesh("cpu", (ranks,))
     whole = [x.clone().requires_grad_() for x in (hidden, weight)]
-    expected = objective(whole[0], Head(whole[1]), targets)
+    expected = objective(Outputs(whole[0], Head(whole[1])), {"targets": targets}).sum()
     expected.backward()
     mine = hidden.split(ROWS)[rank].clone().requires_grad_()
     split = distribute_tensor(weight, mesh, [ByClass(0)]).requires_grad_()
-    share = objective(mine, Head(split), targets.split(ROWS)[rank])
+    own = {"targets": targets.split(ROWS)[rank]}
+    share = objective(Outputs(mine, Head(split)), own).sum()
     (share * ranks).backward()
     return (
         [_error(_sum(share.detach()), expected)],

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lossworks.errors import StorageError
-from lossworks.training.checkpoint import CheckpointStore
-from lossworks.training.world import World
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
+from lossworks.training.distributed.world import World
 
 
 def limit_files(size):

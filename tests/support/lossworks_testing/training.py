@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.data import TokenizedCorpus, prepare
-from lossworks.specs import TrainSpec, parse_train_spec
-from lossworks.training.checkpoint import CheckpointStore
+from lossworks.runs import RunFolder
+from lossworks.tasks import parse_train_spec
+from lossworks.tasks.language_model import TrainSpec
+from lossworks.tracking import Journal
+from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 
 VOCABULARY = 300
@@ -69,16 +72,28 @@ def run_training(
     outcome = train(
         Job(
             spec=spec,
-            corpus=TokenizedCorpus.open(corpus) if corpus else None,
+            prepared=Path(corpus) if corpus else None,
             checkpoints=CheckpointStore(Path(folder), keep=spec.checkpoint.keep),
             record=lambda step, metrics: rows.append((step, metrics)),
             notify=notices.append,
             profile=Path(profile) if profile else None,
+            results=Path(folder) / "methods",
             # Asked during step n, before its row is recorded.
             stop_requested=lambda: stop_after is not None and len(rows) + 1 >= stop_after,
         )
     )
     return {"rows": rows, "notices": notices, **asdict(outcome)}
+
+
+def run_in_folder(values: dict[str, Any], run_id: str = "run") -> RunFolder:
+    """Train in this process and leave a run's folder in the home folder, as a driver does; no text."""
+    spec = parse_train_spec(values)
+    folder = RunFolder.create(spec, run_id)
+    with Journal.open(folder.journal) as journal:
+        store = CheckpointStore(folder.checkpoints, keep=spec.checkpoint.keep)
+        outcome = train(Job(spec, None, store, journal.write, results=folder.results))
+    outcome.write(folder.outcome_file)
+    return folder
 
 
 def run_several(runs: list[tuple[dict[str, Any], str]], corpus: str) -> list[dict[str, Any]]:

@@ -7,14 +7,19 @@ M̄ (K, D) the class means of the features.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, integer, number
+from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.errors import UserError
-from lossworks.losses.methods import Analysis
+from lossworks.models import Head, Outputs
+from lossworks.specs import RunSpec
+from lossworks.tasks.analyses import Analysis, Curve, Finding, Probe
+from lossworks.tasks.interface import Mode, Task, as_sums
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +31,13 @@ def _exact(values: Tensor) -> Tensor:
 
 
 MATRICES = ("classifier", "features", "aligned")
+_LARGEST = 100  # classes whose Gram matrices are kept for the picture
+
+
+def _head(outputs: Outputs) -> Head:
+    if outputs.head is None:
+        raise ValueError("neural collapse is measured of models with a head")
+    return outputs.head
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +95,14 @@ class ClassMoments:
         counts = torch.bincount(labels, minlength=classes).double()
         sums = h.new_zeros(classes, h.shape[1]).index_add(0, labels, h)
         return cls(counts, sums, h.t() @ h)
+
+    @classmethod
+    def unpacked(cls, numbers: Tensor, classes: int) -> "ClassMoments":
+        """Return the sums that lie one behind the other in (K + K·D + D·D,)."""
+        # K + K·D + D² = n
+        width = round((-classes + math.sqrt(classes**2 + 4 * (len(numbers) - classes))) / 2)
+        counts, sums, second = numbers.split([classes, classes * width, width * width])
+        return cls(counts, sums.reshape(classes, width), second.reshape(width, width))
 
     def __add__(self, other: "ClassMoments") -> "ClassMoments":
         return ClassMoments(self.counts + other.counts, self.sums + other.sums, self.second + other.second)
@@ -211,6 +231,14 @@ class NeuralCollapse(Analysis):
         "ICML",
     )
 
+    yardsticks: ClassVar[Mapping[str, Mode]] = {
+        "eval/nc1": "min",
+        "eval/nc2_classifier": "min",
+        "eval/nc2_features": "min",
+        "eval/nc3": "min",
+        "eval/nc4": "min",
+    }
+
     depth: int = integer(1, "M: linear layers after the free features", ge=1, le=99, search=(1, 9))
     decay_w: float = number(
         5e-4, "λ_W: decay of each linear layer, in (λ/2)‖W‖²", gt=0, search=(1e-5, 1e-2), log=True
@@ -218,6 +246,58 @@ class NeuralCollapse(Analysis):
     decay_h: float = number(
         5e-4, "λ_H: decay of the features, in (λ/2)‖H‖²", gt=0, search=(1e-5, 1e-2), log=True
     )
+
+    def check(self, task: type[Task], spec: RunSpec) -> None:
+        """Refuse tasks without classes.
+
+        Raises:
+            UserError: Naming the task.
+        """
+        del spec
+        if not task.classifies:
+            raise UserError(f"{self.slug}: needs a classifier, not task={task.slug}")
+
+    def measure(self, probe: Probe) -> Finding:
+        """Return NC1 to NC4 on the training examples, over all ranks.
+
+        Gram matrices, for the picture, are kept of at most 100 classes.
+
+        Raises:
+            UserError: A class has no example.
+        """
+        data, names = probe.task.train, probe.task.class_names()
+        rows = np.arange(len(data))
+        weights: list[Tensor] = []
+
+        def moments_of(outputs: Outputs, batch: Batch) -> Tensor:
+            # Inside the forward, where a sharded head is whole.
+            weights[:] = [_head(outputs).weight.detach().clone()]
+            valid = batch["targets"] != IGNORE_INDEX
+            found = ClassMoments.of(outputs.hidden[valid], batch["targets"][valid], len(names))
+            return torch.cat((found.counts, found.sums.flatten(), found.second.flatten()))
+
+        moments = ClassMoments.unpacked(probe.over(moments_of, data, rows), len(names))
+
+        def disagreements(outputs: Outputs, batch: Batch) -> Tensor:
+            valid = outputs.hidden[batch["targets"] != IGNORE_INDEX]
+            head = _head(outputs)
+            share = self.disagreement(valid, moments, head.weight, head.bias) if len(valid) else 0.0
+            return as_sums(share * len(valid), like=outputs.hidden)
+
+        expected = self.expect(moments.counts)
+        figures = self.compare_grams(moments, weights[0], expected)
+        figures["nc4"] = float(probe.over(disagreements, data, rows)) / len(data)
+        if len(names) > _LARGEST:
+            return Finding(figures)
+        pair = dict(zip(("found", "predicted"), self.grams(moments, weights[0], expected), strict=True))
+        return Finding(
+            figures,
+            {
+                f"{which} {name}": getattr(grams, name).tolist()
+                for which, grams in pair.items()
+                for name in MATRICES
+            },
+        )
 
     def predict(self, counts: Sequence[int]) -> Grams:
         """Return the optimum under squared error; see :func:`predict_squared`."""
@@ -232,7 +312,7 @@ class NeuralCollapse(Analysis):
         balanced = float(counts.max()) <= 1.2 * float(counts.min())
         return None if balanced else self.predict([int(count) for count in counts])
 
-    def measure(
+    def compare_grams(
         self, moments: ClassMoments, weight: Tensor, predicted: Grams | None = None
     ) -> dict[str, float]:
         """Return NC1, NC2 of classifier and features, and NC3.
@@ -253,7 +333,7 @@ class NeuralCollapse(Analysis):
     def grams(
         self, moments: ClassMoments, weight: Tensor, predicted: Grams | None = None
     ) -> tuple[Grams, Grams]:
-        """Return what was found and what is predicted; arguments as for :meth:`measure`."""
+        """Return what was found and what is predicted; arguments as for :meth:`compare_grams`."""
         w, means = _exact(weight), moments.means
         if predicted is not None:
             return Grams.of(w, means), predicted
@@ -270,12 +350,19 @@ class NeuralCollapse(Analysis):
         nearest = torch.cdist(h, moments.means).argmin(1)
         return float((scores.argmax(1) != nearest).double().mean())
 
-    def draw(
-        self,
-        found: Grams,
-        predicted: Grams,
-        curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
-    ) -> "Figure":
+    def draw(self, pictured: Mapping[str, Any], curves: Mapping[str, Curve]) -> "Figure | None":
+        """Return a picture of the measured Gram matrices above the predicted ones; see :meth:`Analysis.draw`.
+
+        The measures over a training are drawn below, where there are any.
+        """
+        found, predicted = (
+            Grams(*(torch.tensor(pictured[f"{which} {name}"]) for name in MATRICES))  # type: ignore[arg-type]
+            for which in ("found", "predicted")
+        )
+        return self.draw_grams(found, predicted, curves)
+
+    @staticmethod
+    def draw_grams(found: Grams, predicted: Grams, curves: Mapping[str, Curve] | None = None) -> "Figure":
         """Return a picture of the measured Gram matrices above the predicted ones, each of unit norm.
 
         Args:

@@ -7,9 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, integer, number
+from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.entries.losses.classification.comp_sum import comp_sum
-from lossworks.losses.methods import Method
+from lossworks.errors import UserError
+from lossworks.losses.objective import Objective
 from lossworks.losses.rows import wide
+from lossworks.models import Outputs
+from lossworks.specs import RunSpec
+from lossworks.tasks.interface import Task
+from lossworks.tasks.methods import Method
 
 _TINY = 1e-12  # under the root, whose derivative at 0 is infinite
 
@@ -71,6 +77,8 @@ class SmoothAdversarialCompSum(Method):
 
     With ν ≥ √(K−1)/ρ it is above the ρ-margin loss at every perturbed input, and so above Φ_τ(1) times the
     adversarial error, since Φ_τ is 1-Lipschitz (own derivation; the paper's constants were not at hand).
+
+    In a training it takes the place of the spec's loss, which is still what held-out data are measured by.
     """
 
     slug = "smooth-adversarial-comp-sum"
@@ -90,6 +98,35 @@ class SmoothAdversarialCompSum(Method):
     )
     radius: float = number(8 / 255, "γ: ℓ∞ radius of the attack, in units of the inputs", ge=0)
     steps: int = integer(10, "steps of the attack, of a quarter of γ each; 0 is a random one", ge=0)
+
+    def check(self, task: type[Task], spec: RunSpec) -> None:
+        """Refuse all but classifiers with one loss, whole or as replicas.
+
+        Raises:
+            UserError: Naming the field.
+        """
+        if not task.classifies:
+            raise UserError(f"methods: {self.slug} trains classifiers, not task={task.slug}")
+        if spec.sharding.kind == "fsdp":
+            raise UserError(
+                f"methods: {self.slug} runs the model several times: sharding=fsdp must be ddp or none"
+            )
+        if spec.loss.plus:
+            raise UserError(f"methods: {self.slug} takes the place of the loss, which must be one and no sum")
+
+    def loss(self, outputs: Outputs, batch: Batch, objective: Objective) -> Tensor:
+        """Return the summed loss, (1,); see :meth:`Method.loss`."""
+        del objective
+        if outputs.rerun is None:
+            raise ValueError("outputs must be able to run the model again")
+        rerun, targets = outputs.rerun, batch["targets"]
+        valid = targets != IGNORE_INDEX
+        # torch's stream is set anew by seed, step and rank, so this one is a function of them.
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        values = self.values(
+            lambda x: rerun(x).logits, batch["inputs"], torch.where(valid, targets, 0), generator
+        )
+        return torch.where(valid, values, 0).sum().reshape(1)
 
     def values(
         self,

@@ -2,7 +2,7 @@
 
 A pointer that is None switches its part off when the kernel is compiled. Offsets are 64-bit wherever two
 sizes are multiplied. Rows and classes past the end are clamped to the last one, so that loads need no mask
-for them; ``valid`` keeps them out of sums and stores. Formulas: :mod:`lossworks.head.problem`.
+for them; ``valid`` keeps them out of sums and stores. Formulas: :mod:`lossworks.head.core.problem`.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Triton's pointers and tiles have no Python types.
@@ -16,7 +16,7 @@ import triton.language as tl
 GROUP = tl.constexpr(8)
 
 
-class Head(NamedTuple):
+class HeadPointers(NamedTuple):
     """A problem as kernels see it; strides are between rows, in elements."""
 
     e: Any

@@ -299,7 +299,7 @@ def rates(seeds: int) -> Study:
         for row, norm in (("plain", False), ("with a norm before the head", True)):
             losses = {r: _characters(codes, len(alphabet), r, seed, norm=norm) for r in entry.grid}
             start = float(torch.tensor(float(len(alphabet))).log())
-            study.add(row, "sensitivity", entry.measure(losses, start))
+            study.add(row, "sensitivity", entry.of_grid(losses, start))
             study.add(row, "best loss", min(losses.values()))
     return study
 

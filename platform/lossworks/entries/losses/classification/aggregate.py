@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind, Paper, choice, number
+from lossworks.catalogue.declaration import Paper, choice, number
 from lossworks.errors import UserError
+from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Loss
+from lossworks.losses.problems import Problem, of_classes
 from lossworks.losses.rows import wide
+from lossworks.models.interface import Outputs
 
 _RHO_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
@@ -28,10 +31,10 @@ def numbered(bags: Tensor) -> tuple[Tensor, int]:
 
 
 def bag_means(values: Tensor, bags: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return the mean of its bag at every row, shape (N,).
+    """Return the mean of its bag at every row, shape (N, ...).
 
     Args:
-        values: Shape (N,), floating point.
+        values: Shape (N, ...), floating point.
         bags: Names of bags, int64, shape (N,).
         valid: Which rows are in their bag, bool, shape (N,); None for all. The mean of none is 0.
     """
@@ -42,22 +45,32 @@ def bag_means(values: Tensor, bags: Tensor, valid: Tensor | None = None) -> Tens
 
 def _means(values: Tensor, bags: Tensor, size: int, valid: Tensor) -> Tensor:
     """Return bag means at every row of ``size`` bags numbered from 0."""
-    inside = valid.to(values.dtype)
-    totals = values.new_zeros(size).index_add(0, bags, torch.where(inside > 0, values, 0))
-    counts = values.new_zeros(size).index_add(0, bags, inside)
-    return (totals / counts.clamp(min=1))[bags]
+    inside = torch.where(_beside(valid, values), values, 0)
+    totals = values.new_zeros(size, *values.shape[1:]).index_add(0, bags, inside)
+    return (totals / _beside(_counts(values, bags, size, valid).clamp(min=1), totals))[bags]
 
 
 def _log_means(logs: Tensor, bags: Tensor, size: int, valid: Tensor) -> Tensor:
-    """Return the logarithm of the mean of exp(logs) over its bag at every row, shape (N,); 0 of no row."""
-    inside = logs.masked_fill(~valid, -torch.inf)
-    largest = logs.new_full((size,), -torch.inf).scatter_reduce(0, bags, inside.detach(), "amax")
+    """Return the logarithm of its bag's mean of exp(logs) at every row, (N, K) to (N, K); 0 of none."""
+    inside = logs.masked_fill(~valid[:, None], -torch.inf)
+    start = logs.new_full((size, logs.shape[1]), -torch.inf)
+    largest = start.scatter_reduce(0, bags[:, None].expand_as(logs), inside.detach(), "amax")
     largest = torch.where(largest.isinf(), 0, largest)
-    counts = logs.new_zeros(size).index_add(0, bags, valid.to(logs.dtype))
-    totals = logs.new_zeros(size).index_add(0, bags, (inside - largest[bags]).exp())
+    totals = torch.zeros_like(start).index_add(0, bags, (inside - largest[bags]).exp())
+    counts = _counts(logs, bags, size, valid)[:, None]
     # Chosen before the logarithm, whose derivative at 0 is infinite.
     logarithms = torch.where(counts > 0, totals, 1).log() - counts.clamp(min=1).log()
     return (largest + logarithms)[bags]
+
+
+def _counts(like: Tensor, bags: Tensor, size: int, valid: Tensor) -> Tensor:
+    """Return how many rows a bag has, shape (size,), in the dtype of ``like``."""
+    return like.new_zeros(size).index_add(0, bags, valid.to(like))
+
+
+def _beside(rows: Tensor, values: Tensor) -> Tensor:
+    """Return numbers of rows (N,) in a shape that broadcasts with values (N, ...)."""
+    return rows.reshape(-1, *[1] * (values.dim() - 1))
 
 
 def release(
@@ -178,11 +191,12 @@ class AggregateInterpolation(Loss):
     ρ = 0 compares the mean prediction of a bag with its mean response: unbiased, and with few bags unstable.
     ρ = 1 compares every prediction with it: stable, and shrunk towards the mean. For squared errors their
     difference is the variance of predictions within bags. A batch must hold whole bags, named by
-    ``segments``.
+    ``segments``. Of classes the mean response is each class's share of the bag, and the mean prediction that
+    of the softmax.
     """
 
     slug = "aggregate-interpolation"
-    kind: ClassVar[Kind] = "bag"
+    kind: ClassVar[str] = "bag"
     formula = "(1-ρ) ℓ(ȳ_a, mean of f over bag a) + ρ ℓ(ȳ_a, f_i), each bag weighing its size"
     paper = Paper(
         "Learning from Aggregate Responses: Instance Level versus Bag Level Loss Functions",
@@ -194,17 +208,31 @@ class AggregateInterpolation(Loss):
 
     rho: float = number(0.1, "ρ: 0 is the bag loss, 1 the instance loss", ge=0, le=1, search=(0, 1))
     response: str = choice(
+        "auto",
+        "ℓ: squared error of real responses; cross-entropy of probabilities of one class (binary), from a "
+        "logit a row, or of K classes (class), from K logits; auto: class where responses are integers, else "
         "real",
-        "ℓ: squared error of real responses, or cross-entropy of probabilities, from logits",
-        ("real", "binary"),
+        ("auto", "real", "binary", "class"),
     )
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`; bags of two rows."""
+        bags = torch.arange(rows) // 2
+        if self.response == "class":
+            return of_classes(rows, generator).given(segments=bags)
+        predictions, responses = torch.randn(2, rows, dtype=torch.float64, generator=generator)
+        if self.response == "binary":
+            responses = responses.sigmoid()
+        return Problem(predictions, responses, {"segments": bags})
 
     def forward(self, predictions: Tensor, responses: Tensor, **given: Tensor | None) -> Tensor:
         """Return the loss.
 
         Args:
-            predictions: f, or logits of binary responses, floating point, shape (N,).
+            predictions: f, or logits of binary responses, floating point, shape (N,); or logits of classes,
+                shape (N, K). Half precision is read in float32.
             responses: y, shape (N,), of which only the means of bags are used: they may be given instead.
+                Classes are int64 in [0, K). Rows where they are NaN or ``ignore_index`` are in no bag.
             given: Fields of :class:`lossworks.losses.Context`; ``segments`` are the bags, shape (N,), and
                 rows of weight 0 are in no bag.
 
@@ -212,39 +240,75 @@ class AggregateInterpolation(Loss):
             A scalar, or (N,) for ``reduction="none"``; float32 at least.
 
         Raises:
-            UserError: The shapes differ.
+            UserError: The shapes differ, or a class is out of range.
         """
         context = self.context(given)
-        self.require_shape("responses", responses, predictions)
-        bags = context.segments
-        if bags is None or bags.shape != predictions.shape or predictions.dim() != 1:
-            raise UserError(f"{self.slug}: segments must be shaped like predictions (N,)")
-        valid = torch.ones_like(bags, dtype=torch.bool)
+        response = self._response(responses)
+        self._check(predictions, responses, response)
+        named = context.segments
+        if named is None or named.shape != responses.shape:
+            raise UserError(f"{self.slug}: segments must be shaped like responses (N,)")
+        valid = self._known(responses)
         if context.weight is not None:
-            self.require_shape("weight", context.weight, predictions)
-            valid = context.weight > 0
-        f = wide(predictions)
-        bags, size = numbered(bags)
-        y = _means(responses.detach().to(f), bags, size, valid)
-        losses = self._squared if self.response == "real" else self._binary
+            self.require_shape("weight", context.weight, responses)
+            valid = valid & (context.weight > 0)
+        bags, size = numbered(named)
+        # Chosen first: where nothing is known, predictions and responses may be anything.
+        f = torch.where(_beside(valid, predictions), wide(predictions), 0)
+        y = torch.where(valid, responses.detach(), 0)
+        losses = self._squared if response == "real" else self._cross_entropy
         of_bag, of_rows = losses(f, y, bags, size, valid)
         values = (1 - self.rho) * of_bag + self.rho * of_rows
         return self.reduce_elements(values, valid, context)
 
     def count(self, targets: Tensor) -> Tensor:
-        """Return the number of rows, by which a training loop divides."""
-        return torch.tensor(targets.numel(), device=targets.device)
+        """Return how many responses are known, by which a training loop divides."""
+        return self._known(targets).sum()
+
+    def _known(self, responses: Tensor) -> Tensor:
+        return ~responses.isnan() if responses.is_floating_point() else responses != self.ignore_index
+
+    def prediction(self, outputs: Outputs) -> Tensor:
+        """Return the logits of classes, (N, K), or the one output a row, (N,); of two classes z_1 - z_0."""
+        logits = outputs.logits
+        if self.response == "binary" and logits.shape[-1] == 2:
+            return logits[..., 1] - logits[..., 0]
+        return logits[..., 0] if logits.shape[-1] == 1 else logits
+
+    def _response(self, responses: Tensor) -> str:
+        """Return what the responses are taken for."""
+        if self.response != "auto":
+            return self.response
+        return "real" if responses.is_floating_point() else "class"
+
+    def _check(self, predictions: Tensor, responses: Tensor, response: str) -> None:
+        classes = response == "class"
+        if predictions.dim() != 1 + classes:
+            expected = "(N, K)" if classes else "(N,)"
+            raise UserError(
+                f"{self.slug}: predictions {tuple(predictions.shape)} must be {expected} "
+                f"with response={response}"
+            )
+        self.require_shape("responses", responses, predictions[..., 0] if classes else predictions)
+        if classes:
+            if responses.dtype != torch.int64:
+                raise UserError(f"{self.slug}: responses are {responses.dtype}; classes must be torch.int64")
+            check_range(responses, classes=predictions.shape[1], ignore_index=self.ignore_index)
 
     @staticmethod
     def _squared(f: Tensor, y: Tensor, bags: Tensor, size: int, valid: Tensor) -> tuple[Tensor, Tensor]:
-        return (_means(f, bags, size, valid) - y).square(), (f - y).square()
+        mean = _means(y.to(f), bags, size, valid)
+        return (_means(f, bags, size, valid) - mean).square(), (f - mean).square()
 
     @staticmethod
-    def _binary(f: Tensor, y: Tensor, bags: Tensor, size: int, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of sigmoids and not the sigmoid of the mean: responses are what is averaged.
+    def _cross_entropy(f: Tensor, y: Tensor, bags: Tensor, size: int, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of probabilities and not those of the mean: responses are what is averaged.
 
         In logarithms, since a probability that rounds to 0 or 1 would have no gradient.
         """
-        ones, zeros = F.logsigmoid(f), F.logsigmoid(-f)
-        of_bag = y * _log_means(ones, bags, size, valid) + (1 - y) * _log_means(zeros, bags, size, valid)
-        return -of_bag, -(y * ones + (1 - y) * zeros)
+        if f.dim() == 1:
+            log_p, of_classes = F.logsigmoid(torch.stack((-f, f), 1)), torch.stack((1 - y, y), 1)
+        else:
+            log_p, of_classes = f.log_softmax(1), F.one_hot(y, f.shape[1])
+        shares = _means(of_classes.to(f), bags, size, valid)
+        return -(shares * _log_means(log_p, bags, size, valid)).sum(1), -(shares * log_p).sum(1)

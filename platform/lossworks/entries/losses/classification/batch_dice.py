@@ -3,12 +3,13 @@
 N examples, K classes, C of which count; the formulas are those of ``dice``, of sums over the batch.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Case, Kind, Paper, choice
+from lossworks.catalogue.declaration import Case, Paper, choice
+from lossworks.data.batch import Batch
 from lossworks.entries.losses.classification.dice import (
     ALPHA,
     DETACH,
@@ -22,8 +23,9 @@ from lossworks.entries.losses.classification.dice import (
     squares,
 )
 from lossworks.errors import UserError
-from lossworks.head.rows import check_range
+from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Loss
+from lossworks.models.interface import Outputs
 
 _BATCH_CLASSES = choice(
     "all",
@@ -35,11 +37,12 @@ _BATCH_CLASSES = choice(
 class _OfBatches(PlainDice, Loss):
     """The form of a whole batch, the released code's for two classes.
 
-    Micro-batches, ranks and clients add ``sums`` and not losses: take them without a gradient first, then
-    descend on ``sums · g`` of each part, where g is the gradient of ``from_sums`` at their total.
+    Micro-batches, ranks and clients add ``statistics`` and not losses: take them without a gradient first,
+    then descend on ``statistics · g`` of each part, where g is the gradient of ``value`` at their total.
     """
 
-    kind: ClassVar[Kind] = "logits"
+    adds = "statistics"
+    kind: ClassVar[str] = "logits"
     paper = Paper(
         "Dice Loss for Data-imbalanced NLP Tasks",
         "Li, Sun, Meng, Liang, Wu, Li",
@@ -62,9 +65,19 @@ class _OfBatches(PlainDice, Loss):
             One loss a class, (C,), for ``reduction="none"``, else their sum or mean, a scalar; float32 at
             least.
         """
-        return self.from_sums(self.sums(logits, targets, **given))
+        return self._from(self.statistics(logits, targets, **given))
 
-    def sums(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
+    def sums(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
+        """Return :meth:`statistics` in one line, shape (3·C,)."""
+        del how
+        return self.statistics(outputs.logits, batch["targets"], **self.given(batch)).flatten()
+
+    def value(self, sums: Tensor, count: float = 1.0) -> Tensor:
+        """Return the loss of statistics over all parts of a batch, shape (3·C,); reduced like ``forward``."""
+        del count
+        return self._from(sums.reshape(-1, 3))
+
+    def statistics(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """Return overlap, predicted and actual size of each class, shape (C, 3); arguments as forward's."""
         weight = self.context(given).weight
         valid = targets != self.ignore_index
@@ -79,8 +92,7 @@ class _OfBatches(PlainDice, Loss):
         share = valid.to(parts.dtype) if weight is None else torch.where(valid, weight.detach(), 0)
         return torch.einsum("n,nck->ck", share.reshape(-1).to(parts.dtype), parts)
 
-    def from_sums(self, sums: Tensor) -> Tensor:
-        """Return the loss of sums over all parts of a batch, shape (C, 3); reduced like ``forward``."""
+    def _from(self, sums: Tensor) -> Tensor:
         values = self.ratio(*sums.unbind(-1))
         return self.reduce(values, torch.ones_like(values))
 

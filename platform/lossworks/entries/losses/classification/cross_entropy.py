@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Case, Paper, number, numbers
+from lossworks.catalogue.declaration import Case, Paper, number, numbers, switch
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_cross_entropy
 from lossworks.losses.interface import RowLoss, active
@@ -44,6 +44,16 @@ class CrossEntropy(RowLoss):
     def per_row(self) -> tuple[str, ...]:
         """α."""
         return ("label_smoothing",)
+
+    @property
+    def joint(self) -> bool:
+        """Whether only the label and the logsumexp count."""
+        return not active(self.label_smoothing) and self.class_weight is None
+
+    def phi(self, target: Tensor, logsumexp: Tensor, classes: int) -> Tensor:  # noqa: ARG002
+        """See :meth:`RowLoss.phi`; without smoothing and class weights."""
+        plain = logsumexp - target
+        return plain + self.z_loss * logsumexp.square() if active(self.z_loss) else plain
 
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """See :meth:`RowLoss.forward`."""
@@ -106,11 +116,12 @@ class CrossEntropy(RowLoss):
 class LogZ(CrossEntropy):
     """Cross-entropy with a penalty on the squared log of the partition function.
 
-    It keeps the logits' common offset, which cross-entropy leaves free, near 0.
+    It keeps the logits' common offset, which cross-entropy leaves free, near 0. Alone it is a term for a sum
+    of losses, of the logsumexp only.
     """
 
     slug = "log-z"
-    formula = "cross-entropy + ζ lse²"
+    formula = "cross-entropy + ζ lse²; alone ζ lse²"
     paper = Paper(
         "Small-scale proxies for large-scale Transformer training instabilities",
         "Wortsman et al.",
@@ -123,6 +134,9 @@ class LogZ(CrossEntropy):
     coefficient: float = number(
         1e-4, "ζ: weight of lse²; 0 is cross-entropy", ge=0, search=(1e-5, 1e-2), log=True
     )
+    alone: bool = switch(
+        False, "leave cross-entropy out, and with it what label_smoothing and class_weight do"
+    )
 
     @property
     def per_row(self) -> tuple[str, ...]:
@@ -133,3 +147,21 @@ class LogZ(CrossEntropy):
     def z_loss(self) -> float:  # type: ignore[override]
         """The weight of lse²."""
         return self.coefficient
+
+    def phi(self, target: Tensor, logsumexp: Tensor, classes: int) -> Tensor:
+        """See :meth:`RowLoss.phi`; without smoothing and class weights."""
+        return (
+            self.coefficient * logsumexp.square() if self.alone else super().phi(target, logsumexp, classes)
+        )
+
+    def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
+        """See :meth:`RowLoss.forward`."""
+        own = RowLoss.forward if self.alone else CrossEntropy.forward
+        return own(self, logits, targets, **given)
+
+    def linear(
+        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """See :meth:`RowLoss.linear`."""
+        own = RowLoss.linear if self.alone else CrossEntropy.linear
+        return own(self, e, c, targets, bias, **options)

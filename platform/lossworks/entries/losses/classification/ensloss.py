@@ -6,12 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind, Paper, integer, number
+from lossworks.catalogue.declaration import Paper, integer, number
 from lossworks.errors import UserError
 from lossworks.losses.interface import Loss
+from lossworks.losses.problems import Problem
+from lossworks.losses.random_stream import RandomStream
 from lossworks.losses.rows import wide
+from lossworks.models.interface import Outputs
 
 _STEEPEST, _FLOOR = 1.0, 1e-6  # of a derivative: clipped at the one, and the other taken off, so that g < 0
+_MARGINS, _POWERS = range(2)  # what a draw is for
 
 
 def inverse_box_cox(normal: Tensor, power: float) -> Tensor:
@@ -44,12 +48,13 @@ class EnsLoss(Loss):
     schedule or compare by it. After ``eval()`` it returns the logistic loss, draws nothing, and can be
     watched. A step needs its whole batch at once: micro-batches or ranks each draw a loss of their own.
 
-    The random numbers come from a generator of its own on the CPU, the same for every device; its state is
-    in the ``state_dict``, so that a run resumes where it was.
+    The random numbers are a function of the seed and of how many draws came before, the same on every device;
+    their count is in the ``state_dict``, so that a run resumes where it was.
     """
 
     slug = "ensloss"
-    kind: ClassVar[Kind] = "margin"
+    kind: ClassVar[str] = "margin"
+    adds = "batches"
     formula = "mean sg(g_i) m_i with m = (2y-1) f, g sorted like m, -g = min(1, (1 + λξ)^(1/λ))/max(1, m)"
     paper = Paper("EnsLoss: Stochastic Calibrated Loss Ensembles", "Dai", 2024, "algorithm 1")
     flags = ("random", "unmonitored", "whole-batch")
@@ -71,22 +76,18 @@ class EnsLoss(Loss):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._generator = torch.Generator().manual_seed(self.seed)
-        self._steps, self._power = 0, self.power
+        self.stream = RandomStream(self.seed)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the generator's state, the steps taken and the present λ."""
-        return {"generator": self._generator.get_state(), "steps": self._steps, "power": self._power}
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        logits = torch.randn(rows, dtype=torch.float64, generator=generator)
+        return Problem(logits, torch.randint(0, 2, (rows,), generator=generator))
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        # A checkpoint may have been loaded onto an accelerator.
-        self._generator.set_state(state["generator"].cpu())
-        self._steps, self._power = state["steps"], state["power"]
-
-    def count(self, targets: Tensor) -> Tensor:
-        """Return how many elements of a summed loss count."""
-        return (targets != self.ignore_index).sum()
+    def prediction(self, outputs: Outputs) -> Tensor:
+        """Return the one logit of two classes, z_1 - z_0, shape (...)."""
+        if outputs.logits.shape[-1] != 2:
+            raise UserError(f"{self.slug}: is for two classes, not {outputs.logits.shape[-1]}")
+        return outputs.logits[..., 1] - outputs.logits[..., 0]
 
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """Return the surrogate g·m, whose gradient is that of the loss drawn.
@@ -114,9 +115,10 @@ class EnsLoss(Loss):
 
     def _draw(self, margins: Tensor) -> Tensor:
         """Return g of the valid margins, shape (B,), and count the step."""
-        if self.period is not None and self._steps % self.period == 0:
-            self._power = 2 * float(torch.rand((), generator=self._generator)) - 1
-        self._steps += 1
-        # Drawn in one dtype, so that the stream doesn't depend on the model's precision.
-        normal = torch.randn(len(margins), generator=self._generator)
-        return derivatives(margins, normal.to(margins), self._power)
+        power, steps = self.power, self.stream.count()
+        if self.period is not None:
+            # Of all steps of a period the same, whichever of them a run begins with.
+            power = 2 * float(self.stream.of(_POWERS, steps // self.period).random()) - 1
+        # Drawn in one dtype, so that the numbers don't depend on the model's precision.
+        normal = self.stream.next(_MARGINS).standard_normal(len(margins))
+        return derivatives(margins, torch.from_numpy(normal).to(margins), power)

@@ -72,11 +72,12 @@ class SoftTopK(MultiLabelLoss):
     """Soft top-k: minus the mean log of how far each positive is among the top k.
 
     Positives beyond k can't all be in, so that k should be what is looked at in the end, as in precision at
-    5; ``k_of_row`` takes each row's number of positives. As α grows the choice becomes the hard one.
+    5; ``k_of_row`` takes each row's number of positives. As α grows the choice becomes the hard one. The
+    threshold is one of all scores of a row, so that ``linear`` builds them.
     """
 
     slug = "soft-top-k"
-    formula = "-1/|P| Σ_j∈P log S_j with S = sigmoid(α (s + t)), Σ S = k, s = ⟨f, g⟩/τ"
+    formula = "-1/|P| Σ_j∈P log S_j with S = sigmoid(α (s + t)), Σ S = k, s = (⟨f, g⟩ + b)/τ"
     paper = Paper(
         "Dual-Encoders for Extreme Multi-Label Classification",
         "Gupta, Devvrit, Rawat, Bhojanapalli, Jain, Dhillon",
@@ -85,6 +86,7 @@ class SoftTopK(MultiLabelLoss):
     )
 
     temperature: float = number(0.05, "τ, which scores are divided by", gt=0, search=(0.01, 1), log=True)
+    normalise: bool = switch(True, "embeddings are brought to unit length; scores are taken as they are")
     k: int = integer(5, "labels that are chosen; below the number of labels", ge=1, search=(1, 100), log=True)
     alpha: float = number(
         2.0, "α: sharpness, per unit of s; ∞ is the hard choice", gt=0, search=(0.5, 20), log=True

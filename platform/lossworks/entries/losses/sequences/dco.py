@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind, Paper, integer, switch
+from lossworks.catalogue.declaration import Paper, integer, switch
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, Target
 from lossworks.losses.interface import Context, RowLoss
+from lossworks.losses.problems import Problem, of_sequences, steps
 from lossworks.losses.rows import Rows
 
 _PAPER = Paper(
@@ -44,11 +45,12 @@ class DCO(RowLoss):
     """
 
     slug = "dco"
-    kind: ClassVar[Kind] = "sequence"
+    kind: ClassVar[str] = "sequence"
     formula = "-log(1 - (1-p)^N) with log p = Σ_t log p(y_t)"
     paper = _PAPER
     products = 4.0
     invariances = ("shift",)
+    example: ClassVar[str] = "lossworks train jobs/specs/demo.yaml loss={slug}"
 
     samples: int = integer(
         256,
@@ -60,6 +62,10 @@ class DCO(RowLoss):
     length_mean: bool = switch(
         False, "p is the geometric mean over tokens, as in the authors' default code, not the product"
     )
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        return of_sequences(rows, generator)
 
     @property
     def folds(self) -> bool:
@@ -92,7 +98,13 @@ class StepwiseDCO(DCO):
 
     slug = "dco-step"
     formula = "Σ_j -log(1 - (1-p_j)^N) over the steps j"
+    example = ""
     requires = ("segments",)
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`; two steps a sequence."""
+        plain = super().problem(rows, generator)
+        return plain.given(segments=steps(plain.target))
 
     samples: int = integer(
         8, "N_eff: branches a step; 1 is cross-entropy of the step", ge=1, search=(1, 32), log=True

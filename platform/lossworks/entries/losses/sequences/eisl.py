@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.catalogue.declaration import Kind, Paper, integer, number, numbers, switch
+from lossworks.catalogue.declaration import Paper, integer, number, numbers, switch
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_row_statistics
-from lossworks.head.rows import check_range
+from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Loss
+from lossworks.losses.problems import Problem, of_sequences
+from lossworks.losses.random_stream import RandomStream
 from lossworks.losses.rows import wide
 
 _FLOOR = -20.0  # of a token's log-probability, so that one impossible token doesn't rule out an n-gram
@@ -80,7 +82,7 @@ class EISL(Loss):
     """
 
     slug = "eisl"
-    kind: ClassVar[Kind] = "sequence"
+    kind: ClassVar[str] = "sequence"
     formula = "Σ_n w_n mean_i -Σ_i' q log g, g of n-gram i at position i', q = softmax((log g + Gumbel)/τ)"
     paper = Paper(
         "Don't Take It Literally: An Edit-Invariant Sequence Loss for Text Generation",
@@ -110,15 +112,11 @@ class EISL(Loss):
         super().__init__(**options)
         if not self.orders or any(n != int(n) for n in self.orders):
             raise UserError(f"{self.slug}: orders={self.orders} must be whole numbers, at least one")
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self.stream = RandomStream(self.seed)
 
-    def get_extra_state(self) -> Tensor:
-        """Return the generator's state."""
-        return self._generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Go on from a state."""
-        self._generator.set_state(state.cpu())
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        return of_sequences(rows, generator)
 
     def count(self, targets: Tensor) -> Tensor:
         """Return the number of sequences with a token that counts."""
@@ -229,6 +227,6 @@ class EISL(Loss):
     def _gumbel(self, like: Tensor) -> Tensor | None:
         if not (self.noise and self.training):
             return None
-        # In float64 on the CPU, the same for every device; away from 0, whose logarithm is infinite.
-        u = torch.rand(like.shape, generator=self._generator, dtype=torch.float64).clamp(min=1e-12)
+        # In float64, the same for every device; away from 0, whose logarithm is infinite.
+        u = torch.from_numpy(self.stream.next().random(like.shape)).clamp(min=1e-12)
         return -(-u.log()).clamp(min=1e-12).log().to(like)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, integer, number
 from lossworks.losses.interface import Context
-from lossworks.losses.value_head import ValueLoss
+from lossworks.losses.problems import Problem
+from lossworks.losses.value_head import HistogramLoss
 
 _PAPER = Paper(
     "Stop Regressing: Training Value Functions via Classification for Scalable Deep RL",
@@ -47,13 +48,14 @@ def project(locations: Tensor, masses: Tensor, support: Tensor) -> Tensor:
     """
     step = (support[-1] - support[0]) / (len(support) - 1)
     position = ((locations - support[0]) / step).clamp(0, len(support) - 1)
-    lower = position.floor().clamp(max=len(support) - 2).long()
+    # NaN, of an element whose target isn't known, is no index.
+    lower = position.nan_to_num().floor().clamp(max=len(support) - 2).long()
     above = position - lower
     q = masses.new_zeros(*masses.shape[:-1], len(support))
     return q.scatter_add(-1, lower, masses * (1 - above)).scatter_add(-1, lower + 1, masses * above)
 
 
-class HLGauss(ValueLoss):
+class HLGauss(HistogramLoss):
     """HL-Gauss: cross-entropy against a histogram of a normal distribution around the target.
 
     σ = (σ/ς)·ς with the width ς of a bin; σ/ς = K/6 puts the mass on about ⌈K⌉ + 1 bins. The best σ is about
@@ -85,14 +87,14 @@ class HLGauss(ValueLoss):
         return (edges[1:] + edges[:-1]) / 2
 
     def distribution(self, targets: Tensor, context: Context) -> Tensor:  # noqa: ARG002
-        """See :meth:`ValueLoss.distribution`."""
+        """See :meth:`HistogramLoss.distribution`."""
         # Beyond the range by some σ the released code divides 0 by 0.
         inside = targets.clamp(self.v_min, self.v_max)
         sigma = self.sigma_ratio * (self.v_max - self.v_min) / self.bins
         return gaussian_histogram(inside, self.edges(targets), sigma)
 
 
-class TwoHot(ValueLoss):
+class TwoHot(HistogramLoss):
     """Two-hot: cross-entropy against the two neighbours of the target, weighted so that the mean is kept.
 
     The paper's equations 3.2 and 3.4 read with the two weights swapped.
@@ -111,7 +113,7 @@ class TwoHot(ValueLoss):
         return torch.linspace(self.v_min, self.v_max, self.bins, dtype=like.dtype, device=like.device)
 
     def distribution(self, targets: Tensor, context: Context) -> Tensor:  # noqa: ARG002
-        """See :meth:`ValueLoss.distribution`."""
+        """See :meth:`HistogramLoss.distribution`."""
         located = targets.clamp(self.v_min, self.v_max)[..., None]
         return project(located, torch.ones_like(located), self.support(targets))
 
@@ -133,8 +135,14 @@ class CategoricalTD(TwoHot):
     )
     requires: ClassVar[tuple[str, ...]] = ("next_probabilities", "discounts")
 
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        plain = super().problem(rows, generator)
+        discounts = torch.rand(rows, dtype=torch.float64, generator=generator)
+        return plain.given(next_probabilities=plain.prediction.flip(0).softmax(-1), discounts=discounts)
+
     def distribution(self, targets: Tensor, context: Context) -> Tensor:
-        """See :meth:`ValueLoss.distribution`; ``targets`` are rewards."""
+        """See :meth:`HistogramLoss.distribution`; ``targets`` are rewards."""
         masses, discounts = context.next_probabilities, context.discounts
         if masses is None or discounts is None:
             raise RuntimeError("the context was checked")

@@ -1,0 +1,1 @@
+"""``lossworks bench federated``."""

@@ -1,0 +1,280 @@
+"""What clients do when they are told to, written once: for one client of a real federation, and for many.
+
+M clients of one instruction; w⁰ is the model they are sent.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context, RecordDict
+from torch import Tensor
+
+from lossworks.cohort import (
+    AdamW,
+    LocalRule,
+    Member,
+    Optimizer,
+    Sgd,
+    Stack,
+    member_of,
+    repeat,
+    stack,
+    train_members,
+)
+from lossworks.metrics.classification import class_sums
+from lossworks_federated.client.client_memory import Moment, keep, recall
+from lossworks_federated.client.faults import afflicted, fault_of
+from lossworks_federated.client.local_rules import Together
+from lossworks_federated.records import CONFIG, MODEL, member_from
+from lossworks_federated.shared_setup import SharedSetup
+from lossworks_federated.spec_parts import LocalSpec
+from lossworks_federated.strategies.catalogue import part_of
+from lossworks_federated.strategies.parts import Cohort, Outcome, Part
+
+_EXAMPLES_AT_ONCE = 2**17  # of clients whose losses are measured together
+_FLOATS_AT_ONCE = (
+    2**22
+)  # entries of the parameters of clients trained at once, so that a step stays in caches
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client in this process: its partition, and its context, where it keeps what parts need."""
+
+    partition: int
+    context: Context
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """What a client answers.
+
+    Attributes:
+        arrays: Tensors by record and name.
+        metrics: Numbers by name.
+        fault: What was made to go wrong; the caller drops replies that "drop_out" or "straggle".
+    """
+
+    arrays: dict[str, Member]
+    metrics: dict[str, float]
+    fault: str | None = None
+
+
+def train_clients(
+    setup: SharedSetup,
+    content: RecordDict,
+    clients: Sequence[Client],
+    *,
+    folder: Path | None = None,
+    local: bool = False,
+) -> list[Reply]:
+    """Train clients as an instruction says.
+
+    Args:
+        setup: What they have in common.
+        content: The instruction: model, configuration, further arrays of parts.
+        clients: Who.
+        folder: Where they keep things beyond the end of this process; None for nowhere.
+        local: Whether what they keep stays in this process.
+
+    Returns:
+        A reply each, in the order of ``clients``.
+    """
+    size = sum(value.numel() for value in setup.initial.values())
+    at_once = max(1, _FLOATS_AT_ONCE // size)
+    return [
+        reply
+        for start in range(0, len(clients), at_once)
+        for reply in _train_at_once(setup, content, clients[start : start + at_once], folder, local)
+    ]
+
+
+def _train_at_once(
+    setup: SharedSetup, content: RecordDict, clients: Sequence[Client], folder: Path | None, local: bool
+) -> list[Reply]:
+    task, config = setup.task, content.config_records[CONFIG]
+    server_round = int(config["server-round"])  # type: ignore[arg-type]
+    epochs = int(config.get("epochs", task.local.epochs))  # type: ignore[arg-type]
+    origin = member_from(content.array_records[MODEL])
+    parts = [part_of(entry) for entry in json.loads(str(config["parts"]))]
+    batches = setup.batches([client.partition for client in clients], server_round, epochs)
+    moment = _moment(config, server_round, folder)
+    kept = _recalled(parts, clients, origin, moment)
+    cohorts = [
+        Cohort(setup.model, origin, batches, task.local, _sent(content, part), kept[part.slug])
+        for part in parts
+    ]
+    params = repeat(origin, len(clients))
+    for part in parts:
+        params = part.start(params, kept[part.slug])
+    rules = [rule for part, cohort in zip(parts, cohorts, strict=True) if (rule := part.rule(cohort))]
+    trained = train_members(
+        setup.model,
+        params,
+        (setup.inputs, setup.labels),
+        batches,
+        setup.loss,
+        _optimizer(task.local),
+        _together(rules),
+    )
+    outcomes = [
+        part.finish(cohort, trained.params, trained.steps)
+        for part, cohort in zip(parts, cohorts, strict=True)
+    ]
+    _keep(parts, outcomes, clients, moment, local)
+    returned = trained.params
+    for part in parts:
+        returned = part.returned(origin, returned)
+    sent = {part.slug: outcome.sent for part, outcome in zip(parts, outcomes, strict=True) if outcome.sent}
+    weights = step_weights(trained.steps, task.local, _pull(parts))
+    after = _losses_at(setup, trained.params, clients) if config.get("terms", False) else []
+    replies = []
+    for index, client in enumerate(clients):
+        fault = fault_of(task.faults, task.seed, server_round, client.partition) if server_round else None
+        metrics = {
+            "num-examples": len(setup.split.train[client.partition]),
+            "loss": float(trained.losses[index]),
+            "steps": int(trained.steps[index]),
+            "step-weight": float(weights[index]),
+        }
+        if after:
+            metrics["loss-after"] = after[index]
+        arrays = {MODEL: afflicted(fault, origin, member_of(returned, index))}
+        arrays |= {slug: member_of(stacked, index) for slug, stacked in sent.items()}
+        replies.append(Reply(arrays, metrics, fault))
+    return replies
+
+
+def evaluate_clients(
+    setup: SharedSetup, content: RecordDict, clients: Sequence[Client], *, folder: Path | None = None
+) -> list[Reply]:
+    """Test the model that clients are sent on their own test examples; see ``train_clients``."""
+    config = content.config_records[CONFIG]
+    server_round = int(config["server-round"])  # type: ignore[arg-type]
+    origin = member_from(content.array_records[MODEL])
+    parts = [part_of(entry) for entry in json.loads(str(config["parts"]))]
+    kept = _recalled(parts, clients, origin, _moment(config, server_round + 1, folder))
+    own: Stack = {}
+    for part in parts:
+        # Only what a part changes is stacked: without that, all clients test one and the same model.
+        own = part.start(own, kept[part.slug])
+    rows = [torch.from_numpy(setup.split.test[client.partition]) for client in clients]
+    replies = []
+    if own:
+        logits = [
+            setup.model({name: value[None] for name, value in one.items()}, setup.inputs[r][None])[1][0]
+            for r, one in zip(rows, _each(origin, own, len(clients)), strict=True)
+        ]
+    else:
+        whole = {name: value[None] for name, value in origin.items()}
+        together = setup.model(whole, setup.inputs[torch.cat(rows)][None])[1][0]
+        logits = list(together.split([len(r) for r in rows]))
+    for r, z in zip(rows, logits, strict=True):
+        sums = class_sums(z.detach(), setup.labels[r]).metrics()
+        found = {"num-examples": len(r), "loss": sums["cross_entropy"], "accuracy": sums["accuracy"]}
+        replies.append(Reply({}, found))
+    return replies
+
+
+def step_weights(steps: Tensor, local: LocalSpec, pull: float) -> Tensor:
+    """Return a_i of FedNova: the sum of the factors with which gradients enter a client's update.
+
+    Args:
+        steps: K_i, shape (M,).
+        local: The optimiser; of AdamW the number of steps is returned, since its steps have one size.
+        pull: μ of FedProx, 0 without.
+
+    Returns:
+        Float64 (M,).
+    """
+    k = steps.double()
+    if local.optimizer != "sgd":
+        return k
+    r, shrink = local.momentum, local.lr * pull
+    if r:
+        return (k - r * (1 - r**k) / (1 - r)) / (1 - r)
+    return (1 - (1 - shrink) ** k) / shrink if shrink else k
+
+
+def _pull(parts: Sequence[Part]) -> float:
+    return sum(float(getattr(part.settings, "mu", 0.0)) for part in parts if part.slug == "fedprox")
+
+
+def _optimizer(local: LocalSpec) -> Optimizer:
+    if local.optimizer == "adamw":
+        return AdamW(local.lr, local.weight_decay)
+    return Sgd(local.lr, local.weight_decay, local.momentum)
+
+
+def _together(rules: list[LocalRule]) -> LocalRule | None:
+    return rules[0] if len(rules) == 1 else Together(rules) if rules else None
+
+
+def _sent(content: RecordDict, part: Part) -> Member:
+    record = content.array_records.get(part.slug)
+    return member_from(record) if record is not None else {}
+
+
+def _recalled(
+    parts: Sequence[Part], clients: Sequence[Client], origin: Member, moment: Moment
+) -> dict[str, Stack]:
+    """Return what each client kept, stacked, by slug of the part."""
+    keeping = [part for part in parts if part.keeps]
+    slugs = [part.slug for part in keeping]
+    found = [recall(client.context, slugs, moment) for client in clients] if keeping else []
+    stacks: dict[str, Stack] = {part.slug: {} for part in parts}
+    for part in keeping:
+        initial = part.initial(origin)
+        stacks[part.slug] = stack([one.get(part.slug, initial) for one in found]) if initial else {}
+    return stacks
+
+
+def _keep(
+    parts: Sequence[Part],
+    outcomes: Sequence[Outcome],
+    clients: Sequence[Client],
+    moment: Moment,
+    local: bool,
+) -> None:
+    keeping = [(part.slug, outcome.kept) for part, outcome in zip(parts, outcomes, strict=True) if part.keeps]
+    if not keeping:
+        return
+    for index, client in enumerate(clients):
+        # Cloned where it stays in memory, since a view would hold the whole stack.
+        kept = {
+            slug: {name: value.clone() for name, value in member_of(stacked, index).items()}
+            for slug, stacked in keeping
+        }
+        keep(client.context, kept, moment, local=local)
+
+
+def _moment(config: Mapping[str, Any], server_round: int, folder: Path | None) -> Moment:
+    every = int(config.get("checkpoint-every", 1))
+    return Moment(str(config.get("federation", "")), server_round, every, folder)
+
+
+def _each(origin: Member, own: Stack, count: int) -> list[Member]:
+    return [{**origin, **member_of(own, index)} for index in range(count)]
+
+
+@torch.no_grad()
+def _losses_at(setup: SharedSetup, params: Stack, clients: Sequence[Client]) -> list[float]:
+    """Return each client's mean loss on its own training examples at its own parameters."""
+    sizes = torch.tensor([len(setup.split.train[client.partition]) for client in clients])
+    valid = torch.arange(int(sizes.max())) < sizes[:, None]
+    rows = torch.zeros(valid.shape, dtype=torch.int64)
+    rows[valid] = torch.from_numpy(np.concatenate([setup.split.train[c.partition] for c in clients]))
+    targets = torch.where(valid, setup.labels[rows], setup.loss.ignore_index)
+    losses: list[float] = []
+    at_once = max(1, _EXAMPLES_AT_ONCE // valid.shape[1])
+    for start in range(0, len(clients), at_once):
+        some = slice(start, start + at_once)
+        own = {name: value[some] for name, value in params.items()}
+        _, logits = setup.model(own, setup.inputs[rows[some]])
+        losses += (setup.loss(logits, targets[some]).double().sum(1) / sizes[some]).tolist()
+    return losses

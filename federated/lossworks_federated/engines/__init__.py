@@ -1,0 +1,1 @@
+"""What carries messages to clients: the cohort engine, Flower's simulation, a real federation."""

@@ -1,0 +1,79 @@
+"""A Grid around another that counts what goes through it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from lossworks_federated.flower_private import Run
+from lossworks_federated.records import payload_bytes
+
+
+class CountedGrid(Grid):
+    """Counts the bytes of arrays, as they would be sent, whatever the engine.
+
+    Args:
+        inner: The grid that does the work.
+
+    Attributes:
+        down: Bytes to clients so far.
+        up: Bytes from them.
+    """
+
+    def __init__(self, inner: Grid) -> None:
+        self._inner = inner
+        self.down = self.up = 0
+        known = getattr(inner, "partitions", None)
+        if known is not None:
+            self.partitions: dict[int, int] = known
+
+    def set_run(self, run: Run) -> None:
+        """Pass the run on to the inner grid."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run of the inner grid."""
+        return self._inner.run
+
+    def create_message(self, *arguments: Any, **named: Any) -> Message:
+        """Return a message of the inner grid."""
+        return self._inner.create_message(*arguments, **named)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the inner grid's nodes."""
+        return self._inner.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pass messages on and count them."""
+        messages = list(messages)
+        self._count_down(messages)
+        return self._inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pass replies on and count them."""
+        return self._counted_up(self._inner.pull_messages(message_ids))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Pass messages and replies on and count them."""
+        messages = list(messages)
+        if not messages:
+            return []
+        self._count_down(messages)
+        return self._counted_up(self._inner.send_and_receive(messages, timeout=timeout))
+
+    def _count_down(self, messages: list[Message]) -> None:
+        sizes: dict[int, int] = {}
+        for message in messages:
+            content: RecordDict = message.content
+            if id(content) not in sizes:  # one instruction is shared by all its clients
+                sizes[id(content)] = payload_bytes(content)
+            self.down += sizes[id(content)]
+
+    def _counted_up(self, replies: Iterable[Message]) -> list[Message]:
+        replies = list(replies)
+        self.up += sum(payload_bytes(reply.content) for reply in replies if not reply.has_error())
+        return replies

@@ -1,0 +1,153 @@
+"""Figures of every strategy of a federation, over its seeds."""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lossworks.metrics.intervals import Mean
+from lossworks.reporting.series import Series, series
+from lossworks.tracking import read_all
+from lossworks_federated.server.rounds import FederationOutcome
+from lossworks_federated.server.screening import REASONS
+from lossworks_federated.server.session import Child, Session
+
+_LAST = 10  # measured rounds whose mean is reported: a last or best round says less
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedStrategy:
+    """One strategy with one seed.
+
+    Attributes:
+        strategy: Title of the strategy.
+        seed: The seed.
+        curves: Steps and values by metric.
+        outcome: How it ended.
+        figures: accuracy and worst10 (means of the last 10 measured rounds), rounds_to_target and
+            bytes_to_target (NaN if not reached), bytes, seconds_per_round, left_out.
+    """
+
+    strategy: str
+    seed: int
+    curves: dict[str, Series]
+    outcome: FederationOutcome | None
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """All entries that have measured something.
+
+    Attributes:
+        entries: By seed, then strategy.
+        target: Held-out accuracy that rounds and bytes are counted to, if any.
+    """
+
+    entries: tuple[ComparedStrategy, ...]
+    target: float | None
+
+    @property
+    def strategies(self) -> list[str]:
+        """Return the titles in their order."""
+        return list(dict.fromkeys(entry.strategy for entry in self.entries))
+
+    def of(self, strategy: str) -> list[ComparedStrategy]:
+        """Return a strategy's entries."""
+        return [entry for entry in self.entries if entry.strategy == strategy]
+
+    def mean(self, strategy: str, figure: str) -> Mean | None:
+        """Return a figure's mean over seeds."""
+        return Mean.of([entry.figures.get(figure, math.nan) for entry in self.of(strategy)])
+
+    def reached(self, strategy: str) -> str:
+        """Return in words how many seeds reached the target and after how many rounds."""
+        own = self.of(strategy)
+        rounds = [entry.figures["rounds_to_target"] for entry in own]
+        found = [value for value in rounds if math.isfinite(value)]
+        if not found:
+            return "not reached"
+        shown = f"{np.mean(found):.0f}"
+        return shown if len(found) == len(own) else f"{shown} ({len(found)} of {len(own)} seeds)"
+
+    def write_csv(self, path: Path) -> None:
+        """Write one line a strategy and seed."""
+        names = list(dict.fromkeys(name for entry in self.entries for name in entry.figures))
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["strategy", "seed", "status", *names])
+            for entry in self.entries:
+                status = entry.outcome.status if entry.outcome else "running"
+                figures = [f"{entry.figures.get(name, math.nan):.6g}" for name in names]
+                writer.writerow([entry.strategy, entry.seed, status, *figures])
+
+
+def compare(session: Session) -> Comparison:
+    """Return the figures of a federation's children, from their journals."""
+    target = session.spec.measure.target
+    entries = [_entry(child, target) for child in session.children if child.files.journal.is_file()]
+    return Comparison(tuple(entry for entry in entries if entry.curves), target)
+
+
+def figures_of(journal: Path, target: float | None) -> dict[str, float]:
+    """Return the figures of one journal; see :class:`ComparedStrategy`."""
+    return _figures(_curves(journal), target)
+
+
+def _curves(journal: Path) -> dict[str, Series]:
+    rows = read_all(journal)
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    return {name: found for name in names if (found := series(rows, name)) is not None}
+
+
+def _entry(child: Child, target: float | None) -> ComparedStrategy:
+    curves = _curves(child.files.journal)
+    return ComparedStrategy(child.strategy.title, child.seed, curves, child.outcome, _figures(curves, target))
+
+
+def _figures(curves: dict[str, Series], target: float | None) -> dict[str, float]:
+    figures = {
+        "accuracy": _last(curves, "server/accuracy"),
+        "worst10": _last(curves, "clients/accuracy_worst10"),
+        "clients": _last(curves, "clients/accuracy_mean"),
+        "bytes": _at(curves, "bytes/down", -1) + _at(curves, "bytes/up", -1),
+        "left_out": float(sum(curves[f"round/{r}"][1].sum() for r in REASONS if f"round/{r}" in curves)),
+        "seconds_per_round": _seconds(curves),
+    }
+    if target is not None:
+        figures |= _to_target(curves, target)
+    return figures
+
+
+def _to_target(curves: dict[str, Series], target: float) -> dict[str, float]:
+    rounds, accuracies = curves["server/accuracy"]
+    reached = np.flatnonzero(accuracies >= target)
+    if not len(reached):
+        return {"rounds_to_target": math.nan, "bytes_to_target": math.nan}
+    first = rounds[reached[0]]
+    sent = 0.0
+    for name in ("bytes/down", "bytes/up"):
+        steps, values = curves.get(name, (np.zeros(0), np.zeros(0)))
+        sent += float(values[np.flatnonzero(steps <= first)[-1]]) if (steps <= first).any() else 0.0
+    return {"rounds_to_target": float(first), "bytes_to_target": sent}
+
+
+def _last(curves: dict[str, Series], name: str) -> float:
+    if name not in curves:
+        return math.nan
+    rounds, values = curves[name]
+    trained = values[rounds > 0]
+    return float(trained[-_LAST:].mean()) if len(trained) else math.nan
+
+
+def _at(curves: dict[str, Series], name: str, index: int) -> float:
+    return float(curves[name][1][index]) if name in curves else math.nan
+
+
+def _seconds(curves: dict[str, Series]) -> float:
+    if "seconds/clients" not in curves:
+        return math.nan
+    whole = curves["seconds/clients"][1] + curves["seconds/aggregation"][1]
+    return float(np.median(whole[1:] if len(whole) > 1 else whole))  # the first fills caches

@@ -1,0 +1,164 @@
+"""The picture of a comparison: accuracy over rounds and bytes, spread over clients, drift, loss terms."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lossworks.reporting.picture_style import BLUE, ORANGE, STYLE, not_measured
+from lossworks_federated.reporting.comparison import ComparedStrategy, Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TERMS = {"local": "terms/local", "shift": "terms/shift", "aggregation": "terms/aggregation"}
+_TERM_COLOURS = (BLUE, ORANGE, "#6b8f3a")
+
+
+def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> Path:
+    """Draw a comparison as a PNG of 2000 × 1100 pixels: means over seeds, with all seeds in between.
+
+    Args:
+        comparison: At least one entry.
+        path: File to write, in an existing folder.
+        title: Heading.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(20, 11), dpi=100, layout="constrained", facecolor="white")
+        seeds = len({entry.seed for entry in comparison.entries})
+        many = f", means and ranges over {seeds} seeds" if seeds > 1 else ""
+        figure.suptitle(f"{title}{many}", fontsize=19, fontweight="bold", x=0.02, ha="left")
+        rounds, sent, spread, drift, disagreement, terms = figure.subplots(2, 3).flat
+        colours = _colours(comparison)
+        _draw_curves(rounds, comparison, "server/accuracy", colours)
+        rounds.set_title("Held-out accuracy over rounds")
+        _mark_target(rounds, comparison.target)
+        _draw_bytes(sent, comparison, colours)
+        _draw_spread(spread, comparison, colours)
+        _draw_curves(drift, comparison, "drift/norm", colours)
+        drift.set_title("Client drift: mean norm of updates")
+        drift.set_ylim(bottom=0)
+        _draw_curves(disagreement, comparison, "drift/disagreement", colours)
+        disagreement.set_title("Disagreement of updates, 0 where all agree")
+        disagreement.set_ylim(0, 1.05)
+        _draw_terms(terms, comparison)
+        handles, labels = rounds.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        figure.savefig(path, format="png")
+    return path
+
+
+def _colours(comparison: Comparison) -> dict[str, tuple[float, ...]]:
+    from matplotlib import colormaps
+
+    names = comparison.strategies
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    return {name: palette(index % palette.N) for index, name in enumerate(names)}
+
+
+def _draw_curves(
+    axes: "Axes", comparison: Comparison, metric: str, colours: dict[str, tuple[float, ...]]
+) -> None:
+    drawn = False
+    for name in comparison.strategies:
+        curves = [entry.curves[metric] for entry in comparison.of(name) if metric in entry.curves]
+        if not curves:
+            continue
+        drawn = True
+        steps, values = _aligned(curves)
+        axes.plot(steps, values.mean(0), color=colours[name], label=name)
+        if len(values) > 1:
+            axes.fill_between(
+                steps, values.min(0), values.max(0), color=colours[name], alpha=0.15, linewidth=0
+            )
+    axes.set(xlabel="round")
+    if not drawn:
+        not_measured(axes)
+
+
+def _aligned(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps that all curves have, and their values there, one row a curve."""
+    steps = curves[0][0]
+    for other, _ in curves[1:]:
+        steps = np.intersect1d(steps, other)
+    return steps, np.stack([values[np.isin(own, steps)] for own, values in curves])
+
+
+def _draw_bytes(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[float, ...]]) -> None:
+    axes.set_title("Held-out accuracy over what was sent")
+    for name in comparison.strategies:
+        for entry in comparison.of(name):
+            points = _over_bytes(entry)
+            if points is not None:
+                axes.plot(points[0] / 2**20, points[1], color=colours[name], alpha=0.7, linewidth=1.6)
+    _mark_target(axes, comparison.target)
+    axes.set(xlabel="MiB up and down, all clients")
+
+
+def _over_bytes(entry: ComparedStrategy) -> tuple[np.ndarray, np.ndarray] | None:
+    if "bytes/up" not in entry.curves:
+        return None
+    steps, accuracies = entry.curves["server/accuracy"]
+    sent = dict(zip(entry.curves["bytes/up"][0], _sum(entry), strict=True))
+    known = [index for index, step in enumerate(steps) if step in sent]
+    return np.array([sent[steps[index]] for index in known]), accuracies[known]
+
+
+def _sum(entry: ComparedStrategy) -> np.ndarray:
+    total: np.ndarray = entry.curves["bytes/up"][1] + entry.curves["bytes/down"][1]
+    return total
+
+
+def _draw_spread(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[float, ...]]) -> None:
+    axes.set_title("Clients' accuracy on their own tests, last round")
+    names = comparison.strategies
+    values = [
+        [one["accuracy"] for e in comparison.of(name) if e.outcome for one in e.outcome.clients.values()]
+        for name in names
+    ]
+    if not any(values):
+        not_measured(axes)
+        return
+    boxes = axes.boxplot(
+        values,
+        orientation="horizontal",
+        widths=0.6,
+        patch_artist=True,
+        whis=(10, 90),
+        flierprops={"markersize": 3, "alpha": 0.4},
+        medianprops={"color": "black"},
+    )
+    for box, name in zip(boxes["boxes"], names, strict=True):
+        box.set(facecolor=colours[name], alpha=0.5)
+    axes.set_yticks(range(1, len(names) + 1), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy; box: quartiles, whiskers: worst and best tenth", xlim=(-0.02, 1.02))
+
+
+def _draw_terms(axes: "Axes", comparison: Comparison) -> None:
+    axes.set_title("Loss terms, mean of the last 10 measured rounds")
+    names = [n for n in comparison.strategies if any("terms/local" in e.curves for e in comparison.of(n))]
+    if not names:
+        not_measured(axes)
+        return
+    height = 0.26
+    for index, (label, metric) in enumerate(_TERMS.items()):
+        means = [
+            np.mean([e.curves[metric][1][-10:].mean() for e in comparison.of(name) if metric in e.curves])
+            for name in names
+        ]
+        places = np.arange(len(names)) + (index - 1) * height
+        axes.barh(places, means, height, color=_TERM_COLOURS[index], label=label)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="loss")
+    axes.legend(loc="best", fontsize=11)
+
+
+def _mark_target(axes: "Axes", target: float | None) -> None:
+    if target is not None:
+        axes.axhline(target, color="black", linestyle=":", linewidth=1.2)

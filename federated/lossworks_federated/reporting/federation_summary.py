@@ -1,0 +1,124 @@
+"""What a person sees of a federation: progress while it runs, a table at the end."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lossworks.cli import program
+from lossworks.reporting import TrainProgress, print_summary
+from lossworks.tracking import Row, redact, tracking_uri
+from lossworks_federated.federate import FederationResult
+from lossworks_federated.reporting.comparison import Comparison
+from lossworks_federated.server.session import Child, FederationWatcher
+from lossworks_federated.specs import FederationSpec
+
+_WIDTH_OF_FILES = 150
+_MIB = 2.0**20
+
+
+class FederationDisplay(FederationWatcher):
+    """Shows each child's rounds; a context manager.
+
+    Args:
+        rounds: Of each child.
+        console: Where to; standard output if unset.
+    """
+
+    def __init__(self, rounds: int, console: Console | None = None) -> None:
+        self._rounds, self._console = rounds, console or Console()
+        self._progress: TrainProgress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def begin(self, child: Child, number: int, of: int, done: int) -> None:
+        """Name the child and start its bar."""
+        after = f", going on after round {done}" if done else ""
+        self.say(f"{child.title} ({number} of {of}){after}")
+        self._progress = TrainProgress(self._rounds, first_step=done, console=self._console, unit="round")
+        self._progress.__enter__()
+
+    def row(self, row: Row) -> None:
+        """Show the round of a journal's row on the progress bar."""
+        if self._progress is not None and row["step"] > 0:
+            self._progress.update(row)
+
+    def end(self, child: Child) -> None:
+        """Close the bar, and say why clients were trained one by one, if they were."""
+        self._close()
+        outcome = child.outcome
+        if outcome is not None and outcome.obstacle:
+            self.say(f"clients were trained one by one: {outcome.obstacle}")
+
+    def say(self, text: str) -> None:
+        """Print a sentence above the progress bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+            self._progress = None
+
+
+def print_federation(spec: FederationSpec, result: FederationResult, *, where: str | None = None) -> None:
+    """Print the comparison, where everything is, and what to do next.
+
+    Args:
+        spec: The federation.
+        result: How it ended.
+        where: What it ran on; the spec's engine if unset.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_OF_FILES)
+    console.print(_table(result.comparison, len(spec.seeds)))
+    lines = [("pictures", ", ".join(str(path) for path in result.pictures))]
+    lines += [("failed", f"{title}: {reason}") for title, reason in result.failed]
+    uri = tracking_uri(spec.tracking)
+    look = redact(uri) if uri.startswith("http") else f"{program()} ui"
+    again = f"{program()} federate --resume {result.folder.run_id}"
+    commands = [("see the runs in MLflow", look), *([("try again", again)] if result.failed else [])]
+    print_summary(f"{spec.name}: {spec.rounds} rounds, {where or f'engine {spec.engine}'}", lines, commands)
+
+
+def _table(comparison: Comparison, seeds: int) -> Table:
+    many = f"means over {seeds} seeds ± 95 % interval" if seeds > 1 else "one seed, so no intervals"
+    table = Table(title=f"last 10 measured rounds, {many}", title_justify="left")
+    table.add_column("strategy", overflow="fold")
+    columns: list[tuple[str, Callable[[str], str]]] = [
+        ("held-out accuracy", lambda name: _mean(comparison, name, "accuracy", "{:.4f}")),
+        ("clients' accuracy", lambda name: _mean(comparison, name, "clients", "{:.4f}")),
+        ("worst tenth", lambda name: _mean(comparison, name, "worst10", "{:.4f}")),
+    ]
+    if comparison.target is not None:
+        columns.append((f"rounds to {comparison.target:g}", comparison.reached))
+        columns.append(("MiB to it", lambda name: _mean(comparison, name, "bytes_to_target", "{:.1f}", _MIB)))
+    columns += [
+        ("MiB sent", lambda name: _mean(comparison, name, "bytes", "{:.1f}", _MIB)),
+        ("left out", lambda name: _mean(comparison, name, "left_out", "{:.0f}")),
+        ("s a round", lambda name: _mean(comparison, name, "seconds_per_round", "{:.3f}")),
+    ]
+    for heading, _ in columns:
+        table.add_column(heading, justify="right")
+    for name in comparison.strategies:
+        table.add_row(Text(name), *(cell(name) for _, cell in columns))
+    return table
+
+
+def _mean(comparison: Comparison, name: str, figure: str, form: str, unit: float = 1.0) -> str:
+    found = comparison.mean(name, figure)
+    if found is None:
+        return "–"
+    # Seconds and bytes of runs are no sample of anything: their interval says nothing.
+    shown = form.format(found.value / unit)
+    accuracy = figure in ("accuracy", "clients", "worst10") and found.half_width is not None
+    return f"{shown} ± {form.format(found.half_width)}" if accuracy else shown

@@ -1,0 +1,1 @@
+"""What the server does: rounds, which replies count, what is measured, a federation as a run."""

@@ -1,0 +1,265 @@
+"""The rounds of one strategy: what ``Strategy.start`` of Flower does, with measuring, saving and going on."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from lossworks.cohort import Member
+from lossworks.errors import LossworksError, RunError
+from lossworks.tensors import load_tensors, write_tensors
+from lossworks.tracking import Journal
+from lossworks_federated.engines.counted_grid import CountedGrid
+from lossworks_federated.privacy import with_privacy
+from lossworks_federated.records import array_record, flattened, grouped, member_from
+from lossworks_federated.server.measures import drift, held_out, loss_terms, spread
+from lossworks_federated.server.screening import REASONS, Received
+from lossworks_federated.shared_setup import SharedSetup
+from lossworks_federated.spec_parts import TaskSpec
+from lossworks_federated.specs import FederationSpec, StrategySpec
+from lossworks_federated.strategies.catalogue import strategy
+from lossworks_federated.strategies.interface import Federated, Plan
+
+_SAVED = 2  # newest states that stay
+_HOUR = 3600.0
+
+
+class RoundFiles:
+    """What one strategy and seed leaves in a folder.
+
+    Args:
+        path: The folder; created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.journal = path / "metrics.jsonl"
+        self.model = path / "model.safetensors"
+        self.outcome = path / "outcome.json"
+        self._states = path / "states"
+
+    def save(self, server_round: int, groups: Mapping[str, Member], totals: Mapping[str, int]) -> None:
+        """Save everything that the next round needs, and drop old ones."""
+        self._states.mkdir(exist_ok=True)
+        file = self._states / f"{server_round:07d}.safetensors"
+        write_tensors(file, flattened(groups), totals=json.dumps(totals))
+        for old in sorted(self._states.glob("*.safetensors"))[:-_SAVED]:
+            old.unlink()
+
+    def rounds_done(self) -> int:
+        """Return the round of the newest state, 0 if there is none."""
+        saved = self.newest()
+        return saved[0] if saved else 0
+
+    def newest(self) -> tuple[int, dict[str, Member], dict[str, int]] | None:
+        """Return the newest whole state: its round, tensors and totals; None if there is none."""
+        from safetensors import safe_open
+
+        for file in sorted(self._states.glob("*.safetensors"), reverse=True):
+            try:
+                groups = grouped(load_tensors(file), ["model", "strategy"])
+            except RunError:
+                continue  # damaged: the one before it is used
+            with safe_open(file, "pt") as found:
+                return int(file.stem), groups, json.loads(found.metadata()["totals"])
+        return None
+
+
+@dataclass(frozen=True)
+class FederationOutcome:
+    """How one strategy with one seed ended.
+
+    Attributes:
+        status: finished, stopped or failed.
+        rounds: Rounds done.
+        reason: Why it failed.
+        metrics: The last round's.
+        clients: Accuracy and examples of each client's last test, by partition.
+        obstacle: Why clients were trained one by one, if they were.
+    """
+
+    status: str
+    rounds: int
+    reason: str
+    metrics: dict[str, float]
+    clients: dict[str, dict[str, float]]
+    obstacle: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "FederationOutcome":
+        """Return what ``write`` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON, in one piece."""
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        partial.replace(path)
+
+
+class Rounds:
+    """One strategy with one seed, from the first round or from where it stopped.
+
+    Args:
+        spec: The federation.
+        chosen: The strategy.
+        setup: Of strategy and seed.
+        grid: The engine.
+        files: Where to save.
+    """
+
+    def __init__(
+        self, spec: FederationSpec, chosen: StrategySpec, setup: SharedSetup, grid: Grid, files: RoundFiles
+    ) -> None:
+        self._spec, self._setup, self._files = spec, setup, files
+        self._grid = CountedGrid(grid)
+        self.strategy = build_strategy(spec, chosen, setup.task, files.path.name)
+        asked = min(spec.clients_per_round or spec.split.clients, spec.split.clients)
+        self._outer: Strategy = with_privacy(self.strategy, spec.privacy, asked)
+        self._timeout = spec.deadline_s or _HOUR
+
+    def run(self) -> FederationOutcome:
+        """Do all rounds that are left and return how it ended.
+
+        Raises:
+            RunError: A round had too few usable replies, or an aggregate is not finite. The last good model
+                is saved.
+        """
+        done, model = self._begin()
+        status, reason = "stopped", "interrupted"
+        metrics: dict[str, float] = {}
+        try:
+            with Journal.open(self._files.journal) as journal:
+                if done == 0:
+                    journal.write(0, held_out(self._setup, model))
+                while done < self._spec.rounds:
+                    model, found = self._round(done + 1, model)
+                    done += 1
+                    journal.write(done, found)
+                    metrics |= found
+                    if done % self._spec.checkpoint_every == 0 or done == self._spec.rounds:
+                        self._save(done, model)
+            status, reason = "finished", ""
+        except LossworksError as error:
+            status, reason = "failed", str(error)
+            raise
+        finally:
+            write_tensors(self._files.model, model)
+            outcome = FederationOutcome(
+                status, done, reason, metrics, self._clients(), self._setup.model.reason
+            )
+            outcome.write(self._files.outcome)
+        return outcome
+
+    def _begin(self) -> tuple[int, Member]:
+        saved = self._files.newest()
+        if saved is None:
+            return 0, self._setup.initial
+        done, groups, totals = saved
+        self.strategy.restore(groups["strategy"])
+        self._grid.down, self._grid.up = totals["down"], totals["up"]
+        return done, groups["model"]
+
+    def _round(self, server_round: int, model: Member) -> tuple[Member, dict[str, float]]:
+        """Do one round and return the next model and what was measured."""
+        began = time.perf_counter()
+        arrays = array_record(model)
+        asked = list(self._outer.configure_train(server_round, arrays, ConfigRecord(), self._grid))
+        replies = self._grid.send_and_receive(asked, timeout=self._timeout)
+        trained = time.perf_counter()
+        aggregated, _ = self._outer.aggregate_train(server_round, replies)
+        received = self.strategy.received
+        usable = len(received.partitions)
+        if aggregated is None or usable < self._spec.min_replies:
+            raise RunError(
+                f"round {server_round}: {usable} usable replies of {len(asked)}, fewer than min_replies="
+                f"{self._spec.min_replies} ({described(received)}); the last global model is "
+                f"{self._files.model}"
+            )
+        new = member_from(aggregated)
+        ended = time.perf_counter()
+        found = {
+            "train/loss": received.mean("loss"),
+            "round/asked": len(asked),
+            "round/usable": usable,
+            **{f"round/{reason}": len(received.refused.get(reason, ())) for reason in REASONS},
+            "seconds/clients": trained - began,
+            "seconds/aggregation": ended - trained,
+        }
+        if self.strategy.plan.tests(server_round):
+            found |= self._measured(server_round, model, new, aggregated)
+        found |= {
+            "bytes/down": self._grid.down,
+            "bytes/up": self._grid.up,
+            "seconds/measuring": time.perf_counter() - ended,
+        }
+        return new, found
+
+    def _measured(
+        self, server_round: int, model: Member, new: Member, arrays: ArrayRecord
+    ) -> dict[str, float]:
+        received = self.strategy.received
+        before = self._grid.down, self._grid.up
+        tests = self._outer.configure_evaluate(server_round, arrays, ConfigRecord(), self._grid)
+        self._outer.aggregate_evaluate(
+            server_round, self._grid.send_and_receive(tests, timeout=self._timeout)
+        )
+        # What measuring sends is no cost of the method.
+        self._grid.down, self._grid.up = before
+        found = held_out(self._setup, new) | drift(received, model, new) | spread(self.strategy.tested)
+        if self._spec.measure.terms:
+            found |= loss_terms(self._setup, received, new)
+        return found
+
+    def _save(self, server_round: int, model: Member) -> None:
+        totals = {"down": self._grid.down, "up": self._grid.up}
+        self._files.save(server_round, {"model": model, "strategy": self.strategy.state()}, totals)
+
+    def _clients(self) -> dict[str, dict[str, float]]:
+        return {
+            str(partition): {"accuracy": one.accuracy, "examples": one.examples}
+            for partition, one in self.strategy.tested.items()
+        }
+
+
+def build_strategy(
+    spec: FederationSpec, chosen: StrategySpec, task: TaskSpec, federation: str = ""
+) -> Federated:
+    """Return a strategy as a federation's spec asks for it.
+
+    Args:
+        spec: The federation.
+        chosen: The strategy.
+        task: What its clients are told.
+        federation: Name under which clients keep what they keep.
+    """
+    plan = Plan(
+        seed=task.seed,
+        task=task.model_dump_json(),
+        federation=federation,
+        checkpoint_every=spec.checkpoint_every,
+        clients_per_round=spec.clients_per_round,
+        clients_tested=spec.measure.clients,
+        test_every=spec.measure.every,
+        rounds=spec.rounds,
+        guard=spec.guard,
+        deadline_s=spec.deadline_s or _HOUR,
+        terms=spec.measure.terms,
+    )
+    return strategy(chosen.name)(plan=plan, also=chosen.also, **chosen.hyperparameters)
+
+
+def described(received: Received) -> str:
+    """Return in words which clients' replies are left out and why."""
+    parts = []
+    for reason, who in received.refused.items():
+        shown = ", ".join(map(str, who[:5])) + (", …" if len(who) > 5 else "")
+        says = f", says {received.error!r}" if reason == "failed" else ""
+        parts.append(f"{REASONS[reason]}: client{'s' if len(who) > 1 else ''} {shown}{says}")
+    return "; ".join(parts) or "all that were asked answered"

@@ -1,0 +1,235 @@
+"""A federation as a run: its folder, its children (one a strategy and seed), their tracking."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lossworks.errors import LossworksError, RunError
+from lossworks.runs import RunFolder
+from lossworks_federated.server.rounds import FederationOutcome, RoundFiles, Rounds
+from lossworks_federated.shared_setup import SharedSetup, make_setup
+from lossworks_federated.spec_parts import TaskSpec
+from lossworks_federated.specs import FederationSpec, StrategySpec
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+    from lossworks.tracking import Row
+
+_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+
+
+@dataclass(frozen=True)
+class Child:
+    """One strategy with one seed.
+
+    Attributes:
+        strategy: The strategy.
+        seed: The seed.
+        files: What it leaves; the folder is in the federation's.
+    """
+
+    strategy: StrategySpec
+    seed: int
+    files: RoundFiles
+
+    @property
+    def title(self) -> str:
+        """Return strategy and seed in words."""
+        return f"{self.strategy.title}, seed {self.seed}"
+
+    @property
+    def outcome(self) -> FederationOutcome | None:
+        """Return how it ended, or None if it has not."""
+        return FederationOutcome.read(self.files.outcome) if self.files.outcome.is_file() else None
+
+
+class FederationWatcher:
+    """Receives the progress of a federation; the default ignores every event."""
+
+    def begin(self, child: Child, number: int, of: int, done: int) -> None:
+        """Receive that a child begins, or goes on after ``done`` rounds."""
+
+    def row(self, row: "Row") -> None:
+        """Receive a row of a child's journal; called from a thread."""
+
+    def end(self, child: Child) -> None:
+        """Receive that a child has ended."""
+
+    def say(self, text: str) -> None:
+        """Receive a sentence for a person."""
+
+
+class Session:
+    """Runs the children of a federation one after the other.
+
+    Args:
+        spec: The federation.
+        folder: Of the run.
+        watcher: Receives its progress.
+    """
+
+    def __init__(self, spec: FederationSpec, folder: RunFolder, watcher: FederationWatcher) -> None:
+        self.spec, self.folder, self._watcher = spec, folder, watcher
+        pairs = [(strategy, seed) for seed in spec.seeds for strategy in spec.strategies]
+        self.children = [
+            Child(strategy, seed, RoundFiles(folder.path / _folder_name(index, strategy, seed)))
+            for index, (strategy, seed) in enumerate(pairs)
+        ]
+
+    @staticmethod
+    def check(spec: FederationSpec) -> None:
+        """Make data, split and model of every seed once.
+
+        Raises:
+            UserError: They can't be made.
+        """
+        for seed in spec.seeds:
+            _setup(spec.task(StrategySpec(), seed).model_dump_json())
+
+    def run(self, grid_of: Callable[[SharedSetup, Child], "Grid"]) -> None:
+        """Run every child that has not finished; one that fails doesn't stop the others.
+
+        Args:
+            grid_of: Gives the engine for a child.
+        """
+        for number, child in enumerate(self.children, 1):
+            outcome = child.outcome
+            if outcome is not None and outcome.status == "finished":
+                continue
+            child_id = self._enter(child)
+            self._watcher.begin(child, number, len(self.children), child.files.rounds_done())
+            try:
+                self._follow(child, child_id, grid_of)
+            except LossworksError as error:
+                self._watcher.say(f"{child.title}: failed: {error}")
+            finally:
+                self._watcher.end(child)
+                self._finish(child, child_id)
+
+    def setup(self, child: Child) -> SharedSetup:
+        """Return what a child's clients have in common."""
+        task = self.spec.task(child.strategy, child.seed)
+        # Strategies of a seed differ in the clients' learning rate at most, so data and split are made once.
+        common = _setup(self.spec.task(StrategySpec(), child.seed).model_dump_json())
+        return replace(common, task=task)
+
+    def _follow(self, child: Child, child_id: str, grid_of: Callable[[SharedSetup, Child], "Grid"]) -> None:
+        """Do a child's rounds while its journal goes to MLflow and to the watcher."""
+        from lossworks.tracking import Follower
+
+        watcher, setup = self._watcher, self.setup(child)
+        journal = child.files.journal
+        follower = Follower(self.spec.tracking, child_id, journal, on_row=watcher.row, on_message=watcher.say)
+        with follower:
+            Rounds(self.spec, child.strategy, setup, grid_of(setup, child), child.files).run()
+
+    def _enter(self, child: Child) -> str:
+        """Return a child's id in MLflow, entering it if it is new."""
+        from lossworks.tracking import create_run, open_run
+
+        tracking = self.spec.tracking
+        marker = child.files.path / "run-id"
+        alone = self.spec.model_copy(update={"strategies": (child.strategy,), "seeds": (child.seed,)})
+        if marker.is_file():
+            child_id = marker.read_text().strip()
+            open_run(tracking, child_id)
+            return child_id
+        child_id = create_run(
+            tracking,
+            name=child.title,
+            parameters={
+                **_parameters(alone),
+                "strategy": child.strategy.title,
+                "seed": child.seed,
+                **{f"strategy.{k}": v for k, v in child.strategy.hyperparameters.items()},
+            },
+            tags={"lossworks.strategy": child.strategy.name},
+            parent=self.folder.run_id,
+        )
+        marker.write_text(child_id)
+        (child.files.path / "spec.yaml").write_text(alone.to_yaml())
+        return child_id
+
+    def _finish(self, child: Child, child_id: str) -> None:
+        from lossworks.tracking import finish_run
+
+        outcome = child.outcome
+        files = (child.files.path / "spec.yaml", child.files.outcome, child.files.model)
+        status = _STATUS[outcome.status if outcome else "stopped"]
+        try:
+            finish_run(
+                self.spec.tracking,
+                child_id,
+                status,  # type: ignore[arg-type]
+                artifacts=[file for file in files if file.is_file()],
+                reason=outcome.reason if outcome else None,
+            )
+        except RunError as error:
+            self._watcher.say(str(error))
+
+
+def open_session(spec: FederationSpec, resume: RunFolder | None, watcher: FederationWatcher) -> Session:
+    """Return the session of a new run, or of one to go on with, entered in MLflow.
+
+    Raises:
+        UserError: The store or the folder can't be used.
+    """
+    from lossworks.tracking import create_run, open_run
+
+    if resume is not None:
+        open_run(spec.tracking, resume.run_id)
+        return Session(spec, resume, watcher)
+    tags = {"lossworks.kind": "federation"}
+    run_id = create_run(spec.tracking, name=spec.name, parameters=_parameters(spec), tags=tags)
+    return Session(spec, RunFolder.create(spec, run_id), watcher)
+
+
+def read_session_spec(folder: RunFolder) -> FederationSpec:
+    """Return the spec of a federation's run.
+
+    Raises:
+        UserError: The run is no federation.
+    """
+    return FederationSpec.read(folder.spec_file)
+
+
+def _parameters(spec: FederationSpec) -> dict[str, object]:
+    flat = spec.flat()
+    flat["strategies"] = ", ".join(strategy.title for strategy in spec.strategies)
+    return flat
+
+
+def _folder_name(index: int, strategy: StrategySpec, seed: int) -> str:
+    # Hyperparameters may make two of a name; the number tells them apart, and a digest that it is the same.
+    digest = hashlib.sha256(strategy.model_dump_json().encode()).hexdigest()[:6]
+    return f"{index:02d}-{strategy.name}-{digest}-seed{seed}"
+
+
+@lru_cache(maxsize=2)
+def _setup(task: str) -> SharedSetup:
+    return make_setup(TaskSpec.model_validate_json(task))
+
+
+def finish_session(session: Session, artifacts: list[Path]) -> None:
+    """Store a federation's artifacts and its status, the worst of its children's.
+
+    Raises:
+        RunError: The store is away.
+    """
+    from lossworks.tracking import finish_run
+
+    statuses = [child.outcome.status if child.outcome else "stopped" for child in session.children]
+    worst = next((status for status in ("stopped", "failed") if status in statuses), "finished")
+    reasons = [f"{c.title}: {c.outcome.reason}" for c in session.children if c.outcome and c.outcome.reason]
+    finish_run(
+        session.spec.tracking,
+        session.folder.run_id,
+        _STATUS[worst],  # type: ignore[arg-type]
+        artifacts=[session.folder.spec_file, *artifacts],
+        tags={"lossworks.folder": str(session.folder.path)},
+        reason="; ".join(reasons) or None,
+    )

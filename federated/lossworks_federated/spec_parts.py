@@ -1,0 +1,121 @@
+"""Parts of a federation's spec, and the part of it that clients are told."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from lossworks.specs import ClassifierModelSpec, ExamplesSpec, LossSpec, Spec
+
+
+class SplitSpec(Spec):
+    """How examples are spread over clients; ``split=shards`` is short for ``split.kind=shards``."""
+
+    shorthand: ClassVar[str | None] = "kind"
+
+    kind: Literal["iid", "dirichlet", "shards", "quantity", "natural"] = Field(
+        "dirichlet",
+        description="iid; dirichlet (each class is cut by its own draw of shares); shards (examples sorted "
+        "by label are cut into equal shards, so many a client); quantity (sizes are drawn, labels alike); "
+        "natural (by data.owner; where owners are more than clients, several share one)",
+    )
+    clients: int = Field(20, ge=1, le=1_000_000, description="clients, M")
+    alpha: float = Field(
+        0.5, gt=0.0, le=1e6, description="of the Dirichlet draws: 100 near iid, 0.5 usual, 0.1 severe"
+    )
+    shards_per_client: int = Field(2, ge=1, le=1000, description="shards each client is given")
+    min_size: int = Field(
+        4, ge=2, le=10**6, description="examples a client has at least; taken from the largest, and counted"
+    )
+    test_fraction: float = Field(
+        0.2, ge=0.0, lt=1.0, description="share of each client's examples that it keeps for its own test"
+    )
+    noise: float = Field(
+        0.0, ge=0.0, description="feature skew: client i's inputs get Gaussian noise of variance noise·i/M"
+    )
+
+
+class LocalSpec(Spec):
+    """What a client does in a round; the optimiser starts anew each time."""
+
+    epochs: int = Field(5, ge=1, le=1000, description="passes over the client's examples, E")
+    batch_size: int = Field(16, ge=1, le=2**20, description="examples a step, B")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd or adamw")
+    lr: float = Field(0.1, gt=0.0, le=10.0, description="learning rate of clients")
+    momentum: float = Field(0.0, ge=0.0, lt=1.0, description="of sgd, within a round")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="of the optimiser")
+
+
+class FaultSpec(Spec):
+    """Faults put into clients' replies, to see what a federation makes of them; shares of replies."""
+
+    drop_out: float = Field(0.0, ge=0.0, le=1.0, description="share of clients that fail in a round")
+    straggle: float = Field(0.0, ge=0.0, le=1.0, description="share that answer after the deadline")
+    nan: float = Field(0.0, ge=0.0, le=1.0, description="share that return NaN")
+    shape: float = Field(0.0, ge=0.0, le=1.0, description="share that return an array of a wrong shape")
+    empty: float = Field(0.0, ge=0.0, le=1.0, description="share that return no arrays")
+    sign_flip: float = Field(0.0, ge=0.0, le=1.0, description="share that return w⁰ − (w − w⁰)")
+    scale: float = Field(0.0, ge=0.0, le=1.0, description="share that return w⁰ + 100·(w − w⁰)")
+    nan_clients: tuple[int, ...] = Field((), description="clients, by number, that always return NaN")
+    sign_flip_clients: tuple[int, ...] = Field((), description="clients that always return w⁰ − (w − w⁰)")
+
+
+class GuardSpec(Spec):
+    """Which replies a server refuses besides errors, NaN, wrong shapes and empty ones."""
+
+    largest_norm: float | None = Field(
+        None,
+        gt=1.0,
+        description="refuse an update longer than so many times the median; null for not",
+    )
+    least_cosine: float | None = Field(
+        None,
+        ge=-1.0,
+        lt=1.0,
+        description="refuse an update whose cosine with the round's coordinate-wise median is below; null "
+        "for not. With skewed labels the cosines of all clients come near 0",
+    )
+
+
+class PrivacySpec(Spec):
+    """Flower's client-side privacy; ``privacy=local`` is short for ``privacy.kind=local``."""
+
+    shorthand: ClassVar[str | None] = "kind"
+
+    kind: Literal["none", "local", "central", "secagg"] = Field(
+        "none",
+        description="none; local (each client clips its update and adds noise for (ε, δ)); central (clients "
+        "clip, the server adds noise); secagg is refused with the reason",
+    )
+    clipping_norm: float = Field(1.0, gt=0.0, description="largest norm of a client's update")
+    epsilon: float = Field(10.0, gt=0.0, description="ε of kind=local, for one round")
+    delta: float = Field(1e-5, gt=0.0, lt=1.0, description="δ of kind=local, for one round")
+    noise_multiplier: float = Field(
+        0.1, ge=0.0, description="of kind=central: deviation of the noise over clipping_norm / clients"
+    )
+
+
+class MeasureSpec(Spec):
+    """When and on what the global model is measured."""
+
+    every: int = Field(1, ge=1, description="rounds between measurements; the last round is always measured")
+    clients: int | None = Field(
+        None, ge=1, description="clients that test on their own examples each time; all if unset"
+    )
+    terms: bool = Field(
+        True, description="measure local, distribution shift and aggregation loss of every measured round"
+    )
+    target: float | None = Field(
+        None, gt=0.0, le=1.0, description="held-out accuracy whose first round is reported; null for none"
+    )
+
+
+class TaskSpec(Spec):
+    """What clients are told: data, split, model, loss and local training of one seed."""
+
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of data, split, parameters, orders and faults")
+    data: ExamplesSpec = ExamplesSpec()
+    split: SplitSpec = SplitSpec()
+    model: ClassifierModelSpec = ClassifierModelSpec()
+    loss: LossSpec = LossSpec()
+    local: LocalSpec = LocalSpec()
+    faults: FaultSpec = FaultSpec()

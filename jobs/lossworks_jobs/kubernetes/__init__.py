@@ -1,0 +1,1 @@
+"""Files for KubeRay and for ``ray up``: jobs, pods and nodes."""

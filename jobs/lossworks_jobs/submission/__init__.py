@@ -1,0 +1,1 @@
+"""Jobs: what is sent to a cluster's job server, and what runs there."""

@@ -1,0 +1,86 @@
+"""``lossworks train``."""
+
+import argparse
+import time
+
+import psutil
+
+from lossworks.cli import Command
+from lossworks.errors import UserError
+from lossworks.runs import RunFolder
+from lossworks.specs import RunSpec
+from lossworks.tasks import read_train_spec
+
+_EPILOG = """\
+SPEC is a YAML file such as jobs/specs/demo.yaml, a language model, or jobs/specs/digits.yaml, a classifier
+(task: classification); every field can be overridden, for instance data.corpus=text:notes.txt model.layers=6
+sharding=fsdp. Ctrl-C saves a checkpoint and ends the run."""
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.add_argument("spec", nargs="?", metavar="SPEC", help="YAML file; optional with RUN")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="fields that replace the spec's"
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", metavar="RUN", help="go on with a run from its newest checkpoint")
+    again.add_argument("--from-run", metavar="RUN", help="start a new run with the stored spec of another")
+    parser.add_argument(
+        "--address", help="Ray cluster to join, HOST:PORT or auto; default: $RAY_ADDRESS, or a new one here"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="profile 3 steps; see profile.steps and profile.start"
+    )
+    parser.add_argument("--print-spec", action="store_true", help="print the whole resolved spec and end")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # The start of the process, so that the time to the first step counts the imports, too.
+    started = psutil.Process().create_time()
+    spec, resume = _resolve(arguments)
+    if arguments.print_spec:
+        print(spec.to_yaml(), end="")
+        return 0
+    from lossworks.reporting import TrainProgress
+    from lossworks_jobs.training.run_summary import print_run
+    from lossworks_jobs.training.train import train
+
+    before = time.time() - started
+    with TrainProgress(spec.steps, first_step=_steps_done(resume)) as progress:
+        result = train(spec, address=arguments.address, resume=resume, progress=progress)
+    print_run(spec, result, seconds_before=before)
+    return 0 if result.outcome.status == "finished" else 130
+
+
+def _steps_done(resume: RunFolder | None) -> int:
+    from lossworks.tracking import last_step
+
+    return (last_step(resume.journal) or 0) if resume else 0
+
+
+def _resolve(arguments: argparse.Namespace) -> tuple[RunSpec, RunFolder | None]:
+    """Return the spec to train and the run to go on with, if any.
+
+    Raises:
+        UserError: Neither a spec nor a run was given, or something in them is wrong.
+    """
+    overrides = list(arguments.overrides)
+    file = arguments.spec
+    if file is not None and "=" in file:
+        overrides.insert(0, file)
+        file = None
+    if arguments.profile:
+        overrides.insert(0, "profile=3")  # the user's own profile.steps comes later, and wins
+    name = arguments.resume or arguments.from_run
+    if file is None and name is None:
+        raise UserError("SPEC is missing: give a YAML file such as jobs/specs/demo.yaml, or --resume RUN")
+    if file is not None and name is not None:
+        raise UserError(f"{file}: a stored run brings its own spec; give overrides only")
+    if name is None:
+        return read_train_spec(file, overrides), None
+    folder = RunFolder.find(name)
+    return read_train_spec(folder.spec_file, overrides), folder if arguments.resume else None
+
+
+TRAIN = Command("train a model sharded over Ray workers, tracked in MLflow", _configure, _run)

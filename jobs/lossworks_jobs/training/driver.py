@@ -1,0 +1,184 @@
+"""The driver's part of a training run: workers, journal, tracking, report."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lossworks.cli import program
+from lossworks.errors import RunError, UserError
+from lossworks.logs import EVENTS, fields, writing_logs
+from lossworks.runs import RunFolder
+from lossworks.specs import RunSpec
+from lossworks.training.outcome import Outcome
+from lossworks_jobs.clusters.ray_cluster import lacking
+from lossworks_jobs.training.fitting import fit, last_line, read_outcome
+from lossworks_jobs.training.stopping import run_until_done
+
+if TYPE_CHECKING:
+    from lossworks.reporting import TrainProgress
+    from lossworks.tasks.interface import Prepared
+    from lossworks.tracking import Row
+
+_ROOM_AFTER_S = 20.0  # workers that have room start within less, mostly
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has ended.
+
+    Attributes:
+        folder: Its folder, named after its id in MLflow.
+        outcome: How it ended.
+        notices: Sentences that a person should see.
+        first_step_s: Seconds from the call of ``train`` to the end of the first step; None if there was none.
+    """
+
+    folder: RunFolder
+    outcome: Outcome
+    notices: tuple[str, ...]
+    first_step_s: float | None
+
+
+class Driver:
+    """Starts the workers of one run, follows them, and finishes the run."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        prepared: "Prepared",
+        started: float,
+        progress: "TrainProgress | None",
+    ) -> None:
+        self.spec = spec
+        self.prepared = prepared
+        self.started = started
+        self.progress = progress
+        self.first_step_s: float | None = None
+        self.notices: list[str] = []
+
+    def run(self, resume: RunFolder | None) -> RunResult:
+        """Start the workers, follow them to their end, and finish the run in MLflow.
+
+        Raises:
+            UserError: Another process works on the run, or the workers can't do what the spec asks for.
+            RunError: The run failed.
+            KeyboardInterrupt: It was stopped at once.
+        """
+        from lossworks.reporting.finish import TRACKED_STATUS
+
+        folder = self._open(resume)
+        with folder.hold(), writing_logs(folder.logs, run=folder.run_id, who="driver"):
+            EVENTS.info("started", extra=fields(name=self.spec.name, resumed=resume is not None))
+            status, reason = "FAILED", "the driver failed"
+            try:
+                self._follow(folder)
+                outcome = read_outcome(folder)
+                status, reason = TRACKED_STATUS[outcome.status], outcome.reason
+            except KeyboardInterrupt:
+                status, reason = "KILLED", "stopped at once, without a checkpoint"
+                raise
+            except Exception as error:
+                reason = last_line(error)
+                raise
+            finally:
+                EVENTS.info("ended", extra=fields(status=status, reason=reason))
+                self._finish(folder, status, reason)
+        if outcome.status in ("diverged", "storage"):
+            raise RunError(f"run {folder.run_id}: {outcome.reason}")
+        if outcome.status == "failed":
+            raise UserError(f"run {folder.run_id}: {outcome.reason}")
+        return RunResult(folder, outcome, tuple(self.notices), self.first_step_s)
+
+    def _open(self, resume: RunFolder | None) -> RunFolder:
+        """Return the folder of a new run, or of the one to go on with, entered in MLflow."""
+        from lossworks.tracking import create_run, open_run
+
+        spec = self.spec
+        if resume is None:
+            run_id = create_run(spec.tracking, name=spec.name, parameters=spec.flat(), tags={})
+            return RunFolder.create(spec, run_id)
+        open_run(spec.tracking, resume.run_id)
+        return resume
+
+    def _follow(self, folder: RunFolder) -> None:
+        """Run the workers to their end while their journal goes to MLflow and to the terminal."""
+        from lossworks.tracking import Follower
+
+        spec = self.spec
+        folder.spec_file.write_text(spec.to_yaml())
+        folder.stop_file.unlink(missing_ok=True)
+        folder.outcome_file.unlink(missing_ok=True)
+        waiting = _Waiting(folder, spec, self._say)
+        follower = Follower(
+            spec.tracking,
+            folder.run_id,
+            folder.journal,
+            on_row=self._show,
+            system_metrics=spec.tracking.system_metrics,
+            on_message=self._say,
+        )
+        with follower:
+            run_until_done(
+                lambda: fit(spec, folder, self.prepared.folder),
+                stop_file=folder.stop_file,
+                say=self._say,
+                look=waiting.look,
+            )
+        if follower.undelivered:
+            self._say(
+                f"{follower.undelivered} rows wait for the tracking server: {program()} sync {folder.run_id}"
+            )
+
+    def _show(self, row: "Row") -> None:
+        if self.first_step_s is None and "train/loss" in row["metrics"]:
+            self.first_step_s = row["time_ms"] / 1000 - self.started
+        if self.progress:
+            self.progress.update(row)
+
+    def _say(self, text: str) -> None:
+        self.notices.append(text)
+        EVENTS.info("%s", text)
+        if self.progress:
+            self.progress.message(text)
+
+    def _finish(self, folder: RunFolder, status: Any, reason: str) -> None:
+        """Draw the report and close the run; a server that is away must not hide how the run ended."""
+        from lossworks.reporting.finish import finish_run_folder
+
+        try:
+            finish_run_folder(
+                folder, self.prepared.guess, status=status, reason=reason or None, notify=self._say
+            )
+        except RunError as error:
+            self._say(f"{error}; bring it up to date with: {program()} sync {folder.run_id}")
+
+
+class _Waiting:
+    """What the driver says while it waits: what workers write for a person, or that there is no room yet."""
+
+    def __init__(self, folder: RunFolder, spec: RunSpec, say: Callable[[str], None]) -> None:
+        self._folder, self._spec, self._say = folder, spec, say
+        self._seen = folder.notices.stat().st_size if folder.notices.exists() else 0
+        # Rank 0 makes the journal when it starts.
+        self._room_checked_at = math.inf if folder.journal.exists() else time.monotonic()
+
+    def look(self) -> None:
+        """Look once; called several times a second."""
+        self._pass_on()
+        if time.monotonic() - self._room_checked_at > _ROOM_AFTER_S:
+            self._room_checked_at = time.monotonic()
+            if not self._folder.journal.exists() and (text := lacking(self._spec)):
+                self._say(text)
+                self._room_checked_at = math.inf
+
+    def _pass_on(self) -> None:
+        path = self._folder.notices
+        if not path.exists() or path.stat().st_size == self._seen:
+            return
+        with path.open(encoding="utf-8") as file:
+            file.seek(self._seen)
+            for line in file.read().splitlines():
+                self._say(line)
+            self._seen = file.tell()

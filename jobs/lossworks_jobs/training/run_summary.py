@@ -1,0 +1,82 @@
+"""What a person reads at the end of a training run."""
+
+import shlex
+
+from lossworks.cli import program
+from lossworks.reporting import print_summary
+from lossworks.specs import RunSpec, TrackingSpec
+from lossworks.tasks.registry import task_of
+from lossworks.tracking import redact, tracking_uri
+from lossworks_jobs.training.driver import RunResult
+
+
+def print_run(spec: RunSpec, result: RunResult, *, seconds_before: float = 0.0) -> None:
+    """Print losses, speed, where everything is, and the commands that make sense next.
+
+    Args:
+        spec: The run's spec.
+        result: How it ended.
+        seconds_before: Seconds from the start of the command to the call of ``train``.
+    """
+    outcome, folder = result.outcome, result.folder
+    title = f"{spec.name} {outcome.status} after {outcome.step} steps"
+    facts = _figures(spec, outcome.metrics) + _memory(outcome.head_memory) + _time(outcome.seconds)
+    if result.first_step_s is not None:
+        facts.append(("first step done after", f"{seconds_before + result.first_step_s:.1f} s"))
+    facts += [("checkpoint", outcome.best or outcome.checkpoint or "none"), ("picture", str(folder.report))]
+    run = folder.run_id
+    commands = [
+        ("see the run in MLflow", _where_to_look(spec)),
+        ("write the model", f"{program()} export {run} --to model"),
+    ]
+    if outcome.status == "stopped":
+        commands.insert(0, ("go on", f"{program()} train --resume {run}"))
+    print_summary(title, facts, commands)
+
+
+def _figures(spec: RunSpec, metrics: dict[str, float]) -> list[tuple[str, str]]:
+    kind = task_of(spec)
+    row = kind.unit.removesuffix("s")
+    # A loss other than cross-entropy has a unit of its own, which no other loss shares.
+    loss = (
+        f"{{:.4f}} nats a {row}"
+        if spec.loss.titles == ("cross-entropy",)
+        else f"{{:.4f}} ({' + '.join(spec.loss.titles)})"
+    )
+    known = [
+        ("training loss", "train/loss", loss),
+        *((f"  {title}", f"train/loss/{title}", "{:.4f}") for title in spec.loss.titles),
+        ("held-out loss", "eval/loss", loss),
+        *kind.shown,
+        (f"{kind.unit}/s", f"train/{kind.unit}_per_second", "{:,.0f}"),
+        ("MFU of the last step", "train/mfu", "{:.3g} of the maker's peak"),
+        ("MFU of the last step", "train/mfu_of_measured_peak", "{:.3g} of the measured peak"),
+    ]
+    figures = [(label, text.format(metrics[name])) for label, name, text in known if name in metrics]
+    named = {name for _, name, _ in known}
+    others = [name for name in metrics if name.startswith("eval/") and name not in named]
+    further = [name for name in metrics if not name.startswith(("train/", "eval/", "time/", "telemetry/"))]
+    return figures + [(name.removeprefix("eval/"), f"{metrics[name]:.4g}") for name in (*others, *further)]
+
+
+def _memory(head_memory: dict[str, float]) -> list[tuple[str, str]]:
+    values = [f"{size / 2**20:,.0f} MiB {how}" for how, size in head_memory.items()]
+    return [("peak memory of the head", ", ".join(values))] if values else []
+
+
+def _time(seconds: dict[str, float]) -> list[tuple[str, str]]:
+    total = sum(seconds.values())
+    if not total:
+        return []
+    largest = sorted(seconds.items(), key=lambda item: -item[1])
+    shares = [f"{phase} {100 * value / total:.0f} %" for phase, value in largest if value >= 0.005 * total]
+    return [("where the time went", ", ".join(shares))]
+
+
+def _where_to_look(spec: RunSpec) -> str:
+    """Return the command that shows an embedded store, or the address of a server."""
+    uri = tracking_uri(spec.tracking)
+    if uri.startswith("http"):
+        return redact(uri)
+    default = uri == tracking_uri(TrackingSpec())
+    return f"{program()} ui" if default else f"{program()} ui --uri {shlex.quote(uri)}"

@@ -1,0 +1,104 @@
+"""``train(spec)``: a sharded run on Ray, tracked in MLflow."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+from lossworks.errors import UserError
+from lossworks.runs import RunFolder
+from lossworks.specs import RunSpec
+from lossworks.tasks.registry import task_of
+from lossworks.training.outcome import Outcome
+from lossworks_jobs.clusters.ray_cluster import cluster, require_local_resources
+from lossworks_jobs.training.driver import Driver, RunResult
+
+if TYPE_CHECKING:
+    from lossworks.reporting import TrainProgress
+    from lossworks.tasks.interface import Prepared
+
+# What decides the shape of the parameters or the batches that a checkpoint's position counts.
+_FIXED_ON_RESUME = ("task", "model.", "data.", "seed", "batch_size")
+
+
+def train(
+    spec: RunSpec,
+    *,
+    address: str | None = None,
+    resume: RunFolder | None = None,
+    progress: "TrainProgress | None" = None,
+) -> RunResult:
+    """Train as ``spec`` says and return how it ended; MLflow has the run's right status whatever happens.
+
+    Args:
+        spec: The run.
+        address: A Ray cluster to join; without it that of ``$RAY_ADDRESS``, or a new one here.
+        resume: Go on with this run from its newest whole checkpoint.
+        progress: Shown while the run goes on.
+
+    Raises:
+        UserError: Something in the spec can't work; no worker was started.
+        RunError: The run failed.
+        KeyboardInterrupt: It was stopped at once, by a second Ctrl-C.
+    """
+    from lossworks.tracking import check_tracking
+
+    started = time.time()
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        require_local_resources(spec)
+    check_tracking(spec.tracking)
+    RunFolder.check_storage(spec)
+    if resume is not None:
+        _require_resumable(spec, resume)
+    with ThreadPoolExecutor(1) as pool:
+        prepared = pool.submit(_prepare, spec, progress)
+        # Bad or cached text shows within moments: look first. Otherwise Ray starts meanwhile.
+        wait([prepared], timeout=2.0)
+        if prepared.done():
+            prepared.result()
+        opened = pool.submit(_open_store, spec)
+        if progress:
+            progress.message(f"starting {spec.workers} worker{'s' * (spec.workers > 1)} on Ray")
+        with cluster(spec, address):
+            found = prepared.result()
+            opened.result()
+            return Driver(spec, found, started, progress).run(resume)
+
+
+def _prepare(spec: RunSpec, progress: "TrainProgress | None") -> "Prepared":
+    """Read the data and check that everything that the spec names fits together."""
+    from lossworks.training.start import check_companions
+
+    kind = task_of(spec)
+    found = kind.prepare(spec, progress.message if progress else None)
+    if spec.start is not None or spec.roles:
+        check_companions(spec, kind.open(spec, found.folder))
+    return found
+
+
+def _open_store(spec: RunSpec) -> None:
+    """Import MLflow and open the tracking store, which takes seconds the first time."""
+    from lossworks.tracking.client import connect
+
+    connect(spec.tracking)
+
+
+def _require_resumable(spec: RunSpec, folder: RunFolder) -> None:
+    """Refuse to go on with a run whose parameters or batches would be others.
+
+    Raises:
+        UserError: Naming the field and both values, or that the run is complete.
+    """
+    stored, asked = folder.spec().flat(), spec.flat()
+    for name, value in asked.items():
+        if name.startswith(_FIXED_ON_RESUME) and stored.get(name) != value:
+            raise UserError(
+                f"{name}={value}: the checkpoints of run {folder.run_id} were made with {stored.get(name)}; "
+                "leave it, or start a new run"
+            )
+    if folder.outcome_file.is_file():
+        outcome = Outcome.read(folder.outcome_file)
+        if outcome.status == "finished" and outcome.step >= spec.steps:
+            raise UserError(
+                f"run {folder.run_id}: has finished its {outcome.step} steps; give a larger steps= to go on"
+            )

@@ -1,0 +1,62 @@
+"""Training runs as a sweep varies them: each a run of Ray Train, in a folder of its own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lossworks.errors import RunError
+from lossworks.runs import RunFolder
+from lossworks.specs import RunSpec
+from lossworks.tasks.registry import parse_train_spec, task_of
+from lossworks.trainables import Direction, Report, Trainable
+
+_OWN: dict[str, Direction] = {"eval/loss": "min", "train/loss": "min"}
+
+
+def _parse(values: Mapping[str, Any], source: str) -> RunSpec:
+    return parse_train_spec(values, source=source)
+
+
+def _seeded(values: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    return {**values, "seed": seed}
+
+
+def _steps(spec: RunSpec) -> int:
+    return spec.steps
+
+
+def _cpus(spec: RunSpec) -> float:
+    return spec.workers * spec.resources_per_worker.get("CPU", 1.0)
+
+
+def _yardsticks(spec: RunSpec) -> Mapping[str, Direction]:
+    return {**task_of(spec).measured_by(spec), **_OWN}
+
+
+def _train(spec: RunSpec, path: Path, report: Report) -> None:
+    from lossworks.tracking import rows_while
+    from lossworks_jobs.training.fitting import fit, read_outcome
+
+    path.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(path)
+    folder.spec_file.write_text(spec.to_yaml())
+    prepared = task_of(spec).prepare(spec).folder
+    folder.outcome_file.unlink(missing_ok=True)
+    for row in rows_while(folder.journal, lambda: fit(spec, folder, prepared)):
+        # Checkpoints are evaluated, too; schedulers count on what comes at the spec's own pace.
+        if row["step"] % spec.evaluation.every == 0 or row["step"] == spec.steps:
+            report(row["step"], row["metrics"])
+    outcome = read_outcome(folder)
+    if outcome.status != "finished":
+        raise RunError(outcome.reason)
+
+
+TRAINABLE = Trainable(
+    parse=_parse,
+    seeded=_seeded,
+    steps=_steps,
+    cpus=_cpus,
+    yardsticks=_yardsticks,
+    train=_train,
+    starts_workers=True,
+)

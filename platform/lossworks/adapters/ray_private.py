@@ -1,0 +1,41 @@
+"""Ray besides its documented interface: authentication read again, its command, its version, its loggers.
+
+The library never imports Ray; these functions act on what somebody else has imported.
+"""
+
+import sys
+from typing import Any
+
+# They tell of each upload.
+TALKATIVE_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+_COMMAND_MODULE = "ray.scripts.scripts"
+
+
+def read_token_again() -> None:
+    """Let Ray notice its token as it is now; it keeps one that it has read before."""
+    raylet = sys.modules.get("ray._raylet")
+    if raylet is not None:
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def read_mode_again() -> None:
+    """Let Ray notice RAY_AUTH_MODE as it is now; it reads it once, when it is imported."""
+    raylet = sys.modules.get("ray._raylet")
+    if raylet is not None:
+        raylet.Config.initialize("")
+
+
+def connected() -> bool:
+    """Return whether this process is connected to a Ray cluster."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def ray_command(*arguments: str) -> list[str]:
+    """Return a command line of ``ray`` for this very interpreter, also where no script of that name is."""
+    return [sys.executable, "-m", _COMMAND_MODULE, *arguments]
+
+
+def version_at(client: Any) -> str:
+    """Return the version of Ray that a job server has told its ``JobSubmissionClient``."""
+    return str(client._server_ray_version)

@@ -1,0 +1,82 @@
+"""A batch: tensors by name. The names are declared here once, and whatever handles batches goes by that.
+
+B rows; a row is an example, or a sequence of L tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Target of what counts for nothing, where targets are classes; where they are numbers it is NaN."""
+
+Batch = Mapping[str, Tensor]
+"""Tensors by name; the first axis of each is B."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """One name that a batch may hold.
+
+    Attributes:
+        axes: The shape, in words.
+        meaning: One line.
+        empty: What marks a row as one that counts for nothing, for classes and for numbers; None where the
+            name has no such mark, and a stand-in keeps what was there.
+    """
+
+    axes: str
+    meaning: str
+    empty: tuple[int, float] | None = None
+
+
+NAMES: dict[str, Name] = {
+    "inputs": Name("(B, …)", "what the model reads"),
+    "targets": Name(
+        "(B, …)",
+        "classes, int64, or numbers, floating point; of sets of labels (B, P), padded with -100",
+        (IGNORE_INDEX, torch.nan),
+    ),
+    "weight": Name("(B, …)", "factor of each element's loss, floating point", (0, 0.0)),
+    "segments": Name("(B, …)", "which bag or step an element belongs to, int64"),
+    "discounts": Name("(B,)", "γ of the next state, 0 where there is none, floating point"),
+    "next_inputs": Name("(B, …)", "what the model reads of the next state"),
+    "next_probabilities": Name("(B, m)", "probabilities of the next state's bins, by the target network"),
+}
+
+
+def declare(name: str, axes: str, meaning: str, empty: tuple[int, float] | None = None) -> str:
+    """Declare a name that a task of another package puts into its batches, and return it.
+
+    Args:
+        name: The new name.
+        axes: The shape, in words; the first axis is B.
+        meaning: One line.
+        empty: See :class:`Name`.
+    """
+    NAMES[name] = Name(axes, meaning, empty)
+    return name
+
+
+def stand_in(batch: Batch) -> Batch:
+    """Return a batch shaped alike whose rows count for nothing."""
+    return {name: _emptied(name, value) for name, value in batch.items()}
+
+
+def _emptied(name: str, value: Tensor) -> Tensor:
+    empty = NAMES[name].empty if name in NAMES else None
+    if empty is None:
+        return value
+    return torch.full_like(value, empty[value.is_floating_point()])
+
+
+def on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
+    """Return a batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def first(batch: Batch, rows: int) -> dict[str, Tensor]:
+    """Return the first rows of a batch."""
+    return {name: value[:rows] for name, value in batch.items()}

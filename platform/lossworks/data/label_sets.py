@@ -1,0 +1,126 @@
+"""Examples with a set of labels each, kept as padded lists of numbers and never as a matrix of all labels."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lossworks.data.batch import IGNORE_INDEX
+from lossworks.data.example_sources import existing_file, read_arrays, read_table
+from lossworks.data.examples import Examples
+from lossworks.data.standardise import Standardisation, to_float32
+from lossworks.data.values import split
+from lossworks.errors import UserError
+from lossworks.specs.values import LabelSetsSpec
+
+_TOPICS = 1  # what a random stream is for
+_FEATURES, _RANK, _BEST, _NOISE = 32, 24, 5, 0.5
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class LabelSetData:
+    """What a multi-label model is trained and evaluated on.
+
+    Attributes:
+        train: Targets are labels (N, P) int64, padded with -100.
+        held_out: The same.
+        names: Of the L labels.
+        standardisation: What was done to the inputs, if anything.
+    """
+
+    train: Examples
+    held_out: Examples
+    names: tuple[str, ...]
+    standardisation: Standardisation | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return tuple(self.train.inputs.shape[1:])
+
+
+def load_label_sets(spec: LabelSetsSpec, seed: int) -> LabelSetData:
+    """Return the examples of a spec.
+
+    Args:
+        spec: The source.
+        seed: Of the split, and of sources that are drawn.
+
+    Raises:
+        UserError: The source can't be read.
+    """
+    inputs, labels, names = _read(spec, seed)
+    held_out = split(len(labels), spec.held_out_fraction, seed)
+    scale = Standardisation.of(inputs[~held_out]) if spec.standardise else None
+    x, y = torch.from_numpy(to_float32(scale(inputs) if scale else inputs)), torch.from_numpy(labels)
+    chosen = torch.from_numpy(held_out)
+    train, test = (Examples(x[part], y[part]) for part in (~chosen, chosen))
+    return LabelSetData(train, test, names, scale)
+
+
+def _read(spec: LabelSetsSpec, seed: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Return inputs (N, …), labels (N, P) int64 and the labels' names."""
+    kind, _, name = spec.source.partition(":")
+    if kind == "csv":
+        return _csv(name, spec)
+    return _arrays(name) if kind == "npz" else _topics(int(name), spec.labels, seed)
+
+
+def _csv(name: str, spec: LabelSetsSpec) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    table = read_table(existing_file(name), spec.label)
+    sets = [[part.strip() for part in text.split(spec.separator) if part.strip()] for text in table.labels]
+    names = sorted({part for one in sets for part in one})
+    if len(names) < 2:
+        raise UserError(f"{name}: column {spec.label} holds {len(names)} label; two are the least")
+    numbers = {label: number for number, label in enumerate(names)}
+    return table.inputs, padded([[numbers[part] for part in one] for one in sets]), tuple(names)
+
+
+def padded(sets: list[list[int]]) -> np.ndarray:
+    """Return lists of labels as one array (N, P) int64, padded with -100."""
+    width = max(1, max(map(len, sets), default=1))
+    found = np.full((len(sets), width), IGNORE_INDEX, dtype=np.int64)
+    for row, one in enumerate(sets):
+        found[row, : len(one)] = one
+    return found
+
+
+def _arrays(name: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    found = read_arrays(existing_file(name), ["x", "y"])
+    x, y = found["x"], found["y"]
+    if (
+        x.ndim < 2
+        or y.ndim != 2
+        or len(x) != len(y)
+        or y.dtype.kind not in "biu"
+        or x.dtype.kind not in "biuf"
+    ):
+        raise UserError(f"{name}: x {x.shape} and y {y.shape} must be numbers (N, …) and integers (N, P)")
+    if not np.isfinite(x).all():
+        raise UserError(f"{name}: x holds NaN or infinity")
+    if y.dtype.kind == "b" or (y.shape[1] > 2 and set(np.unique(y)) <= {0, 1}):
+        count, labels = y.shape[1], padded([np.flatnonzero(row).tolist() for row in y])
+    else:
+        count, labels = int(y.max()) + 1, np.where(y < 0, IGNORE_INDEX, y).astype(np.int64)
+    if count < 2:
+        raise UserError(f"{name}: y holds {count} label; two are the least")
+    return x, labels, tuple(str(number) for number in range(count))
+
+
+def _topics(rows: int, labels: int, seed: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Return points (N, 32) with the five labels (N, 5) that a random map of rank 24, with noise, puts first.
+
+    The map is the same for all seeds; the points and the noise are not.
+    """
+    fixed = np.random.default_rng(_TOPICS)
+    into, out = fixed.standard_normal((_FEATURES, _RANK)), fixed.standard_normal((_RANK, labels))
+    stream = np.random.default_rng([seed, _TOPICS])
+    points = stream.standard_normal((rows, _FEATURES))
+    best = np.empty((rows, min(_BEST, labels)), dtype=np.int64)
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        scores = points[part] @ into @ out / np.sqrt(_FEATURES * _RANK)
+        scores += _NOISE * stream.standard_normal(scores.shape)
+        best[part] = np.argpartition(-scores, best.shape[1] - 1, axis=1)[:, : best.shape[1]]
+    return points, best, tuple(str(number) for number in range(labels))

@@ -1,0 +1,241 @@
+"""From a corpus to shards of tokens in the cache folder."""
+
+import functools
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lossworks.data.text.corpus import documents, fingerprint, utf8_size
+from lossworks.data.text.readers import Piece
+from lossworks.data.text.token_shards import (
+    BYTES_FILE,
+    SHARD_FORMAT,
+    TOKENIZER_FILE,
+    Index,
+    TokenShardWriter,
+    narrowest_dtype,
+    write_synced,
+)
+from lossworks.data.text.tokenized_corpus import TokenizedCorpus
+from lossworks.data.text.tokenizer import (
+    encode_texts,
+    end_of_text_id,
+    load_tokenizer,
+    special_ids,
+    token_bytes,
+    train_tokenizer,
+    training_part,
+    vocabulary_size,
+)
+from lossworks.errors import UserError
+from lossworks.home import cache_folder
+from lossworks.specs import DataSpec
+
+SHARD_TOKENS = 64 * 2**20
+
+# Text that is encoded at once: enough for all cores, while the encodings take some 100 bytes a token.
+_BATCH_CHARACTERS = 4 * 2**20
+_PROGRESS_BYTES = 64 * 2**20
+
+Progress = Callable[[str], None]
+
+
+def prepare(
+    spec: DataSpec,
+    *,
+    cache: Path | None = None,
+    on_progress: Progress | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> TokenizedCorpus:
+    """Return the corpus as tokens, encoded now or found in the cache.
+
+    The cache goes by content: by the corpus's fingerprint and by the tokenizer, trained or given. Sequence
+    length and held-out share don't matter to it. A folder appears under its name only when it is complete,
+    and one that was damaged since is made again. Several processes may prepare the same corpus at once.
+
+    Args:
+        spec: What text is read and how it becomes tokens. With ``spec.tokenizer`` the vocabulary is that
+            tokenizer's, whatever ``spec.vocab_size`` says.
+        cache: Folder to keep tokenizers and tokens in; by default ``lossworks.home.cache_folder()``.
+        on_progress: Called with a line of text now and then.
+        shard_tokens: Tokens a shard file, at least 1. A corpus found in the cache keeps the shards it has.
+
+    Raises:
+        UserError: The corpus or the tokenizer can't be read, or the corpus is too small.
+    """
+    cache = cache_folder() if cache is None else cache.absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    say = on_progress or _say_nothing
+    tokenizer_file = _tokenizer_file(spec, cache, say)
+    digest = fingerprint(spec)
+    key = _key("corpus", digest, hashlib.sha256(tokenizer_file).hexdigest())
+    folder = cache / f"corpus-{key}"
+    corpus = _opened(folder)
+    if corpus is None:
+        encode = functools.partial(_encode, spec, tokenizer_file, digest, shard_tokens, say)
+        _make_folder(folder, encode)
+        corpus = TokenizedCorpus.open(folder)
+    say(f"the corpus has {corpus.tokens:,} tokens, {corpus.text_bytes:,} bytes of text, in {folder}")
+    return corpus
+
+
+def _make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make ``folder`` by filling one beside it and renaming that when it is complete.
+
+    Whatever bears the name already is replaced, unless it is a sound corpus by now, which another process
+    has made meanwhile.
+    """
+    partial = _beside(folder)
+    partial.mkdir()
+    try:
+        fill(partial)
+        while not _renamed(partial, folder) and _opened(folder) is None:
+            _remove(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _opened(folder: Path) -> TokenizedCorpus | None:
+    """Return the corpus in a folder, or None if there is none or it is damaged."""
+    try:
+        return TokenizedCorpus.open(folder)
+    except UserError:
+        return None
+
+
+def _tokenizer_file(spec: DataSpec, cache: Path, say: Progress) -> bytes:
+    """Return the content of the tokenizer.json to use: the given one, or a trained one from the cache."""
+    if spec.tokenizer is not None:
+        load_tokenizer(spec.tokenizer)
+        return Path(spec.tokenizer).expanduser().read_bytes()
+    key = _key("tokenizer", fingerprint(training_part(spec)), str(spec.vocab_size))
+    path = cache / f"tokenizer-{key}.json"
+    try:
+        load_tokenizer(path)
+    except UserError:
+        say(f"training a tokenizer of {spec.vocab_size:,} entries")
+        _write_atomically(path, train_tokenizer(spec).to_str().encode())
+    return path.read_bytes()
+
+
+def _encode(
+    spec: DataSpec, tokenizer_file: bytes, digest: str, shard_tokens: int, say: Progress, folder: Path
+) -> None:
+    """Fill ``folder`` with shards, tokenizer, bytes a token, and at last the index."""
+    write_synced(folder / TOKENIZER_FILE, tokenizer_file)
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    vocab_size = vocabulary_size(tokenizer)
+    dtype = narrowest_dtype(vocab_size)
+    with TokenShardWriter(folder, dtype, shard_tokens) as writer:
+        text_bytes, ended = _write_tokens(documents(spec), tokenizer, writer, say)
+    if not writer.tokens:
+        raise UserError(f"data.tokenizer={spec.tokenizer!r}: gives no token for the text of the corpus")
+    sizes = _token_bytes(tokenizer, text_bytes, writer.tokens, ended)
+    np.save(folder / BYTES_FILE, sizes, allow_pickle=False)
+    Index(
+        format=SHARD_FORMAT,
+        fingerprint=digest,
+        vocab_size=vocab_size,
+        end_of_text=end_of_text_id(tokenizer),
+        dtype=dtype,
+        tokens=writer.tokens,
+        documents=ended,
+        text_bytes=text_bytes,
+        shards=writer.names,
+        files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+    ).write(folder)
+
+
+def _write_tokens(
+    pieces: Iterable[Piece], tokenizer: Any, writer: TokenShardWriter, say: Progress
+) -> tuple[int, int]:
+    """Encode and write all pieces; return the bytes of text and the number of documents that ended."""
+    end = end_of_text_id(tokenizer)
+    text_bytes = ended = said = 0
+    for batch in _batches(pieces):
+        encoded = encode_texts(tokenizer, [piece.text for piece in batch])
+        for piece, tokens in zip(batch, encoded, strict=True):
+            writer.write(tokens)
+            text_bytes += utf8_size(piece.text)
+            if piece.ends_document:
+                ended += 1
+                if end is not None:
+                    writer.write([end])
+        if text_bytes - said >= _PROGRESS_BYTES:
+            said = text_bytes
+            say(f"encoded {text_bytes / 2**20:,.0f} MiB of text into {writer.tokens:,} tokens")
+    return text_bytes, ended
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield lists of consecutive pieces, each about ``_BATCH_CHARACTERS`` characters together."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _token_bytes(tokenizer: Any, text_bytes: int, tokens: int, ended: int) -> np.ndarray:
+    """Return the bytes each token stands for, (V,): exact int64, or float64 with the corpus's average."""
+    sizes = token_bytes(tokenizer)
+    if sizes is None:
+        ends = 0 if end_of_text_id(tokenizer) is None else ended
+        sizes = np.full(vocabulary_size(tokenizer), text_bytes / max(tokens - ends, 1))
+        sizes[special_ids(tokenizer)] = 0
+    return sizes
+
+
+def _key(*parts: str) -> str:
+    """Return a name for the content that ``parts`` determine, 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps([SHARD_FORMAT, *parts]).encode()).hexdigest()[:32]
+
+
+def _beside(path: Path) -> Path:
+    """Return a new hidden name in the same folder, so that a rename stays on one file system."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    partial = _beside(path)
+    try:
+        write_synced(partial, content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _renamed(source: Path, target: Path) -> bool:
+    """Return whether ``source`` could be given the name of ``target``, which nothing may bear yet."""
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+        return False
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, under another name first, so that nobody sees it half removed."""
+    doomed = _beside(folder)
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return  # another process was faster
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _say_nothing(_: str) -> None:
+    pass

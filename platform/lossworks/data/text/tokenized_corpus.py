@@ -1,0 +1,165 @@
+"""A prepared corpus, and the sequences it is cut into."""
+
+import functools
+import math
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossworks.data.text.token_shards import BYTES_FILE, TOKENIZER_FILE, Index, TokenShardReader
+from lossworks.errors import UserError
+from lossworks.specs import DataSpec
+
+
+class TokenizedCorpus:
+    """The token ids of a corpus in a folder of memory-mapped shards.
+
+    Opening one reads the index and the sizes of the files; tokens are read when they are asked for. It
+    travels between processes as the path of its folder.
+
+    Attributes:
+        folder: Where the files lie.
+        vocab_size: Ids run from 0 to ``vocab_size - 1``.
+        tokens: Number of tokens.
+        text_bytes: UTF-8 bytes of text that the tokens stand for.
+        documents: Number of documents that ended.
+        end_of_text: Id of the token that follows each document, or None.
+        fingerprint: Digest of the corpus's content.
+    """
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self.folder = folder
+        self.vocab_size = index.vocab_size
+        self.tokens = index.tokens
+        self.text_bytes = index.text_bytes
+        self.documents = index.documents
+        self.end_of_text = index.end_of_text
+        self.fingerprint = index.fingerprint
+        self._reader = TokenShardReader(folder, index)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Return the corpus in a folder that ``prepare`` made.
+
+        Raises:
+            UserError: A file is missing, truncated, or not of this format.
+        """
+        # Absolute, because a worker may run in another folder.
+        path = Path(folder).absolute()
+        return cls(path, Index.read(path))
+
+    def __reduce__(self) -> tuple:
+        return (type(self).open, (self.folder,))
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer.json that the corpus was encoded with."""
+        return self.folder / TOKENIZER_FILE
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each token stands for, (V,); 0 for special tokens.
+
+        Of a byte-level tokenizer int64 and exact; of others float64 and the same for all: the corpus's
+        average. Either way the tokens of the corpus add up to ``text_bytes``.
+        """
+        return np.load(self.folder / BYTES_FILE, allow_pickle=False)
+
+    def line_ends(self) -> np.ndarray:
+        """Return which tokens hold the end of a line, bool (V,)."""
+        from lossworks.data.text.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer_path)
+        return np.array(["\n" in tokenizer.decode([token]) for token in range(self.vocab_size)])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return a copy of tokens ``start`` to ``start + count - 1``, shape (count,), uint16 or uint32.
+
+        Raises:
+            IndexError: Some of them lie outside the corpus.
+        """
+        return self._reader.read(start, count)
+
+    def split(self, spec: DataSpec) -> tuple["TokenSequences", "TokenSequences"]:
+        """Return the sequences to train on and the held-out ones from the corpus's end.
+
+        Of n sequences the last ``ceil(held_out_fraction · n)``, at least one, are held out.
+
+        Raises:
+            UserError: The corpus has fewer than two sequences of ``spec.sequence_length`` tokens.
+        """
+        length = spec.sequence_length
+        total = (self.tokens - 1) // length
+        if total < 2:
+            raise UserError(self._too_short(length))
+        held_out = max(1, math.ceil(spec.held_out_fraction * total))
+        train = TokenSequences(self, length, 0, total - held_out)
+        return train, TokenSequences(self, length, total - held_out, held_out)
+
+    def _too_short(self, length: int) -> str:
+        longest = (self.tokens - 1) // 2
+        way_out = f"set it to {longest} or less, or" if longest >= 2 else "no length would do;"
+        return (
+            f"data.sequence_length={length}: the corpus has only {self.tokens} tokens, less than two "
+            f"sequences (one to train on, one held out); {way_out} give it more text"
+        )
+
+
+class TokenSequences:
+    """Consecutive sequences of L tokens, each with its targets: the tokens that follow.
+
+    Sequence i of the corpus covers tokens i·L to i·L + L, of which the last is a target only, so
+    neighbours share one token.
+
+    Attributes:
+        corpus: Where the tokens lie.
+        length: L, tokens a sequence.
+    """
+
+    def __init__(self, corpus: TokenizedCorpus, length: int, first: int, count: int) -> None:
+        self.corpus = corpus
+        self.length = length
+        self._first = first
+        self._count = count
+        self._ends: np.ndarray | None = None
+
+    def with_steps(self, ends: np.ndarray) -> "TokenSequences":
+        """Return the same sequences with ``segments`` in their batches: which step each target belongs to.
+
+        Args:
+            ends: Which tokens end a step, bool (V,); such a token belongs to the step that it ends.
+        """
+        found = TokenSequences(self.corpus, self.length, self._first, self._count)
+        found._ends = ends
+        return found
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the ``inputs`` and ``targets`` of sequences.
+
+        Args:
+            rows: Indices of sequences, (B,) integers from 0 to ``len(self) - 1``.
+
+        Returns:
+            Both (B, L) int64; ``targets[:, :-1]`` equals ``inputs[:, 1:]``. With steps also ``segments``
+            (B, L) int64, numbered over the batch.
+
+        Raises:
+            IndexError: A row is out of range.
+        """
+        blocks = np.empty((len(rows), self.length + 1), dtype=np.int64)
+        for block, row in zip(blocks, rows, strict=True):
+            if not 0 <= row < self._count:
+                raise IndexError(f"row {row} lies outside {self._count} sequences")
+            block[:] = self.corpus.read((self._first + int(row)) * self.length, self.length + 1)
+        tokens, targets = (np.ascontiguousarray(part) for part in (blocks[:, :-1], blocks[:, 1:]))
+        batch = {"inputs": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
+        if self._ends is not None:
+            ended = self._ends[targets].cumsum(1) - self._ends[targets]
+            batch["segments"] = torch.from_numpy(ended + np.arange(len(rows))[:, None] * self.length)
+        return batch

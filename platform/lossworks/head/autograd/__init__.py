@@ -1,0 +1,1 @@
+"""The head as operators that torch differentiates and compiles."""

@@ -1,0 +1,353 @@
+"""The registered operators, with shapes for the compiler, and their gradients.
+
+``torch.compile(fullgraph=True)`` sees each operator as one node; eager code calls what is inside. There
+everything happens that depends on the data: targets are checked, and ignored rows dropped. The autograd
+functions decide what is kept for the backward pass; the gradient of a gradient is refused,
+not silently wrong.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossworks.head import backends
+from lossworks.head.autograd.once_differentiable import once_differentiable
+from lossworks.head.core.problem import Coefficients, Filter, RowSums, Softmax
+from lossworks.head.core.row_formulas import CrossEntropyFormula
+from lossworks.head.core.valid_rows import ValidRows
+from lossworks.head.cpu.backend import Pass
+
+
+def fuse(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    probabilities: Tensor | None,
+    mass: Tensor | None,
+    nll_weight: Tensor,
+    lse_weight: Tensor | None,
+    total_weight: Tensor | None,
+    square_weight: Tensor | None,
+    class_weight: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    eps: float | None,
+    repair: bool,
+    share: float,
+    dtype: torch.dtype,
+    wanted: list[bool],
+    impl: str,
+    accumulate: str,
+    group: str | None,
+    reduce_e: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the summed loss, the gradients of E, C and the bias, and the mass left out of each row.
+
+    Arguments are the fields of :class:`Problem`, :class:`CrossEntropyFormula` and :class:`Pass`, whose
+    docstrings give their shapes. The results are of no dimension, (N, D), (V, D), (V,) and (N,); a gradient
+    that is not wanted, and the mass where nothing is filtered, are empty.
+    """
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, probabilities=probabilities)
+    rule = CrossEntropyFormula(
+        rows.keep(nll_weight),
+        rows.keep(lse_weight),
+        rows.keep(total_weight),
+        rows.keep(square_weight),
+        rows.keep(mass),
+        class_weight,
+        temperature,
+    )
+    how = Pass(
+        dtype,
+        Softmax(temperature),
+        totals=total_weight is not None,
+        weights=class_weight,
+        filtering=None if eps is None else Filter(eps, repair),
+        share=share,
+        plan_classes=rows.plan_classes,
+        accumulate=accumulate,
+    )
+    with torch.autocast(e.device.type, enabled=False):
+        backend = backends.get(impl, rows.problem)
+        result = backend.fused(rows.problem, how, rule, (wanted[0], wanted[1], wanted[2]), rows.combine)
+        gradients = rows.gradients(result.gradients, reduce_e=reduce_e)
+    return result.losses.sum(), *gradients, rows.total_mass(result.mass)
+
+
+fused_cross_entropy = torch.library.custom_op("lossworks::linear_cross_entropy", fuse, mutates_args=())
+
+
+@fused_cross_entropy.register_fake
+def _(
+    e: Tensor, c: Tensor, _: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    eps, wanted = rest[10], rest[14]
+    wide = torch.promote_types(e.dtype, torch.float32)
+    mass = e.new_empty(0 if eps is None else e.shape[0], dtype=wide)
+    return e.new_empty((), dtype=wide), *_empty_gradients(e, c, bias, wanted), mass
+
+
+def _empty_gradients(
+    e: Tensor, c: Tensor, bias: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_bias = torch.empty_like(bias) if wanted[2] and bias is not None else e.new_empty(0)
+    return (
+        e.new_empty(e.shape) if wanted[0] else e.new_empty(0),
+        c.new_empty(c.shape) if wanted[1] else c.new_empty(0),
+        of_bias,
+    )
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy, with gradients made in the forward pass and handed over in the backward.
+
+    The first backward pass gives the stored gradients away, scaled in place: a copy of ∂C would be as large
+    as C. A second one through a retained graph computes them again. (Compiled graphs keep and copy.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum, a scalar, and the mass left out of each row, shape (N,), empty without a filter."""
+        call = fused_cross_entropy if torch.compiler.is_compiling() else fuse
+        loss, *gradients, mass = call(e, c, targets, bias, *rest)
+        ctx.compiled = torch.compiler.is_compiling()
+        if ctx.compiled:
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.gradients = gradients
+            ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
+            ctx.save_for_backward(e, c, bias, targets, *(x if isinstance(x, Tensor) else None for x in rest))
+        ctx.mark_non_differentiable(mass)
+        return loss, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of E (N, D), C (V, D) and the bias (V,) for that of the sum, a scalar."""
+        if ctx.compiled:
+            scaled = [value * g.to(value.dtype) for value in ctx.saved_tensors]
+        else:
+            gradients, ctx.gradients = ctx.gradients, None
+            scaled = _fused_again(ctx) if gradients is None else gradients
+            if bool(g != 1):
+                scaled = [value.mul_(g) for value in scaled]
+        wanted = [value if need else None for value, need in zip(scaled, ctx.needs_input_grad, strict=False)]
+        return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 3))
+
+
+def _fused_again(ctx: Any) -> list[Tensor]:
+    e, c, bias, targets, *tensors = ctx.saved_tensors
+    rest = [plain if tensor is None else tensor for plain, tensor in zip(ctx.plain, tensors, strict=True)]
+    return list(fuse(e, c, targets, bias, *rest)[1:4])
+
+
+def sum_rows(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    probabilities: Tensor | None,
+    target_offset: Tensor | None,
+    temperature: Tensor,
+    classes: Tensor | None,
+    weights: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    expected: bool,
+    totals: bool,
+    share: float,
+    dtype: torch.dtype,
+    impl: str,
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the fields of :class:`RowSums`, empty where not asked for, 0 in ignored rows.
+
+    The temperature is a tensor of no dimension or (N,).
+    """
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
+    how = Pass(
+        dtype,
+        Softmax(rows.temperature(temperature), classes),
+        expected,
+        totals,
+        weights,
+        share=share,
+        plan_classes=rows.plan_classes,
+    )
+    with torch.autocast(e.device.type, enabled=False):
+        sums = rows.combine(backends.get(impl, rows.problem).row_sums(rows.problem, how))
+    maximum, log_total = sums.shifted()
+    columns = (sums.logsumexp, sums.target, sums.expected, sums.total, sums.squares, maximum, log_total)
+    found = [rows.spread(column) for column in columns]
+    return found[0], found[1], found[2], found[3], found[4], found[5], found[6]
+
+
+linear_row_sums = torch.library.custom_op("lossworks::linear_row_sums", sum_rows, mutates_args=())
+
+
+@linear_row_sums.register_fake
+def _(e: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    expected, totals = rest[10:12]
+    wide = torch.promote_types(e.dtype, torch.float32)
+    there = (True, True, expected, totals, totals, True, True)
+    return tuple(e.new_empty(e.shape[0] if asked else 0, dtype=wide) for asked in there)
+
+
+def slope_rows(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    probabilities: Tensor | None,
+    target_offset: Tensor | None,
+    temperature: Tensor,
+    classes: Tensor | None,
+    weights: Tensor | None,
+    softcap: float | None,
+    ignore_index: int,
+    share: float,
+    dtype: torch.dtype,
+    impl: str,
+    accumulate: str,
+    group: str | None,
+    reduce_e: bool,
+    eps: float | None,
+    repair: bool,
+    sums: list[Tensor],
+    coefficients: list[Tensor],
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of E (N, D), C (V, D) and the bias (V,); empty where not wanted.
+
+    ``sums`` are the fields of :class:`RowSums`; ``coefficients`` are softmax, target, expected, constant and
+    linear, all of shape (N,); empty tensors stand for None.
+    """
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
+    how = Pass(
+        dtype,
+        Softmax(rows.temperature(temperature), classes),
+        filtering=None if eps is None else Filter(eps, repair),
+        share=share,
+        plan_classes=rows.plan_classes,
+        accumulate=accumulate,
+    )
+    there = [rows.keep(x) if len(x) == len(e) else None for x in (*sums, *coefficients)]
+    known = RowSums(*there[: len(sums)])  # type: ignore[arg-type]  # the first two always are
+    softmax, target, of_expected, constant, linear = there[len(sums) :]
+    parts = Coefficients(softmax, target, of_expected, constant, linear, weights)
+    with torch.autocast(e.device.type, enabled=False):
+        backend = backends.get(impl, rows.problem)
+        gradients, _ = backend.gradients(rows.problem, how, known, parts, (wanted[0], wanted[1], wanted[2]))
+        return rows.gradients(gradients, reduce_e=reduce_e)
+
+
+linear_row_gradients = torch.library.custom_op("lossworks::linear_row_gradients", slope_rows, mutates_args=())
+
+
+@linear_row_gradients.register_fake
+def _(e: Tensor, c: Tensor, _: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(e, c, bias, rest[-1])
+
+
+class LinearRowSums(torch.autograd.Function):
+    """The differentiable sums of every row: logsumexp, target, expected, total, squares, maximum, log_total.
+
+    The last two are numbers for differences without cancellation, and have no gradient of their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        e: Tensor,
+        c: Tensor,
+        bias: Tensor | None,
+        target_offset: Tensor | None,
+        temperature: Tensor,
+        targets: Tensor,
+        probabilities: Tensor | None,
+        classes: Tensor | None,
+        weights: Tensor | None,
+        softcap: float | None,
+        ignore_index: int,
+        expected: bool,
+        totals: bool,
+        share: float,
+        dtype: torch.dtype,
+        impl: str,
+        accumulate: str,
+        group: str | None,
+        reduce_e: bool,
+        eps: float | None,
+        repair: bool,
+    ) -> tuple[Tensor, ...]:
+        """Return the sums, each of shape (N,), or empty where not asked for."""
+        tensors = (e, c, targets, bias, probabilities, target_offset, temperature, classes, weights)
+        # The temperature's own gradient needs Σ p z.
+        expected = expected or temperature.requires_grad
+        call = linear_row_sums if torch.compiler.is_compiling() else sum_rows
+        sums = call(*tensors, softcap, ignore_index, expected, totals, share, dtype, impl, group)
+        ctx.save_for_backward(*tensors, *sums)
+        ctx.plain = (softcap, ignore_index, share, dtype, impl, accumulate, group, reduce_e, eps, repair)
+        ctx.mark_non_differentiable(*sums[5:])
+        ctx.set_materialize_grads(False)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``forward``'s arguments for those of its sums, each of shape (N,)."""
+        tensors, sums = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        temperature, ignored = tensors[6], tensors[2] == ctx.plain[1]
+        lse, target, expected, total, squares = (
+            None if g is None or not len(g) else torch.where(ignored, 0, g) for g in upstream[:5]
+        )
+        coefficients = [
+            None if lse is None else lse / temperature,
+            target,
+            expected,
+            total,
+            None if squares is None else 2 * squares,
+        ]
+        empty = sums[0].new_empty(0)
+        filled = [empty if x is None else x for x in coefficients]
+        need = ctx.needs_input_grad
+        call = linear_row_gradients if torch.compiler.is_compiling() else slope_rows
+        arguments = (*tensors, *ctx.plain, list(sums), filled, list(need[:3]))
+        gradients: tuple[Tensor, ...] = call(*arguments)
+        of_e, of_c, of_bias = (x if wanted else None for x, wanted in zip(gradients, need, strict=False))
+        of_offset = None
+        if need[3]:
+            takes_part = _takes_part(tensors[2], tensors[7])
+            of_offset = _offset_gradient(sums, filled, temperature, takes_part)
+        of_temperature = None
+        if need[4] and lse is not None:
+            of_temperature = (-lse * sums[2] / temperature.square()).sum_to_size(temperature.shape)
+        return of_e, of_c, of_bias, of_offset, of_temperature, *(None,) * 16
+
+
+def _takes_part(targets: Tensor, classes: Tensor | None) -> Tensor:
+    """Return 1 where the target's class is in the softmax, and 0 elsewhere."""
+    return torch.ones(()) if classes is None else classes[targets.clamp(0, len(classes) - 1)]
+
+
+def _offset_gradient(
+    sums: tuple[Tensor, ...], coefficients: list[Tensor], temperature: Tensor, takes_part: Tensor
+) -> Tensor:
+    """Return ∂L/∂offset_i, which is ∂L/∂z of the target's class."""
+    lse, z, expected = sums[0], sums[1], sums[2]
+    softmax, target, of_expected, constant, linear = coefficients
+    p = torch.exp(z / temperature - lse) * takes_part
+    gradient = torch.zeros_like(lse)
+    if len(softmax):
+        gradient = gradient + softmax * p
+    if len(of_expected):
+        gradient = gradient + of_expected * p * (1 + (z - expected) / temperature)
+    for part, factor in ((target, 1), (constant, 1), (linear, z)):
+        if len(part):
+            gradient = gradient + part * factor
+    return gradient

@@ -1,0 +1,106 @@
+"""Classes spread over the ranks of a process group: which are here, and how sums of rows are completed.
+
+Rank r holds the classes [start, stop) of C as its own rows. A row's sums over all classes take two small
+all-reduces (a maximum, then sums relative to it), ∂C none at all, and ∂E is summed over the ranks at the end.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName
+
+from lossworks.errors import UserError
+from lossworks.head.core.problem import RowSums
+
+
+@dataclass(frozen=True)
+class VocabParallel:
+    """Says that ``c`` holds this rank's rows of a classifier that a process group holds together.
+
+    Attributes:
+        group: The process group; ranks hold consecutive ranges of classes, in their order and of any size.
+            Every rank passes the same E and the same targets, which are indices into all classes.
+        reduce_e: Sum ∂E over the ranks. Turn it off only where something else does.
+    """
+
+    group: dist.ProcessGroup
+    reduce_e: bool = True
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of the classes.
+
+    Attributes:
+        group: The process group.
+        start: The first class of this rank.
+        sizes: The number of classes of each rank.
+    """
+
+    group: dist.ProcessGroup
+    start: int
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, classes: int, device: torch.device) -> "Shard":
+        """Return the shard of a rank that holds ``classes`` of them; every rank of the group must call.
+
+        Raises:
+            UserError: A rank holds none; it is raised on all ranks.
+        """
+        group = _group(name)
+        mine = torch.tensor([classes], device=device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, mine, group=group)
+        sizes = tuple(int(size) for size in everyone)
+        if 0 in sizes:
+            raise UserError(f"c has no class on rank {sizes.index(0)} of {len(sizes)}: every rank needs one")
+        return cls(group, sum(sizes[: dist.get_rank(group)]), sizes)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes V over all ranks."""
+        return sum(self.sizes)
+
+    def local(self, targets: Tensor) -> Tensor:
+        """Return targets (N,) counted from this rank's first class, −1 where another rank holds them."""
+        moved = targets - self.start
+        here = (moved >= 0) & (moved < self.sizes[dist.get_rank(self.group)])
+        return torch.where(here, moved, -1)
+
+    def combine(self, sums: RowSums) -> RowSums:
+        """Complete the sums of some rows with those of the other ranks' classes."""
+        maximum, log_total = sums.shifted()
+        largest = maximum.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        share = torch.exp(maximum - largest + log_total)
+        parts = [share, sums.target]
+        parts += [] if sums.expected is None else [share * sums.expected]
+        parts += [] if sums.total is None or sums.squares is None else [sums.total, sums.squares]
+        packed = torch.stack(parts)
+        dist.all_reduce(packed, group=self.group)
+        whole, target, *rest = packed.unbind()
+        expected = None if sums.expected is None else rest.pop(0) / whole
+        total, squares = rest or (None, None)
+        log_total = whole.log()
+        return RowSums(largest + log_total, target, expected, total, squares, largest, log_total)
+
+    def sum(self, tensor: Tensor | None) -> None:
+        """Sum a tensor of any shape, the same on all ranks, over them in place; None is left out."""
+        if tensor is not None:
+            dist.all_reduce(tensor, group=self.group)
+
+
+def agree(complaint: str | None, name: str | None, device: torch.device) -> str | None:
+    """Return a complaint about NaN on every rank of the group ``name`` (or None) if any rank has one."""
+    if name is None:
+        return complaint
+    flag = torch.tensor([complaint is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=_group(name))
+    return complaint or ("another rank's part of c or bias holds NaN or infinity" if bool(flag) else None)
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(GroupName(name))

@@ -1,0 +1,134 @@
+"""Any loss of a row's own target logit and logsumexp, folded into the pass over the logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossworks.errors import UserError
+from lossworks.head import backends
+from lossworks.head.autograd.once_differentiable import once_differentiable
+from lossworks.head.core.arguments import Implementation, Operands, Options, check_targets, operands
+from lossworks.head.core.problem import Softmax
+from lossworks.head.core.row_formulas import differentiated
+from lossworks.head.core.valid_rows import ValidRows
+from lossworks.head.cpu.backend import Pass
+
+RowFormula = Callable[[Tensor, Tensor], Tensor]
+"""From target logits and logsumexps, both (T,), to losses (T,); no row may look at another."""
+
+
+def linear_row_loss(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    loss: RowFormula,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    target_offset: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    impl: Implementation = "auto",
+    buffer_share: float = 0.05,
+) -> Tensor:
+    r"""Return :math:`\sum_i φ(z_{i,y_i}, \mathrm{lse}_i)` with its gradient formed in the same pass.
+
+    A focal or generalised cross-entropy loss thus costs the three products of plain cross-entropy; through
+    :func:`linear_row_statistics` its gradient would be known in the backward pass only, which costs a fourth.
+    φ is differentiated by autograd on vectors of one chunk's rows.
+
+    Args:
+        e: Embeddings E, shape (..., D).
+        c: Classifier C, shape (V, D).
+        targets: y in [0, V) or ``ignore_index``, shape (...), int64.
+        loss: φ; it gets :math:`z_y` and :math:`τ \log \sum_k \exp(z_k/τ)` of some rows, both (T,), and
+            returns (T,). It must treat rows alike and apart, as it is called once per chunk.
+        bias: b, shape (V,), or None.
+        ignore_index: Target of rows that are left out.
+        softcap: Cap of the logits' magnitude, or None.
+        temperature: τ > 0.
+        target_offset: Added to :math:`z_{i,y_i}` before anything else is taken: a margin; shape (...),
+            without a gradient, or None.
+        token_weight: Factors of the losses, shape (...), without a gradient, or None.
+        impl: ``"auto"``, ``"cpu"`` or ``"triton"``.
+        buffer_share: Largest work buffer as a share of the logits.
+
+    Returns:
+        The sum, a float32 scalar (float64 for float64 inputs).
+
+    Raises:
+        UserError: Something does not fit together.
+
+    Example:
+        >>> e, c, y = torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])
+        >>> focal = lambda z, lse: (1 - (z - lse).exp()) ** 2 * (lse - z)
+        >>> round(linear_row_loss(e, c, y, focal).item(), 4)  # 2 · (3/4)² · ln 4
+        1.5596
+    """
+    options = Options(softcap, ignore_index, temperature, impl=impl, buffer_share=buffer_share)
+    if impl == "reference":
+        raise UserError("impl='reference' must be auto, cpu or triton: use linear_row_statistics for it")
+    head = operands(e, c, bias, None)
+    if head.group is not None:
+        raise UserError("c is spread over ranks by classes: use linear_row_statistics for it")
+    check_targets(e, targets, len(head.c), soft=False)
+    for name, column in (("target_offset", target_offset), ("token_weight", token_weight)):
+        if column is not None and column.shape != targets.shape:
+            raise UserError(f"{name} {tuple(column.shape)} must be {tuple(targets.shape)}, one a row")
+    grad = torch.is_grad_enabled()
+    wanted = tuple(grad and x is not None and x.requires_grad for x in (head.e, head.c, head.bias))
+    result: Tensor = _Folded.apply(
+        head.e,
+        head.c,
+        head.bias,
+        targets.reshape(-1),
+        _column(target_offset),
+        _column(token_weight),
+        loss,
+        options,
+        head,
+        wanted,
+    )
+    return result
+
+
+def _column(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().reshape(-1)
+
+
+class _Folded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        e: Tensor,
+        c: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        offset: Tensor | None,
+        weight: Tensor | None,
+        loss: RowFormula,
+        options: Options,
+        head: Operands,
+        wanted: tuple[bool, bool, bool],
+    ) -> Tensor:
+        rows = ValidRows(e, c, targets, bias, options.softcap, options.ignore_index, None, offset)
+        how = Pass(head.dtype, Softmax(options.temperature), share=options.buffer_share)
+        with torch.autocast(e.device.type, enabled=False):
+            backend = backends.get(options.impl, rows.problem)
+            rule = differentiated(loss, options.temperature, rows.keep(weight))
+            result = backend.fused(rows.problem, how, rule, wanted)
+            ctx.gradients = rows.gradients(result.gradients, reduce_e=False)
+        ctx.save_for_backward(e, c, bias)
+        return result.losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        scaled = [
+            g * upstream[0].to(g.dtype) if n else None for g, n in zip(ctx.gradients, need, strict=False)
+        ]
+        return *scaled, *(None,) * 7

@@ -1,0 +1,1 @@
+"""The audit of losses, and its command."""

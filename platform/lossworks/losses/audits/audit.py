@@ -1,0 +1,147 @@
+"""The audit of a loss: does it compute what it says, under everything that training does to it?
+
+Wrong gradients hide well: a uniform upstream gradient, equal batches and mild float32 inputs show none. Every
+check here is one of those that would have found a fault that lived in a released library.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lossworks.losses.audits.subject import ROWS, Finding, Subject, judged
+from lossworks.losses.problems import Problem
+
+_DIRECTIONS, _STEP = 4, 1e-6
+_REDUCTIONS = ("sum", "mean", "none")
+_NO_VALUE = "it is declared unmonitored: its gradient isn't that of its value"
+
+
+def audit(subject: Subject, *, ranks: bool = True) -> Iterator[Finding]:
+    """Yield the findings one by one; a check that raises has failed.
+
+    Args:
+        subject: What to audit.
+        ranks: Whether to start two processes for the last check, which takes some seconds.
+    """
+    for check, name in _CHECKS:
+        yield _tried(check, name, subject)
+    if ranks:
+        from lossworks.losses.audits.audit_ranks import two_ranks
+
+        yield _tried(two_ranks, "two ranks of unequal share give what one gives", subject)
+
+
+def _tried(check: Callable[[Subject], Finding], name: str, subject: Subject) -> Finding:
+    try:
+        found = check(subject)
+    except Exception as error:  # noqa: BLE001 - a loss of anybody's; the report is to say what it did
+        return Finding(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return Finding(name, found.passed, found.detail)
+
+
+def _finite_differences(subject: Subject) -> Finding:
+    if "unmonitored" in subject.flags:
+        return Finding("", None, _NO_VALUE)
+    return judged(_worst_slope(subject, "sum", seed=1), 1e-6, "relative error")
+
+
+def _every_reduction(subject: Subject) -> Finding:
+    if "unmonitored" in subject.flags:
+        return Finding("", None, _NO_VALUE)
+    worst = {how: _worst_slope(subject, how, seed=2) for how in _REDUCTIONS}
+    how = max(worst, key=lambda name: worst[name] if worst[name] == worst[name] else math.inf)
+    return judged(worst[how], 1e-6, f"worst with reduction={how!r}: relative error")
+
+
+def _worst_slope(subject: Subject, reduction: str, seed: int) -> float:
+    """Return the worst error of the gradient along random directions, for a random upstream gradient."""
+    problem = subject.problem(seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    prediction = problem.prediction.clone().requires_grad_()
+    value = subject.value(reduction, problem.with_prediction(prediction))
+    upstream = torch.randn(value.shape, dtype=value.dtype, generator=generator)
+    (gradient,) = torch.autograd.grad((value * upstream).sum(), prediction)
+    errors = [0.0]
+    for _ in range(_DIRECTIONS):
+        direction = torch.randn(prediction.shape, dtype=prediction.dtype, generator=generator)
+        ahead, behind = (
+            (
+                subject.value(reduction, problem.with_prediction(problem.prediction + step * direction))
+                * upstream
+            )
+            .sum()
+            .item()
+            for step in (_STEP, -_STEP)
+        )
+        measured, claimed = (ahead - behind) / (2 * _STEP), (gradient * direction).sum().item()
+        errors.append(abs(measured - claimed) / max(1.0, abs(measured)))
+    return max(errors) if all(map(math.isfinite, errors)) else math.nan
+
+
+def _unequal_split(subject: Subject) -> Finding:
+    if subject.indivisible:
+        return Finding("", None, subject.indivisible)
+    problem = subject.problem(rows=ROWS - 1)
+    whole = subject.value("sum", problem)
+    parts = sum(subject.value("sum", problem.part(rows)) for rows in (slice(0, 2), slice(2, None)))
+    worst = float((whole - parts).abs() / whole.abs().clamp(min=1))
+    return judged(worst, 1e-12, "relative difference of the sums")
+
+
+def _ignored(subject: Subject) -> Finding:
+    problem = subject.problem()
+    index = getattr(subject.build("sum"), "ignore_index", None)
+    if index is None:
+        return Finding("", None, "it has no ignore_index")
+    # A number that isn't known is NaN; a class is the index.
+    unknown = math.nan if problem.target.is_floating_point() else index
+    nothing = Problem(
+        problem.prediction.clone().requires_grad_(),
+        torch.full_like(problem.target, unknown),
+        problem.context,
+    )
+    for reduction in ("sum", "mean"):
+        value = subject.value(reduction, nothing)
+        (gradient,) = torch.autograd.grad(value, nothing.prediction, materialize_grads=True)
+        if value.item() != 0 or gradient.abs().max().item() != 0:
+            return Finding(
+                "", False, f"reduction={reduction!r} gives {value.item():g} for nothing but ignored"
+            )
+    return Finding("", True, "zero loss and gradient where everything is ignored")
+
+
+def _extreme(subject: Subject) -> Finding:
+    problem = subject.problem()
+    signs = torch.sign(problem.prediction)
+    for scale in (0.0, 1e4, -1e4):
+        prediction = (scale * signs).float().requires_grad_()
+        value = subject.value("sum", problem.with_prediction(prediction))
+        (gradient,) = torch.autograd.grad(value, prediction, materialize_grads=True)
+        for what, tensor in (("loss", value), ("gradient", gradient)):
+            if not tensor.isfinite().all():
+                return Finding("", False, f"the {what} is not finite where predictions are {scale:+g}")
+    return Finding("", True, "finite in float32 at 0 and at ±1e4")
+
+
+def _low_precision(subject: Subject) -> Finding:
+    """Judge by what rounding the true losses to the dtype costs, of the same rounded predictions."""
+    worst = 0.0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        problem = subject.problem()
+        rounded = problem.prediction.to(dtype)
+        true = subject.value("none", problem.with_prediction(rounded.double()))
+        actual = subject.value("none", problem.with_prediction(rounded)).double()
+        scale = true.abs().max().clamp(min=1.0)
+        worst = max(worst, float((actual - true).abs().max() / scale) / torch.finfo(dtype).eps)
+    return judged(worst, 64.0, "error in units of the dtype's rounding")
+
+
+_CHECKS: tuple[tuple[Callable[[Subject], Finding], str], ...] = (
+    (_finite_differences, "gradient equals finite differences in float64"),
+    (_every_reduction, "a random upstream gradient, for every reduction"),
+    (_unequal_split, "unequal parts of a batch add up to the whole"),
+    (_ignored, "ignored targets count for nothing"),
+    (_extreme, "extreme predictions stay finite"),
+    (_low_precision, "low precision is as good as rounding allows"),
+)

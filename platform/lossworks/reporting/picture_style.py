@@ -1,0 +1,36 @@
+"""How all pictures look: fonts, colours, frames, and what stands in an empty one."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREY, DARK = "#2563a8", "#d9541e", "#9aa3ad", "#2b2f36"
+STYLE: Any = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": DARK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "text.color": DARK,
+    "xtick.color": DARK,
+    "ytick.color": DARK,
+    "legend.facecolor": "white",
+    "legend.edgecolor": "white",
+    "legend.framealpha": 0.85,
+    "lines.linewidth": 2.0,
+}
+
+
+def not_measured(axes: "Axes") -> None:
+    """Say so in an empty picture."""
+    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="#e4e7eb")

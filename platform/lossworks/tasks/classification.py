@@ -1,0 +1,192 @@
+"""Training of classifiers: of examples with a class each, or of bags of which only proportions count."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+
+import numpy as np
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from lossworks.catalogue.declaration import Declaration
+from lossworks.data import BagOrder, Order, load_examples
+from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.metrics import ClassSums, class_sums
+from lossworks.models import Classifier, HeadedModel, Outputs, build_classifier, save_classifier
+from lossworks.models.operations import count_step_flops
+from lossworks.specs import ClassifierModelSpec, ExamplesSpec, RunSpec
+from lossworks.tasks.interface import Mode, Prepared, Say, Task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class ClassifierSpec(RunSpec):
+    """Training of a classifier."""
+
+    task: Literal["classification"] = Field("classification", description="what is trained")
+    data: ExamplesSpec = ExamplesSpec()
+    model: ClassifierModelSpec = ClassifierModelSpec()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in ("batch_size", "micro_batch_size"):
+            size = getattr(self, name)
+            if size is not None and size % self.data.bag_size:
+                raise ValueError(
+                    f"{name}={size} must be a multiple of data.bag_size={self.data.bag_size}: bags stay whole"
+                )
+        require_small(self, "language models")
+        ClassificationTask.require_entries(self)
+        return self
+
+
+def require_small(spec: RunSpec, whose: str) -> None:
+    """Refuse what is for large models and heads.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    if spec.activation_checkpointing:
+        raise ValueError(f"activation_checkpointing=true is for {whose}")
+    if spec.sharding.vocab_parallel:
+        raise ValueError(f"sharding.vocab_parallel=true is for the large heads of {whose}")
+
+
+class ClassificationTask(Task):
+    """Labelled examples; the yardsticks are cross-entropy, accuracy, calibration error and Brier score.
+
+    Args:
+        spec: The run.
+
+    Raises:
+        UserError: The examples can't be read.
+    """
+
+    slug = "classification"
+    title = "a classifier of examples, or of bags of examples"
+    unit = "examples"
+    spec: ClassVar[type[RunSpec]] = ClassifierSpec
+    kinds = ("row", "logits", "margin", "bag")
+    provides = ("inputs", "targets", "segments")
+    classifies = True
+    yardsticks: ClassVar[Mapping[str, Mode]] = {
+        "eval/accuracy": "max",
+        "eval/cross_entropy": "min",
+        "eval/ece": "min",
+        "eval/brier": "min",
+    }
+    shown: ClassVar[Sequence[tuple[str, str, str]]] = (
+        ("held-out accuracy", "eval/accuracy", "{:.4f}"),
+        ("held-out cross-entropy", "eval/cross_entropy", "{:.4f} nats"),
+        ("calibration error", "eval/ece", "{:.4f}"),
+        ("Brier score", "eval/brier", "{:.4f}"),
+    )
+    panels: ClassVar[tuple[str, Mapping[str, str]] | None] = (
+        "Held-out accuracy and calibration error",
+        {"eval/accuracy": "accuracy", "eval/ece": "calibration error"},
+    )
+
+    def __init__(self, spec: ClassifierSpec) -> None:
+        super().__init__(spec)
+        self.run = spec
+        self.data = load_examples(spec.data, spec.seed)
+        self.train, self.held_out = self.data.train, self.data.held_out
+
+    @classmethod
+    def open(cls, spec: RunSpec, folder: Path | None) -> "ClassificationTask":
+        """See :meth:`Task.open`; every worker reads the examples for itself."""
+        del folder
+        return cls(cast("ClassifierSpec", spec))
+
+    @classmethod
+    def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:
+        """See :meth:`Task.prepare`."""
+        del say
+        task = cls.open(spec, None)
+        task.build_model()
+        return Prepared(guess=math.log(len(task.data.names)))
+
+    @classmethod
+    def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
+        """See :meth:`Task.takes`; losses of margins need two classes, those of bags need bags."""
+        if not super().takes(entry, spec):
+            return False
+        if spec is None:
+            return True
+        data = cast("ClassifierSpec", spec).data
+        if entry.kind == "margin":
+            return data.may_be_binary
+        return entry.kind != "bag" or data.bag_size > 1
+
+    @classmethod
+    def condition(cls, entry: Declaration) -> str:
+        """See :meth:`Task.condition`."""
+        if entry.kind == "margin":
+            return f"{entry.slug} is for two classes: set data.classes=[A, B]"
+        return f"{entry.slug} is for bags: set data.bag_size" if entry.kind == "bag" else ""
+
+    @classmethod
+    def obstacle(cls, spec: RunSpec) -> str | None:
+        """See :meth:`Task.obstacle`."""
+        run = cast("ClassifierSpec", spec)
+        dropout = run.model.dropout
+        return f"model.dropout={dropout} draws random numbers" if dropout > 0 else None
+
+    def order(self) -> Order:
+        """Return an order of whole bags, or of examples where there are no bags."""
+        run = self.run
+        return BagOrder(len(self.train), run.data.bag_size, run.batch_size, run.seed)
+
+    def build_model(self, model: Mapping[str, Any] | None = None) -> Classifier:
+        """See :meth:`Task.build_model`."""
+        data = self.data
+        spec = self.run.model if model is None else ClassifierModelSpec.parse(model, source="model")
+        return build_classifier(spec, shape=data.shape, classes=len(data.names), seed=self.run.seed)
+
+    def flops_per_unit(self, model: HeadedModel) -> float:
+        """Return the operations an example, counted on two of them."""
+        inputs = self.train.batch(np.arange(2) % len(self.train))["inputs"]
+        return count_step_flops(model, inputs) / len(inputs)
+
+    def counts(self, batch: Batch) -> tuple[float, float]:
+        """Return how many examples count, and nothing further."""
+        return float((batch["targets"] != IGNORE_INDEX).sum()), 0.0
+
+    def measure(self, outputs: Outputs, batch: Batch, own: Tensor) -> Tensor:
+        """Return the sums of the yardsticks."""
+        del own
+        return class_sums(outputs.logits, batch["targets"], IGNORE_INDEX).values
+
+    def figures(self, sums: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the yardsticks, and the reliability by bin of confidence."""
+        found = ClassSums(sums)
+        return {f"eval/{name}": value for name, value in found.metrics().items()}, {
+            "reliability": found.reliability()
+        }
+
+    @classmethod
+    def draw(cls, axes: "Axes", pictured: Mapping[str, Any]) -> bool:
+        """Draw the reliability; see :meth:`Task.draw`."""
+        from lossworks.reporting.reliability import draw_reliability
+
+        draw_reliability(axes, pictured.get("reliability"))
+        return True
+
+    def class_names(self) -> tuple[str, ...]:
+        """See :meth:`Task.class_names`."""
+        return self.data.names
+
+    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+        """Write weights, configuration, class names and scale of the inputs; see :meth:`Task.save`."""
+        data = self.data
+        save_classifier(
+            to,
+            spec=self.run.model,
+            state=state,
+            shape=data.shape,
+            names=data.names,
+            standardisation=data.standardisation,
+            provenance=provenance,
+        )

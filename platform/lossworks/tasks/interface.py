@@ -1,0 +1,335 @@
+"""What a kind of training is: its data, its model, which losses it takes, and how it is measured."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossworks.catalogue.declaration import Declaration
+from lossworks.catalogue.registry import create, declaration, declarations, entry_class
+from lossworks.data import Order, SequenceOrder
+from lossworks.data.batch import Batch
+from lossworks.losses.objective import Objective
+from lossworks.models import HeadedModel, Outputs
+from lossworks.specs import RunSpec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Mode = Literal["min", "max"]
+Say = Callable[[str], None]
+
+
+class Rows(Protocol):
+    """Training data read by row: sequences of a text, or examples."""
+
+    def __len__(self) -> int:
+        """Return how many rows there are."""
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the batch of rows (B,), each tensor with B entries."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model measured on held-out data, over all ranks.
+
+    Attributes:
+        loss: Of the training's own objective, a mean over its elements; it chooses the best checkpoint.
+        yardsticks: Figures that compare models whatever loss trained them, by tracked name.
+        pictured: What the report draws of it, by name, as plain data.
+    """
+
+    loss: float
+    yardsticks: dict[str, float]
+    pictured: dict[str, Any] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """Return all values under their tracked names."""
+        return {"eval/loss": self.loss, **self.yardsticks}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the driver makes once, for all workers.
+
+    Attributes:
+        folder: Of what workers open, such as tokens; None if each reads the data for itself.
+        guess: The loss of a uniform guess under cross-entropy, which the report marks; None if there is none.
+    """
+
+    folder: Path | None = None
+    guess: float | None = None
+
+
+Measure = Callable[[Outputs, Batch], Tensor]
+"""Called inside the model's forward; returns numbers (S,) that add up over rows."""
+
+Sums = Callable[[Measure, Rows, np.ndarray], Tensor]
+"""Called with what to measure inside the forward, where rows are read, and which: float64 sums (S,)."""
+
+
+class Task(ABC):
+    """One kind of training; a new kind is a class in a file of its own, named by an entry point.
+
+    Attributes:
+        slug: Its name, in kebab case.
+        title: What is trained on what, in one line.
+        unit: What throughput is counted in.
+        spec: The class of its specs.
+        kinds: Kinds of losses that it takes; see ``lossworks losses``.
+        provides: Names that its batches hold; see :mod:`lossworks.data.batch`.
+        yardsticks: What it measures besides the trained loss, by tracked name, and which direction is better.
+        shown: For tables and summaries: label, tracked name and format of each figure.
+        classifies: Whether its targets are classes and its outputs logits, one class a row.
+        panels: What the report draws over the steps: a heading, and one or two labels by tracked name; None
+            for the learning rate and the head's memory.
+    """
+
+    slug: ClassVar[str]
+    title: ClassVar[str]
+    unit: ClassVar[str]
+    spec: ClassVar[type[RunSpec]]
+    kinds: ClassVar[tuple[str, ...]]
+    provides: ClassVar[tuple[str, ...]] = ("inputs", "targets")
+    yardsticks: ClassVar[Mapping[str, Mode]]
+    shown: ClassVar[Sequence[tuple[str, str, str]]] = ()
+    classifies: ClassVar[bool] = False
+    panels: ClassVar[tuple[str, Mapping[str, str]] | None] = None
+
+    train: Rows
+    held_out: Rows
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec_of_run = spec
+        self.objective = Objective(spec.loss)
+
+    @classmethod
+    def open(cls, spec: RunSpec, folder: Path | None) -> "Task":
+        """Return the task of a spec, with its data.
+
+        Args:
+            spec: The run.
+            folder: What ``prepare`` made for it.
+
+        Raises:
+            UserError: The data can't be used.
+        """
+        del folder
+        return cls(spec)
+
+    @classmethod
+    def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:
+        """Read the data once, before workers do, and check that model and data fit.
+
+        Args:
+            spec: The run.
+            say: Called with what is going on.
+
+        Raises:
+            UserError: The data can't be used, or the model doesn't fit them.
+        """
+        del say
+        cls.open(spec, None).build_model()
+        return Prepared()
+
+    @classmethod
+    def measured_by(cls, spec: RunSpec) -> dict[str, Mode]:
+        """Return all yardsticks of a run, those of its methods and analyses among them."""
+        found = dict(cls.yardsticks)
+        for entry in (*spec.methods, *spec.analyses):
+            found |= entry_class(entry.name).yardsticks  # type: ignore[attr-defined]
+        return found
+
+    @classmethod
+    def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
+        """Return whether a loss can train it.
+
+        Args:
+            entry: The loss.
+            spec: The run; None asks whether there is any run that it can train.
+        """
+        del spec
+        return entry.kind in cls.kinds and set(entry.requires) <= set(cls.provides)
+
+    @classmethod
+    def require_entries(cls, spec: RunSpec) -> None:
+        """Refuse losses, methods and analyses that a run can't have.
+
+        Raises:
+            ValueError: Naming those that can, and the tasks that the loss could train.
+        """
+        for term in spec.loss.terms:
+            if not cls.takes(declaration(term.name), spec):
+                raise ValueError(cls._refusal(term.name, spec))
+        for entry in (*spec.methods, *spec.analyses):
+            create(entry.name, **entry.hyperparameters).check(cls, spec)
+
+    @classmethod
+    def _refusal(cls, slug: str, spec: RunSpec) -> str:
+        from lossworks.tasks.registry import task_class, task_slugs
+
+        able = ", ".join(name for name, entry in declarations().items() if cls.takes(entry, spec))
+        text = f"loss.name={slug} can't train task={cls.slug} as it is here; what can: {able}"
+        entry = declaration(slug)
+        others = [name for name in task_slugs() if name != cls.slug and task_class(name).takes(entry)]
+        if others:
+            text += f"; {slug} trains task={' or '.join(others)}"
+        return text + (f"; {cls.condition(entry)}" if cls.condition(entry) else "")
+
+    @classmethod
+    def condition(cls, entry: Declaration) -> str:
+        """Return what a run of this task would need for a loss that it takes in other runs, or nothing."""
+        del entry
+        return ""
+
+    @classmethod
+    def obstacle(cls, spec: RunSpec) -> str | None:
+        """Return why runs can't be trained many at once in one process, or None if they can."""
+        del spec
+        return f"task={cls.slug} is not trained many runs at once"
+
+    @classmethod
+    def shaping(cls, spec: RunSpec) -> str:
+        """Return what of a run's loss decides how model and batches look, as the JSON of a loss's spec.
+
+        Runs that are trained at once must agree in it.
+        """
+        del spec
+        return "{}"
+
+    def order(self) -> Order:
+        """Return the order in which training visits the rows."""
+        spec = self.spec_of_run
+        return SequenceOrder(len(self.train), spec.batch_size, spec.seed)
+
+    @abstractmethod
+    def build_model(self, model: Mapping[str, Any] | None = None) -> HeadedModel:
+        """Return the untrained model.
+
+        Args:
+            model: The model's part of another spec, as plain data, for a companion; None for this run's.
+
+        Raises:
+            UserError: The model doesn't fit the data.
+        """
+
+    def completed(self, batch: Batch, companions: Callable[[Batch, str], dict[str, Outputs]]) -> Batch:
+        """Return a batch with what companions of the model give for it, where losses read that by a name.
+
+        Args:
+            batch: A micro-batch.
+            companions: From a batch and the name of what is read to the outputs of every companion.
+        """
+        del companions
+        return batch
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> tuple[float, float]:
+        """Return how many units a batch holds, and a further count that the metrics need."""
+
+    def train_metrics(self, loss: float, units: float, further: float) -> dict[str, float]:
+        """Return the metrics of a step.
+
+        Args:
+            loss: The objective's value over all ranks.
+            units: First count of all batches.
+            further: Second count of all batches.
+        """
+        del units, further
+        return {"train/loss": loss}
+
+    @abstractmethod
+    def measure(self, outputs: Outputs, batch: Batch, own: Tensor) -> Tensor:
+        """Return the sums of the yardsticks, float64 (S,); called inside the model's forward.
+
+        Args:
+            outputs: Of the model.
+            batch: Its rows; those that count for nothing must not matter.
+            own: The sums of the objective, which need not be computed again.
+        """
+
+    @abstractmethod
+    def figures(self, sums: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return yardsticks by tracked name, and what the report draws, from sums over all rows and ranks."""
+
+    def measured(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Return counts and sums of the objective, and those of the yardsticks behind them."""
+        own = self.objective(outputs, batch)
+        counts = torch.tensor(self.objective.counts(batch), dtype=torch.float64, device=own.device)
+        return torch.cat((counts, own.double(), self.measure(outputs, batch, own)))
+
+    def evaluation(self, sums: Tensor) -> Evaluation:
+        """Return the figures from sums over all micro-batches and ranks, as ``measured`` gives them."""
+        terms = len(self.objective.titles)
+        size = sum(self.objective.sizes)
+        counts, own, rest = sums[:terms].tolist(), sums[terms : terms + size], sums[terms + size :]
+        loss, _ = self.objective.value(own, counts)
+        yardsticks, pictured = self.figures(rest)
+        return Evaluation(loss, yardsticks, pictured)
+
+    def flops_per_unit(self, model: HeadedModel) -> float | None:
+        """Return the floating-point operations of a training step a unit, or None if not known."""
+        del model
+        return None
+
+    def head_rows(self, ranks: int) -> int | None:
+        """Return how many rows of features the head of one of so many ranks takes at once.
+
+        None where the head is so small that its memory is not worth a look.
+        """
+        del ranks
+        return None
+
+    @classmethod
+    def draw(cls, axes: "Axes", pictured: Mapping[str, Any]) -> bool:
+        """Draw the last panel of a report from what evaluations gave; return whether there is anything."""
+        del axes, pictured
+        return False
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes, in the order of their numbers; empty where there are none."""
+        return ()
+
+    @classmethod
+    def reopen(
+        cls, spec: RunSpec, folder: Path, fill: Callable[[HeadedModel], None]
+    ) -> "tuple[Task, HeadedModel]":
+        """Return the task of an exported model, with the data of a spec, and the model in eval mode.
+
+        Args:
+            spec: The run that the model is from, perhaps with other data.
+            folder: What ``save`` wrote.
+            fill: Puts the folder's weights into a model.
+
+        Raises:
+            UserError: The folder or the data can't be read, or they don't fit each other.
+        """
+        del folder
+        task = cls.open(spec, None)
+        model = task.build_model()
+        fill(model)
+        return task, model.eval()
+
+    @abstractmethod
+    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+        """Write a trained model as a folder that can be used without the run.
+
+        Args:
+            to: Absent or empty.
+            state: The model's unsharded ``state_dict()``, without losses.
+            provenance: Where it comes from; anything JSON can hold.
+
+        Raises:
+            UserError: ``to`` isn't empty.
+        """
+
+
+def as_sums(*values: Tensor | float, like: Tensor) -> Tensor:
+    """Return numbers as float64 (S,) on the device of ``like``."""
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=like.device) for value in values])

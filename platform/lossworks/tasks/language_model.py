@@ -1,0 +1,216 @@
+"""Training of language models: next tokens of a text, with a head that never builds the logits."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, cast
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from lossworks.catalogue.declaration import Declaration
+from lossworks.catalogue.registry import declaration
+from lossworks.data import TokenizedCorpus, prepare
+from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.losses.objective import Objective
+from lossworks.models import HeadedModel, LanguageModel, Outputs, build_model, load_model, save_model
+from lossworks.specs import DataSpec, LossSpec, ModelSpec, RunSpec
+from lossworks.tasks.interface import Mode, Prepared, Say, Task, as_sums
+
+
+class TrainSpec(RunSpec):
+    """Training of a language model."""
+
+    task: Literal["language-model"] = Field("language-model", description="what is trained")
+    data: DataSpec = DataSpec()
+    model: ModelSpec = ModelSpec()
+
+    def text(self) -> DataSpec:
+        """Return the data with the tokenizer settled: a transformers checkpoint brings its own."""
+        if self.data.tokenizer is None and self.model.source.startswith("hf:"):
+            path = Path(self.model.source.removeprefix("hf:")).expanduser() / "tokenizer.json"
+            return self.data.model_copy(update={"tokenizer": str(path)})
+        return self.data
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        LanguageTask.require_entries(self)
+        if self.sharding.vocab_parallel:
+            self._require_splittable_head()
+        return self
+
+    def _require_splittable_head(self) -> None:
+        if self.telemetry.every or self.telemetry.spike is not None:
+            raise ValueError(
+                "telemetry can't be combined with sharding.vocab_parallel=true: no worker has whole rows of "
+                "logits"
+            )
+        for term in self.loss.terms:
+            if declaration(term.name).kind == "sequence":
+                raise ValueError(f"loss.name={term.name} can't be combined with sharding.vocab_parallel=true")
+        if self.sharding.kind != "fsdp":
+            raise ValueError(
+                f"sharding.vocab_parallel=true needs sharding=fsdp, not {self.sharding.kind}: "
+                "otherwise every worker holds the whole head"
+            )
+        if self.model.source == "transformer" and self.model.tied:
+            raise ValueError(
+                "sharding.vocab_parallel=true can't split a head that is the embedding, too, whose look-up "
+                "needs all classes: set model.tied=false"
+            )
+        if self.loss.impl == "reference":
+            raise ValueError(
+                "loss.impl=reference can't be combined with sharding.vocab_parallel=true: it builds the "
+                "logits of all classes; use auto, cpu or triton"
+            )
+
+
+class LanguageTask(Task):
+    """Next tokens of a text; the yardsticks are plain cross-entropy, perplexity and bits per byte.
+
+    Args:
+        spec: The run.
+        corpus: Its text.
+
+    Raises:
+        UserError: The text is too short.
+    """
+
+    slug = "language-model"
+    title = "a language model on the next tokens of a text"
+    unit = "tokens"
+    spec: ClassVar[type[RunSpec]] = TrainSpec
+    kinds = ("row", "sequence")
+    provides = ("inputs", "targets", "segments")
+    yardsticks: ClassVar[Mapping[str, Mode]] = {
+        "eval/cross_entropy": "min",
+        "eval/bits_per_byte": "min",
+        "eval/perplexity": "min",
+    }
+    shown: ClassVar[Sequence[tuple[str, str, str]]] = (
+        ("held-out cross-entropy", "eval/cross_entropy", "{:.4f} nats a token"),
+        ("held-out perplexity", "eval/perplexity", "{:.2f}"),
+        ("held-out bits per byte", "eval/bits_per_byte", "{:.4f}"),
+    )
+
+    def __init__(self, spec: TrainSpec, corpus: TokenizedCorpus) -> None:
+        super().__init__(spec)
+        self.run, self.corpus = spec, corpus
+        self.train, self.held_out = corpus.split(spec.data)
+        self._token_bytes = torch.from_numpy(np.array(corpus.token_bytes))
+        # Plain cross-entropy is measured beside any other loss, and isn't computed twice.
+        plain = LossSpec(impl=spec.loss.impl)
+        self._plain = None if spec.loss == plain else Objective(plain)
+        if any("segments" in declaration(term.name).requires for term in spec.loss.terms):
+            lines = corpus.line_ends()
+            self.train, self.held_out = (part.with_steps(lines) for part in (self.train, self.held_out))
+
+    @classmethod
+    def open(cls, spec: RunSpec, folder: Path | None) -> "LanguageTask":
+        """See :meth:`Task.open`; without a folder the text is tokenised here."""
+        run = cast("TrainSpec", spec)
+        corpus = prepare(run.text()) if folder is None else TokenizedCorpus.open(folder)
+        return cls(run, corpus)
+
+    @classmethod
+    def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:
+        """Tokenise the text; see :meth:`Task.prepare`."""
+        text = cast("TrainSpec", spec).text()
+        corpus = prepare(text, on_progress=say)
+        corpus.split(text)
+        return Prepared(corpus.folder, math.log(corpus.vocab_size))
+
+    @classmethod
+    def reopen(
+        cls, spec: RunSpec, folder: Path, fill: Callable[[HeadedModel], None]
+    ) -> "tuple[Task, HeadedModel]":
+        """See :meth:`Task.reopen`; the text is tokenised with the model's own tokenizer."""
+        del fill
+        model, _ = load_model(folder)
+        run = cast("TrainSpec", spec)
+        data = run.data.model_copy(update={"tokenizer": str((folder / "tokenizer.json").absolute())})
+        own = run.model_copy(update={"data": data})
+        return cls(own, prepare(data)), model
+
+    @classmethod
+    def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
+        """Return whether a loss can be one of next tokens, without logits."""
+        return super().takes(entry, spec) and entry.without_logits and "own-outputs" not in entry.flags
+
+    @classmethod
+    def obstacle(cls, spec: RunSpec) -> str | None:
+        """Return why language models aren't trained many at once."""
+        del spec
+        return "language models fill a worker each"
+
+    def build_model(self, model: Mapping[str, Any] | None = None) -> LanguageModel:
+        """See :meth:`Task.build_model`."""
+        spec = self.run.model if model is None else ModelSpec.parse(model, source="model")
+        return build_model(spec, vocab_size=self.corpus.vocab_size, seed=self.run.seed)
+
+    def counts(self, batch: Batch) -> tuple[float, float]:
+        """Return how many tokens count, and how many bytes of text they stand for."""
+        return count_tokens(batch["targets"].cpu(), self._token_bytes)
+
+    def train_metrics(self, loss: float, units: float, further: float) -> dict[str, float]:
+        """Return the loss, and where that is cross-entropy, bits per byte."""
+        if self._plain is not None:
+            return {"train/loss": loss}
+        return {
+            "train/loss": loss,
+            "train/cross_entropy": loss,
+            "train/bits_per_byte": bits_per_byte(loss * units, further),
+        }
+
+    def measure(self, outputs: Outputs, batch: Batch, own: Tensor) -> Tensor:
+        """Return nats, tokens and bytes."""
+        nats = own[0] if self._plain is None else self._plain(outputs, batch)[0]
+        tokens, text_bytes = self.counts(batch)
+        return as_sums(nats, tokens, text_bytes, like=own)
+
+    def figures(self, sums: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return cross-entropy, bits per byte and perplexity."""
+        nats, tokens, text_bytes = sums.tolist()
+        mean = nats / tokens
+        yardsticks = {
+            "eval/cross_entropy": mean,
+            "eval/bits_per_byte": bits_per_byte(nats, text_bytes),
+            "eval/perplexity": math.exp(mean) if mean < 700 else math.inf,
+        }
+        return yardsticks, {}
+
+    def flops_per_unit(self, model: HeadedModel) -> float | None:
+        """Return the operations a token."""
+        if not isinstance(model, LanguageModel):
+            return None
+        return model.flops_per_token(self.run.data.sequence_length)
+
+    def head_rows(self, ranks: int) -> int:
+        """Return the tokens of a rank's micro-batch."""
+        run = self.run
+        share = math.ceil(run.batch_size / ranks)
+        return min(run.micro_batch_size or run.batch_size, share) * run.data.sequence_length
+
+    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+        """Write weights, configuration and tokenizer; see :meth:`Task.save`."""
+        save_model(
+            to,
+            spec=self.run.model,
+            state=state,
+            vocab_size=self.corpus.vocab_size,
+            tokenizer_path=self.corpus.tokenizer_path,
+            provenance=provenance,
+        )
+
+
+def count_tokens(targets: Tensor, token_bytes: Tensor) -> tuple[int, float]:
+    """Return how many targets are valid, and how many bytes of text they stand for."""
+    valid = targets[targets != IGNORE_INDEX]
+    return valid.numel(), float(token_bytes[valid].sum())
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    """Return a summed loss in bits over the bytes of its text; NaN where there was no text."""
+    return nats / (math.log(2) * text_bytes) if text_bytes else math.nan

@@ -1,0 +1,139 @@
+"""Training of multi-label models: a set of labels for each example, never a matrix of examples by labels."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, cast
+
+import numpy as np
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.data.label_sets import load_label_sets
+from lossworks.losses.multi_label import MultiLabelLoss
+from lossworks.metrics.ranking import ranking_metrics, ranking_sums
+from lossworks.models import Classifier, HeadedModel, Outputs, build_classifier
+from lossworks.models.operations import count_step_flops
+from lossworks.models.predictors import save_predictor
+from lossworks.specs import ClassifierModelSpec, LossSpec, RunSpec
+from lossworks.specs.values import LabelSetsSpec
+from lossworks.tasks.classification import require_small
+from lossworks.tasks.interface import Mode, Task
+
+_DEEPEST = 5
+
+
+class MultiLabelSpec(RunSpec):
+    """Training of a multi-label model."""
+
+    task: Literal["multi-label"] = Field("multi-label", description="what is trained")
+    data: LabelSetsSpec = LabelSetsSpec()
+    model: ClassifierModelSpec = ClassifierModelSpec()
+    loss: LossSpec = LossSpec(name="decoupled-softmax")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        require_small(self, "language models")
+        MultiLabelTask.require_entries(self)
+        return self
+
+
+class MultiLabelTask(Task):
+    """Examples with a set of labels each, ranked by their scores.
+
+    Args:
+        spec: The run.
+
+    Raises:
+        UserError: The examples can't be read.
+    """
+
+    slug = "multi-label"
+    title = "a set of labels for each example"
+    unit = "examples"
+    spec: ClassVar[type[RunSpec]] = MultiLabelSpec
+    kinds = ("multi-label",)
+    yardsticks: ClassVar[Mapping[str, Mode]] = {
+        "eval/precision_at_1": "max",
+        "eval/precision_at_3": "max",
+        "eval/precision_at_5": "max",
+        "eval/recall_at_5": "max",
+        "eval/ndcg_at_5": "max",
+    }
+    shown: ClassVar[Sequence[tuple[str, str, str]]] = (
+        ("held-out precision at 1", "eval/precision_at_1", "{:.4f}"),
+        ("held-out precision at 5", "eval/precision_at_5", "{:.4f}"),
+        ("held-out recall at 5", "eval/recall_at_5", "{:.4f}"),
+        ("held-out nDCG at 5", "eval/ndcg_at_5", "{:.4f}"),
+    )
+    panels: ClassVar[tuple[str, Mapping[str, str]] | None] = (
+        "Held-out precision",
+        {"eval/precision_at_1": "at 1", "eval/precision_at_5": "at 5"},
+    )
+
+    def __init__(self, spec: MultiLabelSpec) -> None:
+        super().__init__(spec)
+        self.run = spec
+        self.data = load_label_sets(spec.data, spec.seed)
+        self.train, self.held_out = self.data.train, self.data.held_out
+
+    @classmethod
+    def open(cls, spec: RunSpec, folder: Path | None) -> "MultiLabelTask":
+        """See :meth:`Task.open`; every worker reads the examples for itself."""
+        del folder
+        return cls(cast("MultiLabelSpec", spec))
+
+    @classmethod
+    def obstacle(cls, spec: RunSpec) -> str | None:
+        """See :meth:`Task.obstacle`; embeddings of unit length are no plain linear head."""
+        run = cast("MultiLabelSpec", spec)
+        if run.model.dropout:
+            return f"model.dropout={run.model.dropout} draws random numbers"
+        unit = [term.name for term in run.loss.terms if term.hyperparameters.get("normalise")]
+        return (
+            f"loss.normalise=true of {unit[0]} takes embeddings, and runs at once give scores"
+            if unit
+            else None
+        )
+
+    def build_model(self, model: Mapping[str, Any] | None = None) -> Classifier:
+        """See :meth:`Task.build_model`."""
+        spec = self.run.model if model is None else ClassifierModelSpec.parse(model, source="model")
+        return build_classifier(spec, shape=self.data.shape, classes=len(self.data.names), seed=self.run.seed)
+
+    def flops_per_unit(self, model: HeadedModel) -> float:
+        """Return the operations an example, counted on two of them."""
+        inputs = self.train.batch(np.arange(2) % len(self.train))["inputs"]
+        return count_step_flops(model, inputs) / len(inputs)
+
+    def counts(self, batch: Batch) -> tuple[float, float]:
+        """Return how many examples have a label, and nothing further."""
+        return float((batch["targets"] != IGNORE_INDEX).any(-1).sum()), 0.0
+
+    def measure(self, outputs: Outputs, batch: Batch, own: Tensor) -> Tensor:
+        """Return the sums of the yardsticks."""
+        del own
+        loss = cast("MultiLabelLoss", self.objective.terms[0])
+        best = loss.best(outputs, min(_DEEPEST, len(self.data.names)))
+        return ranking_sums(best, batch["targets"], IGNORE_INDEX)
+
+    def figures(self, sums: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the yardsticks."""
+        return {f"eval/{name}": value for name, value in ranking_metrics(sums).items()}, {}
+
+    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+        """Write weights, configuration, loss and names of the labels; see :meth:`Task.save`."""
+        save_predictor(
+            to,
+            reading="labels",
+            spec=self.run.model,
+            state=state,
+            shape=self.data.shape,
+            outputs=len(self.data.names),
+            standardisation=self.data.standardisation,
+            further={
+                "loss": {"name": self.run.loss.name, **self.run.loss.hyperparameters},
+                "names": list(self.data.names),
+            },
+            provenance=provenance,
+        )

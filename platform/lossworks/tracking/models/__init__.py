@@ -1,0 +1,1 @@
+"""Trained models in MLflow, and the code that it keeps with them to run them."""

@@ -1,0 +1,1 @@
+"""MLflow's server for a team: its database, its users, its process."""

@@ -1,0 +1,111 @@
+"""An analysis of runs that have ended: measured, drawn, and kept beside them and in MLflow."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lossworks.catalogue.registry import create, declaration
+from lossworks.errors import RunError, UserError
+from lossworks.reporting.finish import curves_of
+from lossworks.runs import RunFolder
+from lossworks.tasks.analyses import Analysis, Finding, RunCurves
+from lossworks.tasks.registry import task_of
+from lossworks.training.distributed.world import World
+from lossworks.training.evaluation import analysed
+from lossworks.training.start import begin_from, trained_weights
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """An analysis that was made.
+
+    Attributes:
+        finding: What it found.
+        files: Figures as JSON, and the picture if there is one.
+        complaint: Why MLflow has not got them, or nothing.
+    """
+
+    finding: Finding
+    files: tuple[Path, ...]
+    complaint: str = ""
+
+
+def analyse(
+    name: str, folders: Sequence[RunFolder], settings: Mapping[str, Any], *, to: Path | None = None
+) -> Analysed:
+    """Analyse a trained model, or compare runs.
+
+    Args:
+        name: Slug of the analysis.
+        folders: One run for an analysis of models, any number for one of runs.
+        settings: Hyperparameters of the analysis.
+        to: Folder for the files; the first run's if None.
+
+    Raises:
+        UserError: There is no such analysis, or it can't be made of these runs.
+    """
+    if declaration(name).kind != "analysis":
+        raise UserError(f"{name}: is no analysis; `lossworks analyses` lists them")
+    analysis: Analysis = create(name, **settings)
+    if analysis.subject == "runs":
+        finding = analysis.compare([_curves(folder) for folder in folders])
+    elif len(folders) > 1:
+        raise UserError(f"{name}: analyses one trained model; give one run, not {len(folders)}")
+    else:
+        finding = of_model(analysis, folders[0])
+    files = _write(analysis, finding, folders, to or folders[0].path)
+    return Analysed(finding, files, _deliver(folders[0], files))
+
+
+def of_model(analysis: Analysis, folder: RunFolder) -> Finding:
+    """Return what an analysis of models finds of a run's best checkpoint, on the run's own data."""
+    spec = folder.spec()
+    kind = task_of(spec)
+    analysis.check(kind, spec)
+    task = kind.open(spec, None)
+    model = task.build_model()
+    begin_from(trained_weights(str(folder.path), "run"), model)
+    return analysed(
+        model,
+        task,
+        World.current(),
+        analysis,
+        limit=spec.evaluation.sequences,
+        micro_batch_size=spec.micro_batch_size,
+        bf16=False,
+    )
+
+
+def _curves(folder: RunFolder) -> RunCurves:
+    spec = folder.spec()
+    if not folder.journal.is_file():
+        raise UserError(f"run {folder.run_id}: has recorded nothing yet")
+    curves = {name: (steps.tolist(), values.tolist()) for name, (steps, values) in curves_of(folder).items()}
+    return RunCurves(f"{spec.name} {folder.run_id[:8]}", spec, curves)
+
+
+def _write(analysis: Analysis, finding: Finding, folders: Sequence[RunFolder], to: Path) -> tuple[Path, ...]:
+    to.mkdir(parents=True, exist_ok=True)
+    figures = to / f"{analysis.slug}.json"
+    runs = [folder.run_id for folder in folders]
+    plain = {"analysis": analysis.slug, "settings": analysis.settings(), "runs": runs, **asdict(finding)}
+    figures.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    figure = analysis.draw(finding.pictured, {}) if finding.pictured else None
+    if figure is None:
+        return (figures,)
+    picture = to / f"{analysis.slug}.png"
+    figure.savefig(picture, format="png", facecolor="white")
+    return figures, picture
+
+
+def _deliver(folder: RunFolder, files: Sequence[Path]) -> str:
+    """Bring the files to the run in MLflow; return why that failed, or nothing."""
+    from lossworks.tracking.store import add_artifacts
+
+    try:
+        add_artifacts(folder.spec().tracking, folder.run_id, files)
+    except RunError as error:
+        return f"MLflow has not got the files: {error}"
+    return ""

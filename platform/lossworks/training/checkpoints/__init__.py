@@ -1,0 +1,1 @@
+"""Sharded checkpoints, written and read."""

@@ -1,0 +1,316 @@
+"""Sharded checkpoints: written atomically, checked before use, the newest k and the best kept."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from lossworks.errors import RunError, StorageError
+from lossworks.training.checkpoints.shard_reader import PlainValuePlanner, ShardReader
+from lossworks.training.distributed.world import World
+
+_MANIFEST = "manifest.json"
+_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on storage.
+
+    Attributes:
+        folder: Holds one file a rank, their metadata and the manifest.
+        step: Optimiser steps done.
+        position: Sequences consumed so far, over all ranks.
+        held_out_loss: Nats a token on held-out text at that step.
+    """
+
+    folder: Path
+    step: int
+    position: int
+    held_out_loss: float
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a manifest says besides its files."""
+
+    step: int
+    position: int
+    held_out_loss: float
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.step:08d}"
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in a folder that all ranks share.
+
+    ``torch.distributed.checkpoint`` writes every rank's shard into a hidden folder; then rank 0 adds a
+    manifest with each file's size and SHA-256 and renames the folder, so that a checkpoint either is complete
+    or does not exist. Schedule and random streams are functions of the step and the data order is one of the
+    position, so step and position say all about them, at any number of ranks.
+
+    Args:
+        folder: Where the checkpoints are.
+        keep: Newest checkpoints that stay.
+        patience_s: Seconds to try again while storage refuses.
+        notify: Called by rank 0 with a sentence that a person should see.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep: int, patience_s: float = 0.0, notify: Callable[[str], object] = str
+    ) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.patience_s = patience_s
+        self._notify = notify
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        world: World,
+        *,
+        step: int,
+        position: int,
+        held_out_loss: float,
+        further: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write a checkpoint from all ranks and return its folder; every rank calls this.
+
+        While storage refuses it is tried again, for ``patience_s`` seconds.
+
+        Args:
+            model: What is trained.
+            optimizer: Its optimiser.
+            world: The ranks.
+            step: Optimiser steps done.
+            position: Rows consumed so far, over all ranks.
+            held_out_loss: At this step.
+            further: Tensors by name, nested, of what else has a state, such as companions and methods.
+
+        Raises:
+            StorageError: On every rank: storage still refuses; the checkpoints before stay as they were.
+        """
+        facts = _Facts(step, position, held_out_loss)
+        began, pause = time.monotonic(), _PAUSE_S
+        while (problem := self._try(model, optimizer, world, facts, further or {})) is not None:
+            left = world.agree(self.patience_s - (time.monotonic() - began))
+            if left <= 0:
+                raise StorageError(
+                    f"step {step}: the checkpoint in {self.folder} can't be written: {problem}; "
+                    f"{_free(self.folder)}; the checkpoints before are as they were"
+                )
+            if world.leads and pause == _PAUSE_S:
+                self._notify(f"step {step}: storage refuses the checkpoint ({problem}); trying again")
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        return self.folder / facts.name
+
+    def _try(
+        self, model: nn.Module, optimizer: Any, world: World, facts: "_Facts", further: Mapping[str, Any]
+    ) -> str | None:
+        """Write a checkpoint; return what some rank met with, the same text on every rank, or None."""
+        partial = self.folder / f".{facts.name}.partial"
+        problem = world.first(_problem(lambda: _make_empty(partial)) if world.leads else None)
+        if problem is None:
+            model_state, optimizer_state = get_state_dict(model, optimizer)
+            state = {"model": model_state, "optimizer": optimizer_state, **further}
+            problem = world.first(_problem(lambda: _write_shards(state, partial)))
+        if problem is None:
+            problem = world.first(_problem(lambda: self._complete(partial, facts)) if world.leads else None)
+        if problem is not None and world.leads:
+            shutil.rmtree(partial, ignore_errors=True)  # what is left of it takes room
+        return problem
+
+    def _complete(self, partial: Path, facts: "_Facts") -> None:
+        """Turn the folder that all ranks have written into a checkpoint."""
+        _write_manifest(partial, facts)
+        _replace(partial, self.folder / facts.name)
+        self._prune()
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        optimizer: Any,
+        further: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Restore model and optimiser, whatever the number of ranks that wrote them.
+
+        Args:
+            checkpoint: A whole one.
+            model: What is trained.
+            optimizer: Its optimiser.
+            further: Tensors that are filled in place; as they were given to ``save``.
+        """
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, **(further or {})}
+        load_shards(state, checkpoint.folder)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest checkpoint that is whole, and what is wrong with those passed over."""
+        complaints: list[str] = []
+        for folder in sorted(self._folders(), reverse=True):
+            problem = find_damage(folder)
+            if problem is None:
+                return read_checkpoint(folder), complaints
+            complaints.append(f"checkpoint {folder.name} is damaged ({problem})")
+        return None, complaints
+
+    def best(self) -> Checkpoint | None:
+        """Return the checkpoint with the least held-out loss, without checking its files."""
+        known = [read_checkpoint(folder) for folder in self._folders()]
+        finite = [item for item in known if math.isfinite(item.held_out_loss)]
+        return min(finite, key=lambda item: item.held_out_loss, default=None)
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*") if (path / _MANIFEST).is_file()]
+
+    def _prune(self) -> None:
+        folders = sorted(self._folders())
+        best = self.best()
+        for folder in folders[: -self.keep]:
+            if best is None or folder != best.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_shards(state: dict[str, Any], folder: Path) -> None:
+    """Fill the tensors of ``state``, sharded or whole, from a checkpoint's files.
+
+    Every rank calls this, or a single process without a group.
+
+    Raises:
+        RunError: The files don't hold the state, or something that could run code; nothing of it ran.
+    """
+    reader = ShardReader(folder)
+    reader.read_metadata()  # refused here it is one sentence; within torch's loading, a traceback a rank
+    try:
+        with _without_group_warning():
+            dcp.load(state, storage_reader=reader, planner=PlainValuePlanner())
+    except dcp.CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise RunError(f"{folder}: can't be loaded: {reason}") from error
+
+
+def tensors_in(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint whose names begin with a prefix, whole and without it.
+
+    Raises:
+        RunError: The files can't be read.
+    """
+    stored = ShardReader(folder).read_metadata().state_dict_metadata
+    wanted = {
+        name.removeprefix(prefix): torch.empty(found.size, dtype=found.properties.dtype)
+        for name, found in stored.items()
+        if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
+    }
+    state: dict[str, Any] = {prefix.removesuffix("."): wanted}
+    load_shards(state, folder)
+    return wanted
+
+
+@contextlib.contextmanager
+def _without_group_warning() -> Iterator[None]:
+    """Hide the warning that a process on its own, without a process group, is taken to be alone: it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Return what a checkpoint's manifest says."""
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    loss = float(manifest["held_out_loss"])
+    return Checkpoint(folder, manifest["step"], manifest["position"], loss)
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None if all are as they were written."""
+    try:
+        files: Mapping[str, Mapping[str, Any]] = json.loads((folder / _MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{_MANIFEST} can't be read"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _digest(path) != expected["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def _problem(work: Callable[[], None]) -> str | None:
+    """Do something with storage; return what went wrong, in one line, or None."""
+    try:
+        work()
+    except (OSError, dcp.CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, dcp.CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+        return " ".join(str(cause).split()) or type(cause).__name__
+    return None
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_shards(state: dict[str, Any], folder: Path) -> None:
+    with _without_group_warning():
+        dcp.save(state, checkpoint_id=folder)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
+    except OSError as error:
+        return f"it can't be reached: {error.strerror}"
+
+
+def _write_manifest(folder: Path, facts: _Facts) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.iterdir())
+    }
+    manifest = {
+        "step": facts.step,
+        "position": facts.position,
+        "held_out_loss": str(facts.held_out_loss),
+        "files": files,
+    }
+    with (folder / _MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Rename a complete folder into place; a damaged one of that name, passed over earlier, goes."""
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)

@@ -1,0 +1,1 @@
+"""How processes train together: their place among each other, and how a model is spread over them."""

@@ -1,0 +1,141 @@
+"""Trained weights to begin from, or to be a companion: of a run's checkpoint, or of an exported folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lossworks.errors import UserError
+from lossworks.models import HeadedModel
+from lossworks.models.folders import CONFIG, WEIGHTS, read_config, read_tensors
+from lossworks.runs import RunFolder
+from lossworks.specs import RunSpec
+from lossworks.tasks.interface import Task
+from lossworks.tasks.registry import task_of
+from lossworks.training.checkpoints.checkpoint import Checkpoint, CheckpointStore, find_damage, tensors_in
+from lossworks.training.optimizer import OBJECTIVE
+
+ATTACHED = f"{OBJECTIVE}."
+"""Prefix of what belongs to the losses and not to the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedWeights:
+    """Weights with what they are weights of.
+
+    Attributes:
+        source: What messages call it.
+        model: The model's part of the spec they were trained with, as plain data.
+        state: Tensors by name, without those of losses.
+        task: Slug of the task, where that is known.
+    """
+
+    source: str
+    model: dict[str, Any]
+    state: dict[str, Tensor]
+    task: str | None = None
+
+
+def choose_checkpoint(folder: RunFolder, *, best: bool = True) -> Checkpoint:
+    """Return a run's whole checkpoint with the least held-out loss, or the newest.
+
+    Raises:
+        UserError: There is none.
+    """
+    store = CheckpointStore(folder.checkpoints, keep=folder.spec().checkpoint.keep)
+    chosen = store.best() if best else None
+    if chosen is None or find_damage(chosen.folder) is not None:
+        chosen, complaints = store.newest()
+        if chosen is None:
+            why = f": {'; '.join(complaints)}" if complaints else " yet"
+            raise UserError(f"run {folder.run_id}: has no whole checkpoint{why}")
+    return chosen
+
+
+def trained_weights(name: str, field: str) -> TrainedWeights:
+    """Return the weights of a run or of an exported folder.
+
+    Args:
+        name: Id, beginning of an id, name or folder of a run; or a folder of ``lossworks export``.
+        field: Of the spec, for messages.
+
+    Raises:
+        UserError: There is nothing of that name, or it can't be read.
+    """
+    path = Path(name).expanduser()
+    if (path / WEIGHTS).is_file():
+        config = read_config(path / CONFIG)
+        return TrainedWeights(
+            f"{field}={name}", dict(config.get("model") or {}), read_tensors(path / WEIGHTS)
+        )
+    try:
+        folder = RunFolder.find(name)
+    except UserError as error:
+        raise UserError(f"{field}={name}: is no folder of an exported model, and {error}") from None
+    spec = folder.spec()
+    state = tensors_in(choose_checkpoint(folder).folder, "model.")
+    own = {key: value for key, value in state.items() if not key.startswith(ATTACHED)}
+    model = spec.model_dump(mode="json").get("model", {})
+    return TrainedWeights(f"{field}={name}", model, own, task_of(spec).slug)
+
+
+def begin_from(weights: TrainedWeights, model: nn.Module) -> None:
+    """Put trained weights into a model of the same architecture, before it is distributed.
+
+    Raises:
+        UserError: A tensor is missing, unknown or of another shape.
+    """
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(ATTACHED)}
+    for key, value in own.items():
+        if key not in weights.state:
+            raise UserError(
+                f"{weights.source}: lacks {key}, which the model has; set model.* as it was trained"
+            )
+        if weights.state[key].shape != value.shape:
+            raise UserError(
+                f"{weights.source}: {key} is {tuple(weights.state[key].shape)} there and "
+                f"{tuple(value.shape)} in this run: model and data must be as it was trained"
+            )
+    for key in weights.state:
+        if key not in own:
+            raise UserError(f"{weights.source}: holds {key}, which the model doesn't have")
+    model.load_state_dict(weights.state, strict=False)
+
+
+def companion_of(name: str, field: str, task: Task) -> HeadedModel:
+    """Return a companion of a task's model: it may be of another size, but must give as many outputs.
+
+    Args:
+        name: A run, a folder, or ``hf:PATH``.
+        field: Of the spec, for messages.
+        task: What is trained.
+
+    Raises:
+        UserError: It can't be read, or doesn't fit the task.
+    """
+    if name.startswith("hf:"):
+        found = task.build_model({"source": name})
+    else:
+        weights = trained_weights(name, field)
+        if weights.task not in (None, task.slug):
+            raise UserError(f"{weights.source}: was trained as task={weights.task}, not {task.slug}")
+        found = task.build_model(weights.model)
+        begin_from(weights, found)
+    own, theirs = (len(model.head().weight) for model in (task.build_model(), found))
+    if own != theirs:
+        raise UserError(f"{field}={name}: has {theirs} outputs; the model has {own}")
+    return found
+
+
+def check_companions(spec: RunSpec, task: Task) -> None:
+    """Check, before workers start, that what a run begins from and what goes beside it fits.
+
+    Raises:
+        UserError: Naming the field, and what is wrong.
+    """
+    if spec.start is not None:
+        begin_from(trained_weights(spec.start, "start"), task.build_model())
+    for name, role in spec.roles.items():
+        if role.of is not None and role.of != "start":
+            companion_of(role.of, f"roles.{name}.of", task)

@@ -1,0 +1,1 @@
+"""Entries of another package than Lossworks."""
