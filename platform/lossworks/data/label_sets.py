@@ -72,7 +72,7 @@ def _csv(name: str, spec: LabelSetsSpec) -> tuple[np.ndarray, np.ndarray, tuple[
     sets = [[part.strip() for part in text.split(spec.separator) if part.strip()] for text in table.labels]
     names = sorted({part for one in sets for part in one})
     if len(names) < 2:
-        raise UserError(f"{name}: column {spec.label} holds {len(names)} labels; two are the least")
+        raise UserError(f"{name}: column {spec.label} must hold at least two labels, not {len(names)}")
     numbers = {label: number for number, label in enumerate(names)}
     return table.inputs, padded([[numbers[part] for part in one] for one in sets]), tuple(names)
 
@@ -106,7 +106,7 @@ def _arrays(name: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         count, labels = int(y.max()) + 1, np.where(y < 0, IGNORE_INDEX, y).astype(np.int64)
     used = len(np.unique(labels[labels >= 0]))
     if used < 2:
-        raise UserError(f"{name}: y holds {used} labels; two are the least")
+        raise UserError(f"{name}: y must hold at least two labels, not {used}")
     return x, labels, tuple(str(number) for number in range(count))
 
 

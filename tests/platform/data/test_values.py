@@ -121,7 +121,9 @@ def test_arrays_with_errors_say_which(tmp_path):
     assert refusal(values, x=x, y=np.array([1, np.nan, 2])) == "y holds NaN or infinity"
     assert refusal(values, x=np.full((3, 2), np.inf), y=y) == "x holds NaN or infinity"
     assert "y (3, 1) must be numbers (N, …) and integers (N, P)" in refusal(label_sets, x=x, y=y[:, None])
-    assert refusal(label_sets, x=x, y=np.zeros((3, 3), dtype=int)) == ("y holds 0 labels; two are the least")
+    assert refusal(label_sets, x=x, y=np.zeros((3, 3), dtype=int)) == (
+        "y must hold at least two labels, not 0"
+    )
     assert refusal(label_sets, x=np.full((3, 2), np.nan), y=np.ones((3, 3), dtype=bool)).startswith("x holds")
 
 
@@ -171,7 +173,7 @@ def test_sets_of_labels_are_read_from_tables_and_arrays(tmp_path):
 def test_tables_with_too_few_labels_are_refused(tmp_path):
     """One label for all is nothing to learn."""
     (tmp_path / "a.csv").write_text("x,labels\n1,a\n2,a|\n")
-    with pytest.raises(UserError, match="column labels holds 1 labels; two are the least"):
+    with pytest.raises(UserError, match="column labels must hold at least two labels, not 1"):
         label_sets(source=f"csv:{tmp_path}/a.csv")
 
 
