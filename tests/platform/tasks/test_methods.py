@@ -90,7 +90,7 @@ def test_an_attack_is_not_taken_for_dropout(tmp_path):
 def test_an_attack_makes_a_model_harder_to_attack(tmp_path):
     """Inputs moved against the trained model raise its loss by less; a seed gives the same again."""
     method = {"name": "smooth-adversarial-comp-sum", "radius": 0.3, "steps": 3, "nu": 2.0}
-    values = tiny(steps=60, methods=[method])
+    values = tiny(steps=60, checkpoint={"every": 60}, methods=[method])
     first, again = (run_training(values, None, str(tmp_path / name)) for name in "ab")
     plain = run_training(tiny(steps=60), None, str(tmp_path / "plain"))
 
@@ -118,7 +118,13 @@ def rise(result, values):
 def test_a_calibrator_is_fitted_after_training_and_kept(tmp_path):
     """Figures without, with one temperature and with one a row; its tensors are those of a calibrator."""
     method = {"name": "correctness-aware", "epochs": 300, "lr": 0.01}
-    values = tiny(steps=150, data={"source": "blobs:1000"}, model={"width": 64}, methods=[method])
+    values = tiny(
+        steps=150,
+        checkpoint={"every": 150},
+        data={"source": "blobs:1000"},
+        model={"width": 64},
+        methods=[method],
+    )
     result = run_training(values, None, str(tmp_path))
     kept = load_file(tmp_path / "methods" / "correctness-aware.safetensors")
     figures = {name: value for name, value in result["metrics"].items() if name.startswith("calibration/")}

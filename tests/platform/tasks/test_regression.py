@@ -29,7 +29,7 @@ LOSSES = {
 def numbers(loss="squared-error", **changes):
     """Return a small regression's spec."""
     values = tiny(task="regression", loss=loss, data={"source": "friedman:200"}, batch_size=50)
-    return {**values, **changes}
+    return {**values, "evaluation": {"every": 1000}, "checkpoint": {"every": 1000}, **changes}
 
 
 def chain(loss="categorical-td", **changes):
@@ -104,7 +104,7 @@ def test_targets_may_be_learnt_as_they_are(tmp_path):
 @pytest.mark.parametrize("loss", ["categorical-td", "squared-error"])
 def test_values_approach_the_true_ones(loss, tmp_path):
     """Of a chain's states, by distributions and by plain values, from rewards and the next values alone."""
-    values = chain(loss, steps=250, batch_size=256, model={"width": 32}, checkpoint={"every": 250})
+    values = chain(loss, steps=250, batch_size=256, model={"width": 32})
     values |= {"data": {"source": "chain:20000"}, "roles": {"target": {"ema": 0.8}}}
     values |= {"optimizer": {"lr": 0.01, "weight_decay": 0}, "evaluation": {"every": 50}}
     result = run_training(values, None, str(tmp_path))
