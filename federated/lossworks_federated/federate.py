@@ -10,8 +10,8 @@ from lossworks.runs import RunFolder
 from lossworks_federated.reporting.comparison import Comparison, compare
 from lossworks_federated.server.session import (
     Child,
+    FederationWatcher,
     Session,
-    Watcher,
     finish_session,
     open_session,
     read_session_spec,
@@ -21,7 +21,7 @@ from lossworks_federated.specs import FederationSpec
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-    from lossworks_federated.world import World
+    from lossworks_federated.shared_setup import SharedSetup
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def federate(
     spec: FederationSpec,
     *,
     resume: RunFolder | None = None,
-    watcher: Watcher | None = None,
+    watcher: FederationWatcher | None = None,
     grid: "Grid | None" = None,
 ) -> FederationResult:
     """Run a federation as ``spec`` says, or go on with one, and return how it ended.
@@ -53,7 +53,7 @@ def federate(
     Args:
         spec: The federation.
         resume: Go on with this run: what finished is kept, the rest goes on from the last saved round.
-        watcher: Sees it go on.
+        watcher: Receives its progress.
         grid: Of a deployed federation, in place of the spec's engine.
 
     Raises:
@@ -63,7 +63,7 @@ def federate(
     from lossworks.tracking import check_tracking
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    watcher = watcher or Watcher()
+    watcher = watcher or FederationWatcher()
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     # Data, split and models are made once before anything is entered anywhere, to see that they can be.
@@ -83,7 +83,7 @@ def federate(
 
 def result_of(folder: RunFolder) -> FederationResult:
     """Return the result of a run that has ended, from its folder."""
-    session = Session(read_session_spec(folder), folder, Watcher())
+    session = Session(read_session_spec(folder), folder, FederationWatcher())
     return _result(session, sorted(folder.path.glob("*.png")))
 
 
@@ -98,18 +98,18 @@ def _run(session: Session, grid: "Grid | None") -> None:
     if all(child.outcome and child.outcome.status == "finished" for child in session.children):
         return
     if grid is not None:
-        session.run(lambda _world, _child: grid)
+        session.run(lambda _setup, _child: grid)
         return
     if spec.engine == "flower":
         from lossworks_federated.engines.simulation import simulate
 
-        simulate(spec, lambda grid: session.run(lambda _world, _child: grid), state_folder=state)
+        simulate(spec, lambda grid: session.run(lambda _setup, _child: grid), state_folder=state)
         return
     from lossworks_federated.engines.cohort_grid import CohortGrid
 
-    def grid_of(world: "World", child: Child) -> "Grid":
+    def grid_of(setup: "SharedSetup", child: Child) -> "Grid":
         del child
-        return CohortGrid(world, state, spec.privacy)
+        return CohortGrid(setup, state, spec.privacy)
 
     session.run(grid_of)
 
@@ -128,8 +128,8 @@ def draw(session: Session) -> list[Path]:
     for seed in session.spec.seeds:
         child = next(child for child in session.children if child.seed == seed)
         if child.files.journal.is_file():
-            world = session.world(child)
+            setup = session.setup(child)
             path = session.folder.path / f"split-seed{seed}.png"
             title = f"{session.spec.name}, seed {seed}: {session.spec.split.kind}"
-            pictures.append(draw_split(world.split, path, title=title, names=world.data.names))
+            pictures.append(draw_split(setup.split, path, title=title, names=setup.data.names))
     return pictures

@@ -38,11 +38,11 @@ def _run(arguments: argparse.Namespace) -> int:
         print(spec.to_yaml(), end="")
         return 0
     from lossworks_federated.federate import federate
-    from lossworks_federated.reporting.federation_summary import Display, show
+    from lossworks_federated.reporting.federation_summary import FederationDisplay, print_federation
 
-    with Display(spec.rounds) as display:
+    with FederationDisplay(spec.rounds) as display:
         result = federate(spec, resume=resume, watcher=display)
-    show(spec, result)
+    print_federation(spec, result)
     return 1 if result.failed else 0
 
 

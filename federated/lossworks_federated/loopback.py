@@ -22,7 +22,7 @@ from typing import Self
 
 from lossworks.errors import LossworksError, RunError, UserError
 from lossworks.home import QUIET_ENVIRONMENT, prepare_process
-from lossworks.ports import require_free, silence
+from lossworks.ports import require_free_port, silence
 from lossworks_federated.engines.credentials import make_certificates, make_node_key
 from lossworks_federated.specs import FederationSpec
 
@@ -57,7 +57,7 @@ _CLIENT = "from lossworks_federated.client.client_app import client_app\n\napp =
 
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on."""
-    return require_free("127.0.0.1", 0, named="127.0.0.1")
+    return require_free_port("127.0.0.1", 0, named="127.0.0.1")
 
 
 @dataclass
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(spec: FederationSpec, folder: Path) -> None:
     from lossworks.runs import RunFolder
     from lossworks_federated.federate import result_of
-    from lossworks_federated.reporting.federation_summary import show
+    from lossworks_federated.reporting.federation_summary import print_federation
 
     with Deployment(folder) as deployment:
         print(f"SuperLink on 127.0.0.1:{deployment.port}, TLS, registered nodes only", flush=True)
@@ -272,7 +272,7 @@ def _run(spec: FederationSpec, folder: Path) -> None:
             deployment.add_node(partition, spec.split.clients)
         print(f"{spec.split.clients} SuperNodes started; flwr run", flush=True)
         found = result_of(RunFolder(deployment.run(spec)))
-    show(spec, found, where="SuperLink and SuperNodes")
+    print_federation(spec, found, where="SuperLink and SuperNodes")
     if found.failed:
         title, reason = found.failed[0]
         raise RunError(f"{title}: {reason}")

@@ -36,7 +36,7 @@ class LocalArray(Array):
         return buffer.getvalue()
 
     def numpy(self) -> np.ndarray:
-        """Return the values themselves."""
+        """Return the values in their own shape, without a copy."""
         values: np.ndarray = self.__dict__["values"]
         return values
 
@@ -45,7 +45,7 @@ def array_record(member: Mapping[str, torch.Tensor], *, local: bool = False) -> 
     """Return tensors as a record.
 
     Args:
-        member: Tensors by name.
+        member: Tensors by name, of any shape and dtype.
         local: Whether the record stays in this process and so needs no bytes; it then shares memory.
     """
     record = ArrayRecord()

@@ -56,7 +56,7 @@ class FaultSpec(Spec):
     sign_flip: float = Field(0.0, ge=0.0, le=1.0, description="share that return w⁰ − (w − w⁰)")
     scale: float = Field(0.0, ge=0.0, le=1.0, description="share that return w⁰ + 100·(w − w⁰)")
     nan_clients: tuple[int, ...] = Field((), description="clients, by number, that always return NaN")
-    lying_clients: tuple[int, ...] = Field((), description="clients that always return w⁰ − (w − w⁰)")
+    sign_flip_clients: tuple[int, ...] = Field((), description="clients that always return w⁰ − (w − w⁰)")
 
 
 class GuardSpec(Spec):
@@ -72,7 +72,7 @@ class GuardSpec(Spec):
         ge=-1.0,
         lt=1.0,
         description="refuse an update whose cosine with the round's coordinate-wise median is below; null "
-        "for not. With skewed labels honest cosines come near 0",
+        "for not. With skewed labels the cosines of all clients come near 0",
     )
 
 

@@ -55,13 +55,13 @@ def _train(spec: FederationSpec, path: Path, report: Report) -> None:
     from lossworks.tracking import rows_while
     from lossworks_federated.engines.cohort_grid import CohortGrid
     from lossworks_federated.server.rounds import RoundFiles, Rounds
-    from lossworks_federated.world import make_world
+    from lossworks_federated.shared_setup import make_setup
 
     (strategy,), (seed,) = spec.strategies, spec.seeds
-    world = make_world(spec.task(strategy, seed))
+    setup = make_setup(spec.task(strategy, seed))
     files = RoundFiles(path)
-    grid = CohortGrid(world, path / "clients", spec.privacy)
-    rounds = Rounds(spec, strategy, world, grid, files)
+    grid = CohortGrid(setup, path / "clients", spec.privacy)
+    rounds = Rounds(spec, strategy, setup, grid, files)
     for row in rows_while(files.journal, rounds.run):
         if row["step"] > 0 and "server/accuracy" in row["metrics"]:
             report(row["step"], row["metrics"])

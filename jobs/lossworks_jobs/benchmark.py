@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lossworks.benchmarks.command import Benchmark
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.errors import RunError
 from lossworks.tasks.language_model import TrainSpec
 
@@ -35,7 +35,7 @@ _SPEC = {
 _OURS, _BARE = "lossworks on Ray, linear cross-entropy, MLflow", "bare torch.distributed, dense head"
 
 
-def run(overrides: Sequence[str], repeats: int) -> list[Row]:
+def run(overrides: Sequence[str], repeats: int) -> list[BenchmarkRow]:
     """Run both methods in turns, ``repeats`` times each, on the same model and batches.
 
     Returns:
@@ -66,10 +66,10 @@ def run(overrides: Sequence[str], repeats: int) -> list[Row]:
     pairs = zip(ours[0]["losses"][:5], bare[0]["losses"][:5], strict=True)
     difference = max(abs(a - b) for a, b in pairs)
     return [
-        *(Row(case, name, "throughput", value, "tokens/s") for name, value in speed.items()),
-        Row(case, _OURS, "throughput over bare", speed[_OURS] / speed[_BARE], "x"),
-        Row(case, _OURS, "largest difference of the first 5 losses", difference, "nats"),
-        Row(case, _OURS, "call to first step", statistics.median(r["start"] for r in ours), "s"),
+        *(BenchmarkRow(case, name, "throughput", value, "tokens/s") for name, value in speed.items()),
+        BenchmarkRow(case, _OURS, "throughput over bare", speed[_OURS] / speed[_BARE], "x"),
+        BenchmarkRow(case, _OURS, "largest difference of the first 5 losses", difference, "nats"),
+        BenchmarkRow(case, _OURS, "call to first step", statistics.median(r["start"] for r in ours), "s"),
     ]
 
 
@@ -101,4 +101,6 @@ def _run_bare(spec: TrainSpec, corpus: Path) -> dict:
         return json.loads(result.read_text())
 
 
-TRAIN = Benchmark("our two-worker Ray run over a bare torch.distributed loop with a dense head", run)
+TRAIN_BENCHMARK = Benchmark(
+    "our two-worker Ray run over a bare torch.distributed loop with a dense head", run
+)

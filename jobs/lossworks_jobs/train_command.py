@@ -43,13 +43,13 @@ def _run(arguments: argparse.Namespace) -> int:
         print(spec.to_yaml(), end="")
         return 0
     from lossworks.reporting import TrainProgress
-    from lossworks_jobs.training.run_summary import show
+    from lossworks_jobs.training.run_summary import print_run
     from lossworks_jobs.training.train import train
 
     before = time.time() - started
     with TrainProgress(spec.steps, first_step=_steps_done(resume)) as progress:
         result = train(spec, address=arguments.address, resume=resume, progress=progress)
-    show(spec, result, seconds_before=before)
+    print_run(spec, result, seconds_before=before)
     return 0 if result.outcome.status == "finished" else 130
 
 

@@ -28,7 +28,7 @@ def silence(host: str, port: int) -> str:
     return ""
 
 
-def require_free(host: str, port: int, *, named: str) -> int:
+def require_free_port(host: str, port: int, *, named: str) -> int:
     """Return a port that a server can listen on: the one that is asked for, or any that is free for 0.
 
     Args:

@@ -44,12 +44,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from lossworks.home import home
-    from lossworks.ports import require_free
+    from lossworks.ports import require_free_port
     from lossworks.tracking.server.database import backend_uri, prepare_backend
     from lossworks.tracking.server.process import backend_environment, serve
 
     _check(arguments)
-    port = require_free(
+    port = require_free_port(
         arguments.host, arguments.port, named=f"--host {arguments.host} --port {arguments.port}"
     )
     folder = home() / "server"

@@ -9,7 +9,7 @@ from lossworks.errors import RunError
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write tensors to a file in one piece, with their order and further texts."""
+    """Write tensors of any shapes to a file in one piece, with their order and further texts."""
     from safetensors.torch import save_file
 
     partial = file.with_suffix(".partial")
@@ -19,7 +19,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], **metadata: str) -> No
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file in the order in which they were saved.
+    """Return the tensors of a file, of the shapes and in the order in which they were saved.
 
     Raises:
         RunError: The file is damaged.

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.errors import UserError
 from lossworks_federated.benchmarks import engines_benchmark as benchmark
 from lossworks_federated.benchmarks.engines_chart import draw_benchmark
-from lossworks_federated.benchmarks.engines_worker import by_cohort, by_loop
+from lossworks_federated.benchmarks.engines_worker import by_cohort, rounds_by_loop
+from lossworks_federated.shared_setup import make_setup
 from lossworks_federated.specs import FederationSpec
-from lossworks_federated.world import make_world
 
 
 def test_the_bare_loop_does_what_the_cohort_does() -> None:
@@ -23,8 +23,8 @@ def test_the_bare_loop_does_what_the_cohort_does() -> None:
             "local": {"epochs": 1, "batch_size": 32, "lr": 0.1},
         }
     )
-    world = make_world(spec.task(spec.strategies[0], 0))
-    ours, theirs = by_cohort(spec, world), by_loop(spec, world)
+    setup = make_setup(spec.task(spec.strategies[0], 0))
+    ours, theirs = by_cohort(spec, setup), rounds_by_loop(spec, setup)
     assert len(ours["seconds"]) == len(theirs["seconds"]) == 2
     assert all((ours["model"][name] - value).abs().max() < 1e-4 for name, value in theirs["model"].items())
 
@@ -51,7 +51,13 @@ def test_unknown_cases_and_methods_are_refused() -> None:
 
 
 def test_the_chart_draws_bars_and_curves(tmp_path: Path) -> None:
-    rows = [Row("mlp-100-20", method, "seconds_per_round", 0.1, "s") for method in ("cohort", "flower")]
-    rows += [Row(f"{n} clients a round", "cohort", "seconds_per_round", n / 1e3, "s") for n in (10, 100)]
-    rows += [Row("10 clients a round, 10k parameters", "loop", "seconds_per_round", None, "s", "too slow")]
+    rows = [
+        BenchmarkRow("mlp-100-20", method, "seconds_per_round", 0.1, "s") for method in ("cohort", "flower")
+    ]
+    rows += [
+        BenchmarkRow(f"{n} clients a round", "cohort", "seconds_per_round", n / 1e3, "s") for n in (10, 100)
+    ]
+    rows += [
+        BenchmarkRow("10 clients a round, 10k parameters", "loop", "seconds_per_round", None, "s", "too slow")
+    ]
     assert draw_benchmark(rows, tmp_path / "chart.png").stat().st_size > 10_000

@@ -19,7 +19,7 @@ from lossworks.metrics.intervals import Mean
 from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
 from lossworks_federated.client.client_memory import Moment, keep, recall
-from lossworks_federated.client.faults import KINDS, fault_of
+from lossworks_federated.client.faults import FAULTS, fault_of
 from lossworks_federated.federate import federate
 from lossworks_federated.server.measures import drift, spread
 from lossworks_federated.server.rounds import FederationOutcome, RoundFiles
@@ -27,7 +27,7 @@ from lossworks_federated.spec_parts import FaultSpec
 from lossworks_federated.specs import FederationSpec
 from lossworks_federated.strategies.catalogue import strategies as catalogue
 from lossworks_federated.strategies.interface import OwnTest
-from lossworks_testing.federation import difference, equal, rounds_of, tiny, trained, world_of
+from lossworks_testing.federation import difference, equal, rounds_of, setup_of, tiny, trained
 
 logging.getLogger("flwr").setLevel(logging.ERROR)
 
@@ -86,7 +86,7 @@ def test_too_few_replies_end_the_run_with_the_last_model_saved(tmp_path: Path) -
         trained(tiny(faults={"drop_out": 1.0}), tmp_path)
     outcome = FederationOutcome.read(tmp_path / "child" / "outcome.json")
     assert (outcome.status, outcome.rounds) == ("failed", 0)
-    assert equal(load_tensors(tmp_path / "child" / "model.safetensors"), world_of(tiny()).initial)
+    assert equal(load_tensors(tmp_path / "child" / "model.safetensors"), setup_of(tiny()).initial)
     with pytest.raises(RunError, match=r"5 usable replies of 6, fewer than min_replies=6 \(NaN or infinity"):
         trained(tiny(faults={"nan_clients": [2]}, min_replies=6), tmp_path / "strict")
 
@@ -94,7 +94,7 @@ def test_too_few_replies_end_the_run_with_the_last_model_saved(tmp_path: Path) -
 def test_liars_are_refused_by_a_guard_and_outvoted_by_a_median(tmp_path: Path) -> None:
     guard = {"largest_norm": 5.0, "least_cosine": 0.0}
     split = {"kind": "iid", "clients": 10}
-    changes = {"split": split, "faults": {"lying_clients": [7]}, "rounds": 2}
+    changes = {"split": split, "faults": {"sign_flip_clients": [7]}, "rounds": 2}
     rounds = rounds_of(tiny(guard=guard, **changes), tmp_path / "guarded")
     rounds.run()
     assert rounds.strategy.received.refused == {"opposed": (7,)}
@@ -115,7 +115,7 @@ def test_faults_have_their_shares_and_repeat() -> None:
     assert drawn == [fault_of(spec, 0, number, client) for number in range(40) for client in range(100)]
     assert abs(drawn.count("drop_out") / 4000 - 0.3) < 0.03
     assert abs(drawn.count("nan") / 4000 - 0.2) < 0.03
-    assert {kind for kind in drawn if kind} <= set(KINDS)
+    assert {kind for kind in drawn if kind} <= set(FAULTS)
 
 
 # Measures
@@ -132,13 +132,13 @@ def test_loss_terms_add_up_to_the_global_loss(tmp_path: Path) -> None:
 def test_local_loss_is_that_of_the_clients_own_models(tmp_path: Path) -> None:
     rounds = rounds_of(tiny(rounds=1), tmp_path)
     rounds.run()
-    world, received = rounds._world, rounds.strategy.received
+    setup, received = rounds._setup, rounds.strategy.received
     total = 0.0
     for index, client in enumerate(received.partitions):
-        rows = torch.from_numpy(world.split.train[client])
+        rows = torch.from_numpy(setup.split.train[client])
         own = received.params(slice(index, index + 1))
-        logits = world.model(own, world.inputs[rows][None])[1][0]
-        total += float(torch.nn.functional.cross_entropy(logits, world.labels[rows], reduction="sum"))
+        logits = setup.model(own, setup.inputs[rows][None])[1][0]
+        total += float(torch.nn.functional.cross_entropy(logits, setup.labels[rows], reduction="sum"))
     expected = total / float(received.examples.sum())
     assert rows_of(tmp_path)[1]["terms/local"] == pytest.approx(expected, rel=1e-5)
 
@@ -176,7 +176,7 @@ def test_spread_over_clients() -> None:
 
 
 def test_bytes_are_those_of_the_arrays(tmp_path: Path) -> None:
-    size = 4 * sum(value.numel() for value in world_of(tiny()).initial.values())
+    size = 4 * sum(value.numel() for value in setup_of(tiny()).initial.values())
     for entry, down, up in (
         ("fedavg", 2 * 6, 2 * 6),
         ("scaffold", 4 * 6, 4 * 6),  # control variates both ways
@@ -239,7 +239,7 @@ def test_a_federations_name_can_not_leave_the_folder(tmp_path: Path) -> None:
 
 
 def test_local_privacy_clips_and_adds_noise(tmp_path: Path) -> None:
-    size = sum(value.numel() for value in world_of(tiny()).initial.values())
+    size = sum(value.numel() for value in setup_of(tiny()).initial.values())
     privacy = {"kind": "local", "clipping_norm": 0.5, "epsilon": 1e6, "delta": 1e-5}
     for entry in ("fedavg", {"name": "fedprox", "mu": 0.1}, "fedld", "moon"):
         rounds = rounds_of(tiny(entry, rounds=1, privacy=privacy), tmp_path / str(entry))
@@ -438,15 +438,15 @@ def test_natural_owners_become_clients(at_home: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "sites.npz", x=x, y=labels, site=owners)
     data = {"source": f"npz:{tmp_path / 'sites.npz'}", "owner": "site"}
     spec = tiny(data=data, split={"kind": "natural", "clients": 7, "min_size": 2})
-    world = world_of(spec)
-    assert world.data.owners is not None
+    setup = setup_of(spec)
+    assert setup.data.owners is not None
     for client in range(7):
-        mine = {world.data.owners[row] for row in (*world.split.train[client], *world.split.test[client])}
+        mine = {setup.data.owners[row] for row in (*setup.split.train[client], *setup.split.test[client])}
         assert mine == {f"site-{client}"}
-    grouped = world_of(tiny(data=data, split={"kind": "natural", "clients": 3, "min_size": 2}))
-    assert [len(set(world.data.owners[rows])) for rows in grouped.split.train] == [3, 2, 2]
+    grouped = setup_of(tiny(data=data, split={"kind": "natural", "clients": 3, "min_size": 2}))
+    assert [len(set(setup.data.owners[rows])) for rows in grouped.split.train] == [3, 2, 2]
     with pytest.raises(UserError, match="7 owners"):
-        world_of(tiny(data=data, split={"kind": "natural", "clients": 8, "min_size": 2}))
+        setup_of(tiny(data=data, split={"kind": "natural", "clients": 8, "min_size": 2}))
     trained(spec, tmp_path / "run")
 
 

@@ -16,7 +16,7 @@ from lossworks_federated.records import LocalArray, array_record, member_from
 from lossworks_federated.server.principal_directions import principal_update
 from lossworks_federated.strategies.catalogue import strategies, strategy
 from lossworks_federated.strategies.interface import Plan
-from lossworks_testing.federation import OneByOneGrid, difference, equal, rounds_of, tiny, trained, world_of
+from lossworks_testing.federation import OneByOneGrid, difference, equal, rounds_of, setup_of, tiny, trained
 
 logging.getLogger("flwr").setLevel(logging.ERROR)
 
@@ -99,12 +99,12 @@ def test_one_full_batch_step_makes_all_of_them_gradient_descent(tmp_path: Path) 
         "local": {"epochs": 1, "batch_size": 100_000, "lr": 0.1},
     }
     spec = tiny("fedavg", **changes)
-    world = world_of(spec)
-    assert {len(rows) for rows in world.split.train} == {100}
-    model = {name: value.clone().requires_grad_() for name, value in world.initial.items()}
+    setup = setup_of(spec)
+    assert {len(rows) for rows in setup.split.train} == {100}
+    model = {name: value.clone().requires_grad_() for name, value in setup.initial.items()}
     for _ in range(2):
-        _, logits = world.model({n: v[None] for n, v in model.items()}, world.inputs[None])
-        loss = world.loss(logits[0], world.labels).mean()
+        _, logits = setup.model({n: v[None] for n, v in model.items()}, setup.inputs[None])
+        loss = setup.loss(logits[0], setup.labels).mean()
         gradients = torch.autograd.grad(loss, list(model.values()))
         model = {
             name: (value - 0.1 * gradient).detach().requires_grad_()
@@ -235,12 +235,12 @@ def test_feddyn_keeps_the_sum_of_its_states() -> None:
 
 def test_all_of_flowers_own_loop_can_run_ours() -> None:
     spec = tiny("fedld")
-    world = world_of(spec)
-    ours = strategy("fedld")(plan=Plan(task=world.task.model_dump_json()), rho=0.5)
+    setup = setup_of(spec)
+    ours = strategy("fedld")(plan=Plan(task=setup.task.model_dump_json()), rho=0.5)
     assert isinstance(ours, FlowerFedAvg)
-    result = ours.start(CohortGrid(world), array_record(world.initial), num_rounds=2)
+    result = ours.start(CohortGrid(setup), array_record(setup.initial), num_rounds=2)
     assert set(result.evaluate_metrics_clientapp) == {1, 2}
-    assert member_from(result.arrays).keys() == world.initial.keys()
+    assert member_from(result.arrays).keys() == setup.initial.keys()
 
 
 def test_any_loss_of_rows_is_a_local_objective(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_aggregates_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     }
     with pytest.raises(RunError, match=r"round 1: the aggregated layers.0.1.weight of fedavg is not finite"):
         rounds.run()
-    assert equal(load_tensors(tmp_path / "child" / "model.safetensors"), world_of(tiny()).initial)
+    assert equal(load_tensors(tmp_path / "child" / "model.safetensors"), setup_of(tiny()).initial)
 
 
 def test_local_arrays_serialise_as_flowers_do() -> None:

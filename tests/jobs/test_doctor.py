@@ -16,7 +16,7 @@ from lossworks.cli import main
 from lossworks.home import QUIET_ENVIRONMENT
 from lossworks_jobs.doctor import computing, files, installation, machine, servers
 from lossworks_jobs.doctor.check import Check
-from lossworks_jobs.doctor.command import show
+from lossworks_jobs.doctor.command import print_checks
 
 GIB = 2**30
 
@@ -340,7 +340,7 @@ def test_a_real_cluster(cluster, monkeypatch):
 
 def test_another_version_of_ray():
     """A job server tells its version to everybody."""
-    found, jobs = servers.cluster("http://head:8265", {"ray": "2.40.0", "jobs": "http://head:8265"})
+    found, jobs = servers.cluster_checks("http://head:8265", {"ray": "2.40.0", "jobs": "http://head:8265"})
 
     reads(found, "wrong", "Ray 2.40.0, here 2.55.1", "pip install 'ray[default,train]==2.40.0'")
     reads(jobs, "ok", "http://head:8265")
@@ -419,7 +419,7 @@ def test_the_table_fits_a_terminal():
     """Long findings and fixes are folded under their column; no line is wider than asked."""
     text = io.StringIO()
     checks = [Check("Ray", "cluster", "wrong", "word " * 40, "Do this. " * 20)]
-    show(checks, Console(file=text, width=80, force_terminal=True, color_system=None))
+    print_checks(checks, Console(file=text, width=80, force_terminal=True, color_system=None))
     lines = text.getvalue().splitlines()
 
     assert max(map(len, lines)) <= 80

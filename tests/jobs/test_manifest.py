@@ -11,7 +11,7 @@ import yaml
 
 from lossworks.errors import UserError
 from lossworks_jobs.kubernetes.launcher import cluster_yaml
-from lossworks_jobs.kubernetes.manifest import SPEC_FILE, job_name, ray_job
+from lossworks_jobs.kubernetes.manifest import POD_SPEC_FILE, job_name, ray_job
 
 SPEC = "name: small\nsteps: 3\ndata:\n  corpus: 'text:/lossworks/a text.txt'\n"
 POD = "template.spec"
@@ -37,7 +37,7 @@ def written(**changes):
     arguments = {
         "name": "My_Run.7",
         "spec_yaml": SPEC,
-        "entrypoint": f"lossworks train {SPEC_FILE}",
+        "entrypoint": f"lossworks train {POD_SPEC_FILE}",
         "image": "registry.example/lossworks:1.0",
         "workers": 3,
         "resources_per_worker": {"CPU": 4, "GPU": 2, "fast": 1},
@@ -83,8 +83,8 @@ def test_the_config_map_holds_the_spec_and_nothing_else():
     }
     assert {"name": "spec", "configMap": {"name": "my-run-7-spec"}} in head["volumes"]
     mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "spec")
-    assert f"{mount['mountPath']}/{next(iter(config['data']))}" == SPEC_FILE
-    assert SPEC_FILE in job["spec"]["entrypoint"]
+    assert f"{mount['mountPath']}/{next(iter(config['data']))}" == POD_SPEC_FILE
+    assert POD_SPEC_FILE in job["spec"]["entrypoint"]
 
 
 def test_the_fields_are_those_of_the_definition():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lossworks.reporting import TrainProgress
-from lossworks_jobs.training.run_summary import show
+from lossworks_jobs.training.run_summary import print_run
 from lossworks_jobs.training.train import train
 from lossworks_testing.training import tiny_spec, write_text
 
@@ -27,7 +27,7 @@ def test_no_secret_is_written(cluster, home, tmp_path, monkeypatch, capfd):
     spec = tiny_spec(text, name=secrets.token_hex(16), steps=2, tracking={"system_metrics": False})
     with TrainProgress(spec.steps, first_step=0) as progress:
         result = train(spec, progress=progress)
-    show(spec, result, seconds_before=0.0)
+    print_run(spec, result, seconds_before=0.0)
     printed = "".join(capfd.readouterr())
 
     # The name is found where it belongs, so a secret there would be found, too.

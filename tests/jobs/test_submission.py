@@ -18,7 +18,7 @@ from lossworks_jobs.submission import lock
 from lossworks_jobs.submission.bundle import FILES, SPEC_FILE, make_bundle
 from lossworks_jobs.submission.job_entry import main as entry
 from lossworks_jobs.submission.package import write_package
-from lossworks_jobs.submission.submit import Options, runtime_environment, start_script
+from lossworks_jobs.submission.submit import SubmitOptions, runtime_environment, start_script
 from lossworks_jobs.training.fitting import last_line
 from lossworks_jobs.training.worker import unshared
 from lossworks_testing.training import tiny_spec, write_text
@@ -154,18 +154,18 @@ def test_other_packages_than_the_locks_are_refused(monkeypatch, capsys, home):
 
 def test_a_job_is_started_by_an_interpreter_that_has_ray(tmp_path):
     """The script tries interpreters, becomes the one that fits, and says so when none does."""
-    missing = start_script("k", None, Options(python="/nowhere/python"))
+    missing = start_script("k", None, SubmitOptions(python="/nowhere/python"))
     ended = subprocess.run(["sh", "-c", missing], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "name one with --python" in ended.stderr
 
-    script = start_script("a key", "a run", Options())
+    script = start_script("a key", "a run", SubmitOptions())
     assert "--key 'a key' --resume 'a run' --check-lock" in script
-    assert runtime_environment(Options(graceful_s=9))["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "9"
-    installing = runtime_environment(Options(install=True))
+    assert runtime_environment(SubmitOptions(graceful_s=9))["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "9"
+    installing = runtime_environment(SubmitOptions(install=True))
     assert any(line.startswith("ray") for line in installing["pip"]["packages"])
     assert installing["config"]["setup_timeout_seconds"] >= 1800
-    assert "config" not in runtime_environment(Options())
+    assert "config" not in runtime_environment(SubmitOptions())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from lossworks.errors import UserError
-from lossworks.ports import host_and_port, require_free, silence
+from lossworks.ports import host_and_port, require_free_port, silence
 
 
 @pytest.fixture
@@ -40,17 +40,17 @@ def test_whom_an_address_names(address, found):
 def test_who_listens_is_reached_and_who_does_not_is_silent(listener):
     """A reason in words, or none."""
     assert silence("127.0.0.1", listener) == ""
-    assert "refused" in silence("127.0.0.1", require_free("127.0.0.1", 0, named="any"))
+    assert "refused" in silence("127.0.0.1", require_free_port("127.0.0.1", 0, named="any"))
 
 
 def test_a_port_is_free_or_refused_by_the_name_of_its_setting(listener):
     """One that is taken, one that is none, and one of another machine."""
-    free = require_free("127.0.0.1", 0, named="any")
+    free = require_free_port("127.0.0.1", 0, named="any")
 
-    assert require_free("127.0.0.1", free, named="the same") == free
+    assert require_free_port("127.0.0.1", free, named="the same") == free
     with pytest.raises(UserError, match=r"^--port: can't be listened on: Address already in use"):
-        require_free("127.0.0.1", listener, named="--port")
+        require_free_port("127.0.0.1", listener, named="--port")
     with pytest.raises(UserError, match=r"^--port: a port is between 1 and 65535"):
-        require_free("127.0.0.1", 65536, named="--port")
+        require_free_port("127.0.0.1", 65536, named="--port")
     with pytest.raises(UserError, match=r"^--host: can't be listened on"):
-        require_free("203.0.113.1", 0, named="--host")
+        require_free_port("203.0.113.1", 0, named="--host")

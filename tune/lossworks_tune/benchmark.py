@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from lossworks.benchmarks.command import COMMAS, Benchmark
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.benchmarks.worker import run_worker
 from lossworks.cli import require_one
 from lossworks.errors import RunError
@@ -45,7 +45,7 @@ class TuneSpec(Spec):
         return tuple(require_one(value, _METHODS, "method") for value in values)
 
 
-def run(overrides: Sequence[str], repeats: int) -> Iterator[Row]:
+def run(overrides: Sequence[str], repeats: int) -> Iterator[BenchmarkRow]:
     """Yield configurations a minute of every method, ratios, best values, and what early stopping saves."""
     spec = TuneSpec.parse({}).override(overrides)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +95,7 @@ def _sweep(spec: TuneSpec, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare(
     case: str, methods: Sequence[str], measure: Any, changes: Mapping[str, Any], repeats: int
-) -> Iterator[Row]:
+) -> Iterator[BenchmarkRow]:
     """Yield the rows of one case, its methods measured in turns."""
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     notes: dict[str, str] = {}
@@ -112,28 +112,30 @@ def _compare(
     }
     for method in methods:
         note = notes.get(method, "")
-        yield Row(case, method, "configurations_per_minute", rates.get(method), "", note)
+        yield BenchmarkRow(case, method, "configurations_per_minute", rates.get(method), "", note)
     ours = found.get("packed")
     for method in methods:
         if method in rates and method != "packed" and ours:
-            yield Row(case, method, "packed over it", rates["packed"] / rates[method], "x")
+            yield BenchmarkRow(case, method, "packed over it", rates["packed"] / rates[method], "x")
         if method in rates:
             best = found[method][0]["best"]
             apart = abs(best - ours[0]["best"]) if ours else 0.0
             note = "" if apart < _SAME else f"differs from packed's by {apart:.3f}"
-            yield Row(case, method, f"best {_METRIC}", best, "", note)
+            yield BenchmarkRow(case, method, f"best {_METRIC}", best, "", note)
 
 
-def _saved(case: str, measure: Any, early: Mapping[str, Any]) -> Iterator[Row]:
+def _saved(case: str, measure: Any, early: Mapping[str, Any]) -> Iterator[BenchmarkRow]:
     """Yield the steps that early stopping takes, and how its winner does on fresh seeds."""
     case = f"{case}, what asha saves"
     found = {
         name: measure("packed-confirmed", changes) for name, changes in (("random", {}), ("asha", early))
     }
     for name, one in found.items():
-        yield Row(case, name, "steps", one["steps"], "")
-        yield Row(case, name, f"winner's {_METRIC} on 10 fresh seeds", one["fresh"], "")
-    yield Row(case, "asha", "steps over random's", found["asha"]["steps"] / found["random"]["steps"], "x")
+        yield BenchmarkRow(case, name, "steps", one["steps"], "")
+        yield BenchmarkRow(case, name, f"winner's {_METRIC} on 10 fresh seeds", one["fresh"], "")
+    yield BenchmarkRow(
+        case, "asha", "steps over random's", found["asha"]["steps"] / found["random"]["steps"], "x"
+    )
 
 
 # Once: ordinary Ray Tune takes four minutes of each turn.

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from lossworks.benchmarks.command import COMMAS, Benchmark
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.benchmarks.worker import run_worker
 from lossworks.cli import require_one
 from lossworks.errors import RunError
@@ -57,7 +57,7 @@ class FederatedSpec(Spec):
         return tuple(require_one(value, known, info.field_name.removesuffix("s")) for value in values)
 
 
-def run(overrides: Sequence[str], repeats: int) -> Iterator[Row]:
+def run(overrides: Sequence[str], repeats: int) -> Iterator[BenchmarkRow]:
     """Yield seconds a round of every method and case, ratios to the cohort engine, and how weights differ."""
     spec = FederatedSpec.parse({}).override(overrides)
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +87,7 @@ class _Workers:
 
 def _compare(
     workers: _Workers, case: str, changes: Mapping[str, Any], methods: Sequence[str], repeats: int
-) -> Iterator[Row]:
+) -> Iterator[BenchmarkRow]:
     """Yield the rows of one case, its methods measured in turns."""
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     notes: dict[str, str] = {}
@@ -103,11 +103,11 @@ def _compare(
                 notes[method] = str(error)
     medians = {method: _seconds(runs) for method, runs in found.items() if runs}
     for method in methods:
-        yield Row(case, method, "seconds_per_round", medians.get(method), "s", notes.get(method, ""))
+        yield BenchmarkRow(case, method, "seconds_per_round", medians.get(method), "s", notes.get(method, ""))
     ours = medians.get("cohort")
     for method in methods:
         if ours is not None and method != "cohort" and method in medians:
-            yield Row(case, method, "over cohort", medians[method] / ours, "x")
+            yield BenchmarkRow(case, method, "over cohort", medians[method] / ours, "x")
             yield _weights(case, method, found)
 
 
@@ -115,7 +115,7 @@ def _seconds(runs: Sequence[Mapping[str, Any]]) -> float:
     return statistics.median(statistics.median(run["seconds"][1:]) for run in runs)
 
 
-def _weights(case: str, method: str, found: Mapping[str, list[dict[str, Any]]]) -> Row:
+def _weights(case: str, method: str, found: Mapping[str, list[dict[str, Any]]]) -> BenchmarkRow:
     """Return how far a method's weights end from the cohort engine's, as a share of how far these went."""
     from lossworks.tensors import load_tensors
 
@@ -123,7 +123,7 @@ def _weights(case: str, method: str, found: Mapping[str, list[dict[str, Any]]]) 
     apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in ours) ** 0.5
     share = apart / found["cohort"][0]["moved"]
     note = "" if share < _SAME else f"more than {_SAME:g}: it has not done the same"
-    return Row(case, method, "difference of updates", share, "", note)
+    return BenchmarkRow(case, method, "difference of updates", share, "", note)
 
 
 def _split(clients: int, kind: str) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _blobs(clients: int, width: int, kind: str = "iid") -> dict[str, Any]:
     }
 
 
-def _curves(workers: _Workers) -> Iterator[Row]:
+def _curves(workers: _Workers) -> Iterator[BenchmarkRow]:
     both = ("cohort", "loop")
     few = {"rounds": 3}
     for clients in (10, 30, 100, 300, 1000):
@@ -155,35 +155,35 @@ def _curves(workers: _Workers) -> Iterator[Row]:
     yield from _server_step(workers)
 
 
-def _many(workers: _Workers) -> Iterator[Row]:
+def _many(workers: _Workers) -> Iterator[BenchmarkRow]:
     """Yield what 10,000 clients cost, 100 of them a round."""
     case = "10,000 clients, 100 a round"
     try:
         found = workers.measure("cohort", {**_blobs(10_000, 64), "clients_per_round": 100})
     except RunError as error:
-        yield Row(case, "cohort", "seconds_per_round", None, "s", str(error))
+        yield BenchmarkRow(case, "cohort", "seconds_per_round", None, "s", str(error))
         return
-    yield Row(case, "cohort", "seconds_per_round", statistics.median(found["seconds"][1:]), "s")
-    yield Row(case, "cohort", "peak memory", found["peak_bytes"] / 2**20, "MiB")
+    yield BenchmarkRow(case, "cohort", "seconds_per_round", statistics.median(found["seconds"][1:]), "s")
+    yield BenchmarkRow(case, "cohort", "peak memory", found["peak_bytes"] / 2**20, "MiB")
 
 
-def _server_step(workers: _Workers) -> Iterator[Row]:
+def _server_step(workers: _Workers) -> Iterator[BenchmarkRow]:
     """Yield the share of a round that FedLD's aggregation takes."""
     case = "FedLD, 100 clients a round, 1M parameters"
     changes = {**_blobs(100, _WIDTHS["1M"]), "strategies": ["fedld"], "rounds": 3}
     try:
         found = workers.measure("cohort", changes)
     except RunError as error:
-        yield Row(case, "cohort", "server step over round", None, "", str(error))
+        yield BenchmarkRow(case, "cohort", "server step over round", None, "", str(error))
         return
     share = statistics.median(
         server / whole for server, whole in zip(found["server"][1:], found["seconds"][1:], strict=True)
     )
-    yield Row(case, "cohort", "seconds_per_round", statistics.median(found["seconds"][1:]), "s")
-    yield Row(case, "cohort", "server step over round", share, "")
+    yield BenchmarkRow(case, "cohort", "seconds_per_round", statistics.median(found["seconds"][1:]), "s")
+    yield BenchmarkRow(case, "cohort", "server step over round", share, "")
 
 
-def _draw(rows: Sequence[Row], path: Path) -> object:
+def _draw(rows: Sequence[BenchmarkRow], path: Path) -> object:
     from lossworks_federated.benchmarks.engines_chart import draw_benchmark
 
     return draw_benchmark(rows, path)

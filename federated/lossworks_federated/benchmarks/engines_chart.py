@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.reporting.picture_style import BLUE, GREY, ORANGE, STYLE, not_measured
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _CLIENTS = re.compile(r"(\d+) clients a round$")
 _SIZES = re.compile(r"10 clients a round, (\d+)(k|M) parameters")
 
 
-def draw_benchmark(rows: Sequence[Row], path: Path) -> Path:
+def draw_benchmark(rows: Sequence[BenchmarkRow], path: Path) -> Path:
     """Draw seconds a round as a PNG of 1800 × 600 pixels: the main cases, and both curves.
 
     Args:
@@ -39,7 +39,7 @@ def draw_benchmark(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def _draw_bars(axes: "Axes", seconds: Sequence[Row], rows: Sequence[Row]) -> None:
+def _draw_bars(axes: "Axes", seconds: Sequence[BenchmarkRow], rows: Sequence[BenchmarkRow]) -> None:
     axes.set_title("Seconds a round, 20 of 100 clients")
     main = [row for row in seconds if row.case.endswith("-100-20")]
     if not main:
@@ -63,7 +63,7 @@ def _draw_bars(axes: "Axes", seconds: Sequence[Row], rows: Sequence[Row]) -> Non
     axes.legend(loc="upper left")
 
 
-def _draw_curve(axes: "Axes", seconds: Sequence[Row], pattern: re.Pattern[str], label: str) -> None:
+def _draw_curve(axes: "Axes", seconds: Sequence[BenchmarkRow], pattern: re.Pattern[str], label: str) -> None:
     points: dict[str, list[tuple[float, float]]] = {}
     for row in seconds:
         found = pattern.fullmatch(row.case)

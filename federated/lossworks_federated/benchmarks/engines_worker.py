@@ -22,17 +22,17 @@ from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.engines.simulation import simulate
 from lossworks_federated.records import array_record, member_from
 from lossworks_federated.server.rounds import build_strategy, described
+from lossworks_federated.shared_setup import SharedSetup, make_setup
 from lossworks_federated.specs import FederationSpec
-from lossworks_federated.world import World, make_world
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 
-def by_strategy(spec: FederationSpec, world: World, grid: "Grid") -> dict[str, Any]:
+def by_strategy(spec: FederationSpec, setup: SharedSetup, grid: "Grid") -> dict[str, Any]:
     """Do the rounds of a spec's strategy through a grid, and time each."""
-    strategy = build_strategy(spec, spec.strategies[0], world.task)
-    model, whole, server = world.initial, [], []
+    strategy = build_strategy(spec, spec.strategies[0], setup.task)
+    model, whole, server = setup.initial, [], []
     for number in range(1, spec.rounds + 1):
         began = time.perf_counter()
         arrays = array_record(model)
@@ -49,25 +49,25 @@ def by_strategy(spec: FederationSpec, world: World, grid: "Grid") -> dict[str, A
     return {"seconds": whole, "server": server, "model": model}
 
 
-def by_cohort(spec: FederationSpec, world: World) -> dict[str, Any]:
+def by_cohort(spec: FederationSpec, setup: SharedSetup) -> dict[str, Any]:
     """Do the rounds with the cohort engine."""
-    return by_strategy(spec, world, CohortGrid(world))
+    return by_strategy(spec, setup, CohortGrid(setup))
 
 
-def by_flower(spec: FederationSpec, world: World) -> dict[str, Any]:
+def by_flower(spec: FederationSpec, setup: SharedSetup) -> dict[str, Any]:
     """Do the rounds in Flower's own simulation."""
     found: dict[str, Any] = {}
-    simulate(spec, lambda grid: found.update(by_strategy(spec, world, grid)), state_folder=Path(os.devnull))
+    simulate(spec, lambda grid: found.update(by_strategy(spec, setup, grid)), state_folder=Path(os.devnull))
     return found
 
 
-def by_loop(spec: FederationSpec, world: World) -> dict[str, Any]:
+def rounds_by_loop(spec: FederationSpec, setup: SharedSetup) -> dict[str, Any]:
     """Do the rounds of FedAvg with a bare loop: one module, one optimiser, one client at a time."""
-    strategy = build_strategy(spec, spec.strategies[0], world.task)
-    task = world.task
-    shape, classes = world.data.shape, len(world.data.names)
+    strategy = build_strategy(spec, spec.strategies[0], setup.task)
+    task = setup.task
+    shape, classes = setup.data.shape, len(setup.data.names)
     model = build_classifier(task.model, shape=shape, classes=classes, seed=task.seed)
-    now, seconds = world.initial, []
+    now, seconds = setup.initial, []
     for number in range(1, spec.rounds + 1):
         nodes = [(client, client) for client in range(spec.split.clients)]
         chosen = strategy.drawn(nodes, spec.clients_per_round, number)
@@ -76,8 +76,8 @@ def by_loop(spec: FederationSpec, world: World) -> dict[str, Any]:
         examples = 0
         for client, _ in chosen:
             model.load_state_dict(now)
-            _train(model, world, number, client)
-            count = len(world.split.train[client])
+            _train(model, setup, number, client)
+            count = len(setup.split.train[client])
             examples += count
             for name, value in model.named_parameters():
                 total[name] += count * value.detach()
@@ -86,27 +86,27 @@ def by_loop(spec: FederationSpec, world: World) -> dict[str, Any]:
     return {"seconds": seconds, "server": [], "model": now}
 
 
-def _train(model: nn.Module, world: World, number: int, client: int) -> None:
+def _train(model: nn.Module, setup: SharedSetup, number: int, client: int) -> None:
     """Train one client as plain torch code would, on the batches that all methods take."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=world.task.local.lr)
+    optimizer = torch.optim.SGD(model.parameters(), lr=setup.task.local.lr)
     loss = nn.CrossEntropyLoss()
-    for rows in world.batches_of(client, number):
+    for rows in setup.batches_of(client, number):
         optimizer.zero_grad()
-        logits = model.logits(world.inputs[rows])  # type: ignore[operator]
-        loss(logits, world.labels[rows]).backward()
+        logits = model.logits(setup.inputs[rows])  # type: ignore[operator]
+        loss(logits, setup.labels[rows]).backward()
         optimizer.step()
 
 
-def by_pfl(spec: FederationSpec, world: World) -> dict[str, Any]:
+def by_pfl(spec: FederationSpec, setup: SharedSetup) -> dict[str, Any]:
     """Do the rounds in Apple's pfl simulator."""
     from lossworks_federated.benchmarks.pfl_rounds import federate_by_pfl
 
-    return federate_by_pfl(spec, world)
+    return federate_by_pfl(spec, setup)
 
 
-METHODS: dict[str, Callable[[FederationSpec, World], dict[str, Any]]] = {
+ENGINES: dict[str, Callable[[FederationSpec, SharedSetup], dict[str, Any]]] = {
     "cohort": by_cohort,
-    "loop": by_loop,
+    "loop": rounds_by_loop,
     "flower": by_flower,
     "pfl": by_pfl,
 }
@@ -118,13 +118,13 @@ def main() -> None:
     torch.set_num_threads(case["threads"])
     logging.getLogger("flwr").setLevel(logging.ERROR)
     spec = FederationSpec.parse(case["spec"])
-    world = make_world(spec.task(spec.strategies[0], spec.seeds[0]))
-    found = METHODS[case["method"]](spec, world)
+    setup = make_setup(spec.task(spec.strategies[0], spec.seeds[0]))
+    found = ENGINES[case["method"]](spec, setup)
     model = found.pop("model")
-    squares = sum(float((value - world.initial[name]).square().sum()) for name, value in model.items())
+    squares = sum(float((value - setup.initial[name]).square().sum()) for name, value in model.items())
     found["moved"] = squares**0.5
     write_tensors(Path(case["model"]), model)
-    found["parameters"] = sum(value.numel() for value in world.initial.values())
+    found["parameters"] = sum(value.numel() for value in setup.initial.values())
     found["peak_bytes"] = peak_memory_bytes(torch.device("cpu"))
     print(json.dumps(found), flush=True)
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lossworks.models import HeadedModel, build_classifier
 from lossworks_federated.server.rounds import build_strategy
+from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.specs import FederationSpec
 from lossworks_federated.strategies.interface import Federated
-from lossworks_federated.world import World
 
 
 class _Module(nn.Module):
@@ -45,23 +45,23 @@ class _Module(nn.Module):
 class _User(Dataset):
     """One client's examples in one round, which come in the planned batches of all local epochs."""
 
-    def __init__(self, world: World, number: int, client: int) -> None:
-        rows = world.split.train[client]
-        super().__init__(raw_data=[world.inputs[rows], world.labels[rows]], user_id=str(client))
-        self._world, self._number, self._client = world, number, client
+    def __init__(self, setup: SharedSetup, number: int, client: int) -> None:
+        rows = setup.split.train[client]
+        super().__init__(raw_data=[setup.inputs[rows], setup.labels[rows]], user_id=str(client))
+        self._setup, self._number, self._client = setup, number, client
 
     def iter(self, batch_size: int | None) -> Iterator[list[Tensor]]:
         del batch_size
-        for rows in self._world.batches_of(self._client, self._number):
-            yield [self._world.inputs[rows], self._world.labels[rows]]
+        for rows in self._setup.batches_of(self._client, self._number):
+            yield [self._setup.inputs[rows], self._setup.labels[rows]]
 
 
 class _Users(FederatedDatasetBase):
     """The clients that a strategy draws, round after round."""
 
-    def __init__(self, spec: FederationSpec, world: World, strategy: Federated) -> None:
+    def __init__(self, spec: FederationSpec, setup: SharedSetup, strategy: Federated) -> None:
         super().__init__()
-        self._spec, self._world, self._strategy, self._number = spec, world, strategy, 0
+        self._spec, self._setup, self._strategy, self._number = spec, setup, strategy, 0
 
     def __next__(self) -> tuple[Dataset, int]:
         raise NotImplementedError("clients are asked for by the round")
@@ -71,7 +71,7 @@ class _Users(FederatedDatasetBase):
         self._number += 1
         nodes = [(client, client) for client in range(self._spec.split.clients)]
         for client, _ in self._strategy.drawn(nodes, self._spec.clients_per_round, self._number):
-            yield _User(self._world, self._number, client), 0
+            yield _User(self._setup, self._number, client), 0
 
 
 class _Clock(TrainingProcessCallback):
@@ -96,13 +96,13 @@ class _Clock(TrainingProcessCallback):
         return False, Metrics()
 
 
-def federate_by_pfl(spec: FederationSpec, world: World) -> dict[str, Any]:
+def federate_by_pfl(spec: FederationSpec, setup: SharedSetup) -> dict[str, Any]:
     """Do the rounds of FedAvg in pfl's simulation, in one process as its authors advise for one machine."""
-    task = world.task
-    shape, classes = world.data.shape, len(world.data.names)
+    task = setup.task
+    shape, classes = setup.data.shape, len(setup.data.names)
     model = build_classifier(task.model, shape=shape, classes=classes, seed=task.seed)
     module, clock = _Module(model), _Clock()
-    users = _Users(spec, world, build_strategy(spec, spec.strategies[0], task))
+    users = _Users(spec, setup, build_strategy(spec, spec.strategies[0], task))
     FederatedAveraging().run(
         NNAlgorithmParams(
             central_num_iterations=spec.rounds,

@@ -11,8 +11,8 @@ from lossworks.errors import RunError
 from lossworks_federated.client.client_work import Client, Reply, evaluate_clients, train_clients
 from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG, METRICS, array_record
+from lossworks_federated.shared_setup import SharedSetup, setup_of
 from lossworks_federated.spec_parts import PrivacySpec
-from lossworks_federated.world import World, world_of
 
 DROPPED_OUT = "fault: dropped out"
 
@@ -30,11 +30,11 @@ def client_app(
     """
     app = ClientApp(mods=client_mods(privacy or PrivacySpec()))
 
-    def configured(message: Message, context: Context) -> tuple[World, Client, Path | None]:
+    def configured(message: Message, context: Context) -> tuple[SharedSetup, Client, Path | None]:
         told: Any = message.content[CONFIG]
         named = context.node_config.get("state-folder")
         folder = Path(str(named)) if named else state_folder
-        return world_of(str(told["task"])), Client(partition_of(context), context), folder
+        return setup_of(str(told["task"])), Client(partition_of(context), context), folder
 
     @app.query()
     def _query(message: Message, context: Context) -> Message:
@@ -43,8 +43,8 @@ def client_app(
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:
-        world, client, folder = configured(message, context)
-        reply = train_clients(world, message.content, [client], folder=folder)[0]
+        setup, client, folder = configured(message, context)
+        reply = train_clients(setup, message.content, [client], folder=folder)[0]
         if reply.fault == "drop_out":
             raise RunError(DROPPED_OUT)
         if reply.fault == "straggle":
@@ -53,8 +53,8 @@ def client_app(
 
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
-        world, client, folder = configured(message, context)
-        reply = evaluate_clients(world, message.content, [client], folder=folder)[0]
+        setup, client, folder = configured(message, context)
+        reply = evaluate_clients(setup, message.content, [client], folder=folder)[0]
         return Message(as_records(reply), reply_to=message)
 
     return app

@@ -31,10 +31,10 @@ from lossworks_federated.client.client_memory import Moment, keep, recall
 from lossworks_federated.client.faults import afflicted, fault_of
 from lossworks_federated.client.local_rules import Together
 from lossworks_federated.records import CONFIG, MODEL, member_from
+from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import LocalSpec
 from lossworks_federated.strategies.catalogue import part_of
 from lossworks_federated.strategies.parts import Cohort, Outcome, Part
-from lossworks_federated.world import World
 
 _EXAMPLES_AT_ONCE = 2**17  # of clients whose losses are measured together
 _FLOATS_AT_ONCE = (
@@ -66,7 +66,7 @@ class Reply:
 
 
 def train_clients(
-    world: World,
+    setup: SharedSetup,
     content: RecordDict,
     clients: Sequence[Client],
     *,
@@ -76,7 +76,7 @@ def train_clients(
     """Train clients as an instruction says.
 
     Args:
-        world: Theirs.
+        setup: What they have in common.
         content: The instruction: model, configuration, further arrays of parts.
         clients: Who.
         folder: Where they keep things beyond the end of this process; None for nowhere.
@@ -85,28 +85,28 @@ def train_clients(
     Returns:
         A reply each, in the order of ``clients``.
     """
-    size = sum(value.numel() for value in world.initial.values())
+    size = sum(value.numel() for value in setup.initial.values())
     at_once = max(1, _FLOATS_AT_ONCE // size)
     return [
         reply
         for start in range(0, len(clients), at_once)
-        for reply in _train_at_once(world, content, clients[start : start + at_once], folder, local)
+        for reply in _train_at_once(setup, content, clients[start : start + at_once], folder, local)
     ]
 
 
 def _train_at_once(
-    world: World, content: RecordDict, clients: Sequence[Client], folder: Path | None, local: bool
+    setup: SharedSetup, content: RecordDict, clients: Sequence[Client], folder: Path | None, local: bool
 ) -> list[Reply]:
-    task, config = world.task, content.config_records[CONFIG]
+    task, config = setup.task, content.config_records[CONFIG]
     server_round = int(config["server-round"])  # type: ignore[arg-type]
     epochs = int(config.get("epochs", task.local.epochs))  # type: ignore[arg-type]
     origin = member_from(content.array_records[MODEL])
     parts = [part_of(entry) for entry in json.loads(str(config["parts"]))]
-    batches = world.batches([client.partition for client in clients], server_round, epochs)
+    batches = setup.batches([client.partition for client in clients], server_round, epochs)
     moment = _moment(config, server_round, folder)
     kept = _recalled(parts, clients, origin, moment)
     cohorts = [
-        Cohort(world.model, origin, batches, task.local, _sent(content, part), kept[part.slug])
+        Cohort(setup.model, origin, batches, task.local, _sent(content, part), kept[part.slug])
         for part in parts
     ]
     params = repeat(origin, len(clients))
@@ -114,11 +114,11 @@ def _train_at_once(
         params = part.start(params, kept[part.slug])
     rules = [rule for part, cohort in zip(parts, cohorts, strict=True) if (rule := part.rule(cohort))]
     trained = train_members(
-        world.model,
+        setup.model,
         params,
-        (world.inputs, world.labels),
+        (setup.inputs, setup.labels),
         batches,
-        world.loss,
+        setup.loss,
         _optimizer(task.local),
         _together(rules),
     )
@@ -132,12 +132,12 @@ def _train_at_once(
         returned = part.returned(origin, returned)
     sent = {part.slug: outcome.sent for part, outcome in zip(parts, outcomes, strict=True) if outcome.sent}
     weights = step_weights(trained.steps, task.local, _pull(parts))
-    after = _losses_at(world, trained.params, clients) if config.get("terms", False) else []
+    after = _losses_at(setup, trained.params, clients) if config.get("terms", False) else []
     replies = []
     for index, client in enumerate(clients):
         fault = fault_of(task.faults, task.seed, server_round, client.partition) if server_round else None
         metrics = {
-            "num-examples": len(world.split.train[client.partition]),
+            "num-examples": len(setup.split.train[client.partition]),
             "loss": float(trained.losses[index]),
             "steps": int(trained.steps[index]),
             "step-weight": float(weights[index]),
@@ -151,7 +151,7 @@ def _train_at_once(
 
 
 def evaluate_clients(
-    world: World, content: RecordDict, clients: Sequence[Client], *, folder: Path | None = None
+    setup: SharedSetup, content: RecordDict, clients: Sequence[Client], *, folder: Path | None = None
 ) -> list[Reply]:
     """Test the model that clients are sent on their own test examples; see ``train_clients``."""
     config = content.config_records[CONFIG]
@@ -163,19 +163,19 @@ def evaluate_clients(
     for part in parts:
         # Only what a part changes is stacked: without that, all clients test one and the same model.
         own = part.start(own, kept[part.slug])
-    rows = [torch.from_numpy(world.split.test[client.partition]) for client in clients]
+    rows = [torch.from_numpy(setup.split.test[client.partition]) for client in clients]
     replies = []
     if own:
         logits = [
-            world.model({name: value[None] for name, value in one.items()}, world.inputs[r][None])[1][0]
+            setup.model({name: value[None] for name, value in one.items()}, setup.inputs[r][None])[1][0]
             for r, one in zip(rows, _each(origin, own, len(clients)), strict=True)
         ]
     else:
         whole = {name: value[None] for name, value in origin.items()}
-        together = world.model(whole, world.inputs[torch.cat(rows)][None])[1][0]
+        together = setup.model(whole, setup.inputs[torch.cat(rows)][None])[1][0]
         logits = list(together.split([len(r) for r in rows]))
     for r, z in zip(rows, logits, strict=True):
-        sums = class_sums(z.detach(), world.labels[r]).metrics()
+        sums = class_sums(z.detach(), setup.labels[r]).metrics()
         found = {"num-examples": len(r), "loss": sums["cross_entropy"], "accuracy": sums["accuracy"]}
         replies.append(Reply({}, found))
     return replies
@@ -263,18 +263,18 @@ def _each(origin: Member, own: Stack, count: int) -> list[Member]:
 
 
 @torch.no_grad()
-def _losses_at(world: World, params: Stack, clients: Sequence[Client]) -> list[float]:
+def _losses_at(setup: SharedSetup, params: Stack, clients: Sequence[Client]) -> list[float]:
     """Return each client's mean loss on its own training examples at its own parameters."""
-    sizes = torch.tensor([len(world.split.train[client.partition]) for client in clients])
+    sizes = torch.tensor([len(setup.split.train[client.partition]) for client in clients])
     valid = torch.arange(int(sizes.max())) < sizes[:, None]
     rows = torch.zeros(valid.shape, dtype=torch.int64)
-    rows[valid] = torch.from_numpy(np.concatenate([world.split.train[c.partition] for c in clients]))
-    targets = torch.where(valid, world.labels[rows], world.loss.ignore_index)
+    rows[valid] = torch.from_numpy(np.concatenate([setup.split.train[c.partition] for c in clients]))
+    targets = torch.where(valid, setup.labels[rows], setup.loss.ignore_index)
     losses: list[float] = []
     at_once = max(1, _EXAMPLES_AT_ONCE // valid.shape[1])
     for start in range(0, len(clients), at_once):
         some = slice(start, start + at_once)
         own = {name: value[some] for name, value in params.items()}
-        _, logits = world.model(own, world.inputs[rows[some]])
-        losses += (world.loss(logits, targets[some]).double().sum(1) / sizes[some]).tolist()
+        _, logits = setup.model(own, setup.inputs[rows[some]])
+        losses += (setup.loss(logits, targets[some]).double().sum(1) / sizes[some]).tolist()
     return losses

@@ -9,24 +9,24 @@ from lossworks_federated.spec_parts import FaultSpec
 
 _STREAM = 77
 _SCALE = 100.0
-KINDS = ("drop_out", "straggle", "nan", "shape", "empty", "sign_flip", "scale")
+FAULTS = ("drop_out", "straggle", "nan", "shape", "empty", "sign_flip", "scale")
 
 
 def fault_of(faults: FaultSpec, seed: int, server_round: int, client: int) -> str | None:
-    """Return what goes wrong with a client's reply in a round, one of ``KINDS``, or None.
+    """Return what goes wrong with a client's reply in a round, one of ``FAULTS``, or None.
 
-    A client has at most one fault a round; shares are of replies, in the order of ``KINDS``.
+    A client has at most one fault a round; shares are of replies, in the order of ``FAULTS``.
     """
     if client in faults.nan_clients:
         return "nan"
-    if client in faults.lying_clients:
+    if client in faults.sign_flip_clients:
         return "sign_flip"
-    shares = [getattr(faults, kind) for kind in KINDS]
+    shares = [getattr(faults, kind) for kind in FAULTS]
     if not any(shares):
         return None
     drawn = np.random.default_rng([seed, server_round, client, _STREAM]).random()
     below = np.cumsum(shares)
-    return next((kind for kind, edge in zip(KINDS, below, strict=True) if drawn < edge), None)
+    return next((kind for kind, edge in zip(FAULTS, below, strict=True) if drawn < edge), None)
 
 
 def afflicted(kind: str | None, origin: Member, params: Member) -> Member:

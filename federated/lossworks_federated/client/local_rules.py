@@ -26,7 +26,7 @@ class Together(LocalRule):
         self._rules = tuple(rules)
 
     def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
-        """See :class:`lossworks.cohort.LocalRule`."""
+        """Return the sum of the rules' penalties, shape (m,); None if none of them has one."""
         total: Tensor | None = None
         for rule in self._rules:
             extra = rule.penalty(inputs, hidden, logits, valid)
@@ -35,13 +35,13 @@ class Together(LocalRule):
         return total
 
     def gradient(self, name: str, gradient: Tensor, param: Tensor) -> Tensor:
-        """See :class:`lossworks.cohort.LocalRule`."""
+        """Return the gradient (m, …) of a parameter (m, …) after all rules."""
         for rule in self._rules:
             gradient = rule.gradient(name, gradient, param)
         return gradient
 
     def update(self, name: str, step: Tensor) -> Tensor:
-        """See :class:`lossworks.cohort.LocalRule`."""
+        """Return the optimiser's step (m, …) after all rules."""
         for rule in self._rules:
             step = rule.update(name, step)
         return step
@@ -59,7 +59,7 @@ class Proximal(LocalRule):
         self._origin, self._mu = origin, mu
 
     def gradient(self, name: str, gradient: Tensor, param: Tensor) -> Tensor:
-        """Add the pull towards w⁰."""
+        """Return the gradient (m, …) plus that of the penalty at a parameter (m, …)."""
         return gradient + self._mu * (param - self._origin[name])
 
 
@@ -75,7 +75,7 @@ class ControlVariates(LocalRule):
         self._correction = {name: everyone[name] - value for name, value in own.items()}
 
     def gradient(self, name: str, gradient: Tensor, param: Tensor) -> Tensor:
-        """Correct the drift."""
+        """Return the gradient (m, …) less the client's drift."""
         del param
         return gradient + self._correction[name][: len(gradient)]
 
@@ -103,7 +103,7 @@ class Dynamic(LocalRule):
         self._origin, self._own, self._alpha = origin, own, alpha
 
     def gradient(self, name: str, gradient: Tensor, param: Tensor) -> Tensor:
-        """Add the gradient of the penalty."""
+        """Return the gradient (m, …) plus that of the penalty at a parameter (m, …)."""
         return gradient + self._alpha * (param - self._origin[name]) - self._own[name][: len(gradient)]
 
     @staticmethod
@@ -134,7 +134,7 @@ class Contrast(LocalRule):
         self._mu, self._temperature = mu, temperature
 
     def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
-        """Return the contrast of each client."""
+        """Return the mean contrast of each client, shape (m,), of features ``hidden`` (m, B, D)."""
         del logits
         count = len(inputs)
         with torch.no_grad():
@@ -168,7 +168,7 @@ class Margin(LocalRule):
         self._strength, self._on, self._reduce = strength, on, reduce
 
     def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
-        """Return the penalty of each client."""
+        """Return the penalty of each client, shape (m,), of logits (m, B, K)."""
         del inputs, hidden
         outputs = logits if self._on == "logits" else logits.softmax(-1)
         squares = outputs.square().sum(-1)
@@ -191,12 +191,12 @@ class Guided(LocalRule):
         self._guidance, self._on = guidance, on
 
     def gradient(self, name: str, gradient: Tensor, param: Tensor) -> Tensor:
-        """Guide the gradient, if that is asked for."""
+        """Return the gradient (m, …) times the guidance, with ``on="gradient"``."""
         del param
         return gradient * self._guidance[name] if self._on == "gradient" else gradient
 
     def update(self, name: str, step: Tensor) -> Tensor:
-        """Guide the step, if that is asked for."""
+        """Return the step (m, …) times the guidance, with ``on="update"``."""
         return step * self._guidance[name] if self._on == "update" else step
 
 

@@ -12,8 +12,8 @@ from lossworks_federated.client.client_work import Client, Reply, evaluate_clien
 from lossworks_federated.flower_private import Run, failed, identify, make_run, name_message
 from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG
+from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import PrivacySpec
-from lossworks_federated.world import World
 
 _RUN = 1
 
@@ -25,22 +25,22 @@ class CohortGrid(Grid):
     straggle gives no reply, as if the deadline had passed.
 
     Args:
-        world: What clients have in common.
+        setup: What clients have in common.
         state_folder: Where clients keep things beyond the end of this process; None for nowhere.
         privacy: Flower's mods around each reply.
     """
 
     def __init__(
-        self, world: World, state_folder: Path | None = None, privacy: PrivacySpec | None = None
+        self, setup: SharedSetup, state_folder: Path | None = None, privacy: PrivacySpec | None = None
     ) -> None:
         identify(_RUN)
-        self._world, self._folder = world, state_folder
+        self._setup, self._folder = setup, state_folder
         self._mods = client_mods(privacy or PrivacySpec())
         self._contexts: dict[int, Context] = {}
         self._run = make_run(_RUN)
         self._sent = 0
         self._waiting: dict[str, Message] = {}
-        self.partitions = {client + 1: client for client in range(world.task.split.clients)}
+        self.partitions = {client + 1: client for client in range(setup.task.split.clients)}
 
     def set_run(self, run: Run) -> None:
         """Take a run; the grid needs none."""
@@ -48,7 +48,7 @@ class CohortGrid(Grid):
 
     @property
     def run(self) -> Run:
-        """The run."""
+        """The run that ``set_run`` was given, or an empty one."""
         return self._run
 
     def create_message(
@@ -103,9 +103,9 @@ class CohortGrid(Grid):
             ]
         content = group[0].content
         if kind == MessageType.TRAIN:
-            replies = train_clients(self._world, content, clients, folder=self._folder, local=True)
+            replies = train_clients(self._setup, content, clients, folder=self._folder, local=True)
         else:
-            replies = evaluate_clients(self._world, content, clients, folder=self._folder)
+            replies = evaluate_clients(self._setup, content, clients, folder=self._folder)
         return [
             answer
             for message, client, reply in zip(group, clients, replies, strict=True)

@@ -29,20 +29,20 @@ class CountedGrid(Grid):
             self.partitions: dict[int, int] = known
 
     def set_run(self, run: Run) -> None:
-        """Pass it on."""
+        """Pass the run on to the inner grid."""
         self._inner.set_run(run)
 
     @property
     def run(self) -> Run:
-        """The inner grid's run."""
+        """The run of the inner grid."""
         return self._inner.run
 
     def create_message(self, *arguments: Any, **named: Any) -> Message:
-        """Pass it on."""
+        """Return a message of the inner grid."""
         return self._inner.create_message(*arguments, **named)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Pass it on."""
+        """Return the ids of the inner grid's nodes."""
         return self._inner.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

@@ -18,7 +18,7 @@ _LAST = 10  # measured rounds whose mean is reported: a last or best round says 
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class ComparedStrategy:
     """One strategy with one seed.
 
     Attributes:
@@ -46,7 +46,7 @@ class Comparison:
         target: Held-out accuracy that rounds and bytes are counted to, if any.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ComparedStrategy, ...]
     target: float | None
 
     @property
@@ -54,7 +54,7 @@ class Comparison:
         """Return the titles in their order."""
         return list(dict.fromkeys(entry.strategy for entry in self.entries))
 
-    def of(self, strategy: str) -> list[Entry]:
+    def of(self, strategy: str) -> list[ComparedStrategy]:
         """Return a strategy's entries."""
         return [entry for entry in self.entries if entry.strategy == strategy]
 
@@ -92,7 +92,7 @@ def compare(session: Session) -> Comparison:
 
 
 def figures_of(journal: Path, target: float | None) -> dict[str, float]:
-    """Return the figures of one journal; see :class:`Entry`."""
+    """Return the figures of one journal; see :class:`ComparedStrategy`."""
     return _figures(_curves(journal), target)
 
 
@@ -102,9 +102,9 @@ def _curves(journal: Path) -> dict[str, Series]:
     return {name: found for name in names if (found := series(rows, name)) is not None}
 
 
-def _entry(child: Child, target: float | None) -> Entry:
+def _entry(child: Child, target: float | None) -> ComparedStrategy:
     curves = _curves(child.files.journal)
-    return Entry(child.strategy.title, child.seed, curves, child.outcome, _figures(curves, target))
+    return ComparedStrategy(child.strategy.title, child.seed, curves, child.outcome, _figures(curves, target))
 
 
 def _figures(curves: dict[str, Series], target: float | None) -> dict[str, float]:

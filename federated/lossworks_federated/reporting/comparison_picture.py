@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lossworks.reporting.picture_style import BLUE, ORANGE, STYLE, not_measured
-from lossworks_federated.reporting.comparison import Comparison, Entry
+from lossworks_federated.reporting.comparison import ComparedStrategy, Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +98,7 @@ def _draw_bytes(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[f
     axes.set(xlabel="MiB up and down, all clients")
 
 
-def _over_bytes(entry: Entry) -> tuple[np.ndarray, np.ndarray] | None:
+def _over_bytes(entry: ComparedStrategy) -> tuple[np.ndarray, np.ndarray] | None:
     if "bytes/up" not in entry.curves:
         return None
     steps, accuracies = entry.curves["server/accuracy"]
@@ -107,7 +107,7 @@ def _over_bytes(entry: Entry) -> tuple[np.ndarray, np.ndarray] | None:
     return np.array([sent[steps[index]] for index in known]), accuracies[known]
 
 
-def _sum(entry: Entry) -> np.ndarray:
+def _sum(entry: ComparedStrategy) -> np.ndarray:
     total: np.ndarray = entry.curves["bytes/up"][1] + entry.curves["bytes/down"][1]
     return total
 

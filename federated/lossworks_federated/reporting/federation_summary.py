@@ -13,14 +13,14 @@ from lossworks.reporting import TrainProgress, print_summary
 from lossworks.tracking import Row, redact, tracking_uri
 from lossworks_federated.federate import FederationResult
 from lossworks_federated.reporting.comparison import Comparison
-from lossworks_federated.server.session import Child, Watcher
+from lossworks_federated.server.session import Child, FederationWatcher
 from lossworks_federated.specs import FederationSpec
 
 _WIDTH_OF_FILES = 150
 _MIB = 2.0**20
 
 
-class Display(Watcher):
+class FederationDisplay(FederationWatcher):
     """Shows each child's rounds; a context manager.
 
     Args:
@@ -48,7 +48,7 @@ class Display(Watcher):
         self._progress.__enter__()
 
     def row(self, row: Row) -> None:
-        """Move the bar."""
+        """Show the round of a journal's row on the progress bar."""
         if self._progress is not None and row["step"] > 0:
             self._progress.update(row)
 
@@ -60,7 +60,7 @@ class Display(Watcher):
             self.say(f"clients were trained one by one: {outcome.obstacle}")
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print a sentence above the progress bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _close(self) -> None:
@@ -69,7 +69,7 @@ class Display(Watcher):
             self._progress = None
 
 
-def show(spec: FederationSpec, result: FederationResult, *, where: str | None = None) -> None:
+def print_federation(spec: FederationSpec, result: FederationResult, *, where: str | None = None) -> None:
     """Print the comparison, where everything is, and what to do next.
 
     Args:

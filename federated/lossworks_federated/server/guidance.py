@@ -8,14 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Order = Literal["paper", "reference"]
+ScalingOrder = Literal["paper", "reference"]
 Scaler = Literal["minmax", "robust"]
-Rescale = Literal["none", "mean"]
+GuidanceRescale = Literal["none", "mean"]
 _CONSTANT = 1e-12  # spread, as a share of the largest value, below which a tensor is constant
 
 
 def guidance_matrix(
-    displacements: Tensor, *, order: Order = "paper", scaler: Scaler = "minmax", rescale: Rescale = "none"
+    displacements: Tensor,
+    *,
+    order: ScalingOrder = "paper",
+    scaler: Scaler = "minmax",
+    rescale: GuidanceRescale = "none",
 ) -> Tensor:
     """Return the guidance G of one parameter tensor (Internò, Olhofer, Jin, Hammer 2024, *FedLEx*).
 

@@ -8,23 +8,23 @@ import torch
 from lossworks.cohort import Member
 from lossworks.metrics.classification import class_sums
 from lossworks_federated.server.screening import Received
+from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.strategies.interface import OwnTest
-from lossworks_federated.world import World
 
 _EXAMPLES_AT_ONCE = 2**17  # times the clients whose models are tested together
 
 
 @torch.no_grad()
-def held_out(world: World, model: Member) -> dict[str, float]:
+def held_out(setup: SharedSetup, model: Member) -> dict[str, float]:
     """Return cross-entropy, accuracy, calibration error and Brier score of a model on held-out examples."""
-    examples = world.data.held_out
-    _, logits = world.model({name: value[None] for name, value in model.items()}, examples.inputs[None])
+    examples = setup.data.held_out
+    _, logits = setup.model({name: value[None] for name, value in model.items()}, examples.inputs[None])
     found = class_sums(logits[0], examples.labels).metrics()
     return {f"server/{name}": value for name, value in found.items()}
 
 
 @torch.no_grad()
-def loss_terms(world: World, received: Received, new: Member) -> dict[str, float]:
+def loss_terms(setup: SharedSetup, received: Received, new: Member) -> dict[str, float]:
     """Return the three terms that the global loss falls into (Zeng, Guo et al. 2024, FedLD).
 
     With L the loss on the held-out examples, L_i that on client i's training examples, and p_i its share of
@@ -33,17 +33,17 @@ def loss_terms(world: World, received: Received, new: Member) -> dict[str, float
     """
     p = received.examples / received.examples.sum()
     local = float(p @ received.column("loss-after"))
-    inputs, labels = world.data.held_out.inputs, world.data.held_out.labels
+    inputs, labels = setup.data.held_out.inputs, setup.data.held_out.labels
     at_once = max(1, _EXAMPLES_AT_ONCE // len(inputs))
     own: list[float] = []
     for start in range(0, len(p), at_once):
         some = received.params(slice(start, start + at_once))
         count = len(next(iter(some.values())))
-        _, logits = world.model(some, inputs.expand(count, *inputs.shape))
-        own += world.loss(logits, labels.expand(count, -1)).double().mean(1).tolist()
+        _, logits = setup.model(some, inputs.expand(count, *inputs.shape))
+        own += setup.loss(logits, labels.expand(count, -1)).double().mean(1).tolist()
     apart = float(p @ torch.tensor(own, dtype=torch.float64))
-    _, logits = world.model({name: value[None] for name, value in new.items()}, inputs[None])
-    whole = float(world.loss(logits[0], labels).double().mean())
+    _, logits = setup.model({name: value[None] for name, value in new.items()}, inputs[None])
+    whole = float(setup.loss(logits[0], labels).double().mean())
     return {
         "terms/local": local,
         "terms/shift": apart - local,

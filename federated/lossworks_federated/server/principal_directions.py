@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Rescale = Literal["none", "norm"]
+UpdateRescale = Literal["none", "norm"]
 _AT_ONCE = 2**18  # entries of a layer whose products are formed at a time
 
 
-def principal_update(updates: Tensor, rho: float = 0.8, *, rescale: Rescale = "none") -> Tensor:
+def principal_update(updates: Tensor, rho: float = 0.8, *, rescale: UpdateRescale = "none") -> Tensor:
     """Return the aggregated update of one layer (Zeng, Guo et al. 2024, FedLD).
 
     With H = G·Gᵀ/m = E·diag(s)·Eᵀ and the principal directions u_j = Gᵀe_j/‖Gᵀe_j‖, each client's

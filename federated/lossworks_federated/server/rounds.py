@@ -19,11 +19,11 @@ from lossworks_federated.privacy import with_privacy
 from lossworks_federated.records import array_record, flattened, grouped, member_from
 from lossworks_federated.server.measures import drift, held_out, loss_terms, spread
 from lossworks_federated.server.screening import REASONS, Received
+from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec, StrategySpec
 from lossworks_federated.strategies.catalogue import strategy
 from lossworks_federated.strategies.interface import Federated, Plan
-from lossworks_federated.world import World
 
 _SAVED = 2  # newest states that stay
 _HOUR = 3600.0
@@ -109,17 +109,17 @@ class Rounds:
     Args:
         spec: The federation.
         chosen: The strategy.
-        world: Of strategy and seed.
+        setup: Of strategy and seed.
         grid: The engine.
         files: Where to save.
     """
 
     def __init__(
-        self, spec: FederationSpec, chosen: StrategySpec, world: World, grid: Grid, files: RoundFiles
+        self, spec: FederationSpec, chosen: StrategySpec, setup: SharedSetup, grid: Grid, files: RoundFiles
     ) -> None:
-        self._spec, self._world, self._files = spec, world, files
+        self._spec, self._setup, self._files = spec, setup, files
         self._grid = CountedGrid(grid)
-        self.strategy = build_strategy(spec, chosen, world.task, files.path.name)
+        self.strategy = build_strategy(spec, chosen, setup.task, files.path.name)
         asked = min(spec.clients_per_round or spec.split.clients, spec.split.clients)
         self._outer: Strategy = with_privacy(self.strategy, spec.privacy, asked)
         self._timeout = spec.deadline_s or _HOUR
@@ -137,7 +137,7 @@ class Rounds:
         try:
             with Journal.open(self._files.journal) as journal:
                 if done == 0:
-                    journal.write(0, held_out(self._world, model))
+                    journal.write(0, held_out(self._setup, model))
                 while done < self._spec.rounds:
                     model, found = self._round(done + 1, model)
                     done += 1
@@ -152,7 +152,7 @@ class Rounds:
         finally:
             write_tensors(self._files.model, model)
             outcome = FederationOutcome(
-                status, done, reason, metrics, self._clients(), self._world.model.reason
+                status, done, reason, metrics, self._clients(), self._setup.model.reason
             )
             outcome.write(self._files.outcome)
         return outcome
@@ -160,7 +160,7 @@ class Rounds:
     def _begin(self) -> tuple[int, Member]:
         saved = self._files.newest()
         if saved is None:
-            return 0, self._world.initial
+            return 0, self._setup.initial
         done, groups, totals = saved
         self.strategy.restore(groups["strategy"])
         self._grid.down, self._grid.up = totals["down"], totals["up"]
@@ -212,9 +212,9 @@ class Rounds:
         )
         # What measuring sends is no cost of the method.
         self._grid.down, self._grid.up = before
-        found = held_out(self._world, new) | drift(received, model, new) | spread(self.strategy.tested)
+        found = held_out(self._setup, new) | drift(received, model, new) | spread(self.strategy.tested)
         if self._spec.measure.terms:
-            found |= loss_terms(self._world, received, new)
+            found |= loss_terms(self._setup, received, new)
         return found
 
     def _save(self, server_round: int, model: Member) -> None:

@@ -64,7 +64,7 @@ class Received:
         return {name: self.origin[name] + value[rows] for name, value in self.updates.items()}
 
     def column(self, name: str) -> Tensor:
-        """Return what each client reported under a name, float64 (m,)."""
+        """Return what each client reported under a name, float64, shape (m,)."""
         return torch.tensor([one[name] for one in self.metrics], dtype=torch.float64)
 
     def mean(self, name: str) -> float:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from lossworks.errors import LossworksError, RunError
 from lossworks.runs import RunFolder
 from lossworks_federated.server.rounds import FederationOutcome, RoundFiles, Rounds
+from lossworks_federated.shared_setup import SharedSetup, make_setup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec, StrategySpec
-from lossworks_federated.world import World, make_world
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -47,20 +47,20 @@ class Child:
         return FederationOutcome.read(self.files.outcome) if self.files.outcome.is_file() else None
 
 
-class Watcher:
-    """Sees a federation while it goes on; this one looks away."""
+class FederationWatcher:
+    """Receives the progress of a federation; the default ignores every event."""
 
     def begin(self, child: Child, number: int, of: int, done: int) -> None:
-        """See a child begin after ``done`` rounds."""
+        """Receive that a child begins, or goes on after ``done`` rounds."""
 
     def row(self, row: "Row") -> None:
-        """See a row of a child's journal; called from a thread."""
+        """Receive a row of a child's journal; called from a thread."""
 
     def end(self, child: Child) -> None:
-        """See a child end."""
+        """Receive that a child has ended."""
 
     def say(self, text: str) -> None:
-        """Take a sentence for a person."""
+        """Receive a sentence for a person."""
 
 
 class Session:
@@ -69,10 +69,10 @@ class Session:
     Args:
         spec: The federation.
         folder: Of the run.
-        watcher: Sees it.
+        watcher: Receives its progress.
     """
 
-    def __init__(self, spec: FederationSpec, folder: RunFolder, watcher: Watcher) -> None:
+    def __init__(self, spec: FederationSpec, folder: RunFolder, watcher: FederationWatcher) -> None:
         self.spec, self.folder, self._watcher = spec, folder, watcher
         pairs = [(strategy, seed) for seed in spec.seeds for strategy in spec.strategies]
         self.children = [
@@ -88,9 +88,9 @@ class Session:
             UserError: They can't be made.
         """
         for seed in spec.seeds:
-            _world(spec.task(StrategySpec(), seed).model_dump_json())
+            _setup(spec.task(StrategySpec(), seed).model_dump_json())
 
-    def run(self, grid_of: Callable[[World, Child], "Grid"]) -> None:
+    def run(self, grid_of: Callable[[SharedSetup, Child], "Grid"]) -> None:
         """Run every child that has not finished; one that fails doesn't stop the others.
 
         Args:
@@ -110,22 +110,22 @@ class Session:
                 self._watcher.end(child)
                 self._finish(child, child_id)
 
-    def world(self, child: Child) -> World:
+    def setup(self, child: Child) -> SharedSetup:
         """Return what a child's clients have in common."""
         task = self.spec.task(child.strategy, child.seed)
         # Strategies of a seed differ in the clients' learning rate at most, so data and split are made once.
-        common = _world(self.spec.task(StrategySpec(), child.seed).model_dump_json())
+        common = _setup(self.spec.task(StrategySpec(), child.seed).model_dump_json())
         return replace(common, task=task)
 
-    def _follow(self, child: Child, child_id: str, grid_of: Callable[[World, Child], "Grid"]) -> None:
+    def _follow(self, child: Child, child_id: str, grid_of: Callable[[SharedSetup, Child], "Grid"]) -> None:
         """Do a child's rounds while its journal goes to MLflow and to the watcher."""
         from lossworks.tracking import Follower
 
-        watcher, world = self._watcher, self.world(child)
+        watcher, setup = self._watcher, self.setup(child)
         journal = child.files.journal
         follower = Follower(self.spec.tracking, child_id, journal, on_row=watcher.row, on_message=watcher.say)
         with follower:
-            Rounds(self.spec, child.strategy, world, grid_of(world, child), child.files).run()
+            Rounds(self.spec, child.strategy, setup, grid_of(setup, child), child.files).run()
 
     def _enter(self, child: Child) -> str:
         """Return a child's id in MLflow, entering it if it is new."""
@@ -172,7 +172,7 @@ class Session:
             self._watcher.say(str(error))
 
 
-def open_session(spec: FederationSpec, resume: RunFolder | None, watcher: Watcher) -> Session:
+def open_session(spec: FederationSpec, resume: RunFolder | None, watcher: FederationWatcher) -> Session:
     """Return the session of a new run, or of one to go on with, entered in MLflow.
 
     Raises:
@@ -210,8 +210,8 @@ def _folder_name(index: int, strategy: StrategySpec, seed: int) -> str:
 
 
 @lru_cache(maxsize=2)
-def _world(task: str) -> World:
-    return make_world(TaskSpec.model_validate_json(task))
+def _setup(task: str) -> SharedSetup:
+    return make_setup(TaskSpec.model_validate_json(task))
 
 
 def finish_session(session: Session, artifacts: list[Path]) -> None:

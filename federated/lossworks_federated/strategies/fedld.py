@@ -5,7 +5,7 @@ import torch
 from lossworks.catalogue.declaration import Paper, choice, number
 from lossworks.cohort import LocalRule, Member
 from lossworks_federated.client.local_rules import Margin
-from lossworks_federated.server.principal_directions import Rescale, principal_update
+from lossworks_federated.server.principal_directions import UpdateRescale, principal_update
 from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Part
@@ -59,7 +59,7 @@ class FedLD(Federated, Reproducible):
         "is the mean",
         ("paper", "reference"),
     )
-    rescale: Rescale = choice(
+    rescale: UpdateRescale = choice(
         "none",
         "norm gives a layer's update the norm of the mean update (not in the paper)",
         ("none", "norm"),

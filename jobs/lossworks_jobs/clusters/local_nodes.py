@@ -14,7 +14,7 @@ from pathlib import Path
 from lossworks.adapters.ray_private import ray_command, read_token_again
 from lossworks.errors import RunError, UserError
 from lossworks.home import QUIET_ENVIRONMENT, home, home_path, ray_token_given
-from lossworks.ports import require_free
+from lossworks.ports import require_free_port
 from lossworks.signals import end_with_parent
 
 _START_S = 90.0
@@ -22,7 +22,7 @@ _STOP_S = 15.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class Nodes:
+class LocalNodes:
     """A cluster whose nodes are processes of this machine.
 
     Args:
@@ -91,7 +91,7 @@ def start_nodes(
     dashboard_port: int = 8265,
     logs: Path,
     environment: Mapping[str, str] | None = None,
-) -> Iterator[Nodes]:
+) -> Iterator[LocalNodes]:
     """Start a head and ``count`` − 1 further nodes, and end them all in the end.
 
     Ray's own protocol can't be bound to loopback, so every cluster asks for a token, whatever the host: the
@@ -112,7 +112,7 @@ def start_nodes(
     """
     token = require_token(host)
     wanted = (("--port", port), ("--dashboard-port", dashboard_port), ("--host", 0))
-    ports = [require_free(host, asked, named=f"{option} {host}:{asked}") for option, asked in wanted]
+    ports = [require_free_port(host, asked, named=f"{option} {host}:{asked}") for option, asked in wanted]
     variables = {**os.environ, **QUIET_ENVIRONMENT, **token, **(environment or {})}
     # Jobs look for an interpreter on PATH.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
@@ -121,7 +121,7 @@ def start_nodes(
     head += ["--ray-client-server-port", str(ports[2])]
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as ending:
-        nodes = Nodes(f"{host}:{ports[0]}", f"http://{host}:{ports[1]}", logs, variables, ending)
+        nodes = LocalNodes(f"{host}:{ports[0]}", f"http://{host}:{ports[1]}", logs, variables, ending)
         for index in range(count):
             nodes.add(cpus, head if index == 0 else ())
         yield nodes

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["ok", "warn", "wrong"]
+CheckStatus = Literal["ok", "warn", "wrong"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Check:
 
     area: str
     name: str
-    status: Status
+    status: CheckStatus
     found: str
     fix: str = ""
 

@@ -36,7 +36,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         rows = [asdict(check) for check in checks]
         Path(arguments.json).write_text(f"{json.dumps(rows, indent=1)}\n", encoding="utf-8")
-    show(checks)
+    print_checks(checks)
     return int(any(check.status == "wrong" for check in checks))
 
 
@@ -70,7 +70,7 @@ def _local() -> Iterator[Check]:
         yield from found if isinstance(found, list) else [found]
 
 
-def show(checks: Sequence[Check], console: "Console | None" = None) -> None:
+def print_checks(checks: Sequence[Check], console: "Console | None" = None) -> None:
     """Print a table with one line a check and its fix below, and how many are not well."""
     from rich.console import Console
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lossworks.errors import LossworksError, UserError
 from lossworks.home import QUIET_ENVIRONMENT, ray_token_given
-from lossworks.ports import host_and_port, require_free, silence
+from lossworks.ports import host_and_port, require_free_port, silence
 from lossworks_jobs.doctor.check import Area, Check
 from lossworks_jobs.doctor.installation import installed_version
 
@@ -26,7 +26,7 @@ def ray_checks(address: str | None) -> list[Check]:
     if address is None or address == "local":
         return [*checks, can_start()]
     refusal = unreachable(address)
-    return [*checks, refusal] if refusal else [*checks, *cluster(address, probe(address))]
+    return [*checks, refusal] if refusal else [*checks, *cluster_checks(address, probe(address))]
 
 
 def token(environment: Mapping[str, str], address: str | None = None) -> Check:
@@ -45,7 +45,7 @@ def token(environment: Mapping[str, str], address: str | None = None) -> Check:
 def can_start() -> Check:
     """Check that a cluster could listen on this machine's loopback; none is started."""
     try:
-        require_free("127.0.0.1", 0, named="127.0.0.1")
+        require_free_port("127.0.0.1", 0, named="127.0.0.1")
     except UserError as error:
         return _RAY.wrong("cluster", str(error), "Allow this process to listen on loopback.")
     return _RAY.ok("cluster", f"none named; Ray {installed_version('ray')} starts one here with each run")
@@ -83,7 +83,7 @@ def probe(address: str) -> dict[str, Any]:
         return {"error": last}
 
 
-def cluster(address: str, seen: Mapping[str, Any]) -> list[Check]:
+def cluster_checks(address: str, seen: Mapping[str, Any]) -> list[Check]:
     """Check what ``probe`` saw."""
     if "error" in seen:
         fix = "Use the cluster's versions of Python and Ray, RAY_AUTH_MODE=token and its token, here."

@@ -1,8 +1,9 @@
 """A run as a KubeRay ``RayJob``: what ``kubectl apply -f`` needs to train on Kubernetes.
 
-Everything is a pure function of its arguments; nothing here talks to a cluster. A worker is a pod of its own,
-so Ray can't pack two onto one, and the head trains nothing. Secrets are never written: pods take them from a
-Secret by its name. Ray's token authentication is on; the operator (KubeRay 1.5.1 or later) makes the token.
+Everything is a pure function of its arguments; nothing here connects to a cluster. A worker is a pod of its
+own, so Ray can't pack two onto one, and the head trains nothing. Secrets are never written: pods take them
+from a Secret by its name. Ray's token authentication is on; the operator (KubeRay 1.5.1 or later) makes the
+token.
 """
 
 import json
@@ -16,7 +17,7 @@ import yaml
 from lossworks.errors import UserError
 from lossworks_jobs.kubernetes.pods import SPEC_FOLDER, Pods
 
-SPEC_FILE = f"{SPEC_FOLDER}/spec.yaml"
+POD_SPEC_FILE = f"{SPEC_FOLDER}/spec.yaml"
 
 # The operator appends six characters for the cluster's name, which takes 53 at most.
 _RAY_JOB_NAME = 47
@@ -44,7 +45,7 @@ def ray_job(
 
     Args:
         name: Of the job; see :func:`job_name`.
-        spec_yaml: The whole resolved spec; the head sees it as :data:`SPEC_FILE`.
+        spec_yaml: The whole resolved spec; the head sees it as :data:`POD_SPEC_FILE`.
         entrypoint: What the head runs, such as ``lossworks train /etc/lossworks/spec.yaml``.
         image: Has Lossworks and the Ray version of this installation.
         workers: Pods that train.

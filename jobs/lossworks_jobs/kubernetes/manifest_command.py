@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lossworks.errors import UserError
 from lossworks_jobs.submission.bundle import Bundle
 
-KINDS = ("rayjob", "cluster", "aws")
+MANIFESTS = ("rayjob", "cluster", "aws")
 
 
 def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_manifest_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("manifests")
     group.add_argument(
         "--manifest",
-        choices=KINDS,
+        choices=MANIFESTS,
         help="print a file instead of sending: a KubeRay RayJob that runs the spec, or a cluster for "
         "`ray up` on machines that run already or on EC2",
     )
@@ -60,7 +60,7 @@ def manifest(arguments: argparse.Namespace, bundle: Bundle, environment: Mapping
 def _ray_job(arguments: argparse.Namespace, bundle: Bundle, environment: Mapping[str, str]) -> str:
     import yaml
 
-    from lossworks_jobs.kubernetes.manifest import SPEC_FILE, job_name, ray_job
+    from lossworks_jobs.kubernetes.manifest import POD_SPEC_FILE, job_name, ray_job
 
     if not arguments.image:
         raise UserError("--image is missing: name an image with Lossworks and this Ray")
@@ -70,7 +70,7 @@ def _ray_job(arguments: argparse.Namespace, bundle: Bundle, environment: Mapping
     return ray_job(
         name,
         spec,
-        f"python -m lossworks_jobs.submission.job_entry --spec {SPEC_FILE} --key {key}",
+        f"python -m lossworks_jobs.submission.job_entry --spec {POD_SPEC_FILE} --key {key}",
         image=arguments.image,
         workers=bundle.values["workers"],
         resources_per_worker=bundle.values["resources_per_worker"],

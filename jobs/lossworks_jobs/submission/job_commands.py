@@ -76,11 +76,11 @@ def _configure_submit(parser: argparse.ArgumentParser) -> None:
 def _submit(arguments: argparse.Namespace) -> int:
     from lossworks_jobs.kubernetes.manifest_command import manifest
     from lossworks_jobs.submission.bundle import make_bundle
-    from lossworks_jobs.submission.submit import Options, submit
+    from lossworks_jobs.submission.submit import SubmitOptions, submit
 
     if (arguments.spec is None) == (arguments.resume is None):
         raise UserError("give SPEC, a YAML file such as jobs/specs/demo.yaml, or --resume RUN")
-    options = Options(
+    options = SubmitOptions(
         package=not arguments.no_package,
         install=arguments.install,
         python=arguments.python,

@@ -183,7 +183,7 @@ def _line(error: BaseException) -> str:
 
 
 def _require_answer(address: str) -> None:
-    """Refuse an address that is not a web server's, which Ray might import as a module, or that is silent."""
+    """Refuse an address that is no web server's, which Ray might import as a module, or does not answer."""
     server = host_and_port(address)
     if server is None or not address.startswith(("http://", "https://")):
         raise UserError(

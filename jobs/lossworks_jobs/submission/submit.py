@@ -31,7 +31,7 @@ exit 2
 
 
 @dataclass(frozen=True)
-class Options:
+class SubmitOptions:
     """How a job is sent.
 
     Attributes:
@@ -57,7 +57,7 @@ class Options:
         require_no_secrets(self.environment)
 
 
-def submit(server: JobServer, bundle: Bundle | None, resume: str | None, options: Options) -> str:
+def submit(server: JobServer, bundle: Bundle | None, resume: str | None, options: SubmitOptions) -> str:
     """Send a job and return its id.
 
     Args:
@@ -85,7 +85,7 @@ def submit(server: JobServer, bundle: Bundle | None, resume: str | None, options
     return job
 
 
-def runtime_environment(options: Options) -> dict[str, Any]:
+def runtime_environment(options: SubmitOptions) -> dict[str, Any]:
     """Return what Ray prepares on every node."""
     variables = {
         **QUIET_ENVIRONMENT,
@@ -104,7 +104,7 @@ def runtime_environment(options: Options) -> dict[str, Any]:
     return environment
 
 
-def start_script(key: str, resume: str | None, options: Options) -> str:
+def start_script(key: str, resume: str | None, options: SubmitOptions) -> str:
     """Return the shell script that a job runs.
 
     ``python`` alone would be whatever the head's PATH finds, which need not be the one that Ray runs on.

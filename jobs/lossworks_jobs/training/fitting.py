@@ -29,7 +29,7 @@ def fit(spec: RunSpec, folder: RunFolder, prepared: Path | None) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    from lossworks_jobs.training.worker import run_worker
+    from lossworks_jobs.training.worker import run_ray_worker
 
     config = {
         "spec": spec.model_dump(mode="json"),
@@ -39,7 +39,7 @@ def fit(spec: RunSpec, folder: RunFolder, prepared: Path | None) -> None:
     }
     least = spec.elastic.min_workers
     trainer = TorchTrainer(
-        run_worker,
+        run_ray_worker,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=spec.workers if least is None else (least, spec.workers),

@@ -10,7 +10,7 @@ from lossworks.tracking import redact, tracking_uri
 from lossworks_jobs.training.driver import RunResult
 
 
-def show(spec: RunSpec, result: RunResult, *, seconds_before: float = 0.0) -> None:
+def print_run(spec: RunSpec, result: RunResult, *, seconds_before: float = 0.0) -> None:
     """Print losses, speed, where everything is, and the commands that make sense next.
 
     Args:

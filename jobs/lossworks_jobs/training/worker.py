@@ -18,7 +18,7 @@ UNSHARED = "unshared"
 # Ray's controller imports this module too: torch and all that needs it stay inside the function.
 
 
-def run_worker(config: dict[str, Any]) -> None:
+def run_ray_worker(config: dict[str, Any]) -> None:
     """Take part in a run as one rank; rank 0 leaves the outcome in the run's folder.
 
     Args:

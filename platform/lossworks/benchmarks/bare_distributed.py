@@ -23,7 +23,7 @@ from lossworks.training.optimizer import build_optimizer
 
 
 def dense_cross_entropy(outputs: Outputs, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy with all logits built, as most training scripts do."""
+    """Return the mean cross-entropy, a scalar, with all logits built, as most training scripts do."""
     return nn.functional.cross_entropy(outputs.logits.flatten(0, 1), batch["targets"].flatten())
 
 

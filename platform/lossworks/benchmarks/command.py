@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BeforeValidator
 
-from lossworks.benchmarks.table import Row, print_rows, read_rows, write_rows
+from lossworks.benchmarks.table import BenchmarkRow, print_rows, read_benchmark, write_rows
 from lossworks.cli import Command, require_one
 from lossworks.errors import UserError
 
@@ -31,10 +31,10 @@ class Benchmark:
     """
 
     help: str
-    run: Callable[[Sequence[str], int], Iterable[Row]]
+    run: Callable[[Sequence[str], int], Iterable[BenchmarkRow]]
     repeats: int = 3
-    draw: Callable[[Sequence[Row], Path], object] | None = None
-    go_on: Callable[[Sequence[str], int, Sequence[Row]], Iterable[Row]] | None = None
+    draw: Callable[[Sequence[BenchmarkRow], Path], object] | None = None
+    go_on: Callable[[Sequence[str], int, Sequence[BenchmarkRow]], Iterable[BenchmarkRow]] | None = None
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _require_folder(Path(path))
     repeats = benchmark.repeats if arguments.repeats is None else max(1, arguments.repeats)
     device = [f"device={arguments.device}"] if arguments.device else []
-    rows: list[Row] = []
+    rows: list[BenchmarkRow] = []
     for row in _measured(benchmark, [*arguments.overrides, *device], repeats, arguments):
         rows.append(row)
         if arguments.json:  # at once, since hours of measuring may be cut short
@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _measured(
     benchmark: Benchmark, overrides: Sequence[str], repeats: int, arguments: argparse.Namespace
-) -> Iterable[Row]:
+) -> Iterable[BenchmarkRow]:
     """Return the figures as they come, from an earlier run first if there is one to go on with."""
     if not arguments.go_on:
         return benchmark.run(overrides, repeats)
@@ -93,7 +93,7 @@ def _measured(
     if not arguments.json:
         raise UserError("--go-on: name the file to go on with as --json FILE")
     path = Path(arguments.json)
-    return benchmark.go_on(overrides, repeats, read_rows(path) if path.is_file() else [])
+    return benchmark.go_on(overrides, repeats, read_benchmark(path) if path.is_file() else [])
 
 
 def _require_folder(path: Path) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.linear_ce.linear_ce import parse_shape
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.benchmarks.worker import run_worker
 from lossworks.catalogue.registry import declarations
 from lossworks.cli import require_one
@@ -53,7 +53,7 @@ def _measured_losses() -> list[str]:
     return [slug for slug, entry in declarations().items() if entry.of_next_tokens]
 
 
-def run(overrides: Sequence[str], repeats: int) -> Iterator[Row]:
+def run(overrides: Sequence[str], repeats: int) -> Iterator[BenchmarkRow]:
     """Measure every loss; progress goes to standard error.
 
     Yields:
@@ -76,7 +76,7 @@ def run(overrides: Sequence[str], repeats: int) -> Iterator[Row]:
     yield from rows
 
 
-def _loss_rows(spec: LossesSpec, slug: str, repeats: int) -> list[Row]:
+def _loss_rows(spec: LossesSpec, slug: str, repeats: int) -> list[BenchmarkRow]:
     n, v, d = parse_shape(spec.shape)
     case = {"slug": slug, "n": n, "v": v, "d": d, "threads": spec.threads, "seed": spec.seed}
     title = f"{n} x {v} x {d}, fp32, peaked, {spec.threads} threads"
@@ -85,30 +85,32 @@ def _loss_rows(spec: LossesSpec, slug: str, repeats: int) -> list[Row]:
             "lossworks.benchmarks.losses_worker", case | {"repeats": repeats}, spec.threads, spec.limit_s
         )
     except RunError as error:
-        return [Row(title, slug, "not measured", None, "", f"failed: {error}")]
+        return [BenchmarkRow(title, slug, "not measured", None, "", f"failed: {error}")]
     return [
-        Row(title, slug, "over cross-entropy", found["loss_s"] / found["cross_entropy_s"], "x"),
-        Row(title, slug, "forward+backward", found["loss_s"] / found["product_s"], "products"),
-        Row(title, slug, "extra memory", 100 * found["extra_bytes"] / (4 * n * v), "% of logits"),
+        BenchmarkRow(title, slug, "over cross-entropy", found["loss_s"] / found["cross_entropy_s"], "x"),
+        BenchmarkRow(title, slug, "forward+backward", found["loss_s"] / found["product_s"], "products"),
+        BenchmarkRow(title, slug, "extra memory", 100 * found["extra_bytes"] / (4 * n * v), "% of logits"),
     ]
 
 
-def _step_rows(spec: LossesSpec, repeats: int) -> list[Row]:
+def _step_rows(spec: LossesSpec, repeats: int) -> list[BenchmarkRow]:
     case = {"classes": list(spec.classes), "rows": spec.step_rows, "features": spec.step_features}
     case |= {"threads": spec.threads, "seed": spec.seed, "repeats": max(10, repeats)}
     title = f"spherical-z-loss, a step of {spec.step_rows} rows, {spec.step_features} features"
     try:
         found = run_worker("lossworks.benchmarks.losses_worker", case, spec.threads, spec.limit_s)
     except RunError as error:
-        return [Row(title, "factored head", "not measured", None, "", f"failed: {error}")]
+        return [BenchmarkRow(title, "factored head", "not measured", None, "", f"failed: {error}")]
     first = found["factored_s"][0]
     rows = []
     for classes, factored, dense in zip(spec.classes, found["factored_s"], found["dense_s"], strict=True):
         method = f"{classes:,} classes"
-        rows.append(Row(title, method, "factored step", 1000 * factored, "ms"))
-        rows.append(Row(title, method, "over the fewest classes", factored / first, "x"))
-        rows.append(Row(title, method, "dense step", 1000 * dense, "ms"))
+        rows.append(BenchmarkRow(title, method, "factored step", 1000 * factored, "ms"))
+        rows.append(BenchmarkRow(title, method, "over the fewest classes", factored / first, "x"))
+        rows.append(BenchmarkRow(title, method, "dense step", 1000 * dense, "ms"))
     return rows
 
 
-LOSSES = Benchmark("losses of the catalogue beside plain cross-entropy, without logits", run, repeats=5)
+LOSSES_BENCHMARK = Benchmark(
+    "losses of the catalogue beside plain cross-entropy, without logits", run, repeats=5
+)

@@ -70,7 +70,17 @@ def measure_steps(case: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def dense_step(weight: Tensor, hidden: Tensor, targets: Tensor, loss: Any) -> Tensor:
-    """Take the same step on dense weights, without logits, and return the gradient of the features."""
+    """Take the same step on dense weights, without logits, and return the gradient of the features.
+
+    Args:
+        weight: C, shape (V, D).
+        hidden: E, shape (N, D).
+        targets: Shape (N,), int64.
+        loss: A row loss of the catalogue.
+
+    Returns:
+        ∂L/∂E, shape (N, D).
+    """
     w, h = weight.requires_grad_(), hidden.detach().requires_grad_()
     of_w, of_h = torch.autograd.grad(loss.linear(h, w, targets), (w, h))
     with torch.no_grad():

@@ -18,7 +18,7 @@ _WIDTH_OF_HEADERS = 10
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One figure of a benchmark.
 
     Attributes:
@@ -38,7 +38,7 @@ class Row:
     note: str = ""
 
 
-def write_rows(rows: Sequence[Row], path: Path) -> None:
+def write_rows(rows: Sequence[BenchmarkRow], path: Path) -> None:
     """Write ``{"machine": {...}, "rows": [...]}``, the shape that all benchmarks share."""
     text = json.dumps({"machine": _machine(), "rows": [_as_dict(row) for row in rows]}, indent=1)
     # Never half a file, since it is written while the benchmark goes on.
@@ -55,19 +55,19 @@ def _machine() -> dict[str, Any]:
     return machine()
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_benchmark(path: Path) -> list[BenchmarkRow]:
     """Return the figures that ``write_rows`` wrote.
 
     Raises:
         UserError: The file holds something else.
     """
     try:
-        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        return [BenchmarkRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: holds no figures of a benchmark: {error}") from None
 
 
-def print_rows(rows: Sequence[Row]) -> None:
+def print_rows(rows: Sequence[BenchmarkRow]) -> None:
     """Print the figures, one table a case: a line for each method, a column for each metric."""
     from rich.console import Console
 
@@ -86,7 +86,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         console.print()
 
 
-def _table(case: str, rows: Sequence[Row]) -> "Table":
+def _table(case: str, rows: Sequence[BenchmarkRow]) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -116,7 +116,7 @@ def _figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _as_dict(row: Row) -> dict[str, Any]:
+def _as_dict(row: BenchmarkRow) -> dict[str, Any]:
     values = asdict(row)
     if not row.note:
         del values["note"]

@@ -5,13 +5,13 @@ numpy and torch only.
 """
 
 from lossworks.data.batch import IGNORE_INDEX, Batch
-from lossworks.data.corpus import documents, fingerprint
 from lossworks.data.examples import ExampleData, Examples, load_examples
 from lossworks.data.order import BagOrder, Order, SequenceOrder
-from lossworks.data.preparation import prepare
-from lossworks.data.readers import Piece
-from lossworks.data.tokenized import TokenizedCorpus, TokenSequences
-from lossworks.data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, train_tokenizer
+from lossworks.data.text.corpus import documents, fingerprint
+from lossworks.data.text.preparation import prepare
+from lossworks.data.text.readers import Piece
+from lossworks.data.text.tokenized_corpus import TokenizedCorpus, TokenSequences
+from lossworks.data.text.tokenizer import end_of_text_id, load_tokenizer, token_bytes, train_tokenizer
 
 __all__ = [
     "IGNORE_INDEX",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lossworks.data.readers import hub_call, import_datasets
+from lossworks.data.text.readers import hub_call, import_datasets
 from lossworks.errors import UserError
 from lossworks.specs import ExamplesSpec
 
@@ -77,7 +77,7 @@ def _read(spec: ExamplesSpec, seed: int) -> Read:
             return _scikit_learn(kind)
 
 
-def numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
+def _numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return labels as numbers in the order of their sorted names, and the names.
 
     Raises:
@@ -159,7 +159,7 @@ def _streams_kept() -> Iterator[None]:
 
 def _csv(path: Path, label: str, owner: str | None) -> Read:
     table = read_table(path, label, owner)
-    return Read(table.inputs, *numbered(table.labels), table.owners)
+    return Read(table.inputs, *_numbered(table.labels), table.owners)
 
 
 class Table(NamedTuple):
@@ -264,7 +264,7 @@ def _npz(path: Path, owner: str | None) -> Read:
     _require_arrays(path, inputs, labels)
     if owners is not None and owners.shape != labels.shape:
         raise UserError(f"{path}: {owner} {owners.shape} must be {labels.shape}, as y")
-    return Read(inputs, *numbered(labels), owners)
+    return Read(inputs, *_numbered(labels), owners)
 
 
 def _require_arrays(path: Path, inputs: np.ndarray, labels: np.ndarray) -> None:
@@ -283,7 +283,7 @@ def _image_folder(path: Path, size: int) -> Read:
     if not files:
         raise UserError(f"{path}: holds no images in a folder a class ({', '.join(_IMAGES)})")
     inputs = np.stack([_image(file, size) for file in files])
-    return Read(inputs, *numbered([file.parent.name for file in files]))
+    return Read(inputs, *_numbered([file.parent.name for file in files]))
 
 
 def _image(source: Any, size: int) -> np.ndarray:
@@ -313,4 +313,4 @@ def _hugging_face(name: str, spec: ExamplesSpec) -> Read:
     if len({array.shape for array in arrays}) != 1 or arrays[0].dtype.kind not in "biuf":
         raise UserError(f"{where}: column {spec.input} must hold images, or numbers, equally many a row")
     owners = np.array([str(one) for one in found[spec.owner]]) if spec.owner else None
-    return Read(np.stack(arrays), *numbered(found[spec.label]), owners)
+    return Read(np.stack(arrays), *_numbered(found[spec.label]), owners)

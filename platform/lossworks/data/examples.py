@@ -70,7 +70,7 @@ class ExampleData:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one example."""
+        """The shape of one example, without the axis of examples."""
         return tuple(self.train.inputs.shape[1:])
 
 

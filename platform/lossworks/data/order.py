@@ -9,7 +9,7 @@ class Order(Protocol):
     """Which rows each worker takes at each place of a run."""
 
     def rows(self, position: int, rank: int, workers: int) -> np.ndarray:
-        """Return one worker's rows of the global batch at ``position``, int64."""
+        """Return one worker's rows of the global batch at ``position``, int64, shape (rows,)."""
 
     def largest_share(self, workers: int) -> int:
         """Return the most rows of a batch that any of ``workers`` gets."""
@@ -62,7 +62,7 @@ class SequenceOrder:
                 than the batch some are empty.
 
         Returns:
-            Indices of sequences, int64. The shares of ranks 0, 1, … joined are the global batch.
+            Indices of sequences, int64, shape (rows,). The shares of ranks 0, 1, … joined are the batch.
 
         Raises:
             ValueError: A number is out of range.
@@ -117,7 +117,10 @@ class BagOrder:
         self._bags = SequenceOrder(rows // bag_size, batch_size // bag_size, seed)
 
     def rows(self, position: int, rank: int, workers: int) -> np.ndarray:
-        """Return the rows of one worker's bags, those of a bag together; shares differ by at most a bag."""
+        """Return the rows of one worker's bags, those of a bag together, int64, shape (rows,).
+
+        Shares differ by at most a bag.
+        """
         bags = self._bags.rows(position // self._bag_size, rank, workers)
         return (bags[:, None] * self._bag_size + np.arange(self._bag_size)).reshape(-1)
 

@@ -47,14 +47,14 @@ class Standardisation:
         """Return examples (N, F, …) brought to that scale.
 
         Returns:
-            Shape (N, F, …), float64: in float32 a large mean would swallow what distinguishes the examples.
+            Shape (N, F, …), float64: in float32 a large mean would round the examples' differences away.
         """
         shape = (1, -1, *[1] * (inputs.ndim - 2))
         return (inputs - self.mean.reshape(shape)) / self.deviation.reshape(shape)
 
 
 def to_float32(inputs: np.ndarray) -> np.ndarray:
-    """Return inputs as float32.
+    """Return inputs (N, …) as float32.
 
     Raises:
         UserError: They hold numbers that float32 can't.

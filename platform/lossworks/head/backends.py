@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums
-from lossworks.head.cpu.backend import Combine, Pass, Result, Rule, Wanted
+from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Wanted
+from lossworks.head.cpu.backend import Combine, Pass, Result, Rule
 
 
 class Backend(Protocol):
@@ -19,7 +19,7 @@ class Backend(Protocol):
     def gradients(
         self, problem: Problem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
     ) -> tuple[Gradients, Tensor | None]:
-        """Return the gradients, and the probability that a filter left out of each row."""
+        """Return the gradients, and the probability that a filter left out of each row, (N,) or None."""
 
     def fused(
         self, problem: Problem, how: Pass, rule: Rule, wanted: Wanted, combine: Combine = ...
@@ -29,7 +29,7 @@ class Backend(Protocol):
     def teacher_expected(
         self, problem: Problem, teacher: Problem, temperature: float, dtype: torch.dtype, share: float
     ) -> tuple[Tensor, Tensor]:
-        """Return the expected logits under a teacher's softmax, and its log Σ exp."""
+        """Return the expected logits under a teacher's softmax, and its log Σ exp, each of shape (N,)."""
 
     def teacher_gradients(
         self,
@@ -42,7 +42,7 @@ class Backend(Protocol):
         dtype: torch.dtype,
         share: float,
     ) -> Gradients:
-        """Return the gradients of the expected logits, weighted by ``coefficient``."""
+        """Return the gradients of the expected logits, weighted by ``coefficient`` (N,); ``lse`` is (N,)."""
 
 
 def get(impl: str, problem: Problem) -> Backend:

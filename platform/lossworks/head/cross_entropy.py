@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.autograd.row_sums import row_sums
+from lossworks.head.autograd.row_sums import differentiable_row_sums
 from lossworks.head.core.arguments import (
     Implementation,
     Operands,
@@ -22,7 +22,7 @@ from lossworks.head.core.arguments import (
     shifted,
 )
 from lossworks.head.core.dense_reference import reference_sums
-from lossworks.head.core.row_formulas import CrossEntropy, likelihood_with_gradient
+from lossworks.head.core.row_formulas import CrossEntropyFormula, negative_log_likelihood_with_gradient
 from lossworks.head.core.vocab_parallel import VocabParallel
 
 
@@ -140,7 +140,11 @@ def linear_cross_entropy(
     shape = targets.shape[:-1] if soft else targets.shape
     flat, probabilities = _split_targets(targets, class_weight, ignore_index)
     rule = _rule(
-        *(head, flat, probabilities, token_weight, class_weight),
+        head,
+        flat,
+        probabilities,
+        token_weight,
+        class_weight,
         smoothing=label_smoothing,
         z_loss=z_loss,
         mean=reduction == "mean",
@@ -180,32 +184,32 @@ def _rule(
     z_loss: float,
     mean: bool,
     options: Options,
-) -> CrossEntropy:
+) -> CrossEntropyFormula:
     """Bring everything that weighs a row together, the mean's divisor included; ignored rows weigh 0."""
     wide = torch.promote_types(head.e.dtype, torch.float32)
     valid = targets != options.ignore_index
     row = valid.to(wide)
     if token_weight is not None:
         row = torch.where(valid, token_weight.detach().reshape(-1).to(wide), 0)
-    nll = row
+    nll_weight = row
     if class_weight is not None:
         class_weight = class_weight.detach().to(wide)
         if probabilities is None:
             # Clamped, since targets out of range are refused later, by name.
-            nll = row * class_weight[torch.where(valid, targets, 0).clamp(0, len(class_weight) - 1)]
+            nll_weight = row * class_weight[torch.where(valid, targets, 0).clamp(0, len(class_weight) - 1)]
     if mean:
-        divisor = nll.sum()
+        divisor = nll_weight.sum()
         scale = torch.where(divisor > 0, 1 / divisor, 0)
-        row, nll = row * scale, nll * scale
-    lse = total = None
+        row, nll_weight = row * scale, nll_weight * scale
+    lse_weight = total_weight = None
     if smoothing:
         classes = all_classes(head)
-        total = row * (smoothing / classes)
-        lse = total * (classes if class_weight is None else class_weight.sum())
-    return CrossEntropy(
-        nll * (1 - smoothing),
-        lse,
-        total,
+        total_weight = row * (smoothing / classes)
+        lse_weight = total_weight * (classes if class_weight is None else class_weight.sum())
+    return CrossEntropyFormula(
+        nll_weight * (1 - smoothing),
+        lse_weight,
+        total_weight,
         row * z_loss if z_loss else None,
         None if probabilities is None else probabilities.sum(1, dtype=wide),
         class_weight if smoothing else None,
@@ -214,7 +218,7 @@ def _rule(
 
 
 def _fused(
-    head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, rule: CrossEntropy
+    head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, rule: CrossEntropyFormula
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum, and the probability left out of each row (empty without a filter)."""
     from lossworks.head.autograd.operators import FusedCrossEntropy
@@ -223,25 +227,44 @@ def _fused(
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in (e, c, bias)]
     return FusedCrossEntropy.apply(
-        *(e, c, bias, targets, probabilities),
-        *(rule.mass, rule.nll, rule.lse, rule.total, rule.square, rule.class_weight),
-        *(options.softcap, options.temperature, options.ignore_index, options.eps, options.filter_repair),
-        *(options.buffer_share, dtype, wanted, options.impl, options.accumulate, group, reduce_e),
+        e,
+        c,
+        bias,
+        targets,
+        probabilities,
+        rule.mass,
+        rule.nll_weight,
+        rule.lse_weight,
+        rule.total_weight,
+        rule.square_weight,
+        rule.class_weight,
+        options.softcap,
+        options.temperature,
+        options.ignore_index,
+        options.eps,
+        options.filter_repair,
+        options.buffer_share,
+        dtype,
+        wanted,
+        options.impl,
+        options.accumulate,
+        group,
+        reduce_e,
     )
 
 
 def _per_row(
-    head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, rule: CrossEntropy
+    head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, rule: CrossEntropyFormula
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted losses and the logsumexps, shape (N,)."""
-    totals = rule.total is not None
+    totals = rule.total_weight is not None
     if options.impl == "reference":
         sums = reference_sums(head, options, targets, probabilities, rule.class_weight)
     else:
-        sums = row_sums(
+        sums = differentiable_row_sums(
             head, options, targets, probabilities=probabilities, totals=totals, weights=rule.class_weight
         )
-    nll = likelihood_with_gradient(sums, options.temperature, rule.mass)
+    nll = negative_log_likelihood_with_gradient(sums, options.temperature, rule.mass)
     return rule.losses(sums, nll), sums.logsumexp
 
 

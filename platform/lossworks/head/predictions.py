@@ -8,7 +8,7 @@ from torch import Tensor
 from lossworks.errors import UserError
 from lossworks.head.core.arguments import operands
 from lossworks.head.core.problem import Problem
-from lossworks.head.cpu.tile_sizes import make_plan
+from lossworks.head.cpu.tile_sizes import choose_tile_sizes
 from lossworks.head.cpu.tiles import Logits, slices, view
 from lossworks.head.statistics import Gathered, LogSumExp, linear_row_statistics
 
@@ -71,7 +71,7 @@ def linear_top_k(
 def _walk(logits: Logits, k: int, temperature: float, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest z/τ, their classes, both (N, K), and log Σ exp(z/τ), (N,)."""
     size = logits.wide.itemsize
-    plan = make_plan(len(logits), logits.classes, size, share, keep=False, filtered=False)
+    plan = choose_tile_sizes(len(logits), logits.classes, size, share, keep=False, filtered=False)
     buffer = logits.buffer(plan.rows, plan.classes)
     blocks = slices(logits.classes, plan.classes)
     chunks = [_best(logits, rows, blocks, buffer, k, temperature) for rows in slices(len(logits), plan.rows)]

@@ -12,10 +12,10 @@ from lossworks.head.autograd.once_differentiable import once_differentiable
 from lossworks.head.core.arguments import Implementation, Operands, Options, check_targets, operands
 from lossworks.head.core.problem import Softmax
 from lossworks.head.core.row_formulas import differentiated
-from lossworks.head.core.valid_rows import Rows
+from lossworks.head.core.valid_rows import ValidRows
 from lossworks.head.cpu.backend import Pass
 
-RowLoss = Callable[[Tensor, Tensor], Tensor]
+RowFormula = Callable[[Tensor, Tensor], Tensor]
 """From target logits and logsumexps, both (T,), to losses (T,); no row may look at another."""
 
 
@@ -23,7 +23,7 @@ def linear_row_loss(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
-    loss: RowLoss,
+    loss: RowFormula,
     bias: Tensor | None = None,
     *,
     ignore_index: int = -100,
@@ -81,8 +81,16 @@ def linear_row_loss(
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and x is not None and x.requires_grad for x in (head.e, head.c, head.bias))
     result: Tensor = _Folded.apply(
-        *(head.e, head.c, head.bias, targets.reshape(-1), _column(target_offset), _column(token_weight)),
-        *(loss, options, head, wanted),
+        head.e,
+        head.c,
+        head.bias,
+        targets.reshape(-1),
+        _column(target_offset),
+        _column(token_weight),
+        loss,
+        options,
+        head,
+        wanted,
     )
     return result
 
@@ -101,12 +109,12 @@ class _Folded(torch.autograd.Function):
         targets: Tensor,
         offset: Tensor | None,
         weight: Tensor | None,
-        loss: RowLoss,
+        loss: RowFormula,
         options: Options,
         head: Operands,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor:
-        rows = Rows(e, c, targets, bias, options.softcap, options.ignore_index, None, offset)
+        rows = ValidRows(e, c, targets, bias, options.softcap, options.ignore_index, None, offset)
         how = Pass(head.dtype, Softmax(options.temperature), share=options.buffer_share)
         with torch.autocast(e.device.type, enabled=False):
             backend = backends.get(options.impl, rows.problem)

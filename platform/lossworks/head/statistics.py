@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.autograd.row_sums import row_sums
+from lossworks.head.autograd.row_sums import differentiable_row_sums
 from lossworks.head.core.arguments import (
     Implementation,
     Operands,
@@ -312,7 +312,7 @@ class _Linear:
         if key not in self._passes:
             self._check(temperature, classes)
             first = not self._passes
-            self._passes[key] = row_sums(
+            self._passes[key] = differentiable_row_sums(
                 self._head,
                 self._options,
                 self._targets,

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lossworks.data.tokenizer import encode_texts, end_of_text_id
+from lossworks.data.text.tokenizer import encode_texts, end_of_text_id
 from lossworks.errors import UserError
 from lossworks.head import linear_cross_entropy
 from lossworks.models.interface import LanguageModel

@@ -18,7 +18,7 @@ _PLUMBING = re.compile(r"_call_impl$|contextlib\.py|_contextlib\.py|^<built-in|^
 
 
 @dataclass
-class Call:
+class TracedCall:
     """What was called from one place, all its calls together.
 
     Attributes:
@@ -33,12 +33,12 @@ class Call:
     phase: str
     total: float = 0.0
     count: int = 0
-    children: dict[str, "Call"] = field(default_factory=dict)
+    children: dict[str, "TracedCall"] = field(default_factory=dict)
 
-    def child(self, name: str) -> "Call":
+    def child(self, name: str) -> "TracedCall":
         """Return what is called so from here, made at its first call."""
         if name not in self.children:
-            self.children[name] = Call(name, name if name in PHASE_COLOURS else self.phase)
+            self.children[name] = TracedCall(name, name if name in PHASE_COLOURS else self.phase)
         return self.children[name]
 
 
@@ -65,7 +65,7 @@ class Box:
     count: int
 
 
-def read_calls(path: Path) -> Call:
+def read_calls(path: Path) -> TracedCall:
     """Return the tree of calls in a Chrome trace of torch's profiler, gzipped.
 
     Its root is what lies inside the ranges called ``step N``. Calls of autograd's own threads are put where
@@ -79,14 +79,14 @@ def read_calls(path: Path) -> Call:
     return build_calls([event for event in events if event.get("ph") == "X" and event.get("cat") in _HOST])
 
 
-def build_calls(events: Sequence[dict[str, Any]]) -> Call:
+def build_calls(events: Sequence[dict[str, Any]]) -> TracedCall:
     """Return the tree of the events of a trace.
 
     Args:
         events: Each with ``cat``, ``name``, ``tid``, and ``ts`` and ``dur`` in microseconds.
     """
     steps = [event for event in events if event["cat"] == _RANGES and event["name"].startswith("step ")]
-    root = Call(f"{len(steps)} steps", "other")
+    root = TracedCall(f"{len(steps)} steps", "other")
     threads = {event["tid"] for event in events if event["name"].startswith(_ENGINE)}
     threads |= {event["tid"] for event in steps}
     spans = [(event["ts"], event["ts"] + event["dur"]) for event in steps]
@@ -105,7 +105,7 @@ def _within(event: dict[str, Any], spans: Sequence[tuple[float, float]]) -> bool
 class _Open:
     """A call that has not ended yet."""
 
-    call: Call
+    call: TracedCall
     begin: float
     end: float
     is_range: bool
@@ -117,7 +117,7 @@ class _Builder:
     A named range begins and ends inside the functions that name it, and so crosses them: they are cut off.
     """
 
-    def __init__(self, root: Call) -> None:
+    def __init__(self, root: TracedCall) -> None:
         self._stack = [_Open(root, 0.0, float("inf"), is_range=True)]
 
     def take(self, events: Sequence[dict[str, Any]]) -> None:
@@ -154,7 +154,7 @@ def short_name(name: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", name)
 
 
-def boxes(root: Call, *, least: float = 0.001) -> Iterator[Box]:
+def boxes(root: TracedCall, *, least: float = 0.001) -> Iterator[Box]:
     """Yield the boxes of a tree, callers first; those narrower than ``least`` of the width are left out."""
     scale = root.total or 1.0
     queue = [(root, 0, 0.0)]

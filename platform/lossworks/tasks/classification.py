@@ -70,6 +70,7 @@ class ClassificationTask(Task):
     spec: ClassVar[type[RunSpec]] = ClassifierSpec
     kinds = ("row", "logits", "margin", "bag")
     provides = ("inputs", "targets", "segments")
+    classifies = True
     yardsticks: ClassVar[Mapping[str, Mode]] = {
         "eval/accuracy": "max",
         "eval/cross_entropy": "min",

@@ -1,6 +1,6 @@
 """Run tracking: an append-only journal beside every run, delivered to an MLflow store.
 
-The process that trains appends rows to a journal and knows nothing of MLflow. The driver follows the
+The process that trains appends rows to a journal and does not import MLflow. The driver follows the
 journal and is the only writer of the MLflow run, so a tracking server that is slow or away never holds up a
 step, a killed process loses nothing, and nothing is written twice. Importing this package does not import
 MLflow, which takes over a second.

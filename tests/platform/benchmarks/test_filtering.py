@@ -14,7 +14,13 @@ from lossworks.benchmarks.filtering.filtered_gradients import (
     kept_columns,
     tile_gradients,
 )
-from lossworks.benchmarks.filtering.filtering import FILTERS, FilteringSpec, Method, default_spec, run
+from lossworks.benchmarks.filtering.filtering import (
+    FILTERS,
+    FilteringMethod,
+    FilteringSpec,
+    default_spec,
+    run,
+)
 from lossworks.benchmarks.filtering.filtering_study import Study, rare_classes
 from lossworks.cli import main
 from lossworks_testing.training import write_text
@@ -164,13 +170,13 @@ def test_the_states_alone_say_where_the_loss_stands(tiny, monkeypatch, capsys):
 def test_methods_are_trained_with_their_own_gradients(tiny):
     """An exact run twice is the same, and a filter that drops nothing changes next to nothing."""
     study = Study(FilteringSpec().override(tiny))
-    exact = study.train(Method.parse("exact"), 0)
+    exact = study.train(FilteringMethod.parse("exact"), 0)
 
-    assert study.train(Method.parse("exact"), 0) == exact
-    assert study.train(Method.parse("exact"), 1) != exact
+    assert study.train(FilteringMethod.parse("exact"), 0) == exact
+    assert study.train(FilteringMethod.parse("exact"), 1) != exact
     for name in ("published@40", "tiles-repaired@40", "columns@40", "columns-repaired@40"):
-        assert study.train(Method.parse(name), 0) == pytest.approx(exact, abs=1e-4)
-    assert study.train(Method.parse("columns@1"), 0) != pytest.approx(exact, abs=1e-3)
+        assert study.train(FilteringMethod.parse(name), 0) == pytest.approx(exact, abs=1e-4)
+    assert study.train(FilteringMethod.parse("columns@1"), 0) != pytest.approx(exact, abs=1e-3)
 
 
 @pytest.mark.parametrize(

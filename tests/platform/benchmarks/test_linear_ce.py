@@ -14,8 +14,8 @@ from lossworks.benchmarks.linear_ce import linear_ce
 from lossworks.benchmarks.linear_ce.gradient_errors import gradient_errors, sampled_rows
 from lossworks.benchmarks.linear_ce.head_inputs import make_inputs
 from lossworks.benchmarks.linear_ce.linear_ce_chart import draw_linear_ce
-from lossworks.benchmarks.linear_ce.linear_ce_worker import Case, reason_too_large
-from lossworks.benchmarks.table import Row, print_rows
+from lossworks.benchmarks.linear_ce.linear_ce_worker import HeadCase, reason_too_large
+from lossworks.benchmarks.table import BenchmarkRow, print_rows
 from lossworks.benchmarks.worker import _why, median_seconds, peak_growth
 from lossworks.cli import main
 
@@ -162,11 +162,11 @@ def test_inputs_too_large_for_the_memory_are_told_before_they_are_made():
     case |= {"threads": 2, "seed": 0, "repeats": 1}
     free = 800 * 2**20
 
-    assert reason_too_large(Case(**case, method="exact"), free) is None
-    assert reason_too_large(Case(**case, method="dense"), free) == (
+    assert reason_too_large(HeadCase(**case, method="exact"), free) is None
+    assert reason_too_large(HeadCase(**case, method="dense"), free) == (
         "needs about 1.3 GiB of memory and 0.8 GiB are free"
     )
-    assert reason_too_large(Case(**case, method="dense"), 2**31) is None
+    assert reason_too_large(HeadCase(**case, method="dense"), 2**31) is None
 
 
 def test_a_peaked_head_looks_like_a_trained_one():
@@ -234,10 +234,10 @@ def test_metrics_are_columns_and_methods_are_lines(capsys):
     """Whatever the benchmark; a figure that is missing is a dash."""
     print_rows(
         [
-            Row("2 workers", "ours", "throughput", 12345.6, "tokens/s"),
-            Row("2 workers", "bare", "throughput", 11000.0, "tokens/s"),
-            Row("2 workers", "ours", "over [bare]", 1.1223, "x"),
-            Row("2 workers", "other", "not measured", None, "", "not [installed]"),
+            BenchmarkRow("2 workers", "ours", "throughput", 12345.6, "tokens/s"),
+            BenchmarkRow("2 workers", "bare", "throughput", 11000.0, "tokens/s"),
+            BenchmarkRow("2 workers", "ours", "over [bare]", 1.1223, "x"),
+            BenchmarkRow("2 workers", "other", "not measured", None, "", "not [installed]"),
         ]
     )
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -251,6 +251,8 @@ def test_a_chart_without_a_figure_is_still_a_picture(tmp_path):
     """When no method could run."""
     case = "64 x 600 x 128, fp32, peaked, 2 threads"
 
-    path = draw_linear_ce([Row(case, "ours", "not measured", None, "", "why")], tmp_path / "chart.png")
+    path = draw_linear_ce(
+        [BenchmarkRow(case, "ours", "not measured", None, "", "why")], tmp_path / "chart.png"
+    )
 
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lossworks.data import Piece, documents, fingerprint
-from lossworks.data import readers as readers_module
+from lossworks.data.text import readers as readers_module
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 

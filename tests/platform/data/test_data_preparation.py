@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lossworks.data import TokenizedCorpus, documents, load_tokenizer, prepare
-from lossworks.data import preparation as preparation_module
+from lossworks.data.text import preparation as preparation_module
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 
@@ -244,9 +244,11 @@ class TestSplit:
         settings = {"sequence_length": length, "held_out_fraction": fraction}
         train, held_out = corpus.split(spec.model_copy(update=settings))
         total = len(train) + len(held_out)
-        tokens = np.concatenate([part.batch(np.arange(len(part)))[0].flatten() for part in (train, held_out)])
+        tokens = np.concatenate(
+            [part.batch(np.arange(len(part)))["inputs"].flatten() for part in (train, held_out)]
+        )
         targets = np.concatenate(
-            [part.batch(np.arange(len(part)))[1].flatten() for part in (train, held_out)]
+            [part.batch(np.arange(len(part)))["targets"].flatten() for part in (train, held_out)]
         )
 
         assert len(train) >= 1
@@ -257,7 +259,7 @@ class TestSplit:
 
     def test_batch(self, corpus, spec):
         train, _ = corpus.split(spec)
-        tokens, targets = train.batch(np.array([3, 0, 3]))
+        tokens, targets = train.batch(np.array([3, 0, 3])).values()
 
         assert tokens.shape == targets.shape == (3, 16)
         assert str(tokens.dtype) == str(targets.dtype) == "torch.int64"
@@ -267,7 +269,7 @@ class TestSplit:
         assert (targets[:, :-1] == tokens[:, 1:]).all()
 
     def test_batch_of_no_rows(self, corpus, spec):
-        tokens, targets = corpus.split(spec)[0].batch(np.empty(0, dtype=np.int64))
+        tokens, targets = corpus.split(spec)[0].batch(np.empty(0, dtype=np.int64)).values()
 
         assert tokens.shape == targets.shape == (0, 16)
 
@@ -312,7 +314,8 @@ class TestOpening:
         sequences = pickle.loads(pickle.dumps(corpus.split(spec)[0]))  # noqa: S301
 
         assert len(pickle.dumps(corpus)) < 1000
-        assert (sequences.batch(np.array([1]))[0] == corpus.split(spec)[0].batch(np.array([1]))[0]).all()
+        found, expected = (part.batch(np.array([1]))["inputs"] for part in (sequences, corpus.split(spec)[0]))
+        assert (found == expected).all()
 
     def test_index_is_readable_json(self, corpus):
         index = json.loads((corpus.folder / "index.json").read_text())

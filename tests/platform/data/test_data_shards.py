@@ -7,17 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lossworks.data.shards import FORMAT, Index, ShardReader, ShardWriter, narrowest_dtype
+from lossworks.data.text.token_shards import (
+    SHARD_FORMAT,
+    Index,
+    TokenShardReader,
+    TokenShardWriter,
+    narrowest_dtype,
+)
 from lossworks.errors import UserError
 
 
 def write(folder, tokens, dtype="uint16", shard_tokens=7, step=5) -> Index:
     """Write tokens in steps and return the index."""
-    with ShardWriter(folder, dtype, shard_tokens) as writer:
+    with TokenShardWriter(folder, dtype, shard_tokens) as writer:
         for start in range(0, len(tokens), step):
             writer.write(tokens[start : start + step])
     index = Index(
-        format=FORMAT,
+        format=SHARD_FORMAT,
         fingerprint="f",
         vocab_size=10,
         end_of_text=0,
@@ -47,7 +53,7 @@ def test_reading_across_borders_gives_what_was_written(tmp_path_factory, count, 
 
     assert index.shard_lengths()[:-1] == [shard_tokens] * (len(index.shards) - 1)
     assert Index.read(folder) == index
-    read = ShardReader(folder, index).read(start, length)
+    read = TokenShardReader(folder, index).read(start, length)
     assert read.tolist() == tokens[start : start + length].tolist()
     assert type(read) is np.ndarray
 
@@ -57,7 +63,7 @@ def test_ids_are_little_endian(tmp_path, dtype, largest):
     index = write(tmp_path, [1, largest], dtype=dtype)
 
     assert (tmp_path / index.shards[0]).read_bytes()[:2] == b"\x01\x00"
-    assert ShardReader(tmp_path, index).read(0, 2).tolist() == [1, largest]
+    assert TokenShardReader(tmp_path, index).read(0, 2).tolist() == [1, largest]
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(258, "uint16"), (65536, "uint16"), (65537, "uint32")])
@@ -67,7 +73,7 @@ def test_narrowest_dtype(vocab_size, dtype):
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 1), (0, 21), (20, 1), (0, -1)])
 def test_reading_outside_is_an_index_error(tmp_path, start, count):
-    reader = ShardReader(tmp_path, write(tmp_path, np.arange(20)))
+    reader = TokenShardReader(tmp_path, write(tmp_path, np.arange(20)))
 
     with pytest.raises(IndexError, match="outside a corpus of 20"):
         reader.read(start, count)
@@ -75,7 +81,7 @@ def test_reading_outside_is_an_index_error(tmp_path, start, count):
 
 def test_a_shard_of_no_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match="shard_tokens=0"):
-        ShardWriter(tmp_path, "uint16", 0)
+        TokenShardWriter(tmp_path, "uint16", 0)
 
 
 class TestDamage:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lossworks.data import end_of_text_id, load_tokenizer, token_bytes, train_tokenizer
-from lossworks.data.tokenizer import encode_texts, vocabulary_size
+from lossworks.data.text.tokenizer import encode_texts, vocabulary_size
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 

@@ -11,7 +11,7 @@ import lossworks
 from lossworks.errors import UserError
 from lossworks.head import linear_cross_entropy
 from lossworks.head.cpu import backend as cpu
-from lossworks.head.cpu.tile_sizes import Plan
+from lossworks.head.cpu.tile_sizes import TileSizes
 from lossworks_testing.memory import peak_bytes
 
 IGNORE = -100
@@ -41,7 +41,9 @@ def problem(n, d, v, *, dtype=torch.float32, bias=True, ignored=0.0, seed=0, sca
 @pytest.fixture
 def tiny_chunks(monkeypatch):
     """Make tiles of three rows and two classes, so that small problems have several and ragged last ones."""
-    monkeypatch.setattr(cpu, "make_plan", lambda rows, classes, *_, keep, filtered: Plan(3, 2, keep))
+    monkeypatch.setattr(
+        cpu, "choose_tile_sizes", lambda rows, classes, *_, keep, filtered: TileSizes(3, 2, keep)
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -90,7 +92,9 @@ def test_the_tiles_change_nothing(n, d, v, rows, classes, kept, seed):
     e, c, y, b = problem(n, d, v, dtype=torch.float64, seed=seed)
     whole = linear_cross_entropy(e, c, y, b)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "make_plan", lambda *_, keep, filtered: Plan(rows, classes, keep and kept))
+        patch.setattr(
+            cpu, "choose_tile_sizes", lambda *_, keep, filtered: TileSizes(rows, classes, keep and kept)
+        )
         parts = linear_cross_entropy(e, c, y, b)
 
     torch.testing.assert_close(parts, whole)

@@ -10,7 +10,7 @@ from lossworks.errors import UserError
 from lossworks.head import LinearCrossEntropy, linear_cross_entropy, linear_row_loss
 from lossworks.head.core import filtering
 from lossworks.head.cpu import backend as cpu
-from lossworks.head.cpu.tile_sizes import Plan
+from lossworks.head.cpu.tile_sizes import TileSizes
 
 IGNORE = -100
 
@@ -27,8 +27,8 @@ def problem(n=11, d=5, v=7, *, dtype=torch.float64, ignored=0.3, seed=0, scale=1
 @pytest.fixture(params=[True, False], ids=["kept", "twice"])
 def tiny_tiles(request, monkeypatch):
     """Run in tiles of three rows and two classes, in either order."""
-    plan = lambda *_, keep, filtered: Plan(3, 2, keep and request.param)  # noqa: E731
-    monkeypatch.setattr(cpu, "make_plan", plan)
+    plan = lambda *_, keep, filtered: TileSizes(3, 2, keep and request.param)  # noqa: E731
+    monkeypatch.setattr(cpu, "choose_tile_sizes", plan)
 
 
 def dense(e, c, y, b, *, smoothing, weight, z_loss, temperature, softcap, token_weight):
@@ -77,7 +77,9 @@ def test_all_options_together(
         reduction
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "make_plan", lambda *_, keep, filtered, k=keep: Plan(3, 2, keep and k))
+        patch.setattr(
+            cpu, "choose_tile_sizes", lambda *_, keep, filtered, k=keep: TileSizes(3, 2, keep and k)
+        )
         actual = linear_cross_entropy(
             *(e, c, y, b),
             softcap=softcap,
@@ -272,7 +274,9 @@ def zipf_problem(n=64, d=24, v=600, seed=0):
 def test_the_filters_error_is_within_its_bound(monkeypatch, keep, features, seed):
     """Per row of ∂E and per class of ∂C, with the repair, for a threshold that leaves much out."""
     e, c, y = zipf_problem(d=features, seed=seed)
-    monkeypatch.setattr(cpu, "make_plan", lambda *_, keep, filtered, k=keep: Plan(16, 100, keep and k))
+    monkeypatch.setattr(
+        cpu, "choose_tile_sizes", lambda *_, keep, filtered, k=keep: TileSizes(16, 100, keep and k)
+    )
     exact = torch.autograd.grad(linear_cross_entropy(e, c, y, reduction="sum"), (e, c))
     loss, mass = linear_cross_entropy(e, c, y, reduction="sum", filter_eps=1e-2, return_mass=True)
     filtered = torch.autograd.grad(loss, (e, c))

@@ -17,7 +17,7 @@ from lossworks.head import (
     row_statistics,
 )
 from lossworks.head.cpu import backend as cpu
-from lossworks.head.cpu.tile_sizes import Plan
+from lossworks.head.cpu.tile_sizes import TileSizes
 
 IGNORE = -100
 
@@ -33,7 +33,7 @@ def problem(n=7, d=4, v=9, *, seed=0, dtype=torch.float64):
 
 @pytest.fixture(autouse=True)
 def _tiny_tiles(monkeypatch):
-    monkeypatch.setattr(cpu, "make_plan", lambda *_, keep, filtered: Plan(3, 2, keep))
+    monkeypatch.setattr(cpu, "choose_tile_sizes", lambda *_, keep, filtered: TileSizes(3, 2, keep))
 
 
 @settings(max_examples=60, deadline=None)

@@ -52,7 +52,7 @@ def test_the_table_in_the_documentation_is_written_between_markers(tmp_path, mon
     """``--write`` replaces what is between the markers and nothing else."""
     page = tmp_path / "page.md"
     page.write_text(f"before\n{ahead_of_time.BEGIN}\nold\n{ahead_of_time.END}\nafter\n")
-    case = ahead_of_time.Case(
+    case = ahead_of_time.CompiledCase(
         TARGETS["gfx942"], "slab", torch.bfloat16, Tile(64, 64, 32, warps=4, stages=2), full=False
     )
     monkeypatch.setattr(ahead_of_time, "cases", lambda: [case])

@@ -14,7 +14,7 @@ import psutil
 
 from lossworks.runs import RunFolder, run_of
 from lossworks.tracking import read_all
-from lossworks_jobs.clusters.local_nodes import Nodes
+from lossworks_jobs.clusters.local_nodes import LocalNodes
 
 
 def lose(process: subprocess.Popen) -> None:
@@ -29,7 +29,7 @@ def lose(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def blind_node(nodes: Nodes, home: Path, temporary: Path, log: Path) -> Iterator[subprocess.Popen]:
+def blind_node(nodes: LocalNodes, home: Path, temporary: Path, log: Path) -> Iterator[subprocess.Popen]:
     """A node of one CPU that joins ``nodes`` and finds an empty folder where the shared home folder is.
 
     Args:
@@ -132,7 +132,7 @@ def listening(pid: int, name: str) -> list[int]:
     ]
 
 
-def processes_of(nodes: Nodes, name: str) -> list[psutil.Process]:
+def processes_of(nodes: LocalNodes, name: str) -> list[psutil.Process]:
     """Return the processes below any node whose command line has a word."""
     running = [node.pid for node in nodes.processes if node.poll() is None]
     return [found for pid in running for found in descendants_of(pid, name)]

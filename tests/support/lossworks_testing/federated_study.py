@@ -38,20 +38,20 @@ def run_one(overrides: list[str], strategy: int, lr: float, seed: int) -> dict[s
     from lossworks_federated.engines.cohort_grid import CohortGrid
     from lossworks_federated.reporting.comparison import figures_of
     from lossworks_federated.server.rounds import RoundFiles, Rounds
+    from lossworks_federated.shared_setup import setup_of
     from lossworks_federated.specs import FederationSpec, StrategySpec
-    from lossworks_federated.world import world_of
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     spec = FederationSpec.parse(yaml.safe_load(STUDY.read_text())["base"]).override(overrides)
     chosen = spec.strategies[strategy].model_copy(update={"lr": lr})
-    # Strategies share the world of a seed; only the learning rate is their own.
-    world = world_of(spec.task(StrategySpec(), seed).model_dump_json())
-    world = replace(world, task=spec.task(chosen, seed))
+    # Strategies share the setup of a seed; only the learning rate is their own.
+    setup = setup_of(spec.task(StrategySpec(), seed).model_dump_json())
+    setup = replace(setup, task=spec.task(chosen, seed))
     with tempfile.TemporaryDirectory() as folder:
         files = RoundFiles(Path(folder))
         try:
-            Rounds(spec, chosen, world, CohortGrid(world), files).run()
+            Rounds(spec, chosen, setup, CohortGrid(setup), files).run()
         except RunError:
             return dict.fromkeys(FIGURES, math.nan)
         found = figures_of(files.journal, spec.measure.target)

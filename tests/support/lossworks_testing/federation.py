@@ -11,9 +11,9 @@ from lossworks.cohort import Member
 from lossworks_federated.client.client_app import client_app
 from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.server.rounds import RoundFiles, Rounds
+from lossworks_federated.shared_setup import SharedSetup, make_setup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec
-from lossworks_federated.world import World, make_world
 
 TINY: dict[str, Any] = {
     "rounds": 3,
@@ -29,21 +29,21 @@ def tiny(strategy: Any = "fedavg", **changes: Any) -> FederationSpec:
     return FederationSpec.parse({**TINY, "strategies": [strategy], **changes})
 
 
-def world_of(spec: FederationSpec) -> World:
-    """Return the world of a spec's only strategy and seed, made once."""
+def setup_of(spec: FederationSpec) -> SharedSetup:
+    """Return the setup of a spec's only strategy and seed, made once."""
     return _made(spec.task(spec.strategies[0], spec.seeds[0]).model_dump_json())
 
 
 @lru_cache(maxsize=8)
-def _made(task: str) -> World:
-    return make_world(TaskSpec.model_validate_json(task))
+def _made(task: str) -> SharedSetup:
+    return make_setup(TaskSpec.model_validate_json(task))
 
 
 def rounds_of(spec: FederationSpec, path: Path, grid: Any = None) -> Rounds:
     """Return the rounds of a spec's only strategy, to run in a folder."""
-    world = world_of(spec)
-    engine = CohortGrid(world, path / "clients", spec.privacy) if grid is None else grid(world)
-    return Rounds(spec, spec.strategies[0], world, engine, RoundFiles(path / "child"))
+    setup = setup_of(spec)
+    engine = CohortGrid(setup, path / "clients", spec.privacy) if grid is None else grid(setup)
+    return Rounds(spec, spec.strategies[0], setup, engine, RoundFiles(path / "child"))
 
 
 def trained(spec: FederationSpec, path: Path, grid: Any = None) -> Member:
@@ -68,14 +68,14 @@ def equal(first: Member, second: Member) -> bool:
 class OneByOneGrid(CohortGrid):
     """Calls the ClientApp once a message, as a real federation does, in an order of its own."""
 
-    def __init__(self, world: World, state_folder: Path | None = None) -> None:
-        super().__init__(world, state_folder)
+    def __init__(self, setup: SharedSetup, state_folder: Path | None = None) -> None:
+        super().__init__(setup, state_folder)
         self.app = client_app(state_folder)
         del self.partitions  # so that clients are asked for them
 
     def get_node_ids(self) -> list[int]:
         """Return ids that say nothing about partitions."""
-        return [1000 - client for client in range(self._world.task.split.clients)]
+        return [1000 - client for client in range(self._setup.task.split.clients)]
 
     def _group(self, kind: str, group: list[Message]) -> list[Message]:
         del kind

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lossworks.ports import require_free
+from lossworks.ports import require_free_port
 from lossworks_testing.forkserver import forkserver
 
 
@@ -20,7 +20,7 @@ def run_ranks(workers: int, function: Callable[..., Any], *arguments: Any, folde
 
     ``function`` must be importable by name and its result plain data.
     """
-    port = require_free("127.0.0.1", 0, named="127.0.0.1")
+    port = require_free_port("127.0.0.1", 0, named="127.0.0.1")
     given = (workers, port, function, arguments, str(folder), dict(os.environ))
     mp.start_processes(_rank, given, nprocs=workers, start_method=forkserver().get_start_method())
     results = [pickle.loads((folder / f"rank-{rank}").read_bytes()) for rank in range(workers)]  # noqa: S301

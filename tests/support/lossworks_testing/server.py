@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 
-from lossworks.ports import require_free
+from lossworks.ports import require_free_port
 
 PROGRAM = [sys.executable, "-c", "import sys; from lossworks.cli import main; sys.exit(main())"]
 
 
 def free_port() -> int:
     """Return a port that nobody listens on."""
-    return require_free("127.0.0.1", 0, named="127.0.0.1")
+    return require_free_port("127.0.0.1", 0, named="127.0.0.1")
 
 
 class TeamServer:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lossworks.errors import UserError
 from lossworks.head import VocabParallel, linear_cross_entropy
 from lossworks.head.cpu import backend as cpu
-from lossworks.head.cpu.tile_sizes import Plan
+from lossworks.head.cpu.tile_sizes import TileSizes
 
 IGNORE = -100
 ROWS, FEATURES = 11, 5
@@ -265,13 +265,13 @@ def _tuple(results: Any) -> tuple[Tensor, ...]:
 @contextlib.contextmanager
 def _tiles(kind: str) -> Iterator[None]:
     """Make tiles so small that these problems have several, and ragged last ones."""
-    plain = cpu.make_plan
+    plain = cpu.choose_tile_sizes
     if kind != "default":
-        cpu.make_plan = lambda *_, keep, filtered: Plan(3, 2, keep and kind == "kept")
+        cpu.choose_tile_sizes = lambda *_, keep, filtered: TileSizes(3, 2, keep and kind == "kept")
     try:
         yield
     finally:
-        cpu.make_plan = plain
+        cpu.choose_tile_sizes = plain
 
 
 @contextlib.contextmanager

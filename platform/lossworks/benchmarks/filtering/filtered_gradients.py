@@ -14,7 +14,7 @@ TILE = 128
 _COLUMN_ROWS = 256
 
 
-class Gradients(NamedTuple):
+class FilteredGradients(NamedTuple):
     """Of the summed loss.
 
     Attributes:
@@ -32,34 +32,54 @@ class Gradients(NamedTuple):
     kept: float
 
 
-def exact_gradients(e: Tensor, c: Tensor, targets: Tensor) -> Gradients:
-    """Return the gradients of plain torch in float64."""
+def exact_gradients(e: Tensor, c: Tensor, targets: Tensor) -> FilteredGradients:
+    """Return the gradients of plain torch in float64, for E (N, D), C (V, D) and targets (N,)."""
     e, c = (x.detach().double().requires_grad_() for x in (e, c))
     loss = cross_entropy(e @ c.t(), targets, reduction="sum")
     of_e, of_c = torch.autograd.grad(loss, (e, c))
-    return Gradients(loss.detach(), of_e, of_c, e.new_zeros(len(e)), 1.0)
+    return FilteredGradients(loss.detach(), of_e, of_c, e.new_zeros(len(e)), 1.0)
 
 
-def library_gradients(e: Tensor, c: Tensor, targets: Tensor, eps: float, *, repair: bool) -> Gradients:
-    """Return the gradients of the filter of :func:`lossworks.linear_cross_entropy`, in the inputs' dtype."""
+def library_gradients(
+    e: Tensor, c: Tensor, targets: Tensor, eps: float, *, repair: bool
+) -> FilteredGradients:
+    """Return the gradients of the filter of :func:`lossworks.linear_cross_entropy`, in the inputs' dtype.
+
+    The shapes are those of :func:`exact_gradients`.
+    """
     e, c = (x.detach().requires_grad_() for x in (e, c))
     loss, mass = linear_cross_entropy(
-        *(e, c, targets), reduction="sum", filter_eps=eps, filter_repair=repair, impl="cpu", return_mass=True
+        e,
+        c,
+        targets,
+        reduction="sum",
+        filter_eps=eps,
+        filter_repair=repair,
+        impl="cpu",
+        return_mass=True,
     )
     of_e, of_c = torch.autograd.grad(loss, (e, c))
-    return Gradients(loss.detach(), of_e, of_c, mass, kept_columns(e.detach(), c.detach(), targets, eps))
+    return FilteredGradients(
+        loss.detach(), of_e, of_c, mass, kept_columns(e.detach(), c.detach(), targets, eps)
+    )
 
 
-def rounded_gradients(e: Tensor, c: Tensor, targets: Tensor) -> Gradients:
-    """Return what rounding alone makes of the gradients: inputs and results in bfloat16, without a filter."""
+def rounded_gradients(e: Tensor, c: Tensor, targets: Tensor) -> FilteredGradients:
+    """Return what rounding alone makes of the gradients: inputs and results in bfloat16, without a filter.
+
+    The shapes are those of :func:`exact_gradients`.
+    """
     e, c = (x.detach().bfloat16().requires_grad_() for x in (e, c))
     loss = linear_cross_entropy(e, c, targets, reduction="sum", impl="cpu")
     of_e, of_c = torch.autograd.grad(loss, (e, c))
-    return Gradients(loss.detach(), of_e, of_c, e.new_zeros(len(e)), 1.0)  # type: ignore[union-attr]
+    return FilteredGradients(loss.detach(), of_e, of_c, e.new_zeros(len(e)), 1.0)  # type: ignore[union-attr]
 
 
 def kept_columns(e: Tensor, c: Tensor, targets: Tensor, eps: float) -> float:
-    """Return the share of columns of 256 rows with a probability of at least eps, or a target."""
+    """Return the share of columns of 256 rows with a probability of at least eps, or a target.
+
+    The shapes are those of :func:`exact_gradients`.
+    """
     shares = []
     for rows in torch.arange(len(e)).split(_COLUMN_ROWS):
         large = (e[rows] @ c.t()).softmax(1).amax(0) >= eps
@@ -70,7 +90,7 @@ def kept_columns(e: Tensor, c: Tensor, targets: Tensor, eps: float) -> float:
 
 def tile_gradients(
     e: Tensor, c: Tensor, targets: Tensor, eps: float, *, repair: bool, size: int = TILE
-) -> Gradients:
+) -> FilteredGradients:
     """Return the gradients of the published filter, in the inputs' dtype.
 
     Classes are sorted by their mean logit, and a tile of ``size`` rows × ``size`` classes is dropped where
@@ -100,7 +120,7 @@ def tile_gradients(
     if repair and m.sum() > 0:
         of_e.addr_(m, q @ c / q.sum())
         of_c.addr_(q, m @ e / m.sum())
-    return Gradients(loss, of_e, of_c[order.argsort()], m, tiles.double().mean().item())
+    return FilteredGradients(loss, of_e, of_c[order.argsort()], m, tiles.double().mean().item())
 
 
 def kept_tiles(g: Tensor, eps: float, size: int) -> Tensor:
@@ -120,19 +140,19 @@ class TileFiltered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, e: Tensor, c: Tensor, targets: Tensor, eps: float, repair: bool) -> Tensor:
-        """Form the gradients at once."""
+        """Return the summed loss, a scalar, and keep the gradients of E (N, D) and C (V, D)."""
         made = tile_gradients(e, c, targets, eps, repair=repair)
         ctx.save_for_backward(made.e, made.c)
         return made.loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale them."""
+        """Return the kept gradients times the upstream gradient, a scalar."""
         of_e, of_c = ctx.saved_tensors
         return upstream * of_e, upstream * of_c, None, None, None
 
 
-def errors(made: Gradients, exact: Gradients, rare: Tensor) -> list[tuple[str, float, str]]:
+def errors(made: FilteredGradients, exact: FilteredGradients, rare: Tensor) -> list[tuple[str, float, str]]:
     """Return metric, value and unit of each measure.
 
     Args:

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.filtering.filtering_chart import draw_filtering
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec, ModelSpec, OptimizerSpec, ScheduleSpec, Spec
 
@@ -31,7 +31,7 @@ FILTERS = {
 }
 
 
-class Method(NamedTuple):
+class FilteringMethod(NamedTuple):
     """A way to the gradient.
 
     Attributes:
@@ -43,7 +43,7 @@ class Method(NamedTuple):
     exponent: int | None
 
     @classmethod
-    def parse(cls, text: str) -> "Method":
+    def parse(cls, text: str) -> "FilteringMethod":
         """Return the method that ``NAME`` or ``NAME@K`` stands for.
 
         Raises:
@@ -57,12 +57,12 @@ class Method(NamedTuple):
 
     @property
     def eps(self) -> float | None:
-        """The threshold."""
+        """The probability below which entries are left out; None where nothing is."""
         return None if self.exponent is None else 2.0**-self.exponent
 
     @property
     def label(self) -> str:
-        """What the tables say."""
+        """The name of the method in tables."""
         if self.exponent is None:
             return {"exact": _EXACT, "bf16": _BF16}[self.name]
         return f"{FILTERS[self.name]}, 2^-{self.exponent}"
@@ -101,7 +101,7 @@ class FilteringSpec(Spec):
     @classmethod
     def _are_runs(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
-            Method.parse(text)
+            FilteringMethod.parse(text)
         if "exact" not in value:
             raise ValueError("must have exact among them, since the others are compared with it")
         return value
@@ -114,7 +114,7 @@ class FilteringSpec(Spec):
         return value
 
 
-def run(overrides: Sequence[str], repeats: int) -> list[Row]:
+def run(overrides: Sequence[str], repeats: int) -> list[BenchmarkRow]:
     """Measure gradients on hidden states, and train with each filter; progress goes to standard error.
 
     Args:
@@ -130,7 +130,7 @@ def run(overrides: Sequence[str], repeats: int) -> list[Row]:
     from lossworks.benchmarks.filtering.filtering_study import Study
 
     study = Study(spec)
-    rows: list[Row] = []
+    rows: list[BenchmarkRow] = []
     if spec.part != "training":
         rows += _states(study)
     if spec.part != "states":
@@ -146,21 +146,21 @@ def default_spec() -> FilteringSpec:
     )
 
 
-def _states(study: "Study") -> list[Row]:
+def _states(study: "Study") -> list[BenchmarkRow]:
     names = [f"{name}@{exponent}" for exponent in study.spec.exponents for name in FILTERS]
-    methods = [Method.parse(name) for name in ("bf16", *names)]
+    methods = [FilteringMethod.parse(name) for name in ("bf16", *names)]
     rows = []
     for state in study.states():
         case = f"hidden states after {state.step} steps, loss {state.loss:.2f}"
         for method in methods:
             for metric, value, unit in study.errors(state, method):
-                rows.append(Row(case, method.label, metric, float(f"{value:.4g}"), unit))
+                rows.append(BenchmarkRow(case, method.label, metric, float(f"{value:.4g}"), unit))
         _tell(case)
     return rows
 
 
-def _training(study: "Study", seeds: int) -> list[Row]:
-    methods = [Method.parse(text) for text in study.spec.runs]
+def _training(study: "Study", seeds: int) -> list[BenchmarkRow]:
+    methods = [FilteringMethod.parse(text) for text in study.spec.runs]
     losses: dict[str, list[Losses]] = {method.label: [] for method in methods}
     for seed in range(seeds):
         for method in methods:
@@ -173,25 +173,25 @@ def _training(study: "Study", seeds: int) -> list[Row]:
     return [*_compared(f"trained from scratch, {size}, {seeds} seeds", losses), *_by_seed(size, losses)]
 
 
-def _compared(case: str, losses: "dict[str, list[Losses]]") -> Iterator[Row]:
+def _compared(case: str, losses: "dict[str, list[Losses]]") -> Iterator[BenchmarkRow]:
     for label, made in losses.items():
         for name, field in (("loss", "all"), ("rare loss", "rare")):
             values = [getattr(item, field) for item in made]
             exact = [getattr(item, field) for item in losses[_EXACT]]
             differences = [value - base for value, base in zip(values, exact, strict=True)]
-            yield Row(case, label, name, mean(values), "nats")
-            yield Row(case, label, f"{name}, deviation", stdev(values), "nats")
+            yield BenchmarkRow(case, label, name, mean(values), "nats")
+            yield BenchmarkRow(case, label, f"{name}, deviation", stdev(values), "nats")
             if label != _EXACT:
-                yield Row(case, label, f"{name} minus exact", mean(differences), "nats")
+                yield BenchmarkRow(case, label, f"{name} minus exact", mean(differences), "nats")
                 error = stdev(differences) / len(differences) ** 0.5
-                yield Row(case, label, f"{name} minus exact, error", error, "nats")
+                yield BenchmarkRow(case, label, f"{name} minus exact, error", error, "nats")
 
 
-def _by_seed(size: str, losses: "dict[str, list[Losses]]") -> Iterator[Row]:
+def _by_seed(size: str, losses: "dict[str, list[Losses]]") -> Iterator[BenchmarkRow]:
     for title, field in (("held-out loss", "all"), ("held-out loss of rare tokens", "rare")):
         for label, made in losses.items():
             for seed, item in enumerate(made):
-                yield Row(f"{title}, {size}", label, f"seed {seed}", getattr(item, field), "nats")
+                yield BenchmarkRow(f"{title}, {size}", label, f"seed {seed}", getattr(item, field), "nats")
 
 
 def _tell(text: str) -> None:

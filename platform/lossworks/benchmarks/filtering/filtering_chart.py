@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.reporting.picture_style import BLUE, DARK, GREY, ORANGE
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _STEP = re.compile(r"hidden states after (\d+) steps")
 _CHARTED = "2^-12"  # of the three thresholds, the one that the published filter has for bf16
 
 
-def draw_filtering(rows: Sequence[Row], path: Path) -> Path:
+def draw_filtering(rows: Sequence[BenchmarkRow], path: Path) -> Path:
     """Draw held-out losses minus those of exact training, and the gradients' errors over its steps.
 
     Args:
@@ -63,7 +63,7 @@ def draw_filtering(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def _draw_losses(axes: "Axes", rows: Sequence[Row], metric: str, title: str) -> None:
+def _draw_losses(axes: "Axes", rows: Sequence[BenchmarkRow], metric: str, title: str) -> None:
     first = next((row.case for row in rows if row.case.startswith("trained")), "")
     figures = {(row.method, row.metric): row.value for row in rows if row.case == first}
     methods = [method for method, name in figures if name == f"{metric} minus exact" and _is_charted(method)]
@@ -83,7 +83,7 @@ def _draw_losses(axes: "Axes", rows: Sequence[Row], metric: str, title: str) -> 
     axes.set_xlabel("nats a token, mean ± standard error over seeds")
 
 
-def _draw_errors(axes: "Axes", rows: Sequence[Row], metric: str, title: str) -> None:
+def _draw_errors(axes: "Axes", rows: Sequence[BenchmarkRow], metric: str, title: str) -> None:
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
         step = _STEP.match(row.case)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lossworks import linear_cross_entropy
 from lossworks.benchmarks.filtering.filtered_gradients import (
-    Gradients,
+    FilteredGradients,
     TileFiltered,
     errors,
     exact_gradients,
@@ -24,7 +24,7 @@ from lossworks.training.optimizer import build_optimizer, set_lr
 from lossworks.training.schedule import lr_factor
 
 if TYPE_CHECKING:
-    from lossworks.benchmarks.filtering.filtering import FilteringSpec, Method
+    from lossworks.benchmarks.filtering.filtering import FilteringMethod, FilteringSpec
 
 # Held-out sequences that are evaluated at once.
 _AT_ONCE = 32
@@ -45,11 +45,11 @@ class State(NamedTuple):
     e: Tensor
     c: Tensor
     targets: Tensor
-    exact: Gradients
+    exact: FilteredGradients
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """The held-out loss in nats a token."""
         return float(self.exact.loss) / len(self.e)
 
 
@@ -91,7 +91,7 @@ class Study:
             c, y = model.head().weight.detach().clone(), targets.flatten()
             yield State(done, e, c, y, exact_gradients(e, c, y))
 
-    def errors(self, state: State, method: "Method") -> list[tuple[str, float, str]]:
+    def errors(self, state: State, method: "FilteringMethod") -> list[tuple[str, float, str]]:
         """Return metric, value and unit of the errors that a method makes at a state."""
         e, c, y, eps = state.e, state.c, state.targets, method.eps
         repair = method.name.endswith("repaired")
@@ -103,7 +103,7 @@ class Study:
             made = tile_gradients(e.double(), c.double(), y, eps, repair=repair)
         return errors(made, state.exact, self.rare)
 
-    def train(self, method: "Method", seed: int) -> Losses:
+    def train(self, method: "FilteringMethod", seed: int) -> Losses:
         """Train from scratch with a method and return the held-out losses; nothing else depends on it."""
         for done, model in self._trained(objective(method), self.spec.steps, seed):
             if done == self.spec.steps:
@@ -154,7 +154,7 @@ def rare_classes(counts: np.ndarray, share: float) -> Tensor:
     return torch.from_numpy(rare)
 
 
-def objective(method: "Method") -> Objective:
+def objective(method: "FilteringMethod") -> Objective:
     """Return the summed loss with a method's gradient."""
     if method.name == "exact":
         return _exact

@@ -20,7 +20,7 @@ _FILTER_EPS = 2.0**-12  # the smallest gradient entry that bf16 can add to 1, as
 
 
 @dataclass(frozen=True)
-class Method:
+class ComparedMethod:
     """One of the compared ways.
 
     Attributes:
@@ -91,28 +91,28 @@ def _liger() -> "Loss":
     return import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
 
 
-METHODS = {
-    "exact": Method("lossworks exact", _ours(filter_eps=None)),
-    "filtered": Method("lossworks filtered", _ours(filter_eps=_FILTER_EPS), skips=True),
-    "small-buffer": Method("lossworks exact, 1% buffer", _ours(filter_eps=None, buffer_share=0.01)),
-    "triton": Method("lossworks triton", _ours(filter_eps=None, impl="triton"), device="cuda"),
-    "triton-filtered": Method(
+COMPARED_METHODS = {
+    "exact": ComparedMethod("lossworks exact", _ours(filter_eps=None)),
+    "filtered": ComparedMethod("lossworks filtered", _ours(filter_eps=_FILTER_EPS), skips=True),
+    "small-buffer": ComparedMethod("lossworks exact, 1% buffer", _ours(filter_eps=None, buffer_share=0.01)),
+    "triton": ComparedMethod("lossworks triton", _ours(filter_eps=None, impl="triton"), device="cuda"),
+    "triton-filtered": ComparedMethod(
         "lossworks triton, filtered",
         _ours(filter_eps=_FILTER_EPS, impl="triton"),
         device="cuda",
         skips=True,
     ),
-    "dense": Method("torch logits + cross_entropy", _plain, 4),
-    "torch-chunked": Method("torch linear_cross_entropy", _torch()),
-    "torch-chunked-256": Method("torch linear_cross_entropy, 256 rows", _torch(256)),
-    "compiled": Method("torch.compile of the logits", _compiled, 4),
-    "cut-cross-entropy": Method(
+    "dense": ComparedMethod("torch logits + cross_entropy", _plain, 4),
+    "torch-chunked": ComparedMethod("torch linear_cross_entropy", _torch()),
+    "torch-chunked-256": ComparedMethod("torch linear_cross_entropy, 256 rows", _torch(256)),
+    "compiled": ComparedMethod("torch.compile of the logits", _compiled, 4),
+    "cut-cross-entropy": ComparedMethod(
         "cut-cross-entropy", _cut_cross_entropy, 4, package="cut_cross_entropy", skips=True
     ),
-    "liger-kernel": Method("liger-kernel", _liger, 1, package="liger_kernel", device="cuda"),
+    "liger-kernel": ComparedMethod("liger-kernel", _liger, 1, package="liger_kernel", device="cuda"),
 }
 
 
 def methods_for(device: str) -> list[str]:
     """Return the names of all methods that are made for this kind of device."""
-    return [name for name, method in METHODS.items() if method.device in (None, device)]
+    return [name for name, method in COMPARED_METHODS.items() if method.device in (None, device)]

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from lossworks.benchmarks.command import COMMAS, Benchmark
-from lossworks.benchmarks.linear_ce.compared_methods import METHODS, methods_for
+from lossworks.benchmarks.linear_ce.compared_methods import COMPARED_METHODS, methods_for
 from lossworks.benchmarks.linear_ce.linear_ce_chart import draw_linear_ce
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.benchmarks.worker import run_worker
 from lossworks.cli import require_one
 from lossworks.errors import RunError, UserError
 from lossworks.specs import Spec
 
 if TYPE_CHECKING:
-    from lossworks.benchmarks.linear_ce.linear_ce_worker import Case
+    from lossworks.benchmarks.linear_ce.linear_ce_worker import HeadCase
 
 _WORKER = "lossworks.benchmarks.linear_ce.linear_ce_worker"
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
@@ -44,7 +44,7 @@ class LinearCeSpec(Spec):
         ("fp32", "bf16"), description="dtype of E, C and the gradients"
     )
     methods: Annotated[tuple[str, ...] | None, COMMAS] = Field(
-        None, description=f"some of {', '.join(METHODS)}; unset, all that are made for the device"
+        None, description=f"some of {', '.join(COMPARED_METHODS)}; unset, all that are made for the device"
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where to run")
     threads: int = Field(2, ge=1, le=1024, description="threads of the CPU")
@@ -65,7 +65,7 @@ class LinearCeSpec(Spec):
     @classmethod
     def _are_methods(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in value or ():
-            require_one(name, list(METHODS), "method")
+            require_one(name, list(COMPARED_METHODS), "method")
         return value
 
 
@@ -81,7 +81,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return n, v, d
 
 
-def run(overrides: Sequence[str], repeats: int, done: Sequence[Row] = ()) -> Iterator[Row]:
+def run(overrides: Sequence[str], repeats: int, done: Sequence[BenchmarkRow] = ()) -> Iterator[BenchmarkRow]:
     """Measure every method on every shape, distribution and dtype; progress goes to standard error.
 
     Args:
@@ -105,7 +105,7 @@ def run(overrides: Sequence[str], repeats: int, done: Sequence[Row] = ()) -> Ite
     cases = list(_cases(spec, repeats))
     console = Console(stderr=True)
     for number, case in enumerate(cases, 1):
-        title, label = _title(case), METHODS[case.method].label
+        title, label = _title(case), COMPARED_METHODS[case.method].label
         what = f"{number}/{len(cases)}  {title}: {label}"
         rows = [row for row in done if (row.case, row.method) == (title, label) and row.value is not None]
         if not rows:
@@ -116,15 +116,15 @@ def run(overrides: Sequence[str], repeats: int, done: Sequence[Row] = ()) -> Ite
         yield from rows
 
 
-def _cases(spec: LinearCeSpec, repeats: int) -> "Iterator[Case]":
-    from lossworks.benchmarks.linear_ce.linear_ce_worker import Case
+def _cases(spec: LinearCeSpec, repeats: int) -> "Iterator[HeadCase]":
+    from lossworks.benchmarks.linear_ce.linear_ce_worker import HeadCase
 
     methods = methods_for(spec.device) if spec.methods is None else spec.methods
     first = spec.distributions[:1]
     for shape, dtype, distribution, method in product(spec.shapes, spec.dtypes, spec.distributions, methods):
-        if distribution in first or METHODS[method].skips:
+        if distribution in first or COMPARED_METHODS[method].skips:
             n, v, d = parse_shape(shape)
-            yield Case(
+            yield HeadCase(
                 n,
                 v,
                 d,
@@ -147,25 +147,25 @@ def _require_device(device: str) -> None:
             raise UserError("device=cuda: torch finds no GPU here; use device=cpu")
 
 
-def _title(case: "Case") -> str:
+def _title(case: "HeadCase") -> str:
     where = f"{case.threads} threads" if case.device == "cpu" else case.device
     return f"{case.n} x {case.v} x {case.d}, {case.dtype}, {case.distribution}, {where}"
 
 
-def _measured(case: "Case", limit_s: float) -> list[Row]:
+def _measured(case: "HeadCase", limit_s: float) -> list[BenchmarkRow]:
     """Return the figures of one method on one case, or one row with the reason why there are none."""
-    method = METHODS[case.method]
+    method = COMPARED_METHODS[case.method]
     try:
         reason = method.reason_against(case.device)
         result = {"skipped": reason} if reason else run_worker(_WORKER, asdict(case), case.threads, limit_s)
     except RunError as error:
         result = {"skipped": f"failed: {error}"}
     if "skipped" in result:
-        return [Row(_title(case), method.label, "not measured", None, "", result["skipped"])]
+        return [BenchmarkRow(_title(case), method.label, "not measured", None, "", result["skipped"])]
     return _rows(case, result)
 
 
-def _rows(case: "Case", result: dict[str, Any]) -> list[Row]:
+def _rows(case: "HeadCase", result: dict[str, Any]) -> list[BenchmarkRow]:
     from lossworks.benchmarks.linear_ce.gradient_errors import sampled_rows
 
     logits = 4 * case.n * case.v
@@ -181,8 +181,8 @@ def _rows(case: "Case", result: dict[str, Any]) -> list[Row]:
         ("loss", result["loss"], "nats"),
         ("product", result["product_s"], "s"),
     ]
-    label = METHODS[case.method].label
-    return [Row(_title(case), label, metric, value, unit) for metric, value, unit in figures]
+    label = COMPARED_METHODS[case.method].label
+    return [BenchmarkRow(_title(case), label, metric, value, unit) for metric, value, unit in figures]
 
 
 LINEAR_CE = Benchmark(

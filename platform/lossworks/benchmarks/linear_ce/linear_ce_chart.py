@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lossworks.benchmarks.table import Row
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.reporting.picture_style import BLUE, DARK, GREY, ORANGE
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _TITLE = (
 _LONGEST = 8.0  # products; longer bars are cut off there, so that the others can be told apart
 
 
-def draw_linear_ce(rows: Sequence[Row], path: Path) -> Path:
+def draw_linear_ce(rows: Sequence[BenchmarkRow], path: Path) -> Path:
     """Draw time and memory of every method as a PNG: a panel for each shape and dtype.
 
     Args:
@@ -67,7 +67,7 @@ def draw_linear_ce(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def _panels(rows: Sequence[Row]) -> "dict[str, Panel]":
+def _panels(rows: Sequence[BenchmarkRow]) -> "dict[str, Panel]":
     panels: dict[str, Panel] = {}
     for row in rows:
         shape, dtype, distribution, _ = row.case.split(", ")

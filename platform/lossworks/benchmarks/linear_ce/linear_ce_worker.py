@@ -1,6 +1,6 @@
 """One measurement of ``lossworks bench linear-ce`` in a process of its own.
 
-``python -m lossworks.benchmarks.linear_ce.linear_ce_worker '{"n": 2048, ...}'`` takes a ``Case`` as
+``python -m lossworks.benchmarks.linear_ce.linear_ce_worker '{"n": 2048, ...}'`` takes a ``HeadCase`` as
 JSON and prints the figures as JSON on its last line. A fresh process has no caches of other methods and a
 peak of its own.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lossworks.benchmarks.linear_ce.compared_methods import METHODS
+from lossworks.benchmarks.linear_ce.compared_methods import COMPARED_METHODS
 from lossworks.benchmarks.linear_ce.gradient_errors import gradient_errors
 from lossworks.benchmarks.linear_ce.head_inputs import DTYPES, make_inputs
 from lossworks.benchmarks.worker import median_seconds, peak_growth
@@ -24,7 +24,7 @@ _WARM_UP_ROWS = (32, 48)
 
 
 @dataclass(frozen=True)
-class Case:
+class HeadCase:
     """What one process measures; shapes as in ``lossworks.linear_cross_entropy``.
 
     ``repeats`` is how often each call is timed, or three times where that has taken ``enough_s`` seconds.
@@ -69,7 +69,7 @@ class Figures:
     error_c: float
 
 
-def reason_too_large(case: Case, free_bytes: int) -> str | None:
+def reason_too_large(case: HeadCase, free_bytes: int) -> str | None:
     """Return why ``case`` will not fit into the free memory of its device, or None if it will.
 
     Counted are the inputs as drawn in fp32, E and C with gradients and an fp32 accumulator, and the larger of
@@ -77,16 +77,16 @@ def reason_too_large(case: Case, free_bytes: int) -> str | None:
     """
     size = DTYPES[case.dtype].itemsize
     factors = (case.n + case.v) * case.d * (4 + 2 * size + 4)
-    need = factors + case.n * case.v * max(4 * METHODS[case.method].copies, size)
+    need = factors + case.n * case.v * max(4 * COMPARED_METHODS[case.method].copies, size)
     if need <= free_bytes:
         return None
     return f"needs about {need / 2**30:.1f} GiB of memory and {free_bytes / 2**30:.1f} GiB are free"
 
 
-def measure(case: Case) -> Figures:
+def measure(case: HeadCase) -> Figures:
     """Return the figures of a case; memory comes first, before freed blocks could hide growth."""
     e, c, y = make_inputs(case.n, case.v, case.d, case.distribution, case.dtype, case.device, case.seed)
-    loss = METHODS[case.method].build()
+    loss = COMPARED_METHODS[case.method].build()
 
     def forward_backward() -> tuple[Tensor, ...]:
         value = loss(e, c, y)
@@ -133,7 +133,7 @@ def _free_bytes(device: str) -> int:
 
 def main() -> None:
     """Measure the case in the first argument, or say why it was skipped."""
-    case = Case(**json.loads(sys.argv[1]))
+    case = HeadCase(**json.loads(sys.argv[1]))
     torch.set_num_threads(case.threads)
     reason = reason_too_large(case, _free_bytes(case.device))
     result = {"skipped": reason} if reason else dataclasses.asdict(measure(case))

@@ -105,7 +105,7 @@ class SmoothAdversarialCompSum(Method):
         Raises:
             UserError: Naming the field.
         """
-        if "eval/accuracy" not in task.yardsticks:
+        if not task.classifies:
             raise UserError(f"methods: {self.slug} trains classifiers, not task={task.slug}")
         if spec.sharding.kind == "fsdp":
             raise UserError(

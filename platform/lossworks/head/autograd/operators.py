@@ -14,8 +14,8 @@ from torch import Tensor
 from lossworks.head import backends
 from lossworks.head.autograd.once_differentiable import once_differentiable
 from lossworks.head.core.problem import Coefficients, Filter, RowSums, Softmax
-from lossworks.head.core.row_formulas import CrossEntropy
-from lossworks.head.core.valid_rows import Rows
+from lossworks.head.core.row_formulas import CrossEntropyFormula
+from lossworks.head.core.valid_rows import ValidRows
 from lossworks.head.cpu.backend import Pass
 
 
@@ -26,10 +26,10 @@ def fuse(
     bias: Tensor | None,
     probabilities: Tensor | None,
     mass: Tensor | None,
-    nll: Tensor,
-    lse: Tensor | None,
-    total: Tensor | None,
-    square: Tensor | None,
+    nll_weight: Tensor,
+    lse_weight: Tensor | None,
+    total_weight: Tensor | None,
+    square_weight: Tensor | None,
     class_weight: Tensor | None,
     softcap: float | None,
     temperature: float,
@@ -46,15 +46,24 @@ def fuse(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the summed loss, the gradients of E, C and the bias, and the mass left out of each row.
 
-    A gradient that is not wanted, and the mass where nothing is filtered, are empty.
+    Arguments are the fields of :class:`Problem`, :class:`CrossEntropyFormula` and :class:`Pass`, whose
+    docstrings give their shapes. The results are of no dimension, (N, D), (V, D), (V,) and (N,); a gradient
+    that is not wanted, and the mass where nothing is filtered, are empty.
     """
-    rows = Rows(e, c, targets, bias, softcap, ignore_index, group, probabilities=probabilities)
-    lse, total, square, mass = (rows.keep(weight) for weight in (lse, total, square, mass))
-    rule = CrossEntropy(rows.keep(nll), lse, total, square, mass, class_weight, temperature)
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, probabilities=probabilities)
+    rule = CrossEntropyFormula(
+        rows.keep(nll_weight),
+        rows.keep(lse_weight),
+        rows.keep(total_weight),
+        rows.keep(square_weight),
+        rows.keep(mass),
+        class_weight,
+        temperature,
+    )
     how = Pass(
         dtype,
         Softmax(temperature),
-        totals=total is not None,
+        totals=total_weight is not None,
         weights=class_weight,
         filtering=None if eps is None else Filter(eps, repair),
         share=share,
@@ -103,7 +112,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the sum, and the mass left out of each row (empty without a filter)."""
+        """Return the sum, a scalar, and the mass left out of each row, shape (N,), empty without a filter."""
         call = fused_cross_entropy if torch.compiler.is_compiling() else fuse
         loss, *gradients, mass = call(e, c, targets, bias, *rest)
         ctx.compiled = torch.compiler.is_compiling()
@@ -119,7 +128,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of E, C and the bias for the gradient arriving at the sum."""
+        """Return the gradients of E (N, D), C (V, D) and the bias (V,) for that of the sum, a scalar."""
         if ctx.compiled:
             scaled = [value * g.to(value.dtype) for value in ctx.saved_tensors]
         else:
@@ -160,7 +169,7 @@ def sum_rows(
 
     The temperature is a tensor of no dimension or (N,).
     """
-    rows = Rows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
     how = Pass(
         dtype,
         Softmax(rows.temperature(temperature), classes),
@@ -213,12 +222,12 @@ def slope_rows(
     coefficients: list[Tensor],
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of E, C and the bias.
+    """Return the gradients of E (N, D), C (V, D) and the bias (V,); empty where not wanted.
 
     ``sums`` are the fields of :class:`RowSums`; ``coefficients`` are softmax, target, expected, constant and
-    linear; empty tensors stand for None.
+    linear, all of shape (N,); empty tensors stand for None.
     """
-    rows = Rows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
     how = Pass(
         dtype,
         Softmax(rows.temperature(temperature), classes),
@@ -291,7 +300,7 @@ class LinearRowSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients for those that arrive at the sums."""
+        """Return the gradients of ``forward``'s arguments for those of its sums, each of shape (N,)."""
         tensors, sums = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
         temperature, ignored = tensors[6], tensors[2] == ctx.plain[1]
         lse, target, expected, total, squares = (

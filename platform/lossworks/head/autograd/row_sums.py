@@ -7,7 +7,7 @@ from lossworks.head.core.arguments import Operands, Options
 from lossworks.head.core.problem import RowSums
 
 
-def row_sums(
+def differentiable_row_sums(
     head: Operands,
     options: Options,
     targets: Tensor,
@@ -40,9 +40,27 @@ def row_sums(
     from lossworks.head.autograd.operators import LinearRowSums
 
     found = LinearRowSums.apply(
-        *(e, c, bias, target_offset, temperature, targets, probabilities, classes, weights),
-        *(options.softcap, options.ignore_index, expected, totals, options.buffer_share, dtype),
-        *(options.impl, options.accumulate, group, reduce_e, options.eps, options.filter_repair),
+        e,
+        c,
+        bias,
+        target_offset,
+        temperature,
+        targets,
+        probabilities,
+        classes,
+        weights,
+        options.softcap,
+        options.ignore_index,
+        expected,
+        totals,
+        options.buffer_share,
+        dtype,
+        options.impl,
+        options.accumulate,
+        group,
+        reduce_e,
+        options.eps,
+        options.filter_repair,
     )
     lse, target, of_p, total, squares, maximum, log_total = found
     return RowSums(

@@ -79,6 +79,12 @@ def operands(
 ) -> Operands:
     """Check E, C and the bias, and take distributed ones apart.
 
+    Args:
+        e: Shape (..., D); a DTensor must be replicated.
+        c: Shape (V, D); a DTensor must be sharded by classes, or replicated.
+        bias: Shape (V,), placed like ``c``, or None.
+        vocab_parallel: The group over whose ranks classes are spread, or None.
+
     Raises:
         UserError: Shapes, dtypes, devices or placements do not fit together.
     """

@@ -64,7 +64,7 @@ class Remainder:
         self._q[block] += torch.mv(p, a.abs()).index_fill_(0, kept, 0)
 
     def add_to(self, gradients: Gradients, e: Tensor, c: Tensor) -> None:
-        """Add the rank-one matrix's part to the gradients of E, C and the bias."""
+        """Add the rank-one matrix's part to the gradients of E (N, D), C (V, D) and the bias."""
         total = self._q.sum()
         add_rank_one(gradients, e, c, self._m, self._q * torch.where(total > 0, 1 / total, 0))
 

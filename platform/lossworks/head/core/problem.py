@@ -81,7 +81,7 @@ class RowSums(NamedTuple):
         return RowSums(lse[rows], target[rows], *rest)
 
     def shifted(self) -> tuple[Tensor, Tensor]:
-        """Return m and log_total; (logsumexp, 0) if they are not known apart."""
+        """Return m and log_total, both of shape (N,); logsumexp and 0 if they are not known apart."""
         if self.maximum is None or self.log_total is None:
             return self.logsumexp, torch.zeros_like(self.logsumexp)
         return self.maximum, self.log_total
@@ -120,6 +120,10 @@ class Coefficients:
         columns = (self.softmax, self.target, self.expected, self.constant, self.linear)
         softmax, target, expected, constant, linear = (None if c is None else c[rows] for c in columns)
         return Coefficients(softmax, target, expected, constant, linear, self.constant_weights)
+
+
+Wanted = tuple[bool, bool, bool]
+"""Whether the gradients of E, C and the bias are wanted."""
 
 
 class Gradients(NamedTuple):

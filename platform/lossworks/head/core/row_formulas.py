@@ -10,7 +10,7 @@ from lossworks.head.core.problem import Coefficients, RowSums
 
 
 @dataclass(frozen=True, eq=False)
-class CrossEntropy:
+class CrossEntropyFormula:
     r"""Cross-entropy and its companions, ℓ = A·nll + B·lse − S·total/τ + Z·lse², with weights per row.
 
     Here :math:`\mathrm{lse} = \log \sum_k \exp(z_k/τ)`, :math:`\mathrm{nll} = s\,\mathrm{lse} - t/τ` with the
@@ -18,64 +18,79 @@ class CrossEntropy:
     :math:`\mathrm{total} = \sum_k w_k z_k`.
 
     Attributes:
-        nll: A, shape (N,).
-        lse: B, shape (N,), or None for 0.
-        total: S, shape (N,), or None for 0.
-        square: Z, shape (N,), or None for 0.
+        nll_weight: A, shape (N,).
+        lse_weight: B, shape (N,), or None for 0.
+        total_weight: S, shape (N,), or None for 0.
+        square_weight: Z, shape (N,), or None for 0.
         mass: s, shape (N,), or None for 1.
         class_weight: w, shape (V,), or None for 1.
         temperature: τ > 0.
     """
 
-    nll: Tensor
-    lse: Tensor | None = None
-    total: Tensor | None = None
-    square: Tensor | None = None
+    nll_weight: Tensor
+    lse_weight: Tensor | None = None
+    total_weight: Tensor | None = None
+    square_weight: Tensor | None = None
     mass: Tensor | None = None
     class_weight: Tensor | None = None
     temperature: float = 1.0
 
-    def part(self, rows: slice) -> "CrossEntropy":
+    def part(self, rows: slice) -> "CrossEntropyFormula":
         """Return the loss of some rows."""
-        lse, total, square, mass = (
-            None if weight is None else weight[rows]
-            for weight in (self.lse, self.total, self.square, self.mass)
+
+        def of(weight: Tensor | None) -> Tensor | None:
+            return None if weight is None else weight[rows]
+
+        return replace(
+            self,
+            nll_weight=self.nll_weight[rows],
+            lse_weight=of(self.lse_weight),
+            total_weight=of(self.total_weight),
+            square_weight=of(self.square_weight),
+            mass=of(self.mass),
         )
-        return replace(self, nll=self.nll[rows], lse=lse, total=total, square=square, mass=mass)
 
     def losses(self, sums: RowSums, nll: Tensor) -> Tensor:
         """Return the losses (N,) from the rows' sums and their nll."""
-        losses = self.nll * nll
-        if self.lse is not None:
-            losses = losses + self.lse * sums.logsumexp
-        if self.square is not None:
-            losses = losses + self.square * sums.logsumexp.square()
-        if self.total is not None and sums.total is not None:
-            losses = losses - self.total * sums.total / self.temperature
+        losses = self.nll_weight * nll
+        if self.lse_weight is not None:
+            losses = losses + self.lse_weight * sums.logsumexp
+        if self.square_weight is not None:
+            losses = losses + self.square_weight * sums.logsumexp.square()
+        if self.total_weight is not None and sums.total is not None:
+            losses = losses - self.total_weight * sums.total / self.temperature
         return losses
 
     def coefficients(self, sums: RowSums) -> Coefficients:
         """Return the coefficients of the gradient of the summed losses."""
-        slope = self.nll if self.mass is None else self.nll * self.mass  # ∂ℓ/∂lse
-        if self.lse is not None:
-            slope = slope + self.lse
-        if self.square is not None:
-            slope = slope + 2 * self.square * sums.logsumexp
+        slope = self.nll_weight if self.mass is None else self.nll_weight * self.mass  # ∂ℓ/∂lse
+        if self.lse_weight is not None:
+            slope = slope + self.lse_weight
+        if self.square_weight is not None:
+            slope = slope + 2 * self.square_weight * sums.logsumexp
         return Coefficients(
             softmax=slope / self.temperature,
-            target=-self.nll / self.temperature,
-            constant=None if self.total is None else -self.total / self.temperature,
+            target=-self.nll_weight / self.temperature,
+            constant=None if self.total_weight is None else -self.total_weight / self.temperature,
             constant_weights=self.class_weight,
         )
 
     def __call__(self, sums: RowSums, rows: slice) -> tuple[Tensor, Coefficients]:
         """Return the losses of some rows and the coefficients of their sum's gradient."""
         own = self.part(rows)
-        return own.losses(sums, likelihood(sums, self.temperature, own.mass)), own.coefficients(sums)
+        return own.losses(sums, negative_log_likelihood(sums, self.temperature, own.mass)), own.coefficients(
+            sums
+        )
 
 
-def likelihood(sums: RowSums, temperature: float | Tensor, mass: Tensor | None) -> Tensor:
-    """Return s·lse − t/τ without cancellation where the logits have a large common offset."""
+def negative_log_likelihood(sums: RowSums, temperature: float | Tensor, mass: Tensor | None) -> Tensor:
+    """Return s·lse − t/τ, shape (N,), without cancellation where the logits have a large common offset.
+
+    Args:
+        sums: Of the rows.
+        temperature: τ, one number or shape (N,).
+        mass: s, shape (N,), or None for 1.
+    """
     maximum, log_total = sums.shifted()
     scaled = sums.target / temperature
     if mass is None:
@@ -83,11 +98,13 @@ def likelihood(sums: RowSums, temperature: float | Tensor, mass: Tensor | None) 
     return (mass * maximum - scaled) + mass * log_total
 
 
-def likelihood_with_gradient(sums: RowSums, temperature: float | Tensor, mass: Tensor | None) -> Tensor:
-    """Return the same number with the gradient of s·lse − t/τ, in which m is no variable of its own."""
+def negative_log_likelihood_with_gradient(
+    sums: RowSums, temperature: float | Tensor, mass: Tensor | None
+) -> Tensor:
+    """Return the same numbers (N,) with the gradient of s·lse − t/τ, in which m is no variable of its own."""
     plain = sums.logsumexp if mass is None else mass * sums.logsumexp
     plain = plain - sums.target / temperature
-    return plain + (likelihood(sums, temperature, mass) - plain).detach()
+    return plain + (negative_log_likelihood(sums, temperature, mass) - plain).detach()
 
 
 def differentiated(

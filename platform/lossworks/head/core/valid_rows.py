@@ -10,7 +10,7 @@ from lossworks.head.core.problem import Gradients, Problem, RowSums
 from lossworks.head.core.vocab_parallel import Shard
 
 
-class Rows:
+class ValidRows:
     """Turns what a caller passes into a :class:`Problem` without ignored rows, and results back.
 
     Args:
@@ -112,7 +112,7 @@ class Rows:
 
 
 def check_range(targets: Tensor, *, classes: int, ignore_index: int) -> None:
-    """Refuse targets out of range.
+    """Refuse targets, int64 of any shape, that are out of range.
 
     On a GPU this waits for the device, as finding the rows that count does anyway.
 

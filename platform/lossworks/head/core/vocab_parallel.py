@@ -61,11 +61,11 @@ class Shard:
 
     @property
     def classes(self) -> int:
-        """V over all ranks."""
+        """The number of classes V over all ranks."""
         return sum(self.sizes)
 
     def local(self, targets: Tensor) -> Tensor:
-        """Return targets counted from this rank's first class, −1 where another rank holds them."""
+        """Return targets (N,) counted from this rank's first class, −1 where another rank holds them."""
         moved = targets - self.start
         here = (moved >= 0) & (moved < self.sizes[dist.get_rank(self.group)])
         return torch.where(here, moved, -1)
@@ -88,7 +88,7 @@ class Shard:
         return RowSums(largest + log_total, target, expected, total, squares, largest, log_total)
 
     def sum(self, tensor: Tensor | None) -> None:
-        """Sum a tensor over the ranks, in place."""
+        """Sum a tensor of any shape, the same on all ranks, over them in place; None is left out."""
         if tensor is not None:
             dist.all_reduce(tensor, group=self.group)
 

@@ -15,19 +15,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lossworks.head.core.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax
+from lossworks.head.core.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax, Wanted
 from lossworks.head.cpu.gradients import Slopes
-from lossworks.head.cpu.tile_sizes import Plan, borrowing, make_plan
-from lossworks.head.cpu.tiles import Logits, Sums, Weighted, slices, view
+from lossworks.head.cpu.tile_sizes import TileSizes, borrowing, choose_tile_sizes
+from lossworks.head.cpu.tiles import Logits, RunningSums, Weighted, slices, view
 
 Rule = Callable[[RowSums, slice], tuple[Tensor, Coefficients]]
 """From the sums of some rows to their losses (T,) and the coefficients of the gradient of their sum."""
 
 Combine = Callable[[RowSums], RowSums]
 """Completes the sums of some rows with those of other ranks' classes."""
-
-Wanted = tuple[bool, bool, bool]
-"""Whether the gradients of E, C and the bias are wanted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +55,15 @@ class Pass:
     plan_classes: int | None = None
     accumulate: str = "fp32"
 
-    def plan(self, logits: Logits, *, keep: bool, filtered: bool) -> Plan:
-        """Choose the tiles."""
+    def plan(self, logits: Logits, *, keep: bool, filtered: bool) -> TileSizes:
+        """Choose the tiles of a pass over logits."""
         classes = self.plan_classes or logits.classes
         size = logits.wide.itemsize
-        return make_plan(len(logits), classes, size, self.share, keep=keep, filtered=filtered)
+        return choose_tile_sizes(len(logits), classes, size, self.share, keep=keep, filtered=filtered)
 
-    def sums(self, logits: Logits, rows: slice) -> Sums:
+    def sums(self, logits: Logits, rows: slice) -> RunningSums:
         """Return the running sums of a chunk of rows."""
-        return Sums(
+        return RunningSums(
             logits,
             self.softmax,
             rows,
@@ -176,7 +173,10 @@ def one_after_the_other(
     wanted: Wanted,
     combine: Combine,
 ) -> Result:
-    """Return losses and gradients from any implementation's two functions, the logits being made twice."""
+    """Return losses and gradients from any implementation's two functions, the logits being made twice.
+
+    The shapes are those of :class:`Problem`, :class:`RowSums` and :class:`Gradients`.
+    """
     sums = combine(row_sums(problem, how))
     losses, coefficients = rule(sums, slice(0, len(problem.e)))
     if not any(wanted):
@@ -187,7 +187,7 @@ def one_after_the_other(
 def _kept(
     logits: Logits,
     how: Pass,
-    plan: Plan,
+    plan: TileSizes,
     rule: Rule,
     wanted: Wanted,
     combine: Combine,
@@ -254,7 +254,7 @@ def teacher_gradients(
     dtype: torch.dtype,
     share: float,
 ) -> Gradients:
-    """Return the gradients for ∂L/∂z_ik = coefficient_i·q_ik of the student."""
+    """Return the gradients for ∂L/∂z_ik = coefficient_i·q_ik of the student; both tensors are (N,)."""
     student, theirs = Logits(problem, dtype), Logits(teacher, teacher.e.dtype)
     how = Pass(dtype, share=share)
     plan = how.plan(student, keep=False, filtered=False)

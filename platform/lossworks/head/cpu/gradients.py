@@ -78,7 +78,7 @@ class Slopes:
         return self._gradient_of(slice(0, self._logits.classes))[:, : len(self._logits)]
 
     def give_back(self, block: slice) -> Tensor:
-        """Return a copy of a block of what was written there, and leave the block to its gradient."""
+        """Return a copy (B, N) of a block of what was written there, and leave the block to its gradient."""
         into = self._gradient_of(block)
         z = into[:, : len(self._logits)].clone(memory_format=torch.contiguous_format)
         if self._filter is not None:

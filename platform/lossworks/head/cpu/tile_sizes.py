@@ -16,7 +16,7 @@ _ALIGNED = 16  # rows, for the vector units
 
 
 @dataclass(frozen=True)
-class Plan:
+class TileSizes:
     """The tiles of one pass.
 
     Attributes:
@@ -33,7 +33,9 @@ class Plan:
     borrow: bool = False
 
 
-def make_plan(rows: int, classes: int, itemsize: int, share: float, *, keep: bool, filtered: bool) -> Plan:
+def choose_tile_sizes(
+    rows: int, classes: int, itemsize: int, share: float, *, keep: bool, filtered: bool
+) -> TileSizes:
     """Choose the tiles for ``rows`` × ``classes`` logits.
 
     Args:
@@ -51,10 +53,10 @@ def make_plan(rows: int, classes: int, itemsize: int, share: float, *, keep: boo
         chunk = min(rows, good, max(affordable, 1))
     else:
         keep, chunk = False, min(rows, good if filtered else 4 * _GOOD_ROWS)
-    return Plan(chunk, _block(chunk, classes, itemsize, limit), keep)
+    return TileSizes(chunk, _block(chunk, classes, itemsize, limit), keep)
 
 
-def borrowing(plan: Plan, rows: int, features: int) -> Plan:
+def borrowing(plan: TileSizes, rows: int, features: int) -> TileSizes:
     """Return a plan that keeps the logits in ∂C, (V, D), if they fit and are not kept anyway."""
     if plan.keep or not 0 < rows <= features:
         return plan

@@ -23,7 +23,7 @@ def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
 
 
 def per_row(value: float | Tensor, rows: slice) -> float | Tensor:
-    """Return a number as it is, and the part of a vector that belongs to ``rows``."""
+    """Return a number as it is, and the part (T,) of a vector (N,) that belongs to ``rows``."""
     return value[rows] if isinstance(value, Tensor) else value
 
 
@@ -49,11 +49,11 @@ class Logits:
 
     @property
     def classes(self) -> int:
-        """V."""
+        """The number of classes V."""
         return len(self.problem.c)
 
     def c(self, block: slice) -> Tensor:
-        """Return a block of C in the products' dtype; the last one is remembered."""
+        """Return a block (B, D) of C in the products' dtype; the last one is remembered."""
         if self._c is None or self._c[0] != block:
             self._c = block, self.problem.c[block].to(self._dtype).to(self.products)
         return self._c[1]
@@ -75,17 +75,17 @@ class Logits:
         return out
 
     def hits(self, block: slice, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return where in a tile the targets lie: their classes and their rows, counted from its corner."""
+        """Return where in a tile the targets lie: classes and rows, both (hits,), counted from its corner."""
         within = self.problem.targets[rows] - block.start
         row = ((within >= 0) & (within < block.stop - block.start)).nonzero().squeeze(1)
         return within[row], row
 
     def buffer(self, rows: int, classes: int) -> Tensor:
-        """Return room for a tile of at most so many rows and classes."""
+        """Return room, shape (classes · rows,), for a tile of at most so many rows and classes."""
         return self.e.new_empty(min(rows, len(self)) * min(classes, self.classes), dtype=self.wide)
 
     def soft(self, block: slice, rows: slice) -> Tensor | None:
-        """Return the tile of soft targets, or None if targets are classes."""
+        """Return the tile of soft targets, shape (B, T), or None if targets are classes."""
         q = self.problem.probabilities
         return None if q is None else q[rows, block].t().to(self.wide)
 
@@ -96,12 +96,12 @@ def slices(size: int, step: int) -> list[slice]:
 
 
 def view(buffer: Tensor, block: slice, rows: slice) -> Tensor:
-    """Return the beginning of a buffer as a contiguous tile."""
+    """Return the beginning of a buffer as a contiguous tile, shape (B, T)."""
     shape = (block.stop - block.start, rows.stop - rows.start)
     return buffer[: shape[0] * shape[1]].view(shape)
 
 
-class Sums:
+class RunningSums:
     """The sums of a chunk's rows, taken tile by tile with a running maximum.
 
     Args:
@@ -192,7 +192,7 @@ class Weighted:
         self._sum, self._weighted = like.new_zeros(rows), like.new_zeros(rows)
 
     def add(self, u: Tensor, z: Tensor) -> None:
-        """Take a tile of the softmax's arguments, which is overwritten, and one of what is averaged."""
+        """Take a tile (B, T) of the softmax's arguments, overwritten here, and one of what is averaged."""
         largest = torch.maximum(self._max, u.amax(0))
         decay = (self._max - largest).exp_()
         q = u.sub_(largest).exp_()
@@ -208,7 +208,15 @@ class Weighted:
 def scaled(
     z: Tensor, temperature: float | Tensor, classes: Tensor | None, block: slice, scratch: Tensor
 ) -> Tensor:
-    """Return z/τ with −inf in classes that take no part: ``z`` itself, or ``scratch``, if that changes it."""
+    """Return z/τ with −inf in classes that take no part: ``z`` itself, or ``scratch``, if that changes it.
+
+    Args:
+        z: Logits of a tile, shape (B, T).
+        temperature: τ, one number or shape (T,).
+        classes: Which classes take part, bool, shape (V,); None for all.
+        block: The tile's classes.
+        scratch: Room of the tile's shape.
+    """
     if isinstance(temperature, float) and temperature == 1.0 and classes is None:
         return z
     u = torch.div(z, temperature, out=scratch)

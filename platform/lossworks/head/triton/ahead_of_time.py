@@ -23,8 +23,8 @@ from triton.runtime.jit import create_function_from_signature
 
 from lossworks.errors import UserError
 from lossworks.head.core.problem import Coefficients, Gradients, Problem, Softmax
-from lossworks.head.triton.calls import Call, fused_call, parts_of, row_sums_call, slab_call
-from lossworks.head.triton.tiles import TARGETS, Kernel, Target, Tile
+from lossworks.head.triton.calls import KernelCall, fused_call, parts_of, row_sums_call, slab_call
+from lossworks.head.triton.tiles import TARGETS, CompileTarget, Kernel, Tile
 
 BEGIN, END = "<!-- ahead of time: begin -->", "<!-- ahead of time: end -->"
 
@@ -43,10 +43,10 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 @dataclass(frozen=True)
-class Case:
+class CompiledCase:
     """A kernel to compile; ``full`` switches all its options on, else it is plain cross-entropy."""
 
-    target: Target
+    target: CompileTarget
     kernel: Kernel
     dtype: torch.dtype
     tile: Tile
@@ -54,7 +54,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Report:
+class KernelResources:
     """What a compiled kernel takes.
 
     Attributes:
@@ -76,15 +76,15 @@ class Report:
     narrow: int
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[CompiledCase]:
     """Yield every entry of the table that a GPU may get, lean ones plain and the others with all options."""
     for name in _COMPILERS:
         for (kernel, width), tiles in TARGETS[name].tiles.items():
             for tile in tiles:
-                yield Case(TARGETS[name], kernel, _DTYPES[width], tile, full=not tile.lean)
+                yield CompiledCase(TARGETS[name], kernel, _DTYPES[width], tile, full=not tile.lean)
 
 
-def measure(case: Case) -> list[Report]:
+def measure(case: CompiledCase) -> list[KernelResources]:
     """Compile the kernels of a case.
 
     Raises:
@@ -95,7 +95,7 @@ def measure(case: Case) -> list[Report]:
     return [_read(_compile(call, case.target.name), case.target.name) for call in _calls(case)]
 
 
-def table(cases: Iterable[Case]) -> str:
+def table(cases: Iterable[CompiledCase]) -> str:
     """Return a Markdown table of what each case takes."""
     titles = ["target", "kernel", "dtype", "rows × classes × features", "warps, stages", "options"]
     titles += ["registers", "spilled", "shared bytes", "product"]
@@ -111,7 +111,7 @@ def table(cases: Iterable[Case]) -> str:
     return "\n".join(lines)
 
 
-def _calls(case: Case) -> list[Call]:
+def _calls(case: CompiledCase) -> list[KernelCall]:
     """Return the calls of a case, on tensors without memory."""
     rows, classes, features = SHAPE
     student = _problem(case, features)
@@ -134,7 +134,7 @@ def _calls(case: Case) -> list[Call]:
     return [filled] if other is None else [sums, filled]
 
 
-def _problem(case: Case, features: int) -> Problem:
+def _problem(case: CompiledCase, features: int) -> Problem:
     rows, classes, _ = SHAPE
     e = torch.empty(rows, features, dtype=case.dtype, device="meta")
     c = torch.empty(classes, features, dtype=case.dtype, device="meta")
@@ -144,7 +144,7 @@ def _problem(case: Case, features: int) -> Problem:
     )
 
 
-def _fused(case: Case, problem: Problem, softmax: Softmax) -> Call:
+def _fused(case: CompiledCase, problem: Problem, softmax: Softmax) -> KernelCall:
     rows, classes, features = SHAPE
     e, c = (_vector(size * features).view(size, features) for size in (rows, classes))
     sums = Gradients(e, c, _vector(classes) if case.full else None)
@@ -159,7 +159,7 @@ def _vector(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
 
-def _compile(call: Call, target: str) -> CompiledKernel:
+def _compile(call: KernelCall, target: str) -> CompiledKernel:
     kernel = call.kernel
     backend = make_backend(_COMPILERS[target])
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -171,12 +171,12 @@ def _compile(call: Call, target: str) -> CompiledKernel:
     return triton.compile(source, target=_COMPILERS[target], options=vars(packed))
 
 
-def _read(kernel: CompiledKernel, target: str) -> Report:
+def _read(kernel: CompiledKernel, target: str) -> KernelResources:
     hip = _COMPILERS[target].backend == "hip"
     registers, spilled = _amd_registers(kernel) if hip else _nvidia_registers(kernel, _COMPILERS[target].arch)
     code = kernel.asm["amdgcn" if hip else "ptx"]
     product = re.search(r"v_mfma\w+|wgmma\.mma_async|mma\.sync|tcgen05\.mma", code)
-    return Report(
+    return KernelResources(
         name=kernel.metadata.name.removesuffix("_kernel"),
         registers=registers,
         spilled=spilled,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.head.core.filtering import weighted_sum
-from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Softmax
-from lossworks.head.cpu.backend import Combine, Pass, Result, Rule, Wanted, one_after_the_other
+from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Softmax, Wanted
+from lossworks.head.cpu.backend import Combine, Pass, Result, Rule, one_after_the_other
 from lossworks.head.triton import launch
 
 
@@ -45,7 +45,10 @@ def row_sums(problem: Problem, how: Pass) -> RowSums:
 def gradients(
     problem: Problem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
 ) -> tuple[Gradients, Tensor | None]:
-    """Return the gradients; with a filter, classes are walked in the order of their mean logit."""
+    """Return the gradients, and the probability that a filter left out of each row, (N,) or None.
+
+    With a filter, classes are walked in the order of their mean logit.
+    """
     problem = _rounded(problem, how.dtype)
     filtering = how.filtering
     found = launch.gradients(
@@ -79,7 +82,7 @@ def fused(
 def teacher_expected(
     problem: Problem, teacher: Problem, temperature: float, dtype: torch.dtype, _: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the expected logits under a teacher's softmax, and its log Σ exp."""
+    """Return the expected logits under a teacher's softmax, and its log Σ exp, each of shape (N,)."""
     return launch.teacher_expected(_rounded(problem, dtype), teacher, Softmax(temperature))
 
 
@@ -93,7 +96,7 @@ def teacher_gradients(
     dtype: torch.dtype,
     _: float,
 ) -> Gradients:
-    """Return the gradients of the expected logits, weighted by ``coefficient``."""
+    """Return the gradients of the expected logits, weighted by ``coefficient`` (N,); ``lse`` is (N,)."""
     return launch.teacher_gradients(
         _rounded(problem, dtype), teacher, Softmax(temperature), lse, coefficient, wanted
     )

@@ -10,13 +10,13 @@ from torch import Tensor
 from lossworks.errors import UserError
 from lossworks.head.core.problem import Coefficients, Gradients, Problem, Softmax
 from lossworks.head.triton import kernels
-from lossworks.head.triton.tiles import TARGETS, Kernel, Target, Tile
+from lossworks.head.triton.tiles import TARGETS, CompileTarget, Kernel, Tile
 
 # The fastest entry of the table, by kernel, leanness, device, dtype and binary magnitude of D.
 _fastest: dict[tuple, Tile] = {}
 
 
-class Call(NamedTuple):
+class KernelCall(NamedTuple):
     """A kernel and its arguments."""
 
     kernel: Any
@@ -24,7 +24,7 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
     def __call__(self) -> None:
-        """Launch the kernel."""
+        """Launch the kernel on the device of its arguments."""
         with torch.cuda.device_of(self.arguments["head"].e):
             self.kernel[(self.programs,)](**self.arguments)
 
@@ -38,7 +38,7 @@ def row_sums_call(
     *,
     expected: bool,
     sums: bool,
-) -> Call:
+) -> KernelCall:
     """Return the pass over the logits; its ``parts_ptr`` will hold the results."""
     rows, classes = len(problem.e), len(problem.c)
     row_blocks, class_blocks = triton.cdiv(rows, tile.rows), triton.cdiv(classes, tile.classes)
@@ -55,7 +55,7 @@ def row_sums_call(
         "EXPECTED": expected,
         "SUMS": sums,
     }
-    return Call(kernels.row_sums_kernel, row_blocks * splits, arguments | _options(problem, tile))
+    return KernelCall(kernels.row_sums_kernel, row_blocks * splits, arguments | _options(problem, tile))
 
 
 def slab_call(
@@ -66,8 +66,8 @@ def slab_call(
     slab: Tensor,
     first: int,
     tile: Tile,
-) -> Call:
-    """Return the call that fills ``slab`` with ∂L/∂z of the classes from ``first`` on."""
+) -> KernelCall:
+    """Return the call that fills ``slab`` (N, B) with ∂L/∂z of the classes from ``first`` on."""
     rows, width = slab.shape
     arguments = {
         "head": _head(problem),
@@ -81,7 +81,7 @@ def slab_call(
         "pitch": slab.stride(0),
     }
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.classes)
-    return Call(kernels.slab_kernel, programs, arguments | _options(problem, tile))
+    return KernelCall(kernels.slab_kernel, programs, arguments | _options(problem, tile))
 
 
 def fused_call(
@@ -93,8 +93,11 @@ def fused_call(
     masses: tuple[Tensor | None, Tensor | None],
     eps: float,
     tile: Tile,
-) -> Call:
-    """Return the call that adds the gradients to ``sums`` and what it drops to ``masses``."""
+) -> KernelCall:
+    """Return the call that adds the gradients to ``sums`` and what it drops to ``masses``, (N,) and (V,).
+
+    ``order`` has the order in which classes are walked, shape (V,), or is None.
+    """
     rows, classes = len(problem.e), len(problem.c)
     arguments = {
         "head": _head(problem),
@@ -111,11 +114,11 @@ def fused_call(
         "V": classes,
     }
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(classes, tile.classes)
-    return Call(kernels.fused_kernel, programs, arguments | _options(problem, tile))
+    return KernelCall(kernels.fused_kernel, programs, arguments | _options(problem, tile))
 
 
 def parts_of(coefficients: Coefficients, logsumexp: Tensor, expected: Tensor | None) -> kernels.Parts:
-    """Return coefficients and row sums as kernels see them."""
+    """Return coefficients and row sums, all of shape (N,), as kernels see them."""
     return kernels.Parts(
         logsumexp=_vector(logsumexp),
         mean=_vector(expected),
@@ -128,8 +131,8 @@ def parts_of(coefficients: Coefficients, logsumexp: Tensor, expected: Tensor | N
     )
 
 
-def target_of(tensor: Tensor) -> Target:
-    """Return the family of the tensor's device.
+def target_of(tensor: Tensor) -> CompileTarget:
+    """Return the family of the device of a tensor, whatever its shape.
 
     Raises:
         UserError: No table fits the device.
@@ -159,7 +162,7 @@ def is_lean(problem: Problem, softmax: Softmax, coefficients: Coefficients) -> b
 
 
 def choose(
-    kernel: Kernel, problem: Problem, *, lean: bool = False, trial: Callable[[Tile], Call] | None = None
+    kernel: Kernel, problem: Problem, *, lean: bool = False, trial: Callable[[Tile], KernelCall] | None = None
 ) -> Tile:
     """Return the table's first tile that suits, or the fastest if several do and ``trial`` may be called.
 
@@ -192,9 +195,9 @@ def _options(problem: Problem, tile: Tile) -> dict[str, Any]:
     }
 
 
-def _head(problem: Problem) -> kernels.Head:
+def _head(problem: Problem) -> kernels.HeadPointers:
     e, c = (x if x.stride(1) == 1 else x.contiguous() for x in (problem.e, problem.c))
-    return kernels.Head(
+    return kernels.HeadPointers(
         e=e,
         c=c,
         e_stride=e.stride(0),

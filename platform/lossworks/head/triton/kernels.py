@@ -16,7 +16,7 @@ import triton.language as tl
 GROUP = tl.constexpr(8)
 
 
-class Head(NamedTuple):
+class HeadPointers(NamedTuple):
     """A problem as kernels see it; strides are between rows, in elements."""
 
     e: Any

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lossworks.head.core.filtering import add_rank_one
-from lossworks.head.core.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax
+from lossworks.head.core.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax, Wanted
 from lossworks.head.triton.calls import (
-    Call,
+    KernelCall,
     choose,
     fused_call,
     is_lean,
@@ -23,8 +23,6 @@ from lossworks.head.triton.calls import (
 )
 from lossworks.head.triton.kernels import Parts
 from lossworks.head.triton.tiles import Kernel, Tile
-
-Wanted = tuple[bool, bool, bool]
 
 
 @torch.no_grad()
@@ -147,7 +145,7 @@ def _walk(problem: Problem, softmax: Softmax, other: Problem | None, *, expected
     """Return what :func:`row_sums_kernel` writes for each split, (6, splits, N)."""
     programs = target_of(problem.e).programs
 
-    def call(tile: Tile) -> Call:
+    def call(tile: Tile) -> KernelCall:
         return row_sums_call(problem, softmax, other, tile, programs, expected=expected, sums=sums)
 
     lean = other is None and not expected and not sums and is_lean(problem, softmax, Coefficients())
@@ -191,7 +189,7 @@ def _by_slabs(
     e, c = problem.e, problem.c
     buffer = e.new_empty(len(e), _slab_width(e, len(c)))
 
-    def call(tile: Tile, first: int = 0) -> Call:
+    def call(tile: Tile, first: int = 0) -> KernelCall:
         return slab_call(*source, buffer[:, : len(c) - first], first, tile)
 
     kernel: Kernel = "slab" if source.other is None else "teacher"

@@ -33,7 +33,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Target:
+class CompileTarget:
     """A family of GPUs.
 
     Attributes:
@@ -101,10 +101,10 @@ _INTERPRETED: _Table = {(k, w): _TINY for k in ("row_sums", "slab", "fused", "te
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", 101_376, _AMPERE),
-        Target("sm_90", 232_448, _HOPPER),
-        Target("sm_100", 232_448, _HOPPER),
-        Target("gfx942", 65_536, _CDNA3),
-        Target("interpreter", 0, _INTERPRETED, programs=4, slab_bytes=4096),
+        CompileTarget("sm_80", 101_376, _AMPERE),
+        CompileTarget("sm_90", 232_448, _HOPPER),
+        CompileTarget("sm_100", 232_448, _HOPPER),
+        CompileTarget("gfx942", 65_536, _CDNA3),
+        CompileTarget("interpreter", 0, _INTERPRETED, programs=4, slab_bytes=4096),
     )
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from lossworks.errors import RunError
 from lossworks.home import QUIET_ENVIRONMENT
-from lossworks.ports import require_free
+from lossworks.ports import require_free_port
 from lossworks.signals import end_with_parent, stop_signals_interrupt
 
 
@@ -34,7 +34,7 @@ def serve(arguments: Sequence[str], *, host: str, port: int, environment: Mappin
         UserError: The address can't be listened on.
         RunError: The server ended by itself.
     """
-    port = require_free(host, port, named=f"--host {host} --port {port}")
+    port = require_free_port(host, port, named=f"--host {host} --port {port}")
     print(f"MLflow at http://{_shown(host)}:{port} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *arguments]
     # Its background jobs are of no use to someone who looks at runs, and cost five more processes.

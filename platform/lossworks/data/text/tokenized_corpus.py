@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.data.shards import BYTES_FILE, TOKENIZER_FILE, Index, ShardReader
+from lossworks.data.text.token_shards import BYTES_FILE, TOKENIZER_FILE, Index, TokenShardReader
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 
@@ -38,7 +38,7 @@ class TokenizedCorpus:
         self.documents = index.documents
         self.end_of_text = index.end_of_text
         self.fingerprint = index.fingerprint
-        self._reader = ShardReader(folder, index)
+        self._reader = TokenShardReader(folder, index)
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -70,13 +70,13 @@ class TokenizedCorpus:
 
     def line_ends(self) -> np.ndarray:
         """Return which tokens hold the end of a line, bool (V,)."""
-        from lossworks.data.tokenizer import load_tokenizer
+        from lossworks.data.text.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(self.tokenizer_path)
         return np.array(["\n" in tokenizer.decode([token]) for token in range(self.vocab_size)])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return a copy of tokens ``start`` to ``start + count - 1``, (count,) uint16 or uint32.
+        """Return a copy of tokens ``start`` to ``start + count - 1``, shape (count,), uint16 or uint32.
 
         Raises:
             IndexError: Some of them lie outside the corpus.

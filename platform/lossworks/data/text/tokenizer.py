@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lossworks.data.corpus import documents
+from lossworks.data.text.corpus import documents
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lossworks.errors import UserError
 
-FORMAT = 1
+SHARD_FORMAT = 1
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 BYTES_FILE = "token_bytes.npy"
@@ -74,7 +74,7 @@ class Index(BaseModel):
         return index
 
     def write(self, folder: Path) -> None:
-        """Write ``index.json``."""
+        """Write the index into a folder, as ``index.json``."""
         write_synced(folder / INDEX_FILE, (self.model_dump_json(indent=2) + "\n").encode())
 
     @property
@@ -87,8 +87,10 @@ class Index(BaseModel):
         return [self.files[name] // self.element.itemsize for name in self.shards]
 
     def _require_known_format(self, path: Path) -> None:
-        if self.format != FORMAT:
-            raise UserError(f"{path}: has format {self.format}; must be {FORMAT}; prepare the data again")
+        if self.format != SHARD_FORMAT:
+            raise UserError(
+                f"{path}: has format {self.format}; must be {SHARD_FORMAT}; prepare the data again"
+            )
         known = self.dtype in _DTYPES and set(self.shards) <= set(self.files)
         if not known or sum(self.shard_lengths()) != self.tokens:
             raise UserError(f"{path}: contradicts itself; prepare the data again")
@@ -99,7 +101,7 @@ def narrowest_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-class ShardWriter:
+class TokenShardWriter:
     """Writes a stream of token ids into shard files of ``shard_tokens`` tokens; the last may be shorter.
 
     Attributes:
@@ -149,7 +151,7 @@ class ShardWriter:
             self._file = None
 
 
-class ShardReader:
+class TokenShardReader:
     """Reads token ids across the borders of memory-mapped shards; a file is mapped on first use."""
 
     def __init__(self, folder: Path, index: Index) -> None:
@@ -159,7 +161,7 @@ class ShardReader:
         self._maps: dict[int, np.ndarray] = {}
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return a copy of tokens ``start`` to ``start + count - 1``, (count,) uint16 or uint32.
+        """Return a copy of tokens ``start`` to ``start + count - 1``, shape (count,), uint16 or uint32.
 
         Raises:
             IndexError: Some of them lie outside the corpus.

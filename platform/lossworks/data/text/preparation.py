@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from lossworks.data.corpus import documents, fingerprint, utf8_size
-from lossworks.data.readers import Piece
-from lossworks.data.shards import (
+from lossworks.data.text.corpus import documents, fingerprint, utf8_size
+from lossworks.data.text.readers import Piece
+from lossworks.data.text.token_shards import (
     BYTES_FILE,
-    FORMAT,
+    SHARD_FORMAT,
     TOKENIZER_FILE,
     Index,
-    ShardWriter,
+    TokenShardWriter,
     narrowest_dtype,
     write_synced,
 )
-from lossworks.data.tokenized import TokenizedCorpus
-from lossworks.data.tokenizer import (
+from lossworks.data.text.tokenized_corpus import TokenizedCorpus
+from lossworks.data.text.tokenizer import (
     encode_texts,
     end_of_text_id,
     load_tokenizer,
@@ -132,14 +132,14 @@ def _encode(
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     vocab_size = vocabulary_size(tokenizer)
     dtype = narrowest_dtype(vocab_size)
-    with ShardWriter(folder, dtype, shard_tokens) as writer:
+    with TokenShardWriter(folder, dtype, shard_tokens) as writer:
         text_bytes, ended = _write_tokens(documents(spec), tokenizer, writer, say)
     if not writer.tokens:
         raise UserError(f"data.tokenizer={spec.tokenizer!r}: gives no token for the text of the corpus")
     sizes = _token_bytes(tokenizer, text_bytes, writer.tokens, ended)
     np.save(folder / BYTES_FILE, sizes, allow_pickle=False)
     Index(
-        format=FORMAT,
+        format=SHARD_FORMAT,
         fingerprint=digest,
         vocab_size=vocab_size,
         end_of_text=end_of_text_id(tokenizer),
@@ -153,7 +153,7 @@ def _encode(
 
 
 def _write_tokens(
-    pieces: Iterable[Piece], tokenizer: Any, writer: ShardWriter, say: Progress
+    pieces: Iterable[Piece], tokenizer: Any, writer: TokenShardWriter, say: Progress
 ) -> tuple[int, int]:
     """Encode and write all pieces; return the bytes of text and the number of documents that ended."""
     end = end_of_text_id(tokenizer)
@@ -199,7 +199,7 @@ def _token_bytes(tokenizer: Any, text_bytes: int, tokens: int, ended: int) -> np
 
 def _key(*parts: str) -> str:
     """Return a name for the content that ``parts`` determine, 32 hexadecimal digits."""
-    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([SHARD_FORMAT, *parts]).encode()).hexdigest()[:32]
 
 
 def _beside(path: Path) -> Path:

@@ -16,7 +16,7 @@ from lossworks_federated.splits import Split, split_examples, with_feature_noise
 
 
 @dataclass(frozen=True, eq=False)
-class World:
+class SharedSetup:
     """Everything that follows from a task.
 
     Attributes:
@@ -40,7 +40,7 @@ class World:
     loss: RowLosses
 
     def batches_of(self, client: int, server_round: int) -> Iterator[Tensor]:
-        """Yield the rows of each batch that a client takes in a round, one int64 tensor a step."""
+        """Yield the rows of each batch that a client takes in a round, int64, shape (B,), one a step."""
         batches = self.batches([client], server_round, self.task.local.epochs)
         for rows, counts in zip(batches.rows, batches.counts, strict=True):
             yield rows[0, : counts[0]]
@@ -55,8 +55,8 @@ class World:
         )
 
 
-def make_world(task: TaskSpec) -> World:
-    """Return the world of a task; the same task gives the same world in every process.
+def make_setup(task: TaskSpec) -> SharedSetup:
+    """Return what clients of a task have in common; the same task gives the same in every process.
 
     Raises:
         UserError: The data can't be read or split, or the loss is none of classifiers' rows.
@@ -66,7 +66,7 @@ def make_world(task: TaskSpec) -> World:
     model = build_classifier(task.model, shape=data.shape, classes=len(data.names), seed=task.seed)
     if any(True for _ in model.buffers()):
         raise UserError("the model keeps buffers, which federated averaging would not know how to treat")
-    return World(
+    return SharedSetup(
         task=task,
         data=data,
         split=split,
@@ -79,6 +79,6 @@ def make_world(task: TaskSpec) -> World:
 
 
 @lru_cache(maxsize=2)
-def world_of(task: str) -> World:
-    """Return the world of a task given as JSON, made once in a process."""
-    return make_world(TaskSpec.model_validate_json(task))
+def setup_of(task: str) -> SharedSetup:
+    """Return what clients of a task have in common, from its JSON; made once in a process."""
+    return make_setup(TaskSpec.model_validate_json(task))

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lossworks.data.readers import Piece, hub_call, import_datasets, read_file, read_hub
-from lossworks.data.sources import PLAIN_SUFFIXES, SourceFile, corpus_files, folder_files
+from lossworks.data.text.corpus_files import PLAIN_SUFFIXES, SourceFile, corpus_files, folder_files
+from lossworks.data.text.readers import Piece, hub_call, import_datasets, read_file, read_hub
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lossworks.data.sources import PLAIN_SUFFIXES
+from lossworks.data.text.corpus_files import PLAIN_SUFFIXES
 from lossworks.errors import UserError
 from lossworks.home import switch_off_usage_reports
 
