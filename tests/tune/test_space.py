@@ -140,7 +140,7 @@ def test_a_spec_survives_yaml(tmp_path):
             "ldr has no hyperparameter temp; it has temperature",
         ),
         ({"losses": ["cross-entropi"]}, "did you mean cross-entropy"),
-        ({"losses": ["hl-gauss"]}, "can't train a classifier"),
+        ({"losses": ["hl-gauss"]}, "can't train task=classification"),
         ({"losses": ["ldr", "ldr"]}, "ldr is there twice"),
         ({"losses": [{"name": "comp-sum", "tau": 1}], "space": {}}, "the space is empty"),
         ({"losses": [{"name": "ldr", "temperature": {"uniform": [-1, 1]}}]}, "temperature=-1"),

@@ -30,7 +30,7 @@ def _cpus(spec: RunSpec) -> float:
 
 
 def _yardsticks(spec: RunSpec) -> Mapping[str, Direction]:
-    return {**task_of(spec).yardsticks, **_OWN}
+    return {**task_of(spec).measured_by(spec), **_OWN}
 
 
 def _train(spec: RunSpec, path: Path, report: Report) -> None:

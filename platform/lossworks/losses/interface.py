@@ -350,8 +350,11 @@ class RowLoss(Loss):
 
     @property
     def folds(self) -> bool:
-        """Whether ``phi`` is all there is, so that the gradient can be formed in the forward pass."""
-        return type(self).values is RowLoss.values
+        """Whether ``phi`` is all there is, so that the gradient can be formed in the forward pass.
+
+        The pass gives no gradient to parameters of the loss itself; where there are any, autograd has to.
+        """
+        return type(self).values is RowLoss.values and next(self.parameters(), None) is None
 
     def _folded(
         self,

@@ -9,7 +9,7 @@ import numpy as np
 from lossworks.catalogue.entry import Settings
 from lossworks.errors import UserError
 from lossworks.specs import RunSpec
-from lossworks.tasks.interface import Sums, Task
+from lossworks.tasks.interface import Mode, Sums, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,11 +77,14 @@ class Analysis(Settings):
     Attributes:
         subject: ``model``: it can be named in a spec, and is then measured with each evaluation; ``runs``: it
             compares runs that have ended.
+        yardsticks: Of what it finds, by tracked name: that by which runs can be compared, and which direction
+            is better.
     """
 
     section: ClassVar[str] = "analyses"
     kind: ClassVar[str] = "analysis"
     subject: ClassVar[Literal["model", "runs"]] = "model"
+    yardsticks: ClassVar[Mapping[str, Mode]] = {}
 
     def check(self, task: type[Task], spec: RunSpec) -> None:
         """Refuse runs that it can't analyse, before anything starts.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Declaration
-from lossworks.catalogue.registry import create, declaration, declarations
+from lossworks.catalogue.registry import create, declaration, declarations, entry_class
 from lossworks.data import Order, SequenceOrder
 from lossworks.data.batch import Batch
 from lossworks.losses.objective import Objective
@@ -86,6 +86,7 @@ class Task(ABC):
         provides: Names that its batches hold; see :mod:`lossworks.data.batch`.
         yardsticks: What it measures besides the trained loss, by tracked name, and which direction is better.
         shown: For tables and summaries: label, tracked name and format of each figure.
+        classifies: Whether its targets are classes and its outputs logits, one class a row.
         panels: What the report draws over the steps: a heading, and one or two labels by tracked name; None
             for the learning rate and the head's memory.
     """
@@ -98,6 +99,7 @@ class Task(ABC):
     provides: ClassVar[tuple[str, ...]] = ("inputs", "targets")
     yardsticks: ClassVar[Mapping[str, Mode]]
     shown: ClassVar[Sequence[tuple[str, str, str]]] = ()
+    classifies: ClassVar[bool] = False
     panels: ClassVar[tuple[str, Mapping[str, str]] | None] = None
 
     train: Rows
@@ -135,6 +137,14 @@ class Task(ABC):
         del say
         cls.open(spec, None).build_model()
         return Prepared()
+
+    @classmethod
+    def measured_by(cls, spec: RunSpec) -> dict[str, Mode]:
+        """Return all yardsticks of a run, those of its methods and analyses among them."""
+        found = dict(cls.yardsticks)
+        for entry in (*spec.methods, *spec.analyses):
+            found |= entry_class(entry.name).yardsticks  # type: ignore[attr-defined]
+        return found
 
     @classmethod
     def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
@@ -287,21 +297,23 @@ class Task(ABC):
         return ()
 
     @classmethod
-    def reopen(cls, spec: RunSpec, folder: Path) -> "tuple[Task, HeadedModel]":
-        """Return the task of an exported model, with the data of a spec, and the model.
+    def reopen(
+        cls, spec: RunSpec, folder: Path, fill: Callable[[HeadedModel], None]
+    ) -> "tuple[Task, HeadedModel]":
+        """Return the task of an exported model, with the data of a spec, and the model in eval mode.
 
         Args:
             spec: The run that the model is from, perhaps with other data.
             folder: What ``save`` wrote.
+            fill: Puts the folder's weights into a model.
 
         Raises:
             UserError: The folder or the data can't be read, or they don't fit each other.
         """
-        from lossworks.training.start import begin_from, trained_weights
-
+        del folder
         task = cls.open(spec, None)
         model = task.build_model()
-        begin_from(trained_weights(str(folder), "folder"), model)
+        fill(model)
         return task, model.eval()
 
     @abstractmethod

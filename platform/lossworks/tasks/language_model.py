@@ -1,7 +1,7 @@
 """Training of language models: next tokens of a text, with a head that never builds the logits."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -123,8 +123,11 @@ class LanguageTask(Task):
         return Prepared(corpus.folder, math.log(corpus.vocab_size))
 
     @classmethod
-    def reopen(cls, spec: RunSpec, folder: Path) -> "tuple[Task, HeadedModel]":
+    def reopen(
+        cls, spec: RunSpec, folder: Path, fill: Callable[[HeadedModel], None]
+    ) -> "tuple[Task, HeadedModel]":
         """See :meth:`Task.reopen`; the text is tokenised with the model's own tokenizer."""
+        del fill
         model, _ = load_model(folder)
         run = cast("TrainSpec", spec)
         data = run.data.model_copy(update={"tokenizer": str((folder / "tokenizer.json").absolute())})

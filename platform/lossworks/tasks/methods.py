@@ -1,6 +1,6 @@
 """Methods: procedures that change how training goes, or that follow it, through few fixed hooks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from lossworks.losses.objective import Objective
 from lossworks.models import Outputs
 from lossworks.specs import RunSpec
 from lossworks.tasks.analyses import Finding
-from lossworks.tasks.interface import Measure, Rows, Task
+from lossworks.tasks.interface import Measure, Mode, Rows, Task
 
 Collect = Callable[[Measure, Rows, np.ndarray], Tensor]
 """Called with what to take inside the forward, (B, …) of each batch, where rows are read, and which; returns
@@ -39,10 +39,14 @@ class Method(Settings):
     They are called on every rank alike, in this order: ``start`` once, then at every step ``batch`` for each
     micro-batch, ``loss`` inside the model's forward, ``gradients`` after the last backward pass,
     ``after_step`` after the update; and ``finish`` once, when all steps are done.
+
+    Attributes:
+        yardsticks: What ``finish`` finds by which runs can be compared, and which direction is better.
     """
 
     section: ClassVar[str] = "methods"
     kind: ClassVar[str] = "method"
+    yardsticks: ClassVar[Mapping[str, Mode]] = {}
 
     def check(self, task: type[Task], spec: RunSpec) -> None:
         """Refuse runs that it can't be part of, before anything starts.

@@ -1,19 +1,23 @@
 """A model measured on data that was held out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossworks.data.batch import on
+from lossworks.data.batch import Batch, on
+from lossworks.models import Outputs
 from lossworks.tasks.analyses import Analysis, Finding, Probe
 from lossworks.tasks.interface import Evaluation, Measure, Rows, Sums, Task
 from lossworks.training.batches import largest_share, micro_batches, share
 from lossworks.training.distributed.world import World
 
 AT_ONCE = 32  # rows, where nothing else is said
+
+Companions = Callable[[Batch], dict[str, Outputs]]
+"""From a batch to the outputs of the model's companions, by role."""
 
 
 @torch.no_grad()
@@ -26,6 +30,7 @@ def evaluate(
     micro_batch_size: int | None,
     bf16: bool,
     analyses: Sequence[Analysis] = (),
+    roles: Companions | None = None,
 ) -> Evaluation:
     """Return what ``task`` measures on ``limit`` evenly spaced held-out rows, split over the ranks.
 
@@ -37,10 +42,12 @@ def evaluate(
         micro_batch_size: Rows at once; None takes a rank's share at once, at most 32.
         bf16: Run products in bfloat16.
         analyses: What is measured besides, each with passes of its own.
+        roles: Gives what losses read of companions, if there are any.
     """
     over = _summing(model, world, micro_batch_size, bf16=bf16)
     chosen = spaced(limit, len(task.held_out))
-    found = task.evaluation(over(task.measured, task.held_out, chosen))
+    with_roles = _summing(model, world, micro_batch_size, bf16=bf16, roles=roles)
+    found = task.evaluation(with_roles(task.measured, task.held_out, chosen))
     for analysis in analyses:
         more = analysis.measure(Probe(task, over, chosen))
         figures = {f"eval/{name}": value for name, value in more.figures.items()}
@@ -64,11 +71,18 @@ def analysed(
     return analysis.measure(Probe(task, over, spaced(limit, len(task.held_out))))
 
 
-def _summing(model: nn.Module, world: World, micro_batch_size: int | None, *, bf16: bool) -> Sums:
+def _summing(
+    model: nn.Module,
+    world: World,
+    micro_batch_size: int | None,
+    *,
+    bf16: bool,
+    roles: Companions | None = None,
+) -> Sums:
     size = micro_batch_size or AT_ONCE
 
     def over(measure: Measure, data: Rows, rows: np.ndarray) -> Tensor:
-        return summed(model, measure, data, rows, world, size=size, bf16=bf16)
+        return summed(model, measure, data, rows, world, size=size, bf16=bf16, roles=roles)
 
     return over
 
@@ -84,7 +98,15 @@ def spaced(limit: int | None, rows: int) -> np.ndarray:
 
 @torch.no_grad()
 def summed(
-    model: nn.Module, measure: Measure, data: Rows, rows: np.ndarray, world: World, *, size: int, bf16: bool
+    model: nn.Module,
+    measure: Measure,
+    data: Rows,
+    rows: np.ndarray,
+    world: World,
+    *,
+    size: int,
+    bf16: bool,
+    roles: Companions | None = None,
 ) -> Tensor:
     """Return what ``measure`` gives inside the model's forward, float64 (S,), summed over rows and ranks.
 
@@ -96,18 +118,24 @@ def summed(
         world: The ranks.
         size: Rows at once.
         bf16: Run products in bfloat16.
+        roles: Gives the outputs of companions that the model's get, if there are any.
     """
     sums: Tensor | None = None
     model.eval()
     most = largest_share(len(rows), world)
     for batch in micro_batches(data, rows[share(len(rows), world)], size=size, largest_share=most):
         with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
-            found = model(on(world.device, batch), measure)
+            found = model(on(world.device, batch), beside(measure, roles(batch)) if roles else measure)
         sums = found if sums is None else sums + found
     model.train()
     if sums is None:
         raise ValueError("there are no rows to measure")
     return world.gather(sums.tolist()).sum(dim=0)
+
+
+def beside(measure: Measure, companions: Mapping[str, Outputs]) -> Measure:
+    """Return a measure that sees the outputs of companions, too."""
+    return lambda outputs, batch: measure(outputs.with_roles(companions), batch)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lossworks import __version__
 from lossworks.errors import UserError
-from lossworks.models import read_provenance
+from lossworks.models import HeadedModel, read_provenance
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Evaluation
@@ -13,7 +13,7 @@ from lossworks.tasks.registry import parse_train_spec, task_of
 from lossworks.training.checkpoints.checkpoint import tensors_in
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import evaluate
-from lossworks.training.start import ATTACHED, choose_checkpoint
+from lossworks.training.start import ATTACHED, begin_from, choose_checkpoint, trained_weights
 
 
 def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
@@ -58,7 +58,11 @@ def evaluate_folder(folder: Path, *, overrides: Sequence[str] = (), limit: int |
     if wrong:
         raise UserError(f"override {wrong[0]!r}: only data.key=value says what to evaluate on")
     spec = exported_spec(folder).override(overrides)
-    task, model = task_of(spec).reopen(spec, folder)
+
+    def fill(model: HeadedModel) -> None:
+        begin_from(trained_weights(str(folder), "folder"), model)
+
+    task, model = task_of(spec).reopen(spec, folder, fill)
     return evaluate(model, task, World.current(), limit=limit, micro_batch_size=None, bf16=False)
 
 

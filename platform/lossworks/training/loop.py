@@ -27,9 +27,9 @@ from lossworks.training.distributed.communication import time_communication
 from lossworks.training.distributed.sharding import clip_gradients, distribute, gradient_sync
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import AT_ONCE, collected, evaluate
-from lossworks.training.finite import blame_gradient, refuse_non_finite
 from lossworks.training.job import Job
 from lossworks.training.measure import events
+from lossworks.training.measure.finite import blame_gradient, refuse_non_finite
 from lossworks.training.measure.hardware import Peak, peak_memory_bytes
 from lossworks.training.measure.head_memory import measure_head_memory
 from lossworks.training.measure.phases import PHASES, PhaseClock, shares
@@ -318,6 +318,7 @@ class Trainer:
                 micro_batch_size=self.spec.micro_batch_size,
                 bf16=self.bf16,
                 analyses=self.analyses,
+                roles=self.roles.outputs if self.roles else None,
             )
 
     def _save(self) -> None:

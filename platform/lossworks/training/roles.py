@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lossworks.data.batch import Batch, on
 from lossworks.models import HeadedModel, Outputs
@@ -68,12 +69,12 @@ class Roles:
 
             def keep(outputs: Outputs, _: Mapping[str, Tensor], name: str = name) -> Tensor:
                 head = cast("Head", outputs.head)
-                # A sharded head is whole inside the forward only.
-                weight = head.weight.clone() if self._sharded else head.weight
-                found[name] = Outputs(outputs.hidden, Head(weight, head.bias, head.softcap))
+                found[name] = Outputs(outputs.hidden, _copied(head) if self._sharded else head)
                 return outputs.hidden.new_zeros(1)
 
             model(own, keep)
+            if isinstance(model, FSDPModule):
+                model.reshard()  # a forward pass without a backward pass leaves the root's parameters whole
         self.seconds += time.perf_counter() - began
         return found
 
@@ -90,6 +91,11 @@ class Roles:
     def moving(self) -> dict[str, nn.Module]:
         """Return the companions whose parameters change, which a checkpoint has to keep."""
         return {name: self._models[name] for name, role in self._specs.items() if role.ema is not None}
+
+
+def _copied(head: Head) -> Head:
+    """Return a head that stays whole after the forward, in which alone a sharded one is."""
+    return Head(head.weight.clone(), None if head.bias is None else head.bias.clone(), head.softcap)
 
 
 def _bare(model: nn.Module) -> nn.Module:

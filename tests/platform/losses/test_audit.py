@@ -6,7 +6,8 @@ import pytest
 
 from lossworks.cli import main
 from lossworks.losses import declarations
-from lossworks.losses.audits.audit import audit, subject_of
+from lossworks.losses.audits.audit import audit
+from lossworks.losses.audits.subject import subject_of
 from lossworks_testing import faulty
 
 AUDITED = list(declarations("losses"))

@@ -7,14 +7,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lossworks.entries.methods.correctness_aware import (
-    confidence,
     correctness_loss,
-    fit_temperature,
-    image_views,
-    signal_views,
 )
+from lossworks.entries.methods.temperature_scaling import fit_temperature
 from lossworks.errors import UserError
 from lossworks.losses import create
+from lossworks.tasks.calibration import confidence, image_views, signal_views
 
 
 def problem(n=400, k=6, seed=0):

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.data import TokenizedCorpus, prepare
+from lossworks.runs import RunFolder
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.language_model import TrainSpec
+from lossworks.tracking import Journal
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 
@@ -83,7 +85,18 @@ def run_training(
     return {"rows": rows, "notices": notices, **asdict(outcome)}
 
 
-def run_several(runs: list[tuple[dict[str, Any], str]], corpus: str) -> list[dict[str, Any]]:
+def run_in_folder(values: dict[str, Any], run_id: str = "run") -> RunFolder:
+    """Train in this process and leave a run's folder in the home folder, as a driver does; no text."""
+    spec = parse_train_spec(values)
+    folder = RunFolder.create(spec, run_id)
+    with Journal.open(folder.journal) as journal:
+        store = CheckpointStore(folder.checkpoints, keep=spec.checkpoint.keep)
+        outcome = train(Job(spec, None, store, journal.write, results=folder.results))
+    outcome.write(folder.outcome_file)
+    return folder
+
+
+def run_several(runs: list[tuple[dict[str, Any], str]], corpus: str | None) -> list[dict[str, Any]]:
     """Train specs into folders one after the other, since starting processes takes longer than a tiny run."""
     return [run_training(values, corpus, folder) for values, folder in runs]
 

@@ -7,7 +7,7 @@ M̄ (K, D) the class means of the features.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from lossworks.errors import UserError
 from lossworks.models import Head, Outputs
 from lossworks.specs import RunSpec
 from lossworks.tasks.analyses import Analysis, Curve, Finding, Probe
-from lossworks.tasks.interface import Task, as_sums
+from lossworks.tasks.interface import Mode, Task, as_sums
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -231,6 +231,14 @@ class NeuralCollapse(Analysis):
         "ICML",
     )
 
+    yardsticks: ClassVar[Mapping[str, Mode]] = {
+        "eval/nc1": "min",
+        "eval/nc2_classifier": "min",
+        "eval/nc2_features": "min",
+        "eval/nc3": "min",
+        "eval/nc4": "min",
+    }
+
     depth: int = integer(1, "M: linear layers after the free features", ge=1, le=99, search=(1, 9))
     decay_w: float = number(
         5e-4, "λ_W: decay of each linear layer, in (λ/2)‖W‖²", gt=0, search=(1e-5, 1e-2), log=True
@@ -246,7 +254,7 @@ class NeuralCollapse(Analysis):
             UserError: Naming the task.
         """
         del spec
-        if "eval/accuracy" not in task.yardsticks:
+        if not task.classifies:
             raise UserError(f"{self.slug}: needs a classifier, not task={task.slug}")
 
     def measure(self, probe: Probe) -> Finding:

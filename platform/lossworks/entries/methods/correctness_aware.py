@@ -1,33 +1,15 @@
 """A calibrator that gives every sample a temperature of its own, trained on whether the model was right."""
 
-from collections.abc import Callable, Sequence
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossworks.catalogue.declaration import Paper, integer, number, switch
-from lossworks.data.batch import Batch
+from lossworks.catalogue.declaration import Paper, choice, integer, number, switch
 from lossworks.errors import UserError
 from lossworks.losses.rows import wide
-from lossworks.metrics import auroc
-from lossworks.models import Outputs
-from lossworks.specs import RunSpec
-from lossworks.tasks.analyses import Finding
-from lossworks.tasks.interface import Rows, Task
-from lossworks.tasks.methods import Method, Trained
-
-View = Callable[[Tensor], Tensor]
-"""A transformed copy of inputs, shaped like them."""
+from lossworks.tasks.calibration import Calibration, confidence
 
 _FIRST_TEMPERATURE = 1.25  # the clip at the least temperature has no gradient, so training starts above it
-
-
-def confidence(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Return max_k softmax(z/T)_k, shape (N,), of logits (N, K) at temperatures (N,) or one."""
-    scaled = logits / temperature.reshape(-1, 1)
-    return (scaled.amax(1) - scaled.logsumexp(1)).exp()
 
 
 def correctness_loss(logits: Tensor, temperature: Tensor, labels: Tensor, *, balance: bool = False) -> Tensor:
@@ -89,16 +71,16 @@ class Calibrator(nn.Module):
         return (wide(logits) / self(logits, views)[:, None]).softmax(1)
 
 
-class CorrectnessAware(Method):
+class CorrectnessAware(Calibration):
     """Correctness-aware calibration: a temperature for each sample, after training.
 
     Cross-entropy makes a narrow miss more confident, since its label is above the average logit; this loss
-    raises the temperature of every wrong row and lowers that of every right one. Calibrate on data that the
-    model has not fitted: in a training every second held-out example calibrates, after the last step, and the
-    others measure what it brings, beside one temperature for all.
+    raises the temperature of every wrong row and lowers that of every right one. In a training every second
+    held-out example calibrates, after the last step, and the others measure what it brings.
     """
 
     slug = "correctness-aware"
+    sees_views = True
     formula = "mean (max_k softmax(z_i/T_i)_k - [argmax z_i = y_i])² with T_i = clip(g(views of x_i))"
     paper = Paper(
         "Optimizing Calibration by Gaining Aware of Prediction Correctness", "Liu et al.", 2024, "equation 4"
@@ -111,51 +93,32 @@ class CorrectnessAware(Method):
     lr: float = number(1e-4, "learning rate of Adam", gt=0, search=(1e-4, 1e-2), log=True)
     epochs: int = integer(10, "passes over the calibration data", ge=1, search=(10, 500), log=True)
     batch_size: int = integer(1000, "rows a step", ge=1)
+    objective: str = choice(
+        "correctness",
+        "what the network is trained on: correctness, or cross-entropy, with which it is compared",
+        ("correctness", "cross-entropy"),
+    )
     balance: bool = switch(
         False, "weigh right and wrong rows alike, as the authors' code does; else the mean"
     )
 
-    def check(self, task: type[Task], spec: RunSpec) -> None:
-        """Refuse all but classifiers.
+    _calibrator: Calibrator | None = None
 
-        Raises:
-            UserError: Naming the task.
-        """
-        del spec
-        if "eval/accuracy" not in task.yardsticks:
-            raise UserError(f"methods: {self.slug} calibrates classifiers, not task={task.slug}")
+    def calibrate(self, logits: Tensor, views: Tensor, labels: Tensor, *, seed: int) -> None:
+        """See :meth:`Calibration.calibrate`."""
+        self._calibrator = self.fit(logits, views, labels, seed=seed)
 
-    def finish(self, trained: Trained) -> Finding:
-        """Fit the calibrator on half the held-out examples and measure it on the others."""
-        data, seed = trained.task.held_out, trained.task.spec_of_run.seed
-        rows = np.arange(len(data))
-        shape = data.batch(rows[:1])["inputs"].shape[1:]
-        views = image_views(seed) if len(shape) == 3 else signal_views(seed)
-        labels = torch.cat(
-            [data.batch(part)["targets"] for part in np.array_split(rows, len(rows) // 256 + 1)]
-        )
-        logits = trained.collect(_logits, data, rows).float()
-        seen = torch.stack([trained.collect(_logits, _Viewed(data, view), rows) for view in views]).float()
-        own = slice(0, None, 2)
-        self._calibrator = self.fit(logits[own], seen[:, own], labels[own], seed=seed)
-        one = fit_temperature(logits[own], labels[own])
-        z, y, test = logits[1::2], labels[1::2], seen[:, 1::2]
-        temperatures = {
-            "": torch.ones(len(z)),
-            "temperature_scaling_": torch.full((len(z),), one),
-            "calibrated_": self._calibrator(z, test).detach(),
-        }
-        figures: dict[str, float] = {}
-        for name, temperature in temperatures.items():
-            found = _judged(z, temperature, y)
-            figures |= {f"calibration/{name}{figure}": value for figure, value in found.items()}
-        return Finding(figures)
+    @torch.no_grad()
+    def temperatures(self, logits: Tensor, views: Tensor) -> Tensor:
+        """See :meth:`Calibration.temperatures`."""
+        if self._calibrator is None:
+            raise ValueError("nothing has been calibrated yet")
+        found: Tensor = self._calibrator(logits, views)
+        return found
 
     def result(self) -> dict[str, Tensor]:
         """Return the calibrator's parameters."""
         return {} if self._calibrator is None else dict(self._calibrator.state_dict())
-
-    _calibrator: Calibrator | None = None
 
     def fit(self, logits: Tensor, views: Tensor, labels: Tensor, *, seed: int = 0) -> Calibrator:
         """Return a calibrator trained on calibration data.
@@ -182,11 +145,16 @@ class CorrectnessAware(Method):
         for _ in range(self.epochs):
             for rows in torch.randperm(len(labels), generator=generator).split(self.batch_size):
                 temperature = calibrator(logits[rows], views[:, rows])
-                loss = correctness_loss(logits[rows], temperature, labels[rows], balance=self.balance).mean()
+                loss = self._loss(logits[rows], temperature, labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
         return calibrator
+
+    def _loss(self, logits: Tensor, temperature: Tensor, labels: Tensor) -> Tensor:
+        if self.objective == "cross-entropy":
+            return F.cross_entropy(logits / temperature[:, None], labels)
+        return correctness_loss(logits, temperature, labels, balance=self.balance).mean()
 
     def _check(self, logits: Tensor, views: Tensor, labels: Tensor) -> None:
         if views.dim() != 3 or views.shape[1:] != logits.shape or labels.shape != logits.shape[:1]:
@@ -198,89 +166,3 @@ class CorrectnessAware(Method):
             raise UserError(f"{self.slug}: there is nothing to fit: views {tuple(views.shape)} are empty")
         if self.lowest >= self.highest:
             raise UserError(f"{self.slug}: lowest={self.lowest:g} must be below highest={self.highest:g}")
-
-
-class _Viewed:
-    """Examples seen through a transformation.
-
-    Args:
-        data: The examples.
-        view: What is done to their inputs.
-    """
-
-    def __init__(self, data: Rows, view: View) -> None:
-        self._data, self._view = data, view
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Return the batch of rows (B,), with transformed inputs."""
-        batch = self._data.batch(rows)
-        return {**batch, "inputs": self._view(batch["inputs"])}
-
-
-def _logits(outputs: Outputs, batch: Batch) -> Tensor:
-    del batch
-    return outputs.logits
-
-
-def _judged(logits: Tensor, temperature: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return calibration error (15 bins), Brier score and AUROC of the answers' confidence."""
-    sure, right = confidence(logits, temperature), logits.argmax(1) == labels
-    place = (sure * 15).ceil().long().clamp(1, 15) - 1
-    gaps = torch.zeros(15).index_add(0, place, sure.float() - right.float())
-    return {
-        "ece": float(gaps.abs().sum() / len(sure)),
-        "top1_brier": float((sure - right.float()).square().mean()),
-        "auroc": auroc(sure, right),
-    }
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the one temperature of least cross-entropy, from 0.01 to 100: temperature scaling, the baseline.
-
-    Guo et al., *On Calibration of Modern Neural Networks*, 2017, section 4.2.
-
-    Args:
-        logits: Shape (N, K).
-        labels: Shape (N,), int64.
-    """
-    from scipy.optimize import minimize_scalar
-
-    z = logits.detach().double()
-
-    def objective(log_temperature: float) -> float:
-        return float(F.cross_entropy(z / 10**log_temperature, labels))
-
-    return float(10 ** minimize_scalar(objective, bounds=(-2.0, 2.0), method="bounded").x)
-
-
-def signal_views(seed: int) -> Sequence[View]:
-    """Return three views of signals (N, C, L) or vectors (N, F): shifted, with noise, and scaled."""
-    return (
-        lambda x: x.roll(max(1, x.shape[-1] // 10), -1),
-        lambda x: x + 0.3 * x.std() * torch.randn(x.shape, generator=_generator(seed)).to(x),
-        lambda x: 0.7 * x,
-    )
-
-
-def image_views(seed: int) -> Sequence[View]:
-    """Return three views of images (N, C, H, W): turned by 15 degrees, without colour, with other colours."""
-    return (
-        _turned,
-        lambda x: x.mean(1, keepdim=True).expand_as(x),
-        lambda x: x * (1 + 0.3 * torch.randn(1, x.shape[1], 1, 1, generator=_generator(seed)).to(x)),
-    )
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _turned(x: Tensor, degrees: float = 15.0) -> Tensor:
-    angle = torch.deg2rad(torch.tensor(degrees))
-    sine, cosine, zero = angle.sin(), angle.cos(), torch.zeros(())
-    turn = torch.stack((torch.stack((cosine, -sine, zero)), torch.stack((sine, cosine, zero)))).to(x)
-    grid = F.affine_grid(turn.expand(len(x), 2, 3), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)

@@ -6,95 +6,15 @@ check here is one of those that would have found a fault that lived in a release
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from lossworks.losses.problems import Problem, of_classes
+from lossworks.losses.audits.subject import ROWS, Finding, Subject, judged
+from lossworks.losses.problems import Problem
 
-_ROWS, _DIRECTIONS, _STEP = 11, 4, 1e-6
+_DIRECTIONS, _STEP = 4, 1e-6
 _REDUCTIONS = ("sum", "mean", "none")
 _NO_VALUE = "it is declared unmonitored: its gradient isn't that of its value"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check of an audit.
-
-    Attributes:
-        check: What was checked.
-        passed: Whether it holds; None if it doesn't apply.
-        detail: The figure, or why it doesn't apply.
-    """
-
-    check: str
-    passed: bool | None
-    detail: str
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A loss under audit.
-
-    Attributes:
-        name: Slug or ``module:attribute``.
-        build: Makes the loss anew for a reduction; random ones must begin at the same state.
-        flags: As in :class:`lossworks.catalogue.declaration.Declaration`.
-        hyperparameters: As given.
-    """
-
-    name: str
-    build: Callable[[str], Callable[..., Tensor]]
-    flags: tuple[str, ...] = ()
-    hyperparameters: dict[str, Any] = field(default_factory=dict)
-
-    def problem(self, rows: int = _ROWS, seed: int = 0) -> Problem:
-        """Return a random problem that fits: of logits and classes, unless the loss makes its own."""
-        make = getattr(self.build("sum"), "problem", of_classes)
-        found: Problem = make(rows, torch.Generator().manual_seed(seed))
-        return found
-
-    @property
-    def indivisible(self) -> str | None:
-        """Why parts of a batch needn't give what the whole gives, or None if they must."""
-        if "whole-batch" in self.flags:
-            return "it is declared to look at a whole batch"
-        if "random" in self.flags:
-            return "it draws random numbers, others for other batches"
-        return None
-
-    def value(self, reduction: str, problem: Problem) -> Tensor:
-        """Return the loss of a problem."""
-        return self.build(reduction)(problem.prediction, problem.target, **problem.context)
-
-
-def subject_of(name: str, hyperparameters: dict[str, Any]) -> Subject:
-    """Return the entry of the catalogue, or the class ``module:attribute`` of an installed package.
-
-    A class of one's own is called with ``reduction=…`` and the hyperparameters. It may say its ``flags``, and
-    has a method ``problem`` like :meth:`lossworks.losses.Loss.problem` if it takes other than logits and
-    classes.
-
-    Raises:
-        UserError: There is no loss of that name.
-    """
-    from lossworks.catalogue.registry import declaration, entry_class, installed_class
-
-    if ":" in name:
-        made = installed_class(name)
-        about: Any = made
-    else:
-        about = declaration(name, "losses")
-        about.check(hyperparameters)
-        made = entry_class(name)
-    return Subject(
-        name,
-        lambda reduction: made(reduction=reduction, **hyperparameters),
-        tuple(getattr(about, "flags", ())),
-        hyperparameters,
-    )
 
 
 def audit(subject: Subject, *, ranks: bool = True) -> Iterator[Finding]:
@@ -118,11 +38,6 @@ def _tried(check: Callable[[Subject], Finding], name: str, subject: Subject) -> 
     except Exception as error:  # noqa: BLE001 - a loss of anybody's; the report is to say what it did
         return Finding(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return Finding(name, found.passed, found.detail)
-
-
-def judged(worst: float, limit: float, what: str) -> Finding:
-    """Return a finding that passes if a figure is within its limit; NaN is not."""
-    return Finding("", worst <= limit, f"{what} {worst:.1e}, allowed {limit:.0e}")
 
 
 def _finite_differences(subject: Subject) -> Finding:
@@ -167,7 +82,7 @@ def _worst_slope(subject: Subject, reduction: str, seed: int) -> float:
 def _unequal_split(subject: Subject) -> Finding:
     if subject.indivisible:
         return Finding("", None, subject.indivisible)
-    problem = subject.problem(rows=_ROWS - 1)
+    problem = subject.problem(rows=ROWS - 1)
     whole = subject.value("sum", problem)
     parts = sum(subject.value("sum", problem.part(rows)) for rows in (slice(0, 2), slice(2, None)))
     worst = float((whole - parts).abs() / whole.abs().clamp(min=1))

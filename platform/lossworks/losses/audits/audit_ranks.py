@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from lossworks.losses.audits.audit import Finding, Subject, judged, subject_of
+from lossworks.losses.audits.subject import Finding, Subject, judged, subject_of
 
 _GRADIENT = "gradient.pt"
 _ROWS, _FIRST = 10, 4  # of which the first rank gets so many: whole bags, which are of two

@@ -12,7 +12,7 @@ from lossworks.cli import Command
 from lossworks.errors import UserError
 
 if TYPE_CHECKING:
-    from lossworks.losses.audits.audit import Finding
+    from lossworks.losses.audits.subject import Finding
 
 _MARKS = {True: "[green]passed[/]", False: "[red]failed[/]", None: "[dim]–[/]"}
 
@@ -53,7 +53,8 @@ def _audit_one(arguments: argparse.Namespace) -> "list[Finding]":
     from rich.markup import escape
     from rich.table import Table
 
-    from lossworks.losses.audits.audit import audit, subject_of
+    from lossworks.losses.audits.audit import audit
+    from lossworks.losses.audits.subject import subject_of
 
     subject = subject_of(arguments.loss, _hyperparameters(arguments.overrides))
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"audit of {arguments.loss}", title_justify="left")
@@ -76,7 +77,8 @@ def _audit_all(arguments: argparse.Namespace) -> "dict[str, list[Finding]]":
     from rich.table import Table
 
     from lossworks.catalogue.registry import declarations
-    from lossworks.losses.audits.audit import audit, subject_of
+    from lossworks.losses.audits.audit import audit
+    from lossworks.losses.audits.subject import subject_of
 
     findings: dict[str, list[Finding]] = {}
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="audit of the catalogue", title_justify="left")

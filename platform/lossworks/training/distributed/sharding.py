@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from lossworks.errors import UserError
 from lossworks.models import HeadedModel
 from lossworks.specs import RunSpec
 from lossworks.training.distributed.split_head import split_head
@@ -24,7 +25,7 @@ def distribute(model: HeadedModel, spec: RunSpec, world: World) -> nn.Module:
     all the same, so that it can be tried anywhere.
 
     Raises:
-        UserError: ``vocab_parallel`` and a head that can't be split.
+        UserError: ``vocab_parallel`` and a head that can't be split; ``fsdp`` and a parameter without axes.
     """
     model.to(world.device)
     if spec.activation_checkpointing:
@@ -33,6 +34,7 @@ def distribute(model: HeadedModel, spec: RunSpec, world: World) -> nn.Module:
         for block in model.blocks():
             block.compile()
     if spec.sharding.kind == "fsdp":
+        _require_axes(model)
         mesh = init_device_mesh(world.device.type, (world.size,))
         split = split_head(model, mesh) if spec.sharding.vocab_parallel else set()
         for block in model.blocks():
@@ -42,6 +44,16 @@ def distribute(model: HeadedModel, spec: RunSpec, world: World) -> nn.Module:
     if world.size > 1:
         return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return model
+
+
+def _require_axes(model: nn.Module) -> None:
+    """Refuse parameters that FSDP can't split, such as a temperature that a loss learns."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise UserError(
+                f"sharding=fsdp: {name} is a single number, which can't be split; give it the shape (1,), or "
+                "use sharding=ddp"
+            )
 
 
 @contextmanager

@@ -11,14 +11,13 @@ from lossworks.entries.analyses.neural_collapse import ClassMoments
 from lossworks.entries.losses.classification.aggregate import linear_solution
 from lossworks.entries.methods.correctness_aware import (
     Calibrator,
-    confidence,
     correctness_loss,
-    fit_temperature,
-    signal_views,
 )
+from lossworks.entries.methods.temperature_scaling import fit_temperature
 from lossworks.losses import create
 from lossworks.metrics.classification import auroc
 from lossworks.specs import ExamplesSpec
+from lossworks.tasks.calibration import confidence, signal_views
 from lossworks_testing.evidence.rows import flat
 from lossworks_testing.evidence.study import Study, fit, mlp
 

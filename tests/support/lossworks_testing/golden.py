@@ -1,0 +1,86 @@
+"""Golden loss curves: committed numbers of small runs of each task; what moves one has to explain it.
+
+``python -m lossworks_testing.golden`` (with ``tests/support`` on the path) writes them again.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lossworks.tasks import parse_train_spec, task_class
+from lossworks_testing.training import losses, run_training, tiny_spec, write_text
+
+FOLDER = Path(__file__).parents[2] / "golden"
+COMMAND = "PYTHONPATH=tests/support python -m lossworks_testing.golden"
+_COMMON = {
+    "steps": 8,
+    "batch_size": 32,
+    "workers": 1,
+    "sharding": "none",
+    "evaluation": {"every": 4, "sequences": 64},
+    "checkpoint": {"every": 8},
+    "tracking": {"model": False},
+}
+SPECS: dict[str, dict[str, Any]] = {
+    "classification": {"task": "classification", "data": {"source": "digits"}, "model": {"width": 16}},
+    "classification-cnn": {
+        "task": "classification",
+        "data": {"source": "digits", "label_noise": 0.2},
+        "model": {"kind": "cnn", "layers": 1, "width": 8},
+        "loss": [{"name": "cross-entropy"}, {"name": "log-z", "alone": True, "weight": 0.01}],
+    },
+    "regression": {
+        "task": "regression",
+        "data": {"source": "friedman:200"},
+        "model": {"width": 16},
+        "loss": {"name": "hl-gauss", "bins": 21, "v_min": -4, "v_max": 4},
+    },
+    "values": {
+        "task": "regression",
+        "data": {"source": "chain:400"},
+        "model": {"width": 16},
+        "loss": {"name": "categorical-td", "bins": 21},
+        "roles": {"target": {"ema": 0.9}},
+    },
+    "multi-label": {
+        "task": "multi-label",
+        "data": {"source": "topics:200", "labels": 50},
+        "model": {"width": 16},
+        "loss": "decoupled-softmax",
+    },
+}
+
+
+def curve(name: str, folder: Path) -> dict[str, Any]:
+    """Train the run of that name and return its losses step by step and its yardsticks at the end."""
+    if name == "language-model":
+        spec = tiny_spec(write_text(folder / "text.txt"), steps=8)
+    else:
+        spec = parse_train_spec({**_COMMON, **SPECS[name]})
+    kind = type(spec).model_fields["task"].default
+    prepared = task_class(kind).prepare(spec).folder
+    result = run_training(
+        spec.model_dump(mode="json"), str(prepared) if prepared else None, str(folder / "run")
+    )
+    ends = {key: value for key, value in result["metrics"].items() if key.startswith("eval/")}
+    return {"command": COMMAND, "losses": losses(result), "ends": ends}
+
+
+def names() -> list[str]:
+    """Return the names of all runs."""
+    return ["language-model", *SPECS]
+
+
+def main() -> None:
+    """Write all curves."""
+    FOLDER.mkdir(exist_ok=True)
+    for name in names():
+        with tempfile.TemporaryDirectory() as folder:
+            found = curve(name, Path(folder))
+        (FOLDER / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(name, found["losses"][0], found["losses"][-1])
+
+
+if __name__ == "__main__":
+    main()
