@@ -72,7 +72,7 @@ def _csv(name: str, spec: LabelSetsSpec) -> tuple[np.ndarray, np.ndarray, tuple[
     sets = [[part.strip() for part in text.split(spec.separator) if part.strip()] for text in table.labels]
     names = sorted({part for one in sets for part in one})
     if len(names) < 2:
-        raise UserError(f"{name}: column {spec.label} holds {len(names)} label; two are the least")
+        raise UserError(f"{name}: column {spec.label} must hold at least two labels, not {len(names)}")
     numbers = {label: number for number, label in enumerate(names)}
     return table.inputs, padded([[numbers[part] for part in one] for one in sets]), tuple(names)
 
@@ -99,12 +99,14 @@ def _arrays(name: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         raise UserError(f"{name}: x {x.shape} and y {y.shape} must be numbers (N, …) and integers (N, P)")
     if not np.isfinite(x).all():
         raise UserError(f"{name}: x holds NaN or infinity")
-    if y.dtype.kind == "b" or (y.shape[1] > 2 and set(np.unique(y)) <= {0, 1}):
+    # Lists of two labels without padding would all be the same set.
+    if y.dtype.kind == "b" or (y.shape[1] >= 2 and set(np.unique(y)) <= {0, 1}):
         count, labels = y.shape[1], padded([np.flatnonzero(row).tolist() for row in y])
     else:
         count, labels = int(y.max()) + 1, np.where(y < 0, IGNORE_INDEX, y).astype(np.int64)
-    if count < 2:
-        raise UserError(f"{name}: y holds {count} label; two are the least")
+    used = len(np.unique(labels[labels >= 0]))
+    if used < 2:
+        raise UserError(f"{name}: y must hold at least two labels, not {used}")
     return x, labels, tuple(str(number) for number in range(count))
 
 

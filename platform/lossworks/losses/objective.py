@@ -81,7 +81,7 @@ class Objective(nn.Module):
 
     def value(self, sums: Tensor, counts: Sequence[float]) -> tuple[float, dict[str, float]]:
         """Return the objective of sums (S,) and counts (T,) over all parts, and each term by its title."""
-        found = [float(v) for v in self._values(sums, counts)]
+        found = [float(v) for v in self._values(sums.detach(), counts)]
         total = sum(w * v for w, v in zip(self.weights, found, strict=True))
         return total, dict(zip(self.titles, found, strict=True))
 

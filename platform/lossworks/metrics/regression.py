@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-13  # what is left of equal numbers' squares where the square of their sum is taken off
+
 
 def value_sums(predictions: Tensor, targets: Tensor) -> Tensor:
     """Return count, squared errors, absolute errors, targets and squared targets of a batch, float64 (5,).
@@ -35,5 +37,5 @@ def value_metrics(sums: Tensor, deviation: float = 1.0) -> dict[str, float]:
     return {
         "rmse": deviation * math.sqrt(square / n),
         "mae": deviation * absolute / n,
-        "r2": 1 - square / variation if variation > 0 else math.nan,
+        "r2": 1 - square / variation if variation > _ROUNDING * of_squares else math.nan,
     }

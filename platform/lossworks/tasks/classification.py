@@ -10,8 +10,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Declaration
+from lossworks.catalogue.registry import declaration
 from lossworks.data import BagOrder, Order, load_examples
 from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.errors import UserError
 from lossworks.metrics import ClassSums, class_sums
 from lossworks.models import Classifier, HeadedModel, Outputs, build_classifier, save_classifier
 from lossworks.models.operations import count_step_flops
@@ -61,7 +63,7 @@ class ClassificationTask(Task):
         spec: The run.
 
     Raises:
-        UserError: The examples can't be read.
+        UserError: The examples can't be read, or are of more than two classes where the loss is for two.
     """
 
     slug = "classification"
@@ -93,6 +95,12 @@ class ClassificationTask(Task):
         self.run = spec
         self.data = load_examples(spec.data, spec.seed)
         self.train, self.held_out = self.data.train, self.data.held_out
+        for term in spec.loss.terms:
+            if declaration(term.name).kind == "margin" and len(self.data.names) != 2:
+                raise UserError(
+                    f"loss.name={term.name} is for two classes, and there are {', '.join(self.data.names)}: "
+                    "set data.classes=[A, B]"
+                )
 
     @classmethod
     def open(cls, spec: RunSpec, folder: Path | None) -> "ClassificationTask":

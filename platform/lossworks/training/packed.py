@@ -56,8 +56,9 @@ def obstacle(spec: RunSpec) -> str | None:
 def alike(spec: RunSpec) -> str:
     """Return what runs must have in common to be packed together, as the JSON of a spec."""
     values = spec.model_dump(mode="json", exclude=set(_MAY_DIFFER))
-    # The loss may decide the width of the head, and what a batch holds.
-    return json.dumps({**values, "loss": json.loads(task_of(spec).shaping(spec))})
+    # The loss may decide the width of the head, and what a batch holds; otherwise it is the task's usual one.
+    shaping = json.loads(task_of(spec).shaping(spec))
+    return json.dumps({**values, "loss": shaping} if shaping else values)
 
 
 @dataclass(frozen=True, eq=False)

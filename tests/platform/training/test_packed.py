@@ -2,6 +2,7 @@
 
 import pytest
 
+from lossworks.tasks import parse_train_spec
 from lossworks.tasks.classification import ClassifierSpec
 from lossworks.tasks.language_model import TrainSpec
 from lossworks.training.packed import PackedRun, advance, alike, obstacle
@@ -44,6 +45,78 @@ def test_packed_runs_are_what_each_is_alone(model, tmp_path):
             assert report.failure is None
             for name, value in report.metrics.items():
                 assert value == pytest.approx(alone[report.step][name], rel=2e-3, abs=2e-4), (index, name)
+
+
+IN_ONE = {"evaluation": {"every": 3, "sequences": 30}}
+BINS = {"v_min": -4, "v_max": 4}
+# Runs of further kinds, two of each that may be together.
+KINDS = {
+    "plain values": [
+        {"task": "regression", "data": {"source": "friedman:120"}, "loss": loss, "seed": seed}
+        for loss, seed in (("squared-error", 0), ("squared-error", 4))
+    ],
+    "bins": [
+        {
+            "task": "regression",
+            "data": {"source": "friedman:120"},
+            "loss": {"name": "hl-gauss", **BINS},
+            **one,
+        }
+        for one in ({}, {"optimizer": {"lr": 0.002}})
+    ],
+    "bags of values": [
+        {
+            "task": "regression",
+            "data": {"source": "friedman:120", "bag_size": 5},
+            "loss": {"name": "aggregate-interpolation", "rho": rho},
+        }
+        for rho in (0.1, 0.1)
+    ],
+    "sets of labels": [
+        {
+            "task": "multi-label",
+            "data": {"source": "topics:200", "labels": 30},
+            "loss": {"name": "decoupled-softmax", "normalise": False, "temperature": t},
+        }
+        for t in (1.0, 0.5)
+    ],
+    # Each batch of an evaluation is one of its own, so that it is measured in one.
+    "margins": [
+        {"data": {"source": "breast-cancer"}, "loss": {"name": "ensloss", "seed": seed}, **IN_ONE}
+        for seed in (0, 1)
+    ],
+    "bags of classes": [
+        {"data": {"source": "wine", "bag_size": 5}, "loss": {"name": "aggregate-interpolation", "rho": rho}}
+        for rho in (0.2, 0.9)
+    ],
+    "sums": [
+        {
+            "loss": [
+                {"name": "cross-entropy", "weight": {"value": 1, "final": 0, "start": 2, "steps": 5}},
+                other,
+            ]
+        }
+        for other in ("batch-dice", {"name": "ldr", "weight": 0.5})
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_runs_of_every_kind_are_what_each_is_alone(kind, tmp_path):
+    """Values, sets of labels, margins, bags and sums: every metric at every evaluation."""
+    common = {"steps": 9, "evaluation": {"every": 3, "sequences": 100}}
+    values = [tiny(**{**common, **one}) for one in KINDS[kind]]
+    runs = [PackedRun.start(parse_train_spec(one)) for one in values]
+    assert all(obstacle(run.spec) is None for run in runs)
+    assert len({run.common for run in runs}) == 1
+    reports = [advance(runs, run_steps) for run_steps in (3, 3, 3)]
+
+    for index, one in enumerate(values):
+        alone = dict(run_training(one, None, str(tmp_path / str(index)))["rows"])
+        for report in (packed[index] for packed in reports):
+            assert report.failure is None
+            for name, value in report.metrics.items():
+                assert value == pytest.approx(alone[report.step][name], rel=2e-3, abs=2e-4), name
 
 
 def test_who_else_is_there_makes_no_difference():

@@ -105,14 +105,15 @@ def test_ranks_give_what_one_process_gives(tmp_path):
 
 def test_a_teacher_of_another_width_teaches(tmp_path):
     """A run, or the folder of its export; what it says of a batch is what the student is pulled to."""
-    teacher = run_in_folder(tiny(steps=40, model={"width": 24}), "teacher")
+    once = {"steps": 40, "checkpoint": {"every": 40}, "evaluation": {"every": 40, "sequences": 1000}}
+    teacher = run_in_folder(tiny(**once, model={"width": 24}), "teacher")
     export_run(teacher, tmp_path / "exported")
-    alone = tiny(steps=40, loss="to-teacher", model={"width": 8})
+    alone = tiny(**once, loss="to-teacher", model={"width": 8})
     found = [
         run_training({**alone, "roles": {"teacher": source}}, None, str(tmp_path / name))
         for name, source in (("run", "teacher"), ("folder", str(tmp_path / "exported")))
     ]
-    labels = run_training(tiny(steps=40, model={"width": 8}), None, str(tmp_path / "labels"))
+    labels = run_training(tiny(**once, model={"width": 8}), None, str(tmp_path / "labels"))
 
     assert losses(found[0]) == losses(found[1])
     assert found[0]["metrics"]["eval/accuracy"] > 0.9  # without having seen a label

@@ -96,7 +96,7 @@ def run_in_folder(values: dict[str, Any], run_id: str = "run") -> RunFolder:
     return folder
 
 
-def run_several(runs: list[tuple[dict[str, Any], str]], corpus: str) -> list[dict[str, Any]]:
+def run_several(runs: list[tuple[dict[str, Any], str]], corpus: str | None) -> list[dict[str, Any]]:
     """Train specs into folders one after the other, since starting processes takes longer than a tiny run."""
     return [run_training(values, corpus, folder) for values, folder in runs]
 

@@ -119,13 +119,19 @@ class SmoothAdversarialCompSum(Method):
         del objective
         if outputs.rerun is None:
             raise ValueError("outputs must be able to run the model again")
-        rerun, targets = outputs.rerun, batch["targets"]
+        rerun, inputs, targets = outputs.rerun, batch["inputs"], batch["targets"]
         valid = targets != IGNORE_INDEX
-        # torch's stream is set anew by seed, step and rank, so this one is a function of them.
-        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        values = self.values(
-            lambda x: rerun(x).logits, batch["inputs"], torch.where(valid, targets, 0), generator
-        )
+        # torch's stream is set anew by seed, step and rank, so this number is a function of them.
+        seed = int(torch.randint(2**31, ()))
+
+        def logits(x: Tensor) -> Tensor:
+            # With one dropout mask for all runs, or their differences would pass for the attack's.
+            with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+                torch.manual_seed(seed)
+                return rerun(x).logits
+
+        generator = torch.Generator().manual_seed(seed)
+        values = self.values(logits, inputs, torch.where(valid, targets, 0), generator)
         return torch.where(valid, values, 0).sum().reshape(1)
 
     def values(
