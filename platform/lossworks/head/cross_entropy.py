@@ -226,7 +226,7 @@ def _fused(
     e, c, bias, group, reduce_e, dtype = head
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in (e, c, bias)]
-    return FusedCrossEntropy.apply(
+    total, mass = FusedCrossEntropy.apply(
         e,
         c,
         bias,
@@ -251,6 +251,7 @@ def _fused(
         group,
         reduce_e,
     )
+    return total, mass
 
 
 def _per_row(
