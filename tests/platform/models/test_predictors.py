@@ -26,7 +26,7 @@ def _home(monkeypatch, tmp_path):
 
 
 def exported(values, to):
-    """Train, export the best checkpoint by the command line; return the predictor and what was measured then."""
+    """Train, export the best checkpoint by the command line; return it and what was measured then."""
     folder = run_in_folder(values)
     assert main(["export", folder.run_id, "--to", str(to)]) == 0
     predictor = load_predictor(to)
