@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from lossworks.adapters.pydantic_private import fill_in, replace_extra
 from lossworks.specs import ClassifierModelSpec, ExamplesSpec, LossSpec, Spec, TrackingSpec
 from lossworks_federated.privacy import require_compatible
 from lossworks_federated.spec_parts import (
@@ -79,8 +80,8 @@ class StrategySpec(Spec):
     def _fill_in(self) -> Self:
         """Check the hyperparameters and give the others their defaults, which are stored with a run."""
         resolved = check_settings(self.name, self.model_extra or {})
-        object.__setattr__(self, "__pydantic_extra__", resolved)
-        object.__setattr__(self, "also", tuple(check_also(self.name, entry) for entry in self.also))
+        replace_extra(self, resolved)
+        fill_in(self, also=tuple(check_also(self.name, entry) for entry in self.also))
         return self
 
     @model_serializer(mode="wrap")

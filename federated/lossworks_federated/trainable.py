@@ -27,9 +27,9 @@ _YARDSTICKS: dict[str, Direction] = {
 def _parse(values: Mapping[str, Any], source: str) -> FederationSpec:
     spec = FederationSpec.parse(values, source=source)
     if len(spec.strategies) != 1:
-        raise UserError(f"{source}: strategies: a sweep takes a federation of one strategy")
+        raise UserError(f"{source}: strategies: sweeps and studies take federations of one strategy each")
     if spec.engine != "cohort":
-        raise UserError(f"{source}: engine={spec.engine}: a sweep's federations train by engine=cohort")
+        raise UserError(f"{source}: engine={spec.engine}: sweeps and studies train by engine=cohort")
     return spec
 
 

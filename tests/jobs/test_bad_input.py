@@ -132,6 +132,8 @@ def test_a_wrong_classifier_is_refused_in_one_line(override, message, home, caps
         ("tune", "federated/specs/digits.yaml", "a federation", "federate"),
         ("federate", "jobs/specs/digits.yaml", "a training", "train"),
         ("federate", "tune/specs/label-noise.yaml", "a sweep", "tune"),
+        ("train", "tune/studies/log-z.yaml", "a study", "study"),
+        ("study", "jobs/specs/digits.yaml", "a training", "train"),
     ],
 )
 def test_another_commands_spec_is_refused_by_what_it_is(

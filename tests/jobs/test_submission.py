@@ -104,6 +104,7 @@ def test_the_entry_brings_files_to_shared_storage_and_runs_the_command(text, tmp
         ("jobs/specs/one-gpu.yaml", "train"),
         ("jobs/specs/gpu-nodes.yaml", "train"),
         ("tune/specs/label-noise.yaml", "tune"),
+        ("tune/studies/wrong-labels.yaml", "study"),
         ("federated/specs/digits.yaml", "federate"),
     ],
 )

@@ -138,34 +138,59 @@ def test_strategies_of_federations_are_compared(home, cluster):
 # Going on
 
 
-def test_a_killed_study_goes_on_and_repeats_nothing(home, tmp_path, capsys):
-    """SIGKILL between any two instructions: what had ended stays as it was, and the rest is as without."""
-    noises = [round(0.05 * at, 2) for at in range(12)]
-    spec = tiny_study(over={"data.label_noise": noises}, expect=[LDR], name="killed")
-    expected = study(spec).outcome
+def killed(home, file, size):
+    """Start a study, kill it with SIGKILL once its results have so many bytes, and return their file."""
     before = set((home / "runs").iterdir())
-    process = subprocess.Popen(
-        [*COMMAND, "study", str(written(tmp_path, spec))], stdout=subprocess.DEVNULL, env=os.environ
-    )
+    process = subprocess.Popen([*COMMAND, "study", str(file)], stdout=subprocess.DEVNULL, env=os.environ)
     deadline, results = time.monotonic() + 200, None
-    while time.monotonic() < deadline and not (results and results.stat().st_size > 3000):
+    while time.monotonic() < deadline and not (results and results.stat().st_size > size):
         new = set((home / "runs").iterdir()) - before
         results = next((file for folder in new for file in folder.glob("results.jsonl")), None)
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = [line for line in results.read_bytes().split(b"\n") if line.endswith(b"}")]
+    return results
+
+
+def lines_of(results):
+    """Return the whole lines of a file."""
+    return [line for line in results.read_bytes().split(b"\n") if line.endswith(b"}")]
+
+
+def test_a_killed_study_goes_on_and_repeats_nothing(home, tmp_path, capsys):
+    """SIGKILL between any two instructions: what had ended stays as it was, and the rest is as without."""
+    noises = [round(0.05 * at, 2) for at in range(12)]
+    spec = tiny_study(over={"data.label_noise": noises}, expect=[LDR], name="killed")
+    expected = study(spec).outcome
+    results = killed(home, written(tmp_path, spec), 3000)
+    kept = lines_of(results)
     assert 0 < len(kept) < len(expected.plan.trainings)
 
     assert main(["study", "--resume", str(results.parent)]) == 0
 
-    lines = [line for line in results.read_bytes().split(b"\n") if line.endswith(b"}")]
-    assert lines[: len(kept)] == kept
-    assert len(lines) == len(expected.plan.trainings)
+    assert lines_of(results)[: len(kept)] == kept
+    assert len(lines_of(results)) == len(expected.plan.trainings)
     found = ResultStore(results).of(expected.plan.trainings)
     for key, result in expected.results.items():
         assert found[key].metrics == pytest.approx(result.metrics, rel=1e-3, abs=1e-3)
     assert "verdict" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_by_ray(home, tmp_path):
+    """Trainings that can't be packed: what had ended stays, what had begun goes on."""
+    compare = {f"{share}": {"model": {"dropout": share}} for share in (0.1, 0.5)}
+    spec = tiny_study(compare=compare, over={})
+    results = killed(home, written(tmp_path, spec), 10)
+    kept = lines_of(results)
+    subprocess.run(
+        [*COMMAND, "study", "--resume", str(results.parent)], check=True, env=os.environ, timeout=300
+    )
+
+    assert 0 < len(kept) < 4
+    assert lines_of(results)[: len(kept)] == kept
+    assert len(lines_of(results)) == 4
+    assert not any(result.failure for result in ResultStore(results).of(spec.make_plan().trainings).values())
 
 
 def test_a_study_that_has_ended_trains_nothing_when_gone_on_with(home, monkeypatch):

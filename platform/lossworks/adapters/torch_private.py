@@ -1,9 +1,26 @@
-"""torch besides its documented interface: kernels that move many tensors at once."""
+"""torch besides its documented interface: kernels for many tensors at once, groups by name, storages."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import GroupName
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "TorchDispatchMode",
+    "add_scaled",
+    "drops_at_random",
+    "fused_adamw",
+    "keeps_statistics",
+    "memory_format_enum",
+    "process_group",
+    "storage_key",
+    "tree_leaves",
+]
 
 
 def add_scaled(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float) -> None:
@@ -51,3 +68,30 @@ def fused_adamw(
         amsgrad=False,
         maximize=False,
     )
+
+
+def process_group(name: str) -> dist.ProcessGroup:
+    """Return a process group by its ``group_name``, which operators can take where they can't take groups."""
+    return dist.distributed_c10d._resolve_process_group(GroupName(name))
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return what tells a storage from all others that there are now."""
+    return storage._cdata
+
+
+def drops_at_random(module: nn.Module) -> bool:
+    """Return whether a module is a dropout of any number of dimensions that drops something."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Return whether a module is a batch normalisation of any number of dimensions."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def memory_format_enum() -> Any:
+    """Return the enum that a distributed checkpoint's table of contents holds for memory formats."""
+    from torch.distributed.checkpoint import metadata
+
+    return metadata._MEM_FORMAT_ENCODING

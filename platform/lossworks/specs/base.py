@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lossworks.errors import UserError, nearest, redact
+from lossworks.specs.shipped import spec_file
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,13 @@ class Spec(BaseModel):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file, or raise a UserError that says what is wrong with the file."""
+    """Return the mapping in a YAML file: the one that is named, or one that comes with the installation.
+
+    Raises:
+        UserError: What is wrong with the file.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(spec_file(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such spec file") from None
     except (OSError, UnicodeDecodeError) as error:

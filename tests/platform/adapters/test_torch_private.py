@@ -1,8 +1,22 @@
 """What is used of torch besides its documented interface does what it is used for, in this version."""
 
-import torch
+from enum import Enum
 
-from lossworks.adapters.torch_private import add_scaled, fused_adamw
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lossworks.adapters.torch_private import (
+    TorchDispatchMode,
+    add_scaled,
+    drops_at_random,
+    fused_adamw,
+    keeps_statistics,
+    memory_format_enum,
+    process_group,
+    storage_key,
+    tree_leaves,
+)
 
 
 def test_scaled_tensors_are_added_in_place():
@@ -31,3 +45,56 @@ def test_the_fused_step_is_that_of_the_documented_optimiser():
     torch.testing.assert_close(
         ours, theirs.detach(), msg="torch._fused_adamw_ is no longer torch.optim.AdamW"
     )
+
+
+def test_a_group_is_found_by_its_name(tmp_path):
+    """Operators of a head whose classes are spread over ranks take a group's name in place of a group."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        group = dist.new_group([0])
+        found = process_group(group.group_name)
+    finally:
+        dist.destroy_process_group()
+
+    assert found is group, "distributed_c10d._resolve_process_group no longer knows groups by group_name"
+
+
+def test_storages_are_told_apart():
+    """Views share one, copies don't; the measure of peak memory counts each storage once."""
+    whole = torch.zeros(4)
+    key = storage_key(whole.untyped_storage())
+
+    assert key == storage_key(whole[1:].untyped_storage()), "UntypedStorage._cdata is no storage's identity"
+    assert key != storage_key(whole.clone().untyped_storage())
+
+
+def test_operators_are_seen_with_their_tensors():
+    """TorchDispatchMode and tree_leaves, on which the measure of peak memory stands."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.extend(leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.zeros(2)
+    with Watch():
+        torch.stack([x, x])
+
+    assert len(seen) == 2, "a dispatch mode is no longer given an operator's own arguments"
+
+
+def test_modules_that_can_not_be_stacked_are_recognised():
+    """Of every number of dimensions, by the classes that they have in common."""
+    assert all(drops_at_random(kind(0.5)) for kind in (nn.Dropout, nn.Dropout2d, nn.AlphaDropout))
+    assert not drops_at_random(nn.Dropout(0.0))
+    assert all(keeps_statistics(kind(3)) for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))
+    assert not keeps_statistics(nn.LayerNorm(3))
+
+
+def test_the_table_of_contents_names_its_memory_formats_by_an_enum():
+    """The one thing besides classes that the safe reader of checkpoints lets through."""
+    kind = memory_format_enum()
+
+    assert issubclass(kind, Enum), "distributed checkpoints keep memory formats in another way"
+    assert "TORCH_CONTIGUOUS_FORMAT" in kind.__members__

@@ -23,15 +23,6 @@ def clearly(gain: tuple[float, float], least: float = 0.0) -> bool:
     return mean - half > least
 
 
-def test_robust_losses_under_wrong_labels():
-    """Accuracy rises with τ and with LDR's normalised temperature; without noise none is needed."""
-    study = rows.wrong_labels(5)
-    for row in ("comp-sum, τ = 1.7", "comp-sum, τ = 2", rows.LDR, rows.ALDR):
-        assert clearly(study.gain(row, "cross-entropy", "60 % redrawn"), least=0.02), study.markdown()
-    assert clearly(study.gain("comp-sum, τ = 2", "comp-sum, τ = 0.5", "60 % redrawn"), least=0.05)
-    assert study.gain("cross-entropy", "comp-sum, τ = 2", "clean")[0] > -0.005
-
-
 def test_coverage_of_many_answers():
     """Cross-entropy loses a tenth of pass@16 and more as it trains; DCO stays near its peak."""
     study = rows.coverage(5)

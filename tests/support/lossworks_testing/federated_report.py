@@ -79,7 +79,7 @@ class Results:
 
 
 def section() -> str:
-    """Return the section of docs/evidence.md."""
+    """Return the section of docs/evidence-by-script.md."""
     results = Results()
     parts = [_HEAD.format(grid=", ".join(map(str, results.study["lr"])))]
     for name, numbers in results.groups():

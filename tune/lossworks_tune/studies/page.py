@@ -14,14 +14,16 @@ _UNTOLD = ("kind", "name", "tracking", "storage", "checkpoint")  # fields of a b
 _HEAD = f"""# Evidence
 
 Does a loss do on data what its paper says? Each study here is a file in `tune/studies/`: a claim, what is
-compared, over which seeds, and what is expected. Its expectations are *confirmed* where the 95 % interval of
-the paired difference lies wholly on the claimed side, *contradicted* where it lies wholly on the other, and
-else *not told apart*; so is a study, if all of them are confirmed, or any is contradicted. These are small
-models on small data, and many expectations: one in twenty intervals misses. {EXPLANATION}
+compared, over which seeds, and what is expected. An expectation is *confirmed* where the 95 % interval of the
+paired difference lies wholly on the claimed side, *contradicted* where it lies wholly on the other, and else
+*not told apart*. A study is confirmed if all that it expects is, and contradicted if any of it is. These are
+small models on small data, and of many intervals one in twenty misses.
 
-`lossworks study --all` trains everything again and writes this page; the values are in
-`tune/studies/results/`. Studies that are not such files yet, of sweeps and of federated strategies are
-[on a page of their own](evidence-by-script.md).
+{EXPLANATION}
+
+`lossworks study --all` trains everything again and writes this page; all values are in
+`tune/studies/results/`. What is no such file yet is [on a page of its own](evidence-by-script.md): further
+losses, what the sweeps found, and federated strategies on two tasks.
 """
 
 

@@ -97,10 +97,12 @@ class Plan:
         values = itertools.product(*over.values())
         self.settings = tuple(Setting(dict(zip(over, chosen, strict=True))) for chosen in values)
 
-    @property
+    @cached_property
     def yardsticks(self) -> Mapping[str, Direction]:
-        """The metrics by which trainings can be compared, each with its better direction."""
-        return self.trainable.yardsticks(self._base)
+        """The metrics that all variants report, by which they can be compared, with their better direction."""
+        first = [self.training(variant, self.settings[0], self.seeds[0]) for variant in self.variants]
+        known = [self.trainable.yardsticks(training.spec) for training in first]
+        return {name: mode for name, mode in known[0].items() if all(name in of for of in known)}
 
     @cached_property
     def trainings(self) -> tuple[Training, ...]:

@@ -80,7 +80,7 @@ class StudySpec(Spec):
     kind: Literal["study"] = Field("study", description="what the spec describes")
     name: str = Field("study", min_length=1, max_length=100, description="name of the run in MLflow")
     claim: str = Field("", max_length=1000, description="what is claimed, in a sentence")
-    paper: str = Field("", max_length=300, description="the paper that claims it")
+    paper: str = Field("", max_length=1000, description="the paper that claims it")
     entries: tuple[str, ...] = Field((), description="entries of the catalogue that it is about, by slug")
     base: dict[str, Any] = Field(
         default_factory=dict,

@@ -67,7 +67,7 @@ def form_of(means: Iterable[Mean]) -> str:
 
 def signed(mean: Mean, form: str) -> str:
     """Return a difference with its sign and the half width of its interval."""
-    return mean.text(form.replace("{:", "{:+")).replace("± +", "± ")
+    return mean.text(form.replace("{:", "{:+z")).replace("± +", "± ")
 
 
 def of_verdict(verdict: Verdict) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import GroupName
 
+from lossworks.adapters.torch_private import process_group
 from lossworks.errors import UserError
 from lossworks.head.core.problem import RowSums
 
@@ -50,7 +50,7 @@ class Shard:
         Raises:
             UserError: A rank holds none; it is raised on all ranks.
         """
-        group = _group(name)
+        group = process_group(name)
         mine = torch.tensor([classes], device=device)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(everyone, mine, group=group)
@@ -98,9 +98,5 @@ def agree(complaint: str | None, name: str | None, device: torch.device) -> str 
     if name is None:
         return complaint
     flag = torch.tensor([complaint is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=_group(name))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=process_group(name))
     return complaint or ("another rank's part of c or bias holds NaN or infinity" if bool(flag) else None)
-
-
-def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(GroupName(name))

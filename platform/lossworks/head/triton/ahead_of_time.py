@@ -18,9 +18,9 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.compiler import CompiledKernel, make_backend
 
+from lossworks.adapters.triton_private import source_of_launch
 from lossworks.errors import UserError
 from lossworks.head.core.problem import Coefficients, Gradients, Problem, Softmax
 from lossworks.head.triton.calls import KernelCall, fused_call, parts_of, row_sums_call, slab_call
@@ -160,15 +160,9 @@ def _vector(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _compile(call: KernelCall, target: str) -> CompiledKernel:
-    kernel = call.kernel
-    backend = make_backend(_COMPILERS[target])
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**call.arguments)
-    packed, signature, constants, attributes = kernel._pack_args(
-        backend, options, bound, specialization, options
-    )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=_COMPILERS[target], options=vars(packed))
+    compiler = _COMPILERS[target]
+    source, options = source_of_launch(call.kernel, make_backend(compiler), call.arguments)
+    return triton.compile(source, target=compiler, options=options)
 
 
 def _read(kernel: CompiledKernel, target: str) -> KernelResources:

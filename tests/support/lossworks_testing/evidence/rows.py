@@ -11,40 +11,11 @@ from lossworks.losses import create
 from lossworks.specs import ExamplesSpec
 from lossworks_testing.evidence.study import Study, fit, mlp
 
-ALDR, LDR = "aldr-kl, λ0 = 10, normalised", "ldr, λ = 10, normalised"
-_ROBUST = {
-    "cross-entropy": ("cross-entropy", {}),
-    "comp-sum, τ = 0.5": ("comp-sum", {"tau": 0.5}),
-    "comp-sum, τ = 1.7": ("comp-sum", {"tau": 1.7}),
-    "comp-sum, τ = 2": ("comp-sum", {"tau": 2.0}),
-    LDR: ("ldr", {"temperature": 10.0, "normalisation": "softplus-mean"}),
-    ALDR: ("aldr-kl", {}),
-}
-
 
 def flat(data: ExampleData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return training and held-out examples as vectors with their labels."""
     train, held_out = data.train, data.held_out
     return train.inputs.flatten(1), train.labels, held_out.inputs.flatten(1), held_out.labels
-
-
-def wrong_labels(seeds: int) -> Study:
-    """Train on digits with clean labels and with 60 % of them redrawn."""
-    study = Study(
-        "comp-sum, ldr, aldr-kl",
-        "Under wrong labels accuracy rises with τ, and with LDR at a large temperature; with right ones "
-        "cross-entropy loses to none.",
-        "Digits, 64-128-10 perceptron, 60 epochs of Adam at 0.002; held-out accuracy.",
-    )
-    for seed in range(seeds):
-        for noise in (0.0, 0.6):
-            spec = ExamplesSpec(source="digits", label_noise=noise)
-            x, y, held_out, labels = flat(load_examples(spec, seed))
-            for row, (slug, settings) in _ROBUST.items():
-                model = fit(mlp(64, 128, 10, seed), create(slug, **settings), x, y, epochs=60, seed=seed)
-                right = (model(held_out).argmax(1) == labels).double().mean()
-                study.add(row, "60 % redrawn" if noise else "clean", right)
-    return study
 
 
 def coverage(seeds: int) -> Study:
