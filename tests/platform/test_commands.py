@@ -34,7 +34,7 @@ def run(tmp_path_factory):
             outcome = train(
                 Job(
                     spec=spec,
-                    corpus=prepared(spec),
+                    prepared=prepared(spec).folder,
                     checkpoints=CheckpointStore(folder.checkpoints, keep=2),
                     record=journal.write,
                 )

@@ -152,6 +152,7 @@ def load_predictor(folder: str | Path) -> Predictor:
             None if config["standardisation"] is None else Standardisation.of_plain(config["standardisation"])
         )
         loss = dict(config["loss"])
+        slug = str(loss.pop("name"))
         target = config.get("target", {"mean": 0.0, "deviation": 1.0})
         scaled = (float(target["mean"]), float(target["deviation"]))
         reading, names = str(config["reading"]), tuple(map(str, config.get("names", ())))
@@ -161,7 +162,7 @@ def load_predictor(folder: str | Path) -> Predictor:
     state = read_tensors(Path(folder) / WEIGHTS)
     require_fit(model, state, source=str(Path(folder) / WEIGHTS))
     model.load_state_dict(state, assign=True)
-    made = create(loss.pop("name"), **loss)
+    made = create(slug, **loss)
     return Predictor(model.eval(), shape, reading, made, scale, scaled, names)
 
 

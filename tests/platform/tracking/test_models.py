@@ -19,7 +19,7 @@ from lossworks.cli import main
 from lossworks.data import load_examples, prepare
 from lossworks.data.example_sources import read_examples
 from lossworks.errors import UserError
-from lossworks.models import TextScorer, load_classifier, load_model
+from lossworks.models import TextScorer, load_classifier, load_model, load_predictor
 from lossworks.reporting.finish import finish_run_folder, sync_run
 from lossworks.runs import RunFolder
 from lossworks.specs import ModelTrackingSpec
@@ -47,10 +47,10 @@ def trained(spec):
     """Train in this process and finish the run as a driver does; return its folder and the notices."""
     run_id = create_run(spec.tracking, name=spec.name, parameters={}, tags={})
     folder, notices = RunFolder.create(spec, run_id), []
-    corpus = prepared(spec) if spec.task == "language-model" else None
+    text = prepared(spec).folder if spec.task == "language-model" else None
     with Journal.open(folder.journal) as journal:
         store = CheckpointStore(folder.checkpoints, keep=2)
-        outcome = train(Job(spec=spec, corpus=corpus, checkpoints=store, record=journal.write))
+        outcome = train(Job(spec=spec, prepared=text, checkpoints=store, record=journal.write))
     outcome.write(folder.outcome_file)
     finish_run_folder(folder, None, status="FINISHED", reason=None, notify=notices.append)
     return folder, notices
@@ -81,7 +81,7 @@ def held_out(language_run, tmp_path_factory):
     """A file with the text that was held out, and its loss as `lossworks evaluate` measures it."""
     corpus = prepare(language_run.spec().text())
     rows = corpus.split(language_run.spec().data)[1]
-    tokens, _ = rows.batch(np.arange(len(rows)))
+    tokens = rows.batch(np.arange(len(rows)))["inputs"]
     exported = tmp_path_factory.mktemp("exported") / "model"
     export_run(language_run, exported)
     file = exported.with_name("held_out.txt")
@@ -162,17 +162,11 @@ def test_a_second_sync_logs_and_registers_nothing_new(language_run):
 
 def test_a_classifier_takes_examples_as_they_come(module_home, tmp_path):
     """Probabilities of raw inputs, standardised inside, give the accuracy the run measured."""
-    import mlflow
-
     spec = parse_train_spec(tiny(name="wines", tracking={"register": "wines"}))
     folder, notices = trained(spec)
     raw, labels, names, _ = read_examples(spec.data, spec.seed)
     data = load_examples(spec.data, spec.seed)
-    mlflow.set_tracking_uri(f"sqlite:///{module_home}/mlflow.db")
-    try:
-        found = mlflow.pyfunc.load_model("models:/wines/1").predict(raw.astype(np.float32))
-    finally:
-        mlflow.set_tracking_uri(None)
+    found = predicted("wines", module_home, raw.astype(np.float32))
     scaled = data.standardisation(raw).astype(np.float32)
     held = [int(np.flatnonzero((scaled == row).all(1))[0]) for row in data.held_out.inputs.numpy()]
     accuracy = float((found[held].argmax(1) == labels[held]).mean())
@@ -185,8 +179,8 @@ def test_a_classifier_takes_examples_as_they_come(module_home, tmp_path):
     assert accuracy == pytest.approx(outcome["metrics"]["eval/accuracy"])
 
 
-def test_classifiers_are_exported_and_refused_where_text_is_asked_for(module_home, tmp_path, capsys):
-    """`lossworks export` writes safetensors and config; `lossworks evaluate` says it is for text."""
+def test_classifiers_are_exported_and_evaluated(module_home, tmp_path, capsys):
+    """`lossworks export` writes safetensors and config, and `lossworks evaluate` finds what the run found."""
     spec = parse_train_spec(tiny(name="plain", data={"source": "wine", "standardise": False}))
     folder, _ = trained(spec)
     assert main(["export", folder.run_id, "--to", str(tmp_path / "model")]) == 0
@@ -197,11 +191,66 @@ def test_classifiers_are_exported_and_refused_where_text_is_asked_for(module_hom
     assert classifier.probabilities(np.zeros((0, 13))).shape == (0, 3)
     with pytest.raises(UserError, match=r"trained on \(13,\)"):
         classifier.probabilities(np.zeros((2, 12)))
-    assert main(["evaluate", str(tmp_path / "model")]) == 2
-    assert "holds a classifier" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "model"), "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    outcome = json.loads(folder.outcome_file.read_text())
+    assert figures["eval/accuracy"] == pytest.approx(outcome["metrics"]["eval/accuracy"])
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="isn't a classifier"):
         load_classifier(tmp_path / "model")
+
+
+def predicted(name, module_home, inputs):
+    """Return what the registered model of that name says of examples."""
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{module_home}/mlflow.db")
+    try:
+        return mlflow.pyfunc.load_model(f"models:/{name}/1").predict(inputs)
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def test_regressions_and_multi_label_models_take_examples_as_they_come(module_home, tmp_path):
+    """Values in the targets' unit, and scores of labels, as the exported model gives them; no pickle."""
+    numbers = tiny(name="numbers", task="regression", loss="huber", data={"source": "friedman:60"})
+    topics = tiny(name="topics", task="multi-label", data={"source": "topics:60", "labels": 12}) | {
+        "loss": "decoupled-softmax"
+    }
+    for values, shape in ((numbers, (4,)), (topics, (4, 12))):
+        spec = parse_train_spec(values | {"tracking": {"register": values["name"]}})
+        folder, notices = trained(spec)
+        export_run(folder, tmp_path / spec.name)
+        exported = load_predictor(tmp_path / spec.name)
+        raw = np.random.default_rng(0).normal(size=(4, *exported.shape)).astype(np.float32)
+        found = predicted(spec.name, module_home, raw)
+
+        assert notices == []
+        assert found.shape == shape
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, exported.predict(raw), rtol=1e-6)
+
+
+def test_a_model_of_an_unknown_format_is_passed_over(module_home, monkeypatch):
+    """One of another package's task: the run is finished, and a notice says why there is no model."""
+    from lossworks.tasks.classification import ClassificationTask
+
+    def save(self, to, state, provenance):
+        to.mkdir()
+        (to / "config.json").write_text(json.dumps({"format": "theirs", "provenance": provenance}))
+
+    monkeypatch.setattr(ClassificationTask, "save", save)
+    spec = parse_train_spec(tiny(name="theirs", tracking={"model": True}))
+    folder, notices = trained(spec)
+    run = connect(spec.tracking).get_run(folder.run_id)
+
+    assert len(notices) == 1
+    assert notices[0].startswith(
+        "the model could not be logged: format='theirs' is not one that MLflow is given"
+    )
+    assert run.info.status == "FINISHED"
+    assert "lossworks.model" not in run.data.tags
+    assert not run.outputs.model_outputs
 
 
 def test_a_model_that_cannot_be_logged_is_a_notice(module_home, monkeypatch):

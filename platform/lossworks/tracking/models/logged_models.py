@@ -4,11 +4,14 @@ import contextlib
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lossworks.models.folders import CLASSIFIER_FORMAT, CONFIG, read_config
+from lossworks.errors import UserError
+from lossworks.models.folders import CLASSIFIER_FORMAT, CONFIG, PREDICTOR_FORMAT, read_config
+from lossworks.models.pretrained import CONFIG_BESIDE_TRANSFORMERS, FORMAT
 from lossworks.specs.tracking import ModelTrackingSpec
 from lossworks.tracking.client import connect, store_errors
 
@@ -42,7 +45,7 @@ def log_model(spec: ModelTrackingSpec, run_id: str, folder: Path, *, step: int) 
 
     It is stored as a script of ours and the folder as it is, without a pickled object. A language model
     takes the column ``text`` and gives ``loss`` and ``bits_per_byte``; a classifier takes examples (N, …)
-    float32 and gives probabilities.
+    float32 and gives probabilities, a regression values (N,) and a multi-label model scores.
 
     Args:
         spec: Where the run is, and the name to register.
@@ -51,13 +54,15 @@ def log_model(spec: ModelTrackingSpec, run_id: str, folder: Path, *, step: int) 
         step: The step the model is from.
 
     Raises:
+        UserError: The folder is of a format that is not known here, as of another package's task.
         RunError: The store can't be reached or refuses.
     """
+    served = _served(folder)
     client = connect(spec)
     with store_errors(spec), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         model = _create(client, run_id, step)
         with _failed_on_error(client, model.model_id):
-            _write(Path(temporary) / _NAME, folder, run_id, model.model_id)
+            _write(served, Path(temporary) / _NAME, folder, run_id, model.model_id)
             client.log_model_artifacts(model.model_id, str(Path(temporary) / _NAME))
             client.finalize_logged_model(model.model_id, "READY")
             if spec.register is not None:
@@ -89,18 +94,47 @@ def _create(client: "MlflowClient", run_id: str, step: int) -> "LoggedModel":
     return model
 
 
-def _write(path: Path, folder: Path, run_id: str, model_id: str) -> None:
+@dataclass(frozen=True)
+class _Served:
+    """How MLflow serves a model.
+
+    Attributes:
+        script: Beside this file: what MLflow executes.
+        described: Gives signature and example.
+    """
+
+    script: str
+    described: "Callable[[], tuple[ModelSignature, Any]]"
+
+
+def _served(folder: Path) -> _Served:
+    """Return how the model in a folder is served.
+
+    Raises:
+        UserError: Nothing here knows its format.
+    """
+    beside = folder / CONFIG_BESIDE_TRANSFORMERS
+    config = read_config(beside if beside.is_file() else folder / CONFIG)
+    known = {
+        FORMAT: _Served("served_language_model.py", _texts),
+        CLASSIFIER_FORMAT: _Served("served_classifier.py", lambda: _examples(config, "classes")),
+        PREDICTOR_FORMAT: _Served("served_predictor.py", lambda: _examples(config, "names")),
+    }
+    found = config.get("format")
+    if found not in known:
+        raise UserError(f"format={found!r} is not one that MLflow is given: {', '.join(known)}")
+    return known[found]
+
+
+def _write(served: _Served, path: Path, folder: Path, run_id: str, model_id: str) -> None:
     """Write what MLflow stores: the script, the folder, the signature, the example and the requirements."""
     from mlflow import pyfunc
     from mlflow.models import Model
 
-    config = read_config(folder / CONFIG)
-    classifies = config.get("format") == CLASSIFIER_FORMAT
-    signature, example = _examples(config) if classifies else _texts()
-    script = "served_classifier.py" if classifies else "served_language_model.py"
+    signature, example = served.described()
     pyfunc.save_model(
         path,
-        python_model=str(Path(__file__).with_name(script)),
+        python_model=str(Path(__file__).with_name(served.script)),
         artifacts={"model": str(folder)},
         signature=signature,
         input_example=example,
@@ -125,8 +159,13 @@ def _register(client: "MlflowClient", name: str, run_id: str, model: "LoggedMode
     client.set_logged_model_tags(model.model_id, {_VERSIONS_TAG: versions})
 
 
-def _examples(config: dict[str, Any]) -> "tuple[ModelSignature, Any]":
-    """Return signature and example of a classifier."""
+def _examples(config: dict[str, Any], columns: str) -> "tuple[ModelSignature, Any]":
+    """Return signature and example of a model of examples.
+
+    Args:
+        config: Of the model.
+        columns: Its entry that names what is answered for each example, where that is more than a number.
+    """
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -134,7 +173,7 @@ def _examples(config: dict[str, Any]) -> "tuple[ModelSignature, Any]":
     shape, kind = tuple(config["shape"]), np.dtype(np.float32)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(kind, (-1, *shape))]),
-        outputs=Schema([TensorSpec(kind, (-1, len(config["classes"])))]),
+        outputs=Schema([TensorSpec(kind, (-1, *([len(config[columns])] if columns in config else [])))]),
     )
     mean = (config["standardisation"] or {"mean": [0.0] * shape[0]})["mean"]
     column = np.array(mean, dtype=kind).reshape(1, -1, *[1] * (len(shape) - 1))
