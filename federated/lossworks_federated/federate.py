@@ -73,7 +73,7 @@ def federate(
         try:
             _run(session, grid)
         finally:
-            pictures = draw(session)
+            pictures = draw_federation(session)
             try:
                 finish_session(session, [*pictures, session.folder.path / "comparison.csv"])
             except RunError as error:
@@ -114,7 +114,7 @@ def _run(session: Session, grid: "Grid | None") -> None:
     session.run(grid_of)
 
 
-def draw(session: Session) -> list[Path]:
+def draw_federation(session: Session) -> list[Path]:
     """Draw the comparison and each seed's split; return what was drawn."""
     from lossworks_federated.reporting.comparison_picture import draw_comparison
     from lossworks_federated.reporting.split_picture import draw_split

@@ -83,7 +83,10 @@ class ControlVariates(LocalRule):
     def renewed(
         own: Stack, everyone: Member, origin: Member, ended: Stack, steps: Tensor, lr: float
     ) -> Stack:
-        """Return c_i⁺ = c_i − c + (w⁰ − w)/(K_i η), with the steps K_i (M,) that were really taken."""
+        """Return the clients' next control variates (M, …), c_i − c + (w⁰ − w)/(K_i η).
+
+        K_i are the steps that were really taken, shape (M,).
+        """
         return {
             name: own[name] - everyone[name] + (origin[name] - value) / (_over(steps, value) * lr)
             for name, value in ended.items()
@@ -108,7 +111,7 @@ class Dynamic(LocalRule):
 
     @staticmethod
     def renewed(own: Stack, origin: Member, ended: Stack, alpha: float) -> Stack:
-        """Return h_i − α(w − w⁰)."""
+        """Return the clients' next linear terms (M, …), h_i − α(w − w⁰)."""
         return {name: own[name] - alpha * (value - origin[name]) for name, value in ended.items()}
 
 

@@ -162,7 +162,7 @@ def _csv(path: Path, label: str, owner: str | None) -> Read:
     return Read(table.inputs, *_numbered(table.labels), table.owners)
 
 
-class Table(NamedTuple):
+class ExampleTable(NamedTuple):
     """A csv file with numeric features.
 
     Attributes:
@@ -178,7 +178,7 @@ class Table(NamedTuple):
     owners: np.ndarray | None = None
 
 
-def read_table(path: Path, label: str, owner: str | None = None) -> Table:
+def read_table(path: Path, label: str, owner: str | None = None) -> ExampleTable:
     """Return a csv file; every column but label and owner is a feature.
 
     Raises:
@@ -208,7 +208,7 @@ def read_table(path: Path, label: str, owner: str | None = None) -> Table:
         for line, row in rows
     ]
     owners = None if owner is None else np.array([row[columns.index(owner)] for _, row in rows])
-    return Table(np.array(inputs), [row[at] for _, row in rows], [line for line, _ in rows], owners)
+    return ExampleTable(np.array(inputs), [row[at] for _, row in rows], [line for line, _ in rows], owners)
 
 
 def _require_columns(path: Path, columns: list[str], label: str, owner: str | None) -> None:

@@ -6,35 +6,40 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Wanted
-from lossworks.head.cpu.backend import Combine, Pass, Result, Rule
+from lossworks.head.core.problem import Coefficients, Gradients, LinearProblem, RowSums, Wanted
+from lossworks.head.cpu.backend import Combine, FusedResult, Pass, Rule
 
 
 class Backend(Protocol):
     """What an implementation provides; see :mod:`lossworks.head.cpu.backend` for the arguments."""
 
-    def row_sums(self, problem: Problem, how: Pass) -> RowSums:
+    def row_sums(self, problem: LinearProblem, how: Pass) -> RowSums:
         """Return the sums of every row."""
 
     def gradients(
-        self, problem: Problem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
+        self, problem: LinearProblem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
     ) -> tuple[Gradients, Tensor | None]:
         """Return the gradients, and the probability that a filter left out of each row, (N,) or None."""
 
     def fused(
-        self, problem: Problem, how: Pass, rule: Rule, wanted: Wanted, combine: Combine = ...
-    ) -> Result:
+        self, problem: LinearProblem, how: Pass, rule: Rule, wanted: Wanted, combine: Combine = ...
+    ) -> FusedResult:
         """Return losses and gradients together."""
 
     def teacher_expected(
-        self, problem: Problem, teacher: Problem, temperature: float, dtype: torch.dtype, share: float
+        self,
+        problem: LinearProblem,
+        teacher: LinearProblem,
+        temperature: float,
+        dtype: torch.dtype,
+        share: float,
     ) -> tuple[Tensor, Tensor]:
         """Return the expected logits under a teacher's softmax, and its log Σ exp, each of shape (N,)."""
 
     def teacher_gradients(
         self,
-        problem: Problem,
-        teacher: Problem,
+        problem: LinearProblem,
+        teacher: LinearProblem,
         temperature: float,
         lse: Tensor,
         coefficient: Tensor,
@@ -45,7 +50,7 @@ class Backend(Protocol):
         """Return the gradients of the expected logits, weighted by ``coefficient`` (N,); ``lse`` is (N,)."""
 
 
-def get(impl: str, problem: Problem) -> Backend:
+def get(impl: str, problem: LinearProblem) -> Backend:
     """Return the implementation that ``impl`` names; ``auto`` is Triton on GPUs and plain torch elsewhere.
 
     Raises:

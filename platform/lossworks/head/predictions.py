@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.head.core.arguments import operands
-from lossworks.head.core.problem import Problem
+from lossworks.head.core.problem import LinearProblem
 from lossworks.head.cpu.tile_sizes import choose_tile_sizes
 from lossworks.head.cpu.tiles import Logits, slices, view
 from lossworks.head.row_statistics import linear_row_statistics
@@ -63,7 +63,7 @@ def linear_top_k(
         raise UserError(f"temperature={temperature} must be positive")
     nowhere = torch.full((len(head.e),), -1, device=e.device)
     with torch.autocast(e.device.type, enabled=False):
-        logits = Logits(Problem(head.e, head.c, nowhere, head.bias, softcap), head.dtype)
+        logits = Logits(LinearProblem(head.e, head.c, nowhere, head.bias, softcap), head.dtype)
         values, classes, lse = _walk(logits, k, temperature, buffer_share)
     shape = (*e.shape[:-1], k)
     return TopK((values - lse[:, None]).reshape(shape), classes.reshape(shape))

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lossworks.errors import UserError
-from lossworks.head.core.problem import Coefficients, Filter, Problem, Softmax
+from lossworks.head.core.problem import Coefficients, Filter, LinearProblem, Softmax
 from lossworks.head.triton import launch
 
 ALL = (True, True, True)
@@ -55,7 +55,7 @@ def make(n=20, v=70, d=24, *, seed=0, dtype=torch.float32, **options):
     classes = torch.rand(v, generator=g) < 0.6 if options.get("classes") else None
     if classes is not None:
         classes[0] = True
-    problem = Problem(e, c, targets, bias, options.get("softcap"), offset)
+    problem = LinearProblem(e, c, targets, bias, options.get("softcap"), offset)
     return problem, Softmax(temperature, classes)
 
 
@@ -326,7 +326,7 @@ def test_sorting_lets_the_filter_drop_scattered_classes(interpreter):
 
 def test_a_large_smoothed_target_is_not_dropped(interpreter):
     """With label smoothing a sure row's gradient at its target is −α, not p − 1 ≈ 0, and has to stay."""
-    problem = Problem(torch.ones(1, 1), torch.tensor([[30.0], [0.0]]), torch.tensor([0]))
+    problem = LinearProblem(torch.ones(1, 1), torch.tensor([[30.0], [0.0]]), torch.tensor([0]))
     parts = Coefficients(torch.ones(1), target=torch.full((1,), -0.9), constant=torch.full((1,), -0.05))
     sums, _ = interpreter(launch.row_sums, problem, Softmax())
     found = interpreter(launch.gradients, problem, Softmax(), sums.logsumexp, parts, ALL, filter=Filter(1e-3))
@@ -357,7 +357,7 @@ def test_a_teacher_of_another_width(interpreter, softcap, teacher_softcap, optio
 
 FAR = """
 import torch
-from lossworks.head.core.problem import Coefficients, Filter, Problem, Softmax
+from lossworks.head.core.problem import Coefficients, Filter, LinearProblem, Softmax
 from lossworks.head.triton import launch
 
 far = torch.from_file(path, True, 2**31 + 8, dtype=torch.float16).as_strided((3, 8), (2**30, 1))
@@ -365,7 +365,7 @@ far.copy_(torch.randn(3, 8))
 near, y, softmax = far.clone(), torch.tensor([0, 1, 2]), Softmax()
 parts = Coefficients(softmax=torch.ones(3))
 for e, c in ((far, near), (near, far)):
-    here, there = Problem(near, near, y), Problem(e, c, y)
+    here, there = LinearProblem(near, near, y), LinearProblem(e, c, y)
     sums = launch.row_sums(here, softmax)[0]
     assert launch.row_sums(there, softmax)[0].logsumexp.equal(sums.logsumexp)
     for how in (None, Filter(0.0)):

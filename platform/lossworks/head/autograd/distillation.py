@@ -8,7 +8,7 @@ from torch import Tensor
 from lossworks.head import backends
 from lossworks.head.autograd.once_differentiable import once_differentiable
 from lossworks.head.core.arguments import Operands, Options
-from lossworks.head.core.problem import Problem
+from lossworks.head.core.problem import LinearProblem
 
 
 def teacher_expected_logit(
@@ -43,8 +43,8 @@ class _TeacherExpected(torch.autograd.Function):
         temperature: float,
     ) -> Tensor:
         nowhere = torch.full((len(e),), -1, device=e.device)
-        student = Problem(e, c, nowhere, bias, options.softcap)
-        theirs = Problem(teacher.e, teacher.c, nowhere, teacher.bias, softcap)
+        student = LinearProblem(e, c, nowhere, bias, options.softcap)
+        theirs = LinearProblem(teacher.e, teacher.c, nowhere, teacher.bias, softcap)
         backend = backends.get(options.impl, student)
         with torch.autocast(e.device.type, enabled=False):
             expected, lse = backend.teacher_expected(
@@ -59,7 +59,7 @@ class _TeacherExpected(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         e, c, bias, lse = ctx.saved_tensors
         teacher, nowhere, temperature, dtype, options, backend = ctx.rest
-        student = Problem(e, c, nowhere, bias, options.softcap)
+        student = LinearProblem(e, c, nowhere, bias, options.softcap)
         found = backend.teacher_gradients(
             student,
             teacher,

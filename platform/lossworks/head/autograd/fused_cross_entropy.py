@@ -46,7 +46,7 @@ def fuse(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the summed loss, the gradients of E, C and the bias, and the mass left out of each row.
 
-    Arguments are the fields of :class:`Problem`, :class:`CrossEntropyFormula` and :class:`Pass`, whose
+    Arguments are the fields of :class:`LinearProblem`, :class:`CrossEntropyFormula` and :class:`Pass`, whose
     docstrings give their shapes. The results are of no dimension, (N, D), (V, D), (V,) and (N,); a gradient
     that is not wanted, and the mass where nothing is filtered, are empty.
     """

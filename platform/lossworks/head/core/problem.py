@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no equality that gives one bool
-class Problem:
+class LinearProblem:
     """Rows, a classifier, and how a logit is made of them.
 
     z_ik = C_k·e_i + b_k, then softcap·tanh(z_ik/softcap) if there is a softcap, then z_i,y_i += offset_i.

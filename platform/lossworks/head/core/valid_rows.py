@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.core.problem import Gradients, Problem, RowSums
+from lossworks.head.core.problem import Gradients, LinearProblem, RowSums
 from lossworks.head.core.vocab_parallel import Shard
 
 
 class ValidRows:
-    """Turns what a caller passes into a :class:`Problem` without ignored rows, and results back.
+    """Turns what a caller passes into a :class:`LinearProblem` without ignored rows, and results back.
 
     Args:
         e: Shape (N, D).
@@ -50,7 +50,7 @@ class ValidRows:
         local = targets if self._shard is None else self._shard.local(targets)
         if probabilities is not None:
             local = torch.full_like(targets, -1)
-        self.problem = Problem(
+        self.problem = LinearProblem(
             self.keep(e),
             c,
             self.keep(local),

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lossworks.head.core.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax, Wanted
+from lossworks.head.core.problem import (
+    Coefficients,
+    Filter,
+    Gradients,
+    LinearProblem,
+    RowSums,
+    Softmax,
+    Wanted,
+)
 from lossworks.head.cpu.gradients import Slopes
 from lossworks.head.cpu.tile_sizes import TileSizes, borrowing, choose_tile_sizes
 from lossworks.head.cpu.tiles import Logits, RunningSums, Weighted, slices, view
@@ -74,7 +82,7 @@ class Pass:
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class FusedResult:
     """What a pass gives.
 
     Attributes:
@@ -90,7 +98,7 @@ class Result:
     mass: Tensor | None
 
 
-def row_sums(problem: Problem, how: Pass) -> RowSums:
+def row_sums(problem: LinearProblem, how: Pass) -> RowSums:
     """Return the sums of every row, in one product."""
     logits = Logits(problem, how.dtype)
     plan = how.plan(logits, keep=False, filtered=False)
@@ -106,7 +114,7 @@ def row_sums(problem: Problem, how: Pass) -> RowSums:
 
 
 def gradients(
-    problem: Problem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
+    problem: LinearProblem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
 ) -> tuple[Gradients, Tensor | None]:
     """Return the gradients for coefficients that are known by now, in three more products.
 
@@ -134,12 +142,12 @@ def gradients(
 
 
 def fused(
-    problem: Problem,
+    problem: LinearProblem,
     how: Pass,
     rule: Rule,
     wanted: Wanted,
     combine: Combine = lambda sums: sums,
-) -> Result:
+) -> FusedResult:
     """Return losses and their sum's gradients, where coefficients depend on the row's own sums alone.
 
     The rule's coefficients have no linear part, and an expected part only if Σ p z was asked for.
@@ -165,23 +173,25 @@ def fused(
 
 
 def one_after_the_other(
-    row_sums: Callable[[Problem, Pass], RowSums],
-    gradients: Callable[[Problem, Pass, RowSums, Coefficients, Wanted], tuple[Gradients, Tensor | None]],
-    problem: Problem,
+    row_sums: Callable[[LinearProblem, Pass], RowSums],
+    gradients: Callable[
+        [LinearProblem, Pass, RowSums, Coefficients, Wanted], tuple[Gradients, Tensor | None]
+    ],
+    problem: LinearProblem,
     how: Pass,
     rule: Rule,
     wanted: Wanted,
     combine: Combine,
-) -> Result:
+) -> FusedResult:
     """Return losses and gradients from any implementation's two functions, the logits being made twice.
 
-    The shapes are those of :class:`Problem`, :class:`RowSums` and :class:`Gradients`.
+    The shapes are those of :class:`LinearProblem`, :class:`RowSums` and :class:`Gradients`.
     """
     sums = combine(row_sums(problem, how))
     losses, coefficients = rule(sums, slice(0, len(problem.e)))
     if not any(wanted):
-        return Result(sums, losses, Gradients(None, None, None), None)
-    return Result(sums, losses, *gradients(problem, how, sums, coefficients, wanted))
+        return FusedResult(sums, losses, Gradients(None, None, None), None)
+    return FusedResult(sums, losses, *gradients(problem, how, sums, coefficients, wanted))
 
 
 def _kept(
@@ -191,7 +201,7 @@ def _kept(
     rule: Rule,
     wanted: Wanted,
     combine: Combine,
-) -> Result:
+) -> FusedResult:
     """Make the logits of a chunk of rows once, and its gradients from them."""
     slopes = Slopes(logits, how.softmax, wanted, how.filtering, in_blocks=False)
     blocks, every = slices(logits.classes, plan.classes), slice(0, logits.classes)
@@ -223,11 +233,11 @@ def _kept(
         done.append((losses, sums, coefficients.constant))
     losses_of, sums_of, constants = zip(*done, strict=True)
     constant = None if constants[0] is None else torch.cat(constants)
-    return Result(_joined(sums_of), torch.cat(losses_of), *slopes.finish(constant, weights))
+    return FusedResult(_joined(sums_of), torch.cat(losses_of), *slopes.finish(constant, weights))
 
 
 def teacher_expected(
-    problem: Problem, teacher: Problem, temperature: float, dtype: torch.dtype, share: float
+    problem: LinearProblem, teacher: LinearProblem, temperature: float, dtype: torch.dtype, share: float
 ) -> tuple[Tensor, Tensor]:
     """Return Σ_k q_ik z_ik with q = softmax of the teacher's logits over τ, and its log Σ exp; each (N,)."""
     student, theirs = Logits(problem, dtype), Logits(teacher, teacher.e.dtype)
@@ -245,8 +255,8 @@ def teacher_expected(
 
 
 def teacher_gradients(
-    problem: Problem,
-    teacher: Problem,
+    problem: LinearProblem,
+    teacher: LinearProblem,
     temperature: float,
     lse: Tensor,
     coefficient: Tensor,

@@ -7,7 +7,7 @@ out are contiguous, and ∂C of a block of classes is one product.
 import torch
 from torch import Tensor
 
-from lossworks.head.core.problem import Problem, RowSums, Softmax
+from lossworks.head.core.problem import LinearProblem, RowSums, Softmax
 
 
 def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
@@ -35,7 +35,7 @@ class Logits:
         dtype: The inputs are rounded to it first (autocast's dtype, or their own).
     """
 
-    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+    def __init__(self, problem: LinearProblem, dtype: torch.dtype) -> None:
         self.problem = problem
         self.products = product_dtype(dtype, problem.e.device.type)
         self.wide = torch.promote_types(self.products, torch.float32)

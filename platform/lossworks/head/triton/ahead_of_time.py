@@ -22,7 +22,7 @@ from triton.compiler import CompiledKernel, make_backend
 
 from lossworks.adapters.triton_private import source_of_launch
 from lossworks.errors import UserError
-from lossworks.head.core.problem import Coefficients, Gradients, Problem, Softmax
+from lossworks.head.core.problem import Coefficients, Gradients, LinearProblem, Softmax
 from lossworks.head.triton.calls import KernelCall, fused_call, parts_of, row_sums_call, slab_call
 from lossworks.head.triton.tiles import TARGETS, CompileTarget, Kernel, Tile
 
@@ -134,17 +134,19 @@ def _calls(case: CompiledCase) -> list[KernelCall]:
     return [filled] if other is None else [sums, filled]
 
 
-def _problem(case: CompiledCase, features: int) -> Problem:
+def _problem(case: CompiledCase, features: int) -> LinearProblem:
     rows, classes, _ = SHAPE
     e = torch.empty(rows, features, dtype=case.dtype, device="meta")
     c = torch.empty(classes, features, dtype=case.dtype, device="meta")
     targets = _vector(rows, torch.int64)
     return (
-        Problem(e, c, targets, _vector(classes), 30.0, _vector(rows)) if case.full else Problem(e, c, targets)
+        LinearProblem(e, c, targets, _vector(classes), 30.0, _vector(rows))
+        if case.full
+        else LinearProblem(e, c, targets)
     )
 
 
-def _fused(case: CompiledCase, problem: Problem, softmax: Softmax) -> KernelCall:
+def _fused(case: CompiledCase, problem: LinearProblem, softmax: Softmax) -> KernelCall:
     rows, classes, features = SHAPE
     e, c = (_vector(size * features).view(size, features) for size in (rows, classes))
     sums = Gradients(e, c, _vector(classes) if case.full else None)

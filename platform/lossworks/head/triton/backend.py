@@ -8,12 +8,12 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.head.core.filtering import weighted_sum
-from lossworks.head.core.problem import Coefficients, Gradients, Problem, RowSums, Softmax, Wanted
-from lossworks.head.cpu.backend import Combine, Pass, Result, Rule, one_after_the_other
+from lossworks.head.core.problem import Coefficients, Gradients, LinearProblem, RowSums, Softmax, Wanted
+from lossworks.head.cpu.backend import Combine, FusedResult, Pass, Rule, one_after_the_other
 from lossworks.head.triton import launch
 
 
-def unusable(problem: Problem) -> str | None:
+def unusable(problem: LinearProblem) -> str | None:
     """Return why the kernels can't do a problem, or None if they can."""
     if problem.probabilities is not None:
         return "soft targets are not in its kernels"
@@ -24,7 +24,7 @@ def unusable(problem: Problem) -> str | None:
     return None
 
 
-def row_sums(problem: Problem, how: Pass) -> RowSums:
+def row_sums(problem: LinearProblem, how: Pass) -> RowSums:
     """Return the sums of every row.
 
     Raises:
@@ -43,7 +43,7 @@ def row_sums(problem: Problem, how: Pass) -> RowSums:
 
 
 def gradients(
-    problem: Problem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
+    problem: LinearProblem, how: Pass, sums: RowSums, coefficients: Coefficients, wanted: Wanted
 ) -> tuple[Gradients, Tensor | None]:
     """Return the gradients, and the probability that a filter left out of each row, (N,) or None.
 
@@ -69,26 +69,26 @@ def gradients(
 
 
 def fused(
-    problem: Problem,
+    problem: LinearProblem,
     how: Pass,
     rule: Rule,
     wanted: Wanted,
     combine: Combine = lambda sums: sums,
-) -> Result:
+) -> FusedResult:
     """Return losses and gradients; tiles are made twice, as there is no room to keep them."""
     return one_after_the_other(row_sums, gradients, problem, how, rule, wanted, combine)
 
 
 def teacher_expected(
-    problem: Problem, teacher: Problem, temperature: float, dtype: torch.dtype, _: float
+    problem: LinearProblem, teacher: LinearProblem, temperature: float, dtype: torch.dtype, _: float
 ) -> tuple[Tensor, Tensor]:
     """Return the expected logits under a teacher's softmax, and its log Σ exp, each of shape (N,)."""
     return launch.teacher_expected(_rounded(problem, dtype), teacher, Softmax(temperature))
 
 
 def teacher_gradients(
-    problem: Problem,
-    teacher: Problem,
+    problem: LinearProblem,
+    teacher: LinearProblem,
     temperature: float,
     lse: Tensor,
     coefficient: Tensor,
@@ -102,6 +102,6 @@ def teacher_gradients(
     )
 
 
-def _rounded(problem: Problem, dtype: torch.dtype) -> Problem:
+def _rounded(problem: LinearProblem, dtype: torch.dtype) -> LinearProblem:
     """Return the problem with E and C in autocast's dtype."""
     return replace(problem, e=problem.e.to(dtype), c=problem.c.to(dtype))

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.core.problem import Coefficients, Gradients, Problem, Softmax
+from lossworks.head.core.problem import Coefficients, Gradients, LinearProblem, Softmax
 from lossworks.head.triton import kernels
 from lossworks.head.triton.tiles import TARGETS, CompileTarget, Kernel, Tile
 
@@ -30,9 +30,9 @@ class KernelCall(NamedTuple):
 
 
 def row_sums_call(
-    problem: Problem,
+    problem: LinearProblem,
     softmax: Softmax,
-    other: Problem | None,
+    other: LinearProblem | None,
     tile: Tile,
     programs: int,
     *,
@@ -59,10 +59,10 @@ def row_sums_call(
 
 
 def slab_call(
-    problem: Problem,
+    problem: LinearProblem,
     softmax: Softmax,
     parts: kernels.Parts,
-    other: Problem | None,
+    other: LinearProblem | None,
     slab: Tensor,
     first: int,
     tile: Tile,
@@ -85,7 +85,7 @@ def slab_call(
 
 
 def fused_call(
-    problem: Problem,
+    problem: LinearProblem,
     softmax: Softmax,
     parts: kernels.Parts,
     order: Tensor | None,
@@ -152,7 +152,7 @@ def target_of(tensor: Tensor) -> CompileTarget:
     return TARGETS[family]
 
 
-def is_lean(problem: Problem, softmax: Softmax, coefficients: Coefficients) -> bool:
+def is_lean(problem: LinearProblem, softmax: Softmax, coefficients: Coefficients) -> bool:
     """Return whether this is plain cross-entropy, whose few numbers leave registers to a larger tile."""
     c = coefficients
     options = (problem.bias, problem.softcap, problem.target_offset, softmax.classes)
@@ -162,7 +162,11 @@ def is_lean(problem: Problem, softmax: Softmax, coefficients: Coefficients) -> b
 
 
 def choose(
-    kernel: Kernel, problem: Problem, *, lean: bool = False, trial: Callable[[Tile], KernelCall] | None = None
+    kernel: Kernel,
+    problem: LinearProblem,
+    *,
+    lean: bool = False,
+    trial: Callable[[Tile], KernelCall] | None = None,
 ) -> Tile:
     """Return the table's first tile that suits, or the fastest if several do and ``trial`` may be called.
 
@@ -181,7 +185,7 @@ def choose(
     return _fastest[key]
 
 
-def _options(problem: Problem, tile: Tile) -> dict[str, Any]:
+def _options(problem: LinearProblem, tile: Tile) -> dict[str, Any]:
     tf32 = torch.get_float32_matmul_precision() == "high"
     return {
         "ROWS": tile.rows,
@@ -195,7 +199,7 @@ def _options(problem: Problem, tile: Tile) -> dict[str, Any]:
     }
 
 
-def _head(problem: Problem) -> kernels.HeadPointers:
+def _head(problem: LinearProblem) -> kernels.HeadPointers:
     e, c = (x if x.stride(1) == 1 else x.contiguous() for x in (problem.e, problem.c))
     return kernels.HeadPointers(
         e=e,
@@ -210,7 +214,7 @@ def _head(problem: Problem) -> kernels.HeadPointers:
     )
 
 
-def _scale(problem: Problem, softmax: Softmax) -> kernels.Scale:
+def _scale(problem: LinearProblem, softmax: Softmax) -> kernels.Scale:
     classes = None if softmax.classes is None else softmax.classes.to(torch.int8).contiguous()
     if isinstance(softmax.temperature, Tensor):
         return kernels.Scale(_vector(softmax.temperature), classes)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 # Row blocks that share a block of C while it is in the L2 cache.
-GROUP = tl.constexpr(8)
+ROW_GROUP = tl.constexpr(8)
 
 
 class HeadPointers(NamedTuple):
@@ -215,7 +215,7 @@ def _place(N, V, ROWS: tl.constexpr, CLASSES: tl.constexpr):
     class_blocks = tl.cdiv(V, CLASSES)
     program = tl.program_id(0)
     row_block, class_block = tl.swizzle2d(
-        program // class_blocks, program % class_blocks, row_blocks, class_blocks, GROUP
+        program // class_blocks, program % class_blocks, row_blocks, class_blocks, ROW_GROUP
     )
     lanes = (row_block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     return lanes, class_block * CLASSES + tl.arange(0, CLASSES)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from lossworks.head.core.filtering import add_rank_one
-from lossworks.head.core.problem import Coefficients, Filter, Gradients, Problem, RowSums, Softmax, Wanted
+from lossworks.head.core.problem import (
+    Coefficients,
+    Filter,
+    Gradients,
+    LinearProblem,
+    RowSums,
+    Softmax,
+    Wanted,
+)
 from lossworks.head.triton.calls import (
     KernelCall,
     choose,
@@ -27,7 +35,12 @@ from lossworks.head.triton.tiles import Kernel, Tile
 
 @torch.no_grad()
 def row_sums(
-    problem: Problem, softmax: Softmax, *, expected: bool = False, sums: bool = False, order: bool = False
+    problem: LinearProblem,
+    softmax: Softmax,
+    *,
+    expected: bool = False,
+    sums: bool = False,
+    order: bool = False,
 ) -> tuple[RowSums, Tensor | None]:
     """Return the sums of each row after one pass over tiles of logits.
 
@@ -54,7 +67,9 @@ def row_sums(
 
 
 @torch.no_grad()
-def teacher_expected(problem: Problem, teacher: Problem, teacher_softmax: Softmax) -> tuple[Tensor, Tensor]:
+def teacher_expected(
+    problem: LinearProblem, teacher: LinearProblem, teacher_softmax: Softmax
+) -> tuple[Tensor, Tensor]:
     """Return Σ_k q_ik z_ik, q the teacher's softmax and z the student's logits, and the teacher's logsumexp.
 
     Args:
@@ -72,7 +87,7 @@ def teacher_expected(problem: Problem, teacher: Problem, teacher_softmax: Softma
 
 @torch.no_grad()
 def gradients(
-    problem: Problem,
+    problem: LinearProblem,
     softmax: Softmax,
     logsumexp: Tensor,
     coefficients: Coefficients,
@@ -119,8 +134,8 @@ def gradients(
 
 @torch.no_grad()
 def teacher_gradients(
-    problem: Problem,
-    teacher: Problem,
+    problem: LinearProblem,
+    teacher: LinearProblem,
     teacher_softmax: Softmax,
     teacher_logsumexp: Tensor,
     coefficient: Tensor,
@@ -141,7 +156,9 @@ def teacher_gradients(
     return _by_slabs(problem, source, wanted, torch.float32, lean=False, search=True)
 
 
-def _walk(problem: Problem, softmax: Softmax, other: Problem | None, *, expected: bool, sums: bool) -> Tensor:
+def _walk(
+    problem: LinearProblem, softmax: Softmax, other: LinearProblem | None, *, expected: bool, sums: bool
+) -> Tensor:
     """Return what :func:`row_sums_kernel` writes for each split, (6, splits, N)."""
     programs = target_of(problem.e).programs
 
@@ -164,7 +181,7 @@ def _merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top, total.log(), (weights * parts[3]).sum(0) / total
 
 
-def mean_logits(problem: Problem) -> Tensor:
+def mean_logits(problem: LinearProblem) -> Tensor:
     """Return the mean over rows of each class's logit before softcap and offset, C·ē + b, shape (V,).
 
     It has the precision of the inputs' dtype: sorting needs no more.
@@ -177,14 +194,14 @@ def mean_logits(problem: Problem) -> Tensor:
 class _Source(NamedTuple):
     """What ∂L/∂z is made of; arguments of :func:`slab_call`."""
 
-    problem: Problem
+    problem: LinearProblem
     softmax: Softmax
     parts: Parts
-    other: Problem | None
+    other: LinearProblem | None
 
 
 def _by_slabs(
-    problem: Problem, source: _Source, wanted: Wanted, dtype: torch.dtype, *, lean: bool, search: bool
+    problem: LinearProblem, source: _Source, wanted: Wanted, dtype: torch.dtype, *, lean: bool, search: bool
 ) -> Gradients:
     """Return the gradients of ``problem``, E's summed in float32 and C's rounded once to ``dtype``."""
     e, c = problem.e, problem.c
@@ -225,7 +242,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
-def _zeros(problem: Problem, wanted: Wanted, e_dtype: torch.dtype, c_dtype: torch.dtype) -> Gradients:
+def _zeros(problem: LinearProblem, wanted: Wanted, e_dtype: torch.dtype, c_dtype: torch.dtype) -> Gradients:
     e, c = problem.e, problem.c
     return Gradients(
         e.new_zeros(e.shape, dtype=e_dtype) if wanted[0] else None,
@@ -234,7 +251,7 @@ def _zeros(problem: Problem, wanted: Wanted, e_dtype: torch.dtype, c_dtype: torc
     )
 
 
-def _filterable(problem: Problem, coefficients: Coefficients) -> bool:
+def _filterable(problem: LinearProblem, coefficients: Coefficients) -> bool:
     """Return whether ∂L/∂z is small where p is, up to a part of rank one that can be taken out."""
     others = coefficients.expected is not None or coefficients.linear is not None
     in_slope = coefficients.constant is not None and problem.softcap is not None
@@ -243,7 +260,7 @@ def _filterable(problem: Problem, coefficients: Coefficients) -> bool:
 
 
 def _fused(
-    problem: Problem,
+    problem: LinearProblem,
     softmax: Softmax,
     logsumexp: Tensor,
     coefficients: Coefficients,
