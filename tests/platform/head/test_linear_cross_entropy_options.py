@@ -65,7 +65,10 @@ def test_all_options_together(
     weight = torch.rand(7, dtype=torch.float64, generator=g) if weighted else None
     token_weight = torch.rand(11, dtype=torch.float64, generator=g) if tokens else None
     losses, divisor = dense(
-        *(e, c, y, b),
+        e,
+        c,
+        y,
+        b,
         smoothing=smoothing,
         weight=weight,
         z_loss=z_loss,
@@ -81,7 +84,10 @@ def test_all_options_together(
             cpu, "choose_tile_sizes", lambda *_, keep, filtered, k=keep: TileSizes(3, 2, keep and k)
         )
         actual = linear_cross_entropy(
-            *(e, c, y, b),
+            e,
+            c,
+            y,
+            b,
             softcap=softcap,
             reduction=reduction,
             label_smoothing=smoothing,

@@ -156,7 +156,10 @@ def _check_filter(sizes: tuple[int, ...]) -> None:
     own_c, own_bias = _own(c, sizes), _own(bias, sizes)
     with _tiles("kept"):
         loss, mass = linear_cross_entropy(
-            *(e, own_c, targets, own_bias),
+            e,
+            own_c,
+            targets,
+            own_bias,
             reduction="sum",
             filter_eps=0.1,
             return_mass=True,
