@@ -4,11 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow check format bench clean
+ROOMS := platform jobs tune federated
+
+.PHONY: help demo test $(ROOMS:%=test-%) test-slow check format bench clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 demo: $(INSTALLED) ## install, then train a small transformer on two workers (about three minutes)
 	$(BIN)/lossworks train jobs/specs/demo.yaml
@@ -16,6 +18,18 @@ demo: $(INSTALLED) ## install, then train a small transformer on two workers (ab
 test: check ## install, then lint, check types, run the tests and audit every loss
 	$(BIN)/pytest --durations=10
 	$(BIN)/lossworks check --all --one-process
+
+test-platform: $(INSTALLED) ## the tests of the library alone, and those of the whole repository
+	$(BIN)/pytest tests/platform $(wildcard tests/test_*.py)
+
+test-jobs: $(INSTALLED) ## the tests of jobs on Ray alone
+	$(BIN)/pytest tests/jobs
+
+test-tune: $(INSTALLED) ## the tests of sweeps and studies alone
+	$(BIN)/pytest tests/tune
+
+test-federated: $(INSTALLED) ## the tests of federations alone
+	$(BIN)/pytest tests/federated
 
 test-slow: $(INSTALLED) ## the tests that take minutes, and the audit of every loss on two ranks
 	$(BIN)/pytest -m slow --timeout=1800 --durations=10

@@ -5,8 +5,8 @@ from hypothesis import settings
 
 from lossworks.home import QUIET_ENVIRONMENT, prepare_process
 
-# The same examples at every run; `--hypothesis-profile=default` looks further.
-settings.register_profile("repeatable", derandomize=True, database=None)
+# The same examples at every run, however busy the machine; `--hypothesis-profile=default` looks further.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 
 

@@ -136,12 +136,14 @@ def test_dangerous_calls_are_recognised(code):
     assert dangers(code) == [f"1: {code.partition('(')[0]}"]
 
 
-@pytest.mark.parametrize("command", ["train", "tune", "federate"])
-def test_a_spec_can_not_run_code(command, home, marker, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "kind"), [("train", "training"), ("tune", "sweep"), ("federate", "federation")]
+)
+def test_a_spec_can_not_run_code(command, kind, home, marker, tmp_path, capsys):
     """Tags that YAML's full loader would call are refused in one line, in the file and in an override."""
     tag = f"!!python/object/apply:os.mkdir ['{marker}']"
     (tmp_path / "spec.yaml").write_text(f"name: {tag}\n")
-    (tmp_path / "good.yaml").write_text("name: good\n")
+    (tmp_path / "good.yaml").write_text(f"kind: {kind}\nname: good\n")
 
     assert main([command, str(tmp_path / "spec.yaml")]) == 2
     in_file = capsys.readouterr().err

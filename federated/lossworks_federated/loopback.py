@@ -73,8 +73,8 @@ class Deployment:
 
     folder: Path
     port: int = field(default_factory=free_port)
-    _nodes: list[subprocess.Popen] = field(default_factory=list)
-    _link: subprocess.Popen | None = None
+    _nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _link: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         """Make credentials and start the SuperLink.
@@ -102,7 +102,7 @@ class Deployment:
         for process in (*self._nodes, *([self._link] if self._link else [])):
             _stop(process)
 
-    def add_node(self, partition: int, clients: int, *, registered: bool = True) -> subprocess.Popen:
+    def add_node(self, partition: int, clients: int, *, registered: bool = True) -> subprocess.Popen[bytes]:
         """Start a client's SuperNode with a key of its own.
 
         Args:
@@ -162,7 +162,7 @@ class Deployment:
         """Return what the process ``superlink`` or ``node-NUMBER`` has said so far."""
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
-    def _start(self, program: str, options: Sequence[str], name: str) -> subprocess.Popen:
+    def _start(self, program: str, options: Sequence[str], name: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("w") as log:
             return subprocess.Popen(
                 [_program(program), *options],
@@ -217,7 +217,7 @@ def _program(name: str) -> str:
     return str(beside) if beside.exists() else name
 
 
-def _stop(process: subprocess.Popen) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ask a process and its children to end, and see that they do."""
     for number, patience in ((signal.SIGTERM, _STOP_S), (signal.SIGKILL, _STOP_S)):
         with contextlib.suppress(ProcessLookupError):

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lossworks.benchmarks.command import Benchmark
 from lossworks.benchmarks.table import BenchmarkRow
@@ -77,7 +78,7 @@ def _settled(seconds: list[float]) -> float:
     return statistics.median(seconds[_WARMUP_STEPS:] or seconds)
 
 
-def _run_ours(spec: TrainSpec) -> dict:
+def _run_ours(spec: TrainSpec) -> dict[str, Any]:
     from lossworks.tracking import read_all
     from lossworks_jobs.training.train import train
 
@@ -87,7 +88,7 @@ def _run_ours(spec: TrainSpec) -> dict:
     return {"seconds": seconds, "losses": [row["train/loss"] for row in rows], "start": result.first_step_s}
 
 
-def _run_bare(spec: TrainSpec, corpus: Path) -> dict:
+def _run_bare(spec: TrainSpec, corpus: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file, result = Path(folder) / "spec.yaml", Path(folder) / "result.json"
         file.write_text(spec.to_yaml())
@@ -98,7 +99,8 @@ def _run_bare(spec: TrainSpec, corpus: Path) -> dict:
         )
         if done.returncode:
             raise RunError(f"the bare loop failed: {done.stderr.strip().splitlines()[-1]}")
-        return json.loads(result.read_text())
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
 
 
 TRAIN_BENCHMARK = Benchmark(

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare_process()
     try:
         parsed = _parser().parse_args(arguments)
-        return parsed.run(parsed)
+        return int(parsed.run(parsed))
     except LossworksError as error:
         if debug:
             raise

@@ -8,6 +8,7 @@ on raises a ``RunError`` (exit status 1).
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 
 class LossworksError(Exception):
@@ -35,7 +36,7 @@ class NonFiniteLossError(RunError):
         self.step = step
         self.ranks = ranks
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Survive the way from a worker process to the driver."""
         return (_rebuild_non_finite, (str(self), self.step, self.ranks))
 

@@ -17,7 +17,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
-from lossworks.tracking.address import redact
+from lossworks.errors import redact
 
 EVENTS = logging.getLogger("lossworks.run")
 """Where the training loop says what happens."""

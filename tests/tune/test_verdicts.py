@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -81,6 +81,7 @@ def test_equal_is_an_interval_within_what_counts_as_none(gap, by, word):
     assert verdict(expectation, ours, theirs).word == word
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=6))
 def test_what_confirms_a_claim_contradicts_its_opposite(pairs):
     ours, theirs = map(list, zip(*pairs, strict=True))

@@ -112,7 +112,7 @@ def _compare(
 
 
 def _seconds(runs: Sequence[Mapping[str, Any]]) -> float:
-    return statistics.median(statistics.median(run["seconds"][1:]) for run in runs)
+    return statistics.median(float(statistics.median(run["seconds"][1:])) for run in runs)
 
 
 def _weights(case: str, method: str, found: Mapping[str, list[dict[str, Any]]]) -> BenchmarkRow:

@@ -58,7 +58,8 @@ def principal_update(updates: Tensor, rho: float = 0.8, *, rescale: UpdateRescal
         length = (combined @ products @ combined).clamp(min=0).sqrt()
         mean = (products.sum() / m**2).clamp(min=0).sqrt()
         combined = combined * (mean / length if length > 0 else 0.0)
-    return (combined.to(g) @ g).reshape(updates.shape[1:])
+    update: Tensor = combined.to(g) @ g
+    return update.reshape(updates.shape[1:])
 
 
 def _gram(g: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def cpp_compiler(command: str | None = None) -> Check:
 
 
 def _usable_cores() -> int:
-    return machine()["cores"]
+    return int(machine()["cores"])
 
 
 def _torch_capability() -> str:

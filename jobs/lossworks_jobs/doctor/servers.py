@@ -72,7 +72,8 @@ def probe(address: str) -> dict[str, Any]:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PROBE_S, check=False, env=environment
         )
-        return json.loads(done.stdout.splitlines()[-1])
+        seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return seen
     except subprocess.TimeoutExpired as error:
         # Ray goes on trying with a token that is refused, and says so in its log only.
         if b"InvalidAuthToken" in (error.stderr or b""):

@@ -5,6 +5,7 @@ import shlex
 from lossworks.cli import program
 from lossworks.reporting import print_summary
 from lossworks.specs import RunSpec, TrackingSpec
+from lossworks.tasks.methods import descended
 from lossworks.tasks.registry import task_of
 from lossworks.tracking import redact, tracking_uri
 from lossworks_jobs.training.driver import RunResult
@@ -37,16 +38,17 @@ def print_run(spec: RunSpec, result: RunResult, *, seconds_before: float = 0.0) 
 def _figures(spec: RunSpec, metrics: dict[str, float]) -> list[tuple[str, str]]:
     kind = task_of(spec)
     row = kind.unit.removesuffix("s")
-    # A loss other than cross-entropy has a unit of its own, which no other loss shares.
-    loss = (
-        f"{{:.4f}} nats a {row}"
-        if spec.loss.titles == ("cross-entropy",)
-        else f"{{:.4f}} ({' + '.join(spec.loss.titles)})"
-    )
+    article = "an" if row[0] in "aeiou" else "a"
+
+    def unit_of(titles: tuple[str, ...]) -> str:
+        # A loss other than cross-entropy has a unit of its own, which no other loss shares.
+        plain = titles == ("cross-entropy",)
+        return f"{{:.4f}} nats {article} {row}" if plain else f"{{:.4f}} ({' + '.join(titles)})"
+
     known = [
-        ("training loss", "train/loss", loss),
+        ("training loss", "train/loss", unit_of(descended(spec))),
         *((f"  {title}", f"train/loss/{title}", "{:.4f}") for title in spec.loss.titles),
-        ("held-out loss", "eval/loss", loss),
+        ("held-out loss", "eval/loss", unit_of(spec.loss.titles)),
         *kind.shown,
         (f"{kind.unit}/s", f"train/{kind.unit}_per_second", "{:,.0f}"),
         ("MFU of the last step", "train/mfu", "{:.3g} of the maker's peak"),

@@ -55,7 +55,8 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
     from lossworks.tasks import parse_train_spec
     from lossworks.tracking import Journal
     from lossworks.training.checkpoints.checkpoint import CheckpointStore
-    from lossworks.training.loop import Job, train
+    from lossworks.training.job import Job
+    from lossworks.training.loop import train
     from lossworks.training.outcome import Outcome, Status
     from lossworks_jobs.training.prometheus import Exporter
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import GroupName
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -72,12 +72,12 @@ def fused_adamw(
 
 def process_group(name: str) -> dist.ProcessGroup:
     """Return a process group by its ``group_name``, which operators can take where they can't take groups."""
-    return dist.distributed_c10d._resolve_process_group(GroupName(name))
+    return _resolve_process_group(GroupName(name))
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
     """Return what tells a storage from all others that there are now."""
-    return storage._cdata
+    return int(storage._cdata)
 
 
 def drops_at_random(module: nn.Module) -> bool:

@@ -86,7 +86,7 @@ def _seconds(call: Callable[[], object], device: str) -> float:
         call()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
+        return float(start.elapsed_time(end)) / 1000
     began = time.perf_counter()
     call()
     return time.perf_counter() - began

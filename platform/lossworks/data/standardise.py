@@ -50,7 +50,8 @@ class Standardisation:
             Shape (N, F, …), float64: in float32 a large mean would round the examples' differences away.
         """
         shape = (1, -1, *[1] * (inputs.ndim - 2))
-        return (inputs - self.mean.reshape(shape)) / self.deviation.reshape(shape)
+        scaled: np.ndarray = (inputs - self.mean.reshape(shape)) / self.deviation.reshape(shape)
+        return scaled
 
 
 def to_float32(inputs: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from lossworks.head.cross_entropy import linear_cross_entropy
 from lossworks.head.module import LinearCrossEntropy
 from lossworks.head.predictions import TopK, linear_log_probabilities, linear_top_k
 from lossworks.head.row_loss import linear_row_loss
+from lossworks.head.row_statistics import linear_row_statistics, row_statistics
 from lossworks.head.statistics import (
     ExpectedLogit,
     Gathered,
@@ -18,8 +19,6 @@ from lossworks.head.statistics import (
     Target,
     TeacherExpectedLogit,
     Variance,
-    linear_row_statistics,
-    row_statistics,
 )
 
 __all__ = [

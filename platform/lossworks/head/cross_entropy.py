@@ -7,13 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.autograd.row_sums import differentiable_row_sums
+from lossworks.head.autograd.differentiable_row_sums import differentiable_row_sums
 from lossworks.head.core.arguments import (
     Implementation,
     Operands,
     Options,
     Reduction,
-    all_classes,
     check_choice,
     check_finite,
     check_parallel,
@@ -23,6 +22,7 @@ from lossworks.head.core.arguments import (
 )
 from lossworks.head.core.dense_reference import reference_sums
 from lossworks.head.core.row_formulas import CrossEntropyFormula, negative_log_likelihood_with_gradient
+from lossworks.head.core.row_weights import split_targets, weighted_rows
 from lossworks.head.core.vocab_parallel import VocabParallel
 
 
@@ -138,8 +138,8 @@ def linear_cross_entropy(
     if shift:
         head, targets, token_weight = _shift(head, e.shape, targets, token_weight, shift, soft=soft)
     shape = targets.shape[:-1] if soft else targets.shape
-    flat, probabilities = _split_targets(targets, class_weight, ignore_index)
-    rule = _rule(
+    flat, probabilities = split_targets(targets, class_weight, ignore_index)
+    rule = weighted_rows(
         head,
         flat,
         probabilities,
@@ -162,71 +162,16 @@ def linear_cross_entropy(
     return (result, lse.reshape(shape)) if return_lse else result
 
 
-def _split_targets(
-    targets: Tensor, class_weight: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor | None]:
-    """Return the targets (N,), none of them ignored if they are soft, and soft ones (N, V), weighted."""
-    if not targets.is_floating_point():
-        return targets.reshape(-1), None
-    q = targets.detach().reshape(-1, targets.shape[-1])
-    flat = torch.full((len(q),), ignore_index + 1, device=q.device)
-    return flat, q if class_weight is None else q * class_weight.detach()
-
-
-def _rule(
-    head: Operands,
-    targets: Tensor,
-    probabilities: Tensor | None,
-    token_weight: Tensor | None,
-    class_weight: Tensor | None,
-    *,
-    smoothing: float,
-    z_loss: float,
-    mean: bool,
-    options: Options,
-) -> CrossEntropyFormula:
-    """Bring everything that weighs a row together, the mean's divisor included; ignored rows weigh 0."""
-    wide = torch.promote_types(head.e.dtype, torch.float32)
-    valid = targets != options.ignore_index
-    row = valid.to(wide)
-    if token_weight is not None:
-        row = torch.where(valid, token_weight.detach().reshape(-1).to(wide), 0)
-    nll_weight = row
-    if class_weight is not None:
-        class_weight = class_weight.detach().to(wide)
-        if probabilities is None:
-            # Clamped, since targets out of range are refused later, by name.
-            nll_weight = row * class_weight[torch.where(valid, targets, 0).clamp(0, len(class_weight) - 1)]
-    if mean:
-        divisor = nll_weight.sum()
-        scale = torch.where(divisor > 0, 1 / divisor, 0)
-        row, nll_weight = row * scale, nll_weight * scale
-    lse_weight = total_weight = None
-    if smoothing:
-        classes = all_classes(head)
-        total_weight = row * (smoothing / classes)
-        lse_weight = total_weight * (classes if class_weight is None else class_weight.sum())
-    return CrossEntropyFormula(
-        nll_weight * (1 - smoothing),
-        lse_weight,
-        total_weight,
-        row * z_loss if z_loss else None,
-        None if probabilities is None else probabilities.sum(1, dtype=wide),
-        class_weight if smoothing else None,
-        options.temperature,
-    )
-
-
 def _fused(
     head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, rule: CrossEntropyFormula
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum, and the probability left out of each row (empty without a filter)."""
-    from lossworks.head.autograd.operators import FusedCrossEntropy
+    from lossworks.head.autograd.fused_cross_entropy import FusedCrossEntropy
 
     e, c, bias, group, reduce_e, dtype = head
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in (e, c, bias)]
-    return FusedCrossEntropy.apply(
+    total, mass = FusedCrossEntropy.apply(
         e,
         c,
         bias,
@@ -251,6 +196,7 @@ def _fused(
         group,
         reduce_e,
     )
+    return total, mass
 
 
 def _per_row(

@@ -10,7 +10,8 @@ from lossworks.head.core.arguments import operands
 from lossworks.head.core.problem import Problem
 from lossworks.head.cpu.tile_sizes import choose_tile_sizes
 from lossworks.head.cpu.tiles import Logits, slices, view
-from lossworks.head.statistics import Gathered, LogSumExp, linear_row_statistics
+from lossworks.head.row_statistics import linear_row_statistics
+from lossworks.head.statistics import Gathered, LogSumExp
 
 
 class TopK(NamedTuple):

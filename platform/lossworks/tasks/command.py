@@ -14,16 +14,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from lossworks.tasks.registry import task_class, task_slugs
+    from lossworks.tasks.registry import task_class, usable_tasks
 
     if arguments.task is not None:
         _print_task(task_class(arguments.task))
         return 0
-    _print_tasks([task_class(slug) for slug in task_slugs()])
+    _print_tasks(*usable_tasks())
     return 0
 
 
-def _print_tasks(tasks: "list[type[Task]]") -> None:
+def _print_tasks(tasks: "list[type[Task]]", refused: dict[str, str]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -37,6 +37,8 @@ def _print_tasks(tasks: "list[type[Task]]") -> None:
         table.add_row(task.slug, task.title, str(len(losses_of(task))), measures)
     console = Console()
     console.print(table)
+    for reason in refused.values():
+        console.print(f"Left out: {reason}", style="yellow", highlight=False, markup=False)
     console.print("`lossworks tasks NAME` says what one takes and measures.", style="dim", highlight=False)
 
 

@@ -172,12 +172,12 @@ class Task(ABC):
 
     @classmethod
     def _refusal(cls, slug: str, spec: RunSpec) -> str:
-        from lossworks.tasks.registry import task_class, task_slugs
+        from lossworks.tasks.registry import usable_tasks
 
         able = ", ".join(name for name, entry in declarations().items() if cls.takes(entry, spec))
         text = f"loss.name={slug} can't train task={cls.slug} as it is here; what can: {able}"
         entry = declaration(slug)
-        others = [name for name in task_slugs() if name != cls.slug and task_class(name).takes(entry)]
+        others = [task.slug for task in usable_tasks()[0] if task.slug != cls.slug and task.takes(entry)]
         if others:
             text += f"; {slug} trains task={' or '.join(others)}"
         return text + (f"; {cls.condition(entry)}" if cls.condition(entry) else "")

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lossworks.catalogue.entry import Settings
+from lossworks.catalogue.registry import create
 from lossworks.data.batch import Batch
 from lossworks.losses.objective import Objective
 from lossworks.models import Outputs
@@ -100,6 +101,13 @@ class Method(Settings):
     def result(self) -> dict[str, Tensor]:
         """Return what was made for use after training; it is kept in the run's folder."""
         return {}
+
+
+def descended(spec: RunSpec) -> tuple[str, ...]:
+    """Return what a run descends on: the losses of its sum, or a method with a loss of its own."""
+    methods = [create(one.name, **one.hyperparameters) for one in spec.methods]
+    own = [method.slug for method in methods if replaces_loss(method)]
+    return tuple(own[:1]) or spec.loss.titles
 
 
 def replaces_loss(method: Method) -> bool:

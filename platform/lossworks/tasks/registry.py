@@ -57,8 +57,20 @@ def task_class(slug: str) -> "type[Task]":
     try:
         found: type[Task] = point.load()
     except Exception as error:  # a package of anybody's
-        raise UserError(f"task {slug}: {_package(point)} can't be imported: {error}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"task {slug}: can't be used: {_package(point)}: {point.value}: {reason}") from error
     return found
+
+
+def usable_tasks() -> "tuple[list[type[Task]], dict[str, str]]":
+    """Return all tasks that can be imported, and by slug why the others can't."""
+    found, refused = [], {}
+    for slug in task_slugs():
+        try:
+            found.append(task_class(slug))
+        except UserError as error:
+            refused[slug] = str(error)
+    return found, refused
 
 
 def task_of(spec: RunSpec) -> "type[Task]":

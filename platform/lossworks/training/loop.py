@@ -162,7 +162,7 @@ class Trainer:
         if save or self.step % self.spec.evaluation.every == 0:
             evaluation = self._evaluate()
             self.held_out_loss, self.evaluation = evaluation.loss, evaluation
-            row |= evaluation.metrics() | self._lap()
+            row |= evaluation.metrics() | self._lap() | self._of_companions()
             events.evaluated(self.step, evaluation.metrics())
         self.metrics |= row
         self.job.watch(self.step, {"train/peak_memory_bytes": float(peak_memory_bytes(self.world.device))})
@@ -303,6 +303,12 @@ class Trainer:
             "train/data_wait_seconds": seconds["data"],
             "train/checkpoint_seconds": seconds["checkpoint"],
         }
+
+    def _of_companions(self) -> dict[str, float]:
+        """Return what companions have taken so far, where there are any: seconds and bytes of a rank."""
+        if not self.roles:
+            return {}
+        return {"companions/seconds": self.roles.seconds, "companions/bytes": self.roles.bytes}
 
     def _mean_seconds(self, own: dict[str, float]) -> dict[str, float]:
         mean = self.world.gather([own[phase] for phase in PHASES]).mean(dim=0)

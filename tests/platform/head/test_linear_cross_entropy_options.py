@@ -181,7 +181,8 @@ def test_compiles_as_one_graph(options):
 
 def test_operators_are_registered_soundly():
     """The fake implementations give the shapes and dtypes of the real ones."""
-    from lossworks.head.autograd import operators
+    from lossworks.head.autograd.fused_cross_entropy import fused_cross_entropy
+    from lossworks.head.autograd.linear_row_sums import linear_row_sums
 
     e, c, y, b = (x.detach() for x in problem(dtype=torch.float32))
     tail = (None, 1.0, IGNORE, None, True, 0.05, torch.float32, [True] * 3, "cpu", "fp32", None, True)
@@ -189,8 +190,8 @@ def test_operators_are_registered_soundly():
     sums = (e, c, y, b, None, None, torch.ones(()), None, None, None, IGNORE, True, True, 0.05)
     checks = ("test_schema", "test_faketensor")
 
-    torch.library.opcheck(operators.fused_cross_entropy, fused, test_utils=checks)
-    torch.library.opcheck(operators.linear_row_sums, (*sums, torch.float32, "cpu", None), test_utils=checks)
+    torch.library.opcheck(fused_cross_entropy, fused, test_utils=checks)
+    torch.library.opcheck(linear_row_sums, (*sums, torch.float32, "cpu", None), test_utils=checks)
 
 
 def test_a_row_that_is_sure_keeps_its_gradient_in_bfloat16():

@@ -15,7 +15,11 @@ from lossworks.catalogue.registry import FILE, SECTIONS, Catalogue
 from lossworks.cli import main
 from lossworks.errors import UserError
 from lossworks.losses import create, declaration, declarations, search_space
+from lossworks.tasks import parse_train_spec, read_train_spec
 from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.registry import _points
+from lossworks_testing.classification import tiny
+from lossworks_testing.training import run_training
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "tests" / "support" / "other_package"
@@ -41,8 +45,10 @@ def packages(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(PACKAGE))
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.setattr(registry, "_OURS", Catalogue(FILE, SECTIONS))
+        _points.cache_clear()
 
-    return installed
+    yield installed
+    _points.cache_clear()
 
 
 def test_they_are_entries_like_ours(packages, capsys, monkeypatch):
@@ -62,6 +68,57 @@ def test_they_are_entries_like_ours(packages, capsys, monkeypatch):
         assert "From the package lossworks-other 1.0." in capsys.readouterr().out
     assert main(["check", "bradley-terry", "beta=2", "--one-process"]) == 0
     assert "6 of 6 checks hold" in capsys.readouterr().out
+
+
+def test_their_task_trains_and_is_measured(packages, tmp_path, capsys, monkeypatch):
+    """With a loss of its own kind; it learns, and what it takes is refused and offered like ours."""
+    monkeypatch.setenv("COLUMNS", "100")
+    packages(**{"lossworks-other": POINTS})
+    (tmp_path / "spec.yaml").write_text("kind: training\ntask: counts\n")
+    spec = read_train_spec(
+        tmp_path / "spec.yaml",
+        ["steps=40", "evaluation.every=10", "workers=1", "sharding.kind=none", "optimizer.lr=0.01"],
+    )
+    result = run_training(spec.model_dump(mode="json"), None, str(tmp_path / "run"))
+    errors = [metrics["eval/count_error"] for _, metrics in result["rows"] if "eval/count_error" in metrics]
+
+    assert errors[-1] < errors[0]
+    assert main(["tasks", "counts"]) == 0
+    printed = capsys.readouterr().out
+    assert "Losses: poisson." in printed
+    assert "eval/count_error  smaller is better" in printed
+    with pytest.raises(UserError, match=r"loss.name=poisson can't train task=regression .* task=counts"):
+        parse_train_spec({"task": "regression", "loss": "poisson"})
+    with pytest.raises(UserError, match=r"loss.name=huber can't train task=counts"):
+        spec.override(["loss=huber"])
+
+
+def test_their_method_and_analysis_are_part_of_a_training(packages, tmp_path):
+    """The noise changes the curve; the analysis's figure is a yardstick and stands beside the others."""
+    packages(**{"lossworks-other": POINTS})
+    plain, silent, noisy = (
+        run_training(tiny(methods=methods, analyses=["confidence"]), None, str(tmp_path / str(number)))
+        for number, methods in enumerate(
+            ([], [{"name": "input-noise", "sigma": 0.0}], [{"name": "input-noise", "sigma": 1.0}])
+        )
+    )
+
+    assert silent["metrics"]["train/loss"] == plain["metrics"]["train/loss"]
+    assert noisy["metrics"]["train/loss"] != plain["metrics"]["train/loss"]
+    assert 1 / 3 < plain["metrics"]["eval/confidence"] <= 1
+
+
+def test_a_task_that_can_not_be_imported_stops_nothing_else(packages, capsys):
+    """It is named with its package; the others are listed, and refused losses are told what takes them."""
+    packages(odd={"lossworks.tasks": {"odd": "no_such_module_here:Task"}})
+
+    assert main(["tasks"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Left out: task odd: can't be used: odd: no_such_module_here:Task: ModuleNotFoundError" in printed
+    with pytest.raises(UserError, match=r"hl-gauss trains task=regression"):
+        parse_train_spec({"task": "classification", "loss": "hl-gauss"})
+    with pytest.raises(UserError, match=r"task odd: can't be used: odd"):
+        parse_train_spec({"task": "odd"})
 
 
 def test_at_its_special_case_theirs_is_ours(packages):

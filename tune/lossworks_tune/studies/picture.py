@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lossworks.reporting.train_report import STYLE
+from lossworks.reporting.picture_style import STYLE
 from lossworks_tune.studies.outcome import Outcome
 from lossworks_tune.studies.plan import Setting
 from lossworks_tune.studies.tables import of_verdict

@@ -99,7 +99,7 @@ class Plan:
 
     @cached_property
     def yardsticks(self) -> Mapping[str, Direction]:
-        """The metrics that all variants report, by which they can be compared, with their better direction."""
+        """The metrics that all variants report, and by which they are compared: each with its direction."""
         first = [self.training(variant, self.settings[0], self.seeds[0]) for variant in self.variants]
         known = [self.trainable.yardsticks(training.spec) for training in first]
         return {name: mode for name, mode in known[0].items() if all(name in of for of in known)}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lossworks.reporting.picture_style import STYLE
 from lossworks.reporting.series import Series, series
-from lossworks.reporting.train_report import STYLE
 from lossworks_tune.sweeps.importance import (
     Mark,
     draw_importance,

@@ -195,6 +195,7 @@ def _columns(eps: float, *, repair: bool) -> Objective:
 def _tiles(eps: float, *, repair: bool) -> Objective:
     def loss(outputs: Outputs, batch: Batch) -> Tensor:
         e, y = outputs.hidden.flatten(0, -2), batch["targets"].flatten()
-        return TileFiltered.apply(e, _weight(outputs), y, eps, repair)
+        value: Tensor = TileFiltered.apply(e, _weight(outputs), y, eps, repair)
+        return value
 
     return loss

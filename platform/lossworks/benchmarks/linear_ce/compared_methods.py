@@ -88,7 +88,8 @@ def _cut_cross_entropy() -> "Loss":
 
 
 def _liger() -> "Loss":
-    return import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+    loss: Loss = import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+    return loss
 
 
 COMPARED_METHODS = {

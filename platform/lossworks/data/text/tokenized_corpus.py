@@ -3,7 +3,7 @@
 import functools
 import math
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class TokenizedCorpus:
         path = Path(folder).absolute()
         return cls(path, Index.read(path))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (type(self).open, (self.folder,))
 
     @property
@@ -66,7 +66,8 @@ class TokenizedCorpus:
         Of a byte-level tokenizer int64 and exact; of others float64 and the same for all: the corpus's
         average. Either way the tokens of the corpus add up to ``text_bytes``.
         """
-        return np.load(self.folder / BYTES_FILE, allow_pickle=False)
+        sizes: np.ndarray = np.load(self.folder / BYTES_FILE, allow_pickle=False)
+        return sizes
 
     def line_ends(self) -> np.ndarray:
         """Return which tokens hold the end of a line, bool (V,)."""

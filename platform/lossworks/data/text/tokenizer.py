@@ -81,7 +81,7 @@ def load_tokenizer(path: str | Path, *, setting: str = "data.tokenizer") -> Any:
 
 def vocabulary_size(tokenizer: Any) -> int:
     """Return the number of rows an embedding needs: the largest token id plus one."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
 
 def end_of_text_id(tokenizer: Any) -> int | None:

@@ -13,7 +13,7 @@ from lossworks.head.triton import kernels
 from lossworks.head.triton.tiles import TARGETS, CompileTarget, Kernel, Tile
 
 # The fastest entry of the table, by kernel, leanness, device, dtype and binary magnitude of D.
-_fastest: dict[tuple, Tile] = {}
+_fastest: dict[tuple[Kernel, bool, torch.device, torch.dtype, int], Tile] = {}
 
 
 class KernelCall(NamedTuple):

@@ -151,7 +151,8 @@ def _walk(problem: Problem, softmax: Softmax, other: Problem | None, *, expected
     lean = other is None and not expected and not sums and is_lean(problem, softmax, Coefficients())
     chosen = call(choose("row_sums" if other is None else "teacher", problem, lean=lean, trial=call))
     chosen()
-    return chosen.arguments["parts_ptr"]
+    parts: Tensor = chosen.arguments["parts_ptr"]
+    return parts
 
 
 def _merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,7 +37,7 @@ def differentiable_row_sums(
     e, c, bias, group, reduce_e, dtype = head
     if temperature is None:
         temperature = e.new_tensor(options.temperature, dtype=torch.promote_types(e.dtype, torch.float32))
-    from lossworks.head.autograd.operators import LinearRowSums
+    from lossworks.head.autograd.linear_row_sums import LinearRowSums
 
     found = LinearRowSums.apply(
         e,

@@ -1,10 +1,4 @@
-"""The registered operators, with shapes for the compiler, and their gradients.
-
-``torch.compile(fullgraph=True)`` sees each operator as one node; eager code calls what is inside. There
-everything happens that depends on the data: targets are checked, and ignored rows dropped. The autograd
-functions decide what is kept for the backward pass; the gradient of a gradient is refused,
-not silently wrong.
-"""
+"""The operators of the sums of every row, and of their gradients; see :mod:`.fused_cross_entropy`."""
 
 from typing import Any
 
@@ -12,138 +6,11 @@ import torch
 from torch import Tensor
 
 from lossworks.head import backends
+from lossworks.head.autograd.fused_cross_entropy import empty_gradients
 from lossworks.head.autograd.once_differentiable import once_differentiable
 from lossworks.head.core.problem import Coefficients, Filter, RowSums, Softmax
-from lossworks.head.core.row_formulas import CrossEntropyFormula
 from lossworks.head.core.valid_rows import ValidRows
 from lossworks.head.cpu.backend import Pass
-
-
-def fuse(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    probabilities: Tensor | None,
-    mass: Tensor | None,
-    nll_weight: Tensor,
-    lse_weight: Tensor | None,
-    total_weight: Tensor | None,
-    square_weight: Tensor | None,
-    class_weight: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    eps: float | None,
-    repair: bool,
-    share: float,
-    dtype: torch.dtype,
-    wanted: list[bool],
-    impl: str,
-    accumulate: str,
-    group: str | None,
-    reduce_e: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the summed loss, the gradients of E, C and the bias, and the mass left out of each row.
-
-    Arguments are the fields of :class:`Problem`, :class:`CrossEntropyFormula` and :class:`Pass`, whose
-    docstrings give their shapes. The results are of no dimension, (N, D), (V, D), (V,) and (N,); a gradient
-    that is not wanted, and the mass where nothing is filtered, are empty.
-    """
-    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, probabilities=probabilities)
-    rule = CrossEntropyFormula(
-        rows.keep(nll_weight),
-        rows.keep(lse_weight),
-        rows.keep(total_weight),
-        rows.keep(square_weight),
-        rows.keep(mass),
-        class_weight,
-        temperature,
-    )
-    how = Pass(
-        dtype,
-        Softmax(temperature),
-        totals=total_weight is not None,
-        weights=class_weight,
-        filtering=None if eps is None else Filter(eps, repair),
-        share=share,
-        plan_classes=rows.plan_classes,
-        accumulate=accumulate,
-    )
-    with torch.autocast(e.device.type, enabled=False):
-        backend = backends.get(impl, rows.problem)
-        result = backend.fused(rows.problem, how, rule, (wanted[0], wanted[1], wanted[2]), rows.combine)
-        gradients = rows.gradients(result.gradients, reduce_e=reduce_e)
-    return result.losses.sum(), *gradients, rows.total_mass(result.mass)
-
-
-fused_cross_entropy = torch.library.custom_op("lossworks::linear_cross_entropy", fuse, mutates_args=())
-
-
-@fused_cross_entropy.register_fake
-def _(
-    e: Tensor, c: Tensor, _: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    eps, wanted = rest[10], rest[14]
-    wide = torch.promote_types(e.dtype, torch.float32)
-    mass = e.new_empty(0 if eps is None else e.shape[0], dtype=wide)
-    return e.new_empty((), dtype=wide), *_empty_gradients(e, c, bias, wanted), mass
-
-
-def _empty_gradients(
-    e: Tensor, c: Tensor, bias: Tensor | None, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    of_bias = torch.empty_like(bias) if wanted[2] and bias is not None else e.new_empty(0)
-    return (
-        e.new_empty(e.shape) if wanted[0] else e.new_empty(0),
-        c.new_empty(c.shape) if wanted[1] else c.new_empty(0),
-        of_bias,
-    )
-
-
-class FusedCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy, with gradients made in the forward pass and handed over in the backward.
-
-    The first backward pass gives the stored gradients away, scaled in place: a copy of ∂C would be as large
-    as C. A second one through a retained graph computes them again. (Compiled graphs keep and copy.)
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sum, a scalar, and the mass left out of each row, shape (N,), empty without a filter."""
-        call = fused_cross_entropy if torch.compiler.is_compiling() else fuse
-        loss, *gradients, mass = call(e, c, targets, bias, *rest)
-        ctx.compiled = torch.compiler.is_compiling()
-        if ctx.compiled:
-            ctx.save_for_backward(*gradients)
-        else:
-            ctx.gradients = gradients
-            ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
-            ctx.save_for_backward(e, c, bias, targets, *(x if isinstance(x, Tensor) else None for x in rest))
-        ctx.mark_non_differentiable(mass)
-        return loss, mass
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of E (N, D), C (V, D) and the bias (V,) for that of the sum, a scalar."""
-        if ctx.compiled:
-            scaled = [value * g.to(value.dtype) for value in ctx.saved_tensors]
-        else:
-            gradients, ctx.gradients = ctx.gradients, None
-            scaled = _fused_again(ctx) if gradients is None else gradients
-            if bool(g != 1):
-                scaled = [value.mul_(g) for value in scaled]
-        wanted = [value if need else None for value, need in zip(scaled, ctx.needs_input_grad, strict=False)]
-        return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 3))
-
-
-def _fused_again(ctx: Any) -> list[Tensor]:
-    e, c, bias, targets, *tensors = ctx.saved_tensors
-    rest = [plain if tensor is None else tensor for plain, tensor in zip(ctx.plain, tensors, strict=True)]
-    return list(fuse(e, c, targets, bias, *rest)[1:4])
 
 
 def sum_rows(
@@ -251,7 +118,7 @@ linear_row_gradients = torch.library.custom_op("lossworks::linear_row_gradients"
 
 @linear_row_gradients.register_fake
 def _(e: Tensor, c: Tensor, _: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(e, c, bias, rest[-1])
+    return empty_gradients(e, c, bias, rest[-1])
 
 
 class LinearRowSums(torch.autograd.Function):

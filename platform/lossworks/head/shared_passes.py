@@ -1,0 +1,205 @@
+"""Statistics of one linear head: those that share a softmax share one pass over the logits."""
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lossworks.errors import UserError
+from lossworks.head.autograd.differentiable_row_sums import differentiable_row_sums
+from lossworks.head.core.arguments import Operands, Options, all_classes, operands
+from lossworks.head.core.problem import RowSums
+from lossworks.head.core.valid_rows import check_range
+from lossworks.head.statistics import (
+    ExpectedLogit,
+    Gathered,
+    LogSumExp,
+    Mean,
+    Statistic,
+    SumOfSquares,
+    Target,
+    TeacherExpectedLogit,
+    Variance,
+)
+
+_T = TypeVar("_T")
+
+
+class SharedPasses:
+    """Takes statistics of one linear head, each pass once.
+
+    Args:
+        head: E, C and bias.
+        options: What the caller chose.
+        targets: Shape (N,), int64.
+        offset: Of the targets' logits, shape (N,), differentiable, or None.
+        statistics: Which are asked for.
+    """
+
+    def __init__(
+        self,
+        head: Operands,
+        options: Options,
+        targets: Tensor,
+        offset: Tensor | None,
+        statistics: list[Statistic],
+    ) -> None:
+        self._head, self._options, self._targets, self._offset = head, options, targets, offset
+        self._statistics = statistics
+        self._ignored = targets == options.ignore_index
+        self._passes: dict[tuple[object, object], RowSums] = {}
+        # Whether mean and squares have to be summed over the tiles.
+        self._in_pass = options.softcap is not None or offset is not None or head.group is not None
+
+    def all(self) -> list[Tensor]:
+        """Return the statistics in order, each of shape (N,) or (N, K), 0 in ignored rows."""
+        values = [self._one(statistic) for statistic in self._statistics]
+        return [
+            value.masked_fill(self._ignored if value.dim() == 1 else self._ignored[:, None], 0)
+            for value in values
+        ]
+
+    def _one(self, statistic: Statistic) -> Tensor:  # noqa: PLR0911 - one case a statistic
+        match statistic:
+            case Target():
+                return self._target()
+            case LogSumExp(temperature, classes):
+                return self._sums(temperature, classes).logsumexp * temperature
+            case ExpectedLogit(temperature, classes):
+                if isinstance(temperature, Tensor) and temperature.requires_grad:
+                    raise UserError("ExpectedLogit has no gradient for its temperature; detach it")
+                return _there(self._sums(temperature, classes).expected)
+            case Mean():
+                return self._mean()
+            case SumOfSquares():
+                return self._squares()
+            case Variance():
+                return self._variance()
+            case TeacherExpectedLogit():
+                return self._teacher(statistic)
+            case Gathered(classes):
+                return self._gathered(classes)
+
+    def _sums(self, temperature: float | Tensor, classes: Tensor | None) -> RowSums:
+        """Return the sums of one softmax; a pass is made once, with all that anybody asks of it."""
+        key = _key(temperature, classes)
+        if key not in self._passes:
+            self._check(temperature, classes)
+            first = not self._passes
+            self._passes[key] = differentiable_row_sums(
+                self._head,
+                self._options,
+                self._targets,
+                target_offset=self._offset,
+                temperature=torch.as_tensor(temperature, dtype=self._wide, device=self._targets.device),
+                classes=classes,
+                expected=self._wants_expected(key),
+                totals=first and self._in_pass and self._wants_totals(),
+            )
+        return self._passes[key]
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self._head.e.dtype, torch.float32)
+
+    def _any_softmax(self) -> tuple[float | Tensor, Tensor | None]:
+        """Return the first softmax that is asked for anyway, or the plain one."""
+        for statistic in self._statistics:
+            if isinstance(statistic, LogSumExp | ExpectedLogit):
+                return statistic.temperature, statistic.classes
+        return 1.0, None
+
+    def _wants_expected(self, key: tuple[object, object]) -> bool:
+        wanted = (s for s in self._statistics if isinstance(s, ExpectedLogit))
+        return key in [_key(s.temperature, s.classes) for s in wanted]
+
+    def _wants_totals(self) -> bool:
+        return any(isinstance(s, Mean | SumOfSquares | Variance) for s in self._statistics)
+
+    def _check(self, temperature: float | Tensor, classes: Tensor | None) -> None:
+        rows, v = len(self._targets), len(self._head.c)
+        if isinstance(temperature, Tensor) and temperature.shape not in ((), (rows,)):
+            raise UserError(f"temperature {tuple(temperature.shape)} must be one number or ({rows},)")
+        if not bool((torch.as_tensor(temperature) > 0).all()):
+            raise UserError("temperature must be positive in every row")
+        if classes is not None and (classes.dtype != torch.bool or classes.shape != (v,)):
+            raise UserError(f"classes {classes.dtype} {tuple(classes.shape)} must be torch.bool ({v},)")
+
+    def _target(self) -> Tensor:
+        """Return the target's logit: from a pass, if there is one anyway, or as a gathered product."""
+        softmax = any(isinstance(s, LogSumExp | ExpectedLogit) for s in self._statistics)
+        if softmax or self._head.group is not None or (self._in_pass and self._wants_totals()):
+            return self._sums(*self._any_softmax()).target
+        z = self._gathered(torch.where(self._ignored, 0, self._targets)[:, None]).squeeze(1)
+        return z if self._offset is None else z + self._offset.to(z.dtype)
+
+    def _mean(self) -> Tensor:
+        if self._in_pass:
+            return _there(self._first().total) / all_classes(self._head)
+        e, c, bias = self._plain()
+        mean = e @ c.mean(0)
+        return mean if bias is None else mean + bias.mean()
+
+    def _squares(self) -> Tensor:
+        if self._in_pass:
+            return _there(self._first().squares)
+        e, c, bias = self._plain()
+        squares = (e @ (c.t() @ c) * e).sum(1)
+        return squares if bias is None else squares + 2 * e @ (bias @ c) + bias @ bias
+
+    def _variance(self) -> Tensor:
+        if self._in_pass:
+            classes = all_classes(self._head)
+            return (self._squares() / classes - self._mean().square()).clamp_min(0)
+        e, c, bias = self._plain()
+        c = c - c.mean(0)  # logits of mean 0, so that nothing large cancels
+        squares = (e @ (c.t() @ c) * e).sum(1)
+        if bias is not None:
+            bias = bias - bias.mean()
+            squares = squares + 2 * e @ (bias @ c) + bias @ bias
+        return squares.clamp_min(0) / len(c)
+
+    def _first(self) -> RowSums:
+        """Return the pass that carries the totals."""
+        self._sums(*self._any_softmax())
+        return next(iter(self._passes.values()))
+
+    def _plain(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        e, c, bias = self._head.e, self._head.c, self._head.bias
+        return e.to(self._wide), c.to(self._wide), None if bias is None else bias.to(self._wide)
+
+    def _teacher(self, teacher: TeacherExpectedLogit) -> Tensor:
+        from lossworks.head.autograd.distillation import teacher_expected_logit
+
+        if self._head.group is not None or self._offset is not None:
+            raise UserError("TeacherExpectedLogit can't be combined with vocab_parallel or a target_offset")
+        theirs = operands(teacher.e.detach(), teacher.c.detach(), teacher.bias, None)
+        if len(theirs.e) != len(self._targets) or len(theirs.c) != len(self._head.c):
+            raise UserError(
+                f"the teacher has {len(theirs.e)} rows and {len(theirs.c)} classes, "
+                f"the student {len(self._targets)} and {len(self._head.c)}"
+            )
+        return teacher_expected_logit(self._head, self._options, theirs, teacher.softcap, teacher.temperature)
+
+    def _gathered(self, classes: Tensor) -> Tensor:
+        if self._head.group is not None:
+            raise UserError("Gathered can't be combined with vocab_parallel")
+        index = classes.reshape(len(self._targets), classes.shape[-1])
+        check_range(index.reshape(-1), classes=len(self._head.c), ignore_index=-(2**62))
+        e, c, bias = self._head.e, self._head.c, self._head.bias
+        z = torch.bmm(F.embedding(index, c).to(self._wide), e.to(self._wide)[:, :, None]).squeeze(2)
+        z = z if bias is None else z + bias.to(self._wide)[index]
+        cap = self._options.softcap
+        return z if cap is None else cap * (z / cap).tanh()
+
+
+def _key(temperature: float | Tensor, classes: Tensor | None) -> tuple[object, object]:
+    """Return what tells one softmax from another."""
+    return id(temperature) if isinstance(temperature, Tensor) else temperature, id(classes)
+
+
+def _there(value: _T | None) -> _T:
+    if value is None:
+        raise RuntimeError("a statistic that was asked for is missing")
+    return value
