@@ -127,3 +127,11 @@ def test_yaml_reads_the_word_on_as_true(tmp_path):
 
     assert spec.expect[0].on == "eval/ece"
     assert StudySpec.parse(spec.model_dump(mode="json")) == spec
+
+
+def test_a_study_is_found_by_what_it_is_about(capsys):
+    """By the name of an entry, where there is one such study; where there are more, they are named."""
+    assert main(["study", "ensloss", "--print-spec"]) == 0
+    assert "name: two-classes" in capsys.readouterr().out
+    assert main(["study", "comp-sum"]) == 2
+    assert "comp-sum: 3 studies are about it; name one: searched-calibration, " in capsys.readouterr().err

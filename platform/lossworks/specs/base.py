@@ -238,11 +238,13 @@ def _set(model: type[BaseModel], values: dict[str, Any], key: str, new: Any, tex
         values = values[name]
         if not isinstance(values, dict):
             raise UserError(f"override {text!r}: {name} is a value, not a group of keys")
-    if _decides(model, key) and values.get(leaf) != new:
+    if _decides(model, key):
         own = _group_at(model, ".".join(parents))
-        tail = getattr(own, "list_tail", None)
-        for name in values.keys() - ((own.model_fields.keys() if own else set()) - {tail}):
-            del values[name]
+        if values.get(getattr(own, "list_tail", None) or ""):
+            values.clear()  # a list is replaced as a whole, its first item's weight included
+        elif values.get(leaf) != new:
+            for name in values.keys() - (own.model_fields.keys() if own else set()):
+                del values[name]
     values[leaf] = new
 
 

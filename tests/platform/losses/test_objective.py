@@ -11,6 +11,7 @@ from lossworks.losses import create
 from lossworks.losses.objective import Objective
 from lossworks.models import Outputs
 from lossworks.models.interface import Head
+from lossworks.specs import LossSpec
 from lossworks.tasks import parse_train_spec
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import run_training
@@ -159,8 +160,19 @@ def test_a_sum_survives_being_stored():
 
     assert again == first
     assert again.loss.titles == ("ldr-1", "ldr-2", "log-z")
-    assert first.override(["loss.plus=[]"]).loss.titles == ("ldr",)
-    assert first.override(["loss=comp-sum"]).loss.titles == ("comp-sum",)
+
+
+def test_one_loss_takes_the_place_of_a_sum_as_a_whole():
+    """Also where it was the sum's first: with the weight of its own that is said, and no other."""
+    spec = parse_train_spec(tiny(loss=[{"name": "ldr", "temperature": 3, "weight": 0.5}, "comp-sum"]))
+
+    for slug in ("ldr", "comp-sum"):
+        assert spec.override([f"loss={slug}"]).loss == LossSpec(name=slug)
+    assert spec.override(["loss.plus=[]"]).loss.weight.value == 0.5
+    assert spec.override(["loss=ldr", "loss.temperature=2", "loss.weight=4"]).loss == LossSpec.parse(
+        {"name": "ldr", "temperature": 2, "weight": 4}
+    )
+    assert spec.override(["loss=[dice, tversky]"]).loss.titles == ("dice", "tversky")
 
 
 @pytest.mark.parametrize(
@@ -175,8 +187,14 @@ def test_a_sum_survives_being_stored():
             "plus: impl=cpu of comp-sum must be that of ldr, auto",
         ),
         (["ldr", "dco"], "loss.name=dco can't train task=classification"),
-        (["cross-entropy", "neural-collapse"], "is an analysis, no loss; name it in analyses"),
-        (["cross-entropy", "correctness-aware"], "is a method, no loss; name it in methods"),
+        (
+            ["cross-entropy", "neural-collapse"],
+            "is one of the analyses, not of the losses; name it in analyses: [neural-collapse]",
+        ),
+        (
+            ["cross-entropy", "correctness-aware"],
+            "is one of the methods, not of the losses; name it in methods: [correctness-aware]",
+        ),
         (
             ["ldr", {"name": "ldr", "weight": "much"}],
             "loss.plus.0.weight.value='much': input should be a valid",

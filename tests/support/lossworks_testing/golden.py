@@ -49,6 +49,11 @@ SPECS: dict[str, dict[str, Any]] = {
         "model": {"width": 16},
         "loss": "decoupled-softmax",
     },
+    "sentences": {
+        "task": "sentences",
+        "data": {"sentences": 20, "copies": 20},
+        "loss": [{"name": "eisl"}, {"name": "cross-entropy", "weight": 0.5}],
+    },
 }
 
 

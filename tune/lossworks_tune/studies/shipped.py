@@ -19,10 +19,10 @@ def files() -> dict[str, Path]:
 
 
 def find(name: str) -> Path:
-    """Return the file of a study by its name or path.
+    """Return the file of a study by its name, its path, or the one entry of the catalogue that it is about.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or an entry has several.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
@@ -30,7 +30,18 @@ def find(name: str) -> Path:
     known = files()
     if not known:
         raise UserError(f"{name}: no study comes with this installation; give a YAML file")
+    if name not in known and (about := _about(name)):
+        if len(about) > 1:
+            raise UserError(f"{name}: {len(about)} studies are about it; name one: {', '.join(about)}")
+        return known[about[0]]
     return known[require_one(name, list(known), "study")]
+
+
+def _about(entry: str) -> list[str]:
+    """Return the names of the studies that are about an entry."""
+    from lossworks_tune.studies.spec import StudySpec
+
+    return [name for name, file in files().items() if entry in StudySpec.read(file).entries]
 
 
 def results_of(file: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Studies of losses on dense predictions: rare classes, values, margins, sets of labels, attacks, rates."""
+"""Studies of bags, rare classes, values that move, sets of labels, and learning rates."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -8,17 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lossworks.data import load_examples
-from lossworks.entries.methods.adversarial import margins, projected_ascent
+from lossworks.entries.losses.classification.aggregate import linear_solution
 from lossworks.losses import create
-from lossworks.specs import ExamplesSpec
-from lossworks_testing.evidence.rows import flat
-from lossworks_testing.evidence.study import Study, mlp
+from lossworks_testing.evidence.study import Study
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
 _FIRST = 100  # seeds from here on: settings were tried on smaller ones
-_RADIUS = 0.15  # of attacks
 _STEPS = 1200  # of the character models
 
 
@@ -127,55 +123,6 @@ def _drifting(slug: str | None, seed: int) -> Iterable[float]:
         yield F.mse_loss(decoded, y).item()
 
 
-def overfitting(seeds: int) -> Study:
-    """Tell pairs of shifted, noisy digits apart with a network that can learn them by heart."""
-    study = Study(
-        "ensloss",
-        "Where a network overfits, random calibrated derivatives generalise better than the logistic loss.",
-        "Pairs of digits at random places of 12 × 12 noisy pixels, 450 of 150 images, 144-128-128-1 "
-        "perceptron, 150 epochs of SGD at 0.02 with momentum 0.9 and a cosine; held-out accuracy, ten seeds.",
-    )
-    for seed in range(_FIRST, _FIRST + 2 * seeds):
-        for pair in ((3, 8), (4, 9), (1, 7), (3, 5)):
-            name = f"{pair[0]} or {pair[1]}"
-            study.add("cross-entropy", name, _pair_accuracy(pair, seed, _binary))
-            study.add("ensloss", name, _pair_accuracy(pair, seed, create("ensloss", seed=seed)))
-    for row in ("cross-entropy", "ensloss"):
-        columns = [values for (name, _), values in study.values.items() if name == row]
-        for values in zip(*columns, strict=True):
-            study.add(row, "all pairs", sum(values) / len(values))
-    return study
-
-
-def _shifted_pair(pair: tuple[int, int], seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Return images and labels for training and testing."""
-    x, y = digits()
-    generator = torch.Generator().manual_seed(seed)
-    rows = ((y == pair[0]) | (y == pair[1])).nonzero().squeeze(1)
-    rows = rows[torch.randperm(len(rows), generator=generator)]
-    sets = []
-    for part in (rows[:150].repeat(3), rows[150:].repeat(3)):
-        images = 0.3 * torch.randn(len(part), 12, 12, generator=generator)
-        places = torch.randint(0, 5, (len(part), 2), generator=generator).tolist()
-        for image, row, (i, j) in zip(images, part, places, strict=True):
-            image[i : i + 8, j : j + 8] += x[row].view(8, 8)
-        sets.append((images.flatten(1), (y[part] == pair[1]).long()))
-    return sets
-
-
-def _pair_accuracy(pair: tuple[int, int], seed: int, loss: Objective) -> float:
-    (x, y), (held_out, labels) = _shifted_pair(pair, seed)
-    model = perceptron(144, 128, 1, seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(150):
-        for batch in torch.randperm(len(x), generator=generator).split(128):
-            descend(optimizer, loss(model(x[batch]).squeeze(1), y[batch]))
-        schedule.step()
-    return float(((model(held_out).squeeze(1) > 0) == (labels == 1)).float().mean())
-
-
 def _coupled(scores: Tensor, positives: Tensor) -> Tensor:
     """Return cross-entropy averaged over the positives."""
     return -scores.log_softmax(1).gather(1, positives).mean()
@@ -206,81 +153,6 @@ def _certain(loss: Objective, seed: int, labels: int = 100) -> float:
         others = torch.rand(32, labels - 1, generator=generator).topk(4).indices + 1
         descend(optimizer, loss(scores, torch.cat((others.new_zeros(32, 1), others), 1)))
     return float(scores.detach().softmax(1)[:, 0].mean())
-
-
-def best_labels(seeds: int) -> Study:
-    """Rank two hundred labels with a model that is too small for all of them."""
-    study = Study(
-        "soft-top-k",
-        "With a model that can't fit all labels, a loss through the five best is ahead of cross-entropy "
-        "averaged over positives. It can't be told from decoupled softmax, ahead at the first three.",
-        "500 queries, 200 labels, the five best by a random map of rank 24 with noise are positive; "
-        "a linear map of rank 8, 150 full-batch steps of Adam at 0.02; 2,000 held-out queries.",
-    )
-    losses: dict[str, Objective] = {
-        "cross-entropy of all positives": _coupled,
-        "decoupled-softmax": create("decoupled-softmax", temperature=1.0),
-        "soft-top-k, k = 5": create("soft-top-k", temperature=1.0, k=5),
-        "soft-top-k, k = 1": create("soft-top-k", temperature=1.0, k=1),
-    }
-    for seed in range(_FIRST, _FIRST + seeds):
-        for row, loss in losses.items():
-            for k, precision in _ranked(loss, seed).items():
-                study.add(row, f"precision at {k}", precision)
-    return study
-
-
-def _ranked(loss: Objective, seed: int) -> dict[int, float]:
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(2500, 48, generator=g)
-    truth = torch.randn(48, 24, generator=g) @ torch.randn(24, 200, generator=g) / 24**0.5
-    noise = torch.randn(2500, 200, generator=g)
-    positives = (x @ truth + noise).topk(5).indices
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(48, 8, bias=False), nn.Linear(8, 200))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(150):
-        descend(optimizer, loss(model(x[:500]), positives[:500]))
-    with torch.no_grad():
-        best = model(x[500:]).topk(5).indices
-    hits = (best[:, :, None] == positives[500:, None]).any(2).double()
-    return {k: float(hits[:, :k].mean()) for k in (1, 3, 5)}
-
-
-def attacks(seeds: int) -> Study:
-    """Train against attacks, and attack."""
-    study = Study(
-        "smooth-adversarial-comp-sum",
-        "Holding the margins where they are under attack raises accuracy under attack. From ν = 1 on "
-        "the penalty outweighs the loss here, and the network gives the same answer everywhere.",
-        "Digits in [0, 1], 64-128-10 perceptron, 40 epochs of Adam at 0.002, attacks of 0.15 in every pixel; "
-        "held out, under 40 steps of a margin attack.",
-    )
-    for seed in range(_FIRST, _FIRST + seeds):
-        spec = ExamplesSpec(source="digits", standardise=False)
-        x, y, held_out, labels = flat(load_examples(spec, seed))
-        x, held_out = x / 16, held_out / 16
-        for row, nu in (("cross-entropy", 0.0), ("ν = 0.1", 0.1), ("ν = 0.3", 0.3), ("ν = 1", 1.0)):
-            method = create("smooth-adversarial-comp-sum", nu=nu, radius=_RADIUS)
-            model, generator = mlp(64, 128, 10, seed), torch.Generator().manual_seed(seed)
-            order = torch.Generator().manual_seed(seed)
-            optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-            for _ in range(40):
-                for rows in torch.randperm(len(x), generator=order).split(64):
-                    descend(optimizer, method.values(model, x[rows], y[rows], generator).mean())
-            study.add(row, "accuracy", (model(held_out).argmax(1) == labels).double().mean())
-            study.add(row, "accuracy under attack", _under_attack(model, held_out, labels, seed))
-    return study
-
-
-def _under_attack(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> float:
-    def lead(inputs: Tensor) -> Tensor:
-        others = margins(model(inputs), y).scatter(1, y[:, None], torch.inf)
-        return -others.min(1).values
-
-    generator = torch.Generator().manual_seed(seed)
-    found = projected_ascent(lead, x, _RADIUS, steps=40, step_size=_RADIUS / 10, generator=generator)
-    return float((model(found).argmax(1) == y).double().mean())
 
 
 def rates(seeds: int) -> Study:
@@ -325,3 +197,23 @@ def _characters(codes: Tensor, letters: int, rate: float, seed: int, *, norm: bo
         if step >= _STEPS - 50:
             recent.append(float(loss.detach()))
     return sum(recent) / len(recent)
+
+
+def bags(seeds: int) -> Study:
+    """Fit linear models to the mean responses of random bags."""
+    study = Study(
+        "aggregate-interpolation",
+        "The larger the bags, the more an interior ρ is ahead of the bag loss; it is ahead of the instance "
+        "loss as well.",
+        "Gaussian features, d = 100, n = 1,000, signal-to-noise ratio 1; squared error of θ.",
+    )
+    for seed in range(seeds):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(1000, 100, dtype=torch.float64, generator=g)
+        theta = F.normalize(torch.randn(100, dtype=torch.float64, generator=g), dim=0)
+        y = x @ theta + torch.randn(1000, dtype=torch.float64, generator=g)
+        for k in (2, 5, 8):
+            for rho in (0.0, 0.1, 0.2, 1.0):
+                error = (linear_solution(x, y, k, rho) - theta).square().sum()
+                study.add(f"ρ = {rho:g}", f"bags of {k}", error)
+    return study

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, integer, number, numbers, switch
+from lossworks.data.batch import Batch
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_row_statistics
 from lossworks.head.core.valid_rows import check_range
@@ -17,6 +18,7 @@ from lossworks.losses.interface import Loss
 from lossworks.losses.problems import Problem, of_sequences
 from lossworks.losses.random_stream import RandomStream
 from lossworks.losses.rows import wide
+from lossworks.models.interface import Outputs
 
 _FLOOR = -20.0  # of a token's log-probability, so that one impossible token doesn't rule out an n-gram
 
@@ -121,6 +123,16 @@ class EISL(Loss):
     def count(self, targets: Tensor) -> Tensor:
         """Return the number of sequences with a token that counts."""
         return (targets != self.ignore_index).any(-1).sum()
+
+    def of(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
+        """See :meth:`Loss.of`; without the logits where there is a head."""
+        head = outputs.head
+        if head is None:
+            return super().of(outputs, batch)
+        given = {**how, **self.given(batch)}
+        return self.linear(
+            outputs.hidden, head.weight, batch["targets"], head.bias, softcap=head.softcap, **given
+        )
 
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """Return the loss of dense logits.
