@@ -109,8 +109,8 @@ class SentencesModel(HeadedModel):
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """Return the features (B, T, D) of sentences by number, int64 (B,)."""
-        found: Tensor = self.places(inputs)
-        return found.unflatten(1, self._shape)
+        found: Tensor = self.places(inputs).unflatten(1, self._shape)
+        return found
 
     def head(self) -> Head:
         """Return the head with its bias."""

@@ -165,8 +165,8 @@ def test_a_spec_takes_the_hyperparameters_of_its_loss():
         ("loss.label_smothing=0.1", "no hyperparameter label_smothing; did you mean label_smoothing?"),
         ("loss.label_smoothing=2", "label_smoothing=2 must be a number at least 0 and at most 1"),
         (
-            "loss.name=dco-step",
-            "loss.name=dco-step can't train task=language-model as it is here; what can: aldr-kl",
+            "loss.name=eisl",
+            "loss.name=eisl can't train task=language-model as it is here; what can: aldr-kl",
         ),
     ],
 )
