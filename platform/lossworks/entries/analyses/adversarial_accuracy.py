@@ -25,7 +25,6 @@ class AdversarialAccuracy(Analysis):
     """
 
     slug = "adversarial-accuracy"
-    example = "lossworks train jobs/specs/digits.yaml analyses=[{slug}]"
     formula = "mean [argmax f(x') = y], x' by steps along the sign of the gradient within |x' - x| ≤ γ"
     paper = Paper(
         "Towards Deep Learning Models Resistant to Adversarial Attacks",

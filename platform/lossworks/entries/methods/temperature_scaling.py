@@ -34,7 +34,6 @@ class TemperatureScaling(Calibration):
     """
 
     slug = "temperature-scaling"
-    example = "lossworks train jobs/specs/digits.yaml methods=[{slug}]"
     formula = "softmax(z/T) with the T of least cross-entropy on data that the model has not fitted"
     paper = Paper(
         "On Calibration of Modern Neural Networks", "Guo, Pleiss, Sun, Weinberger", 2017, "section 4.2"
