@@ -47,6 +47,7 @@ class MultiLabelLoss(Loss):
     """
 
     kind: ClassVar[str] = "multi-label"
+    example: ClassVar[str] = "lossworks train jobs/specs/multi-label.yaml loss={slug}"
     invariances: ClassVar[tuple[str, ...]] = ("shift",)
     temperature: float
     normalise: bool

@@ -22,6 +22,7 @@ class ValueLoss(Loss):
     """
 
     kind: ClassVar[str] = "value"
+    example: ClassVar[str] = "lossworks train jobs/specs/regression.yaml loss={slug}"
 
     def problem(self, rows: int, generator: torch.Generator) -> Problem:
         """See :meth:`Loss.problem`."""

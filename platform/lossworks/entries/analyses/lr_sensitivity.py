@@ -39,6 +39,7 @@ class LRSensitivity(Analysis):
     """Learning-rate sensitivity: by how much a rate off the best one costs, over three decades."""
 
     slug = "lr-sensitivity"
+    example = "lossworks analyse {slug} RUN RUN"
     subject = "runs"
     formula = "mean over η of min(ℓ(η), ℓ_0) - min over η of ℓ(η)"
     paper = Paper(

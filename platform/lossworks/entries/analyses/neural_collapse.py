@@ -221,6 +221,7 @@ class NeuralCollapse(Analysis):
     """
 
     slug = "neural-collapse"
+    example = "lossworks train jobs/specs/digits.yaml analyses=[{slug}]"
     formula = (
         "NC1 = tr(Σ_W Σ_B⁺)/K; NC2, NC3 = ‖A/‖A‖ - T/‖T‖‖ for A = WWᵀ, M̄M̄ᵀ, WM̄ᵀ; NC4 = share of disagreement"
     )

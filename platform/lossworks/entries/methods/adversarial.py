@@ -82,6 +82,7 @@ class SmoothAdversarialCompSum(Method):
     """
 
     slug = "smooth-adversarial-comp-sum"
+    example = "lossworks train jobs/specs/digits.yaml methods=[{slug}]"
     formula = "Φ_τ(Σ_{k≠y} e^(-(z_y-z_k)/ρ)) + ν max over |x'-x| ≤ γ of ‖Δ(x')-Δ(x)‖, Δ = (z_y-z_k)_k"
     paper = Paper(
         "Cross-Entropy Loss Functions: Theoretical Analysis and Applications",

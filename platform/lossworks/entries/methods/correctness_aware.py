@@ -80,6 +80,7 @@ class CorrectnessAware(Calibration):
     """
 
     slug = "correctness-aware"
+    example = "lossworks train jobs/specs/digits.yaml methods=[{slug}]"
     sees_views = True
     formula = "mean (max_k softmax(z_i/T_i)_k - [argmax z_i = y_i])² with T_i = clip(g(views of x_i))"
     paper = Paper(

@@ -205,6 +205,7 @@ class AggregateInterpolation(Loss):
         "equation 3",
     )
     requires = ("segments",)
+    example = "lossworks train jobs/specs/digits.yaml loss={slug} data.bag_size=8"
 
     rho: float = number(0.1, "ρ: 0 is the bag loss, 1 the instance loss", ge=0, le=1, search=(0, 1))
     response: str = choice(

@@ -51,6 +51,7 @@ class _OfBatches(PlainDice, Loss):
     )
     invariances = ("shift",)
     flags = ("whole-batch",)
+    example: ClassVar[str] = "lossworks train jobs/specs/digits.yaml loss={slug}"
     classes: str
 
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:

@@ -58,6 +58,7 @@ class EnsLoss(Loss):
     formula = "mean sg(g_i) m_i with m = (2y-1) f, g sorted like m, -g = min(1, (1 + λξ)^(1/λ))/max(1, m)"
     paper = Paper("EnsLoss: Stochastic Calibrated Loss Ensembles", "Dai", 2024, "algorithm 1")
     flags = ("random", "unmonitored", "whole-batch")
+    example = "lossworks train jobs/specs/digits.yaml loss={slug} data.classes=[3,8]"
 
     power: float = number(
         0.0,

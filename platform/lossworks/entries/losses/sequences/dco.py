@@ -98,7 +98,6 @@ class StepwiseDCO(DCO):
 
     slug = "dco-step"
     formula = "Σ_j -log(1 - (1-p_j)^N) over the steps j"
-    example = ""
     requires = ("segments",)
 
     def problem(self, rows: int, generator: torch.Generator) -> Problem:

@@ -96,6 +96,7 @@ class EISL(Loss):
     products = 4.0
     invariances = ("shift",)
     flags = ("random", "own-outputs")
+    example = "lossworks train jobs/specs/sentences.yaml loss={slug}"
 
     orders: tuple[float, ...] = numbers((1.0, 2.0), "n: lengths of the n-grams, of equal weight", ge=1, le=64)
     temperature: float = number(1.0, "τ of the softmax over positions", gt=0, search=(0.1, 10), log=True)

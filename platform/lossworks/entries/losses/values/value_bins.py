@@ -134,6 +134,7 @@ class CategoricalTD(TwoHot):
         "algorithm 1, as in Farebrother et al. 2024",
     )
     requires: ClassVar[tuple[str, ...]] = ("next_probabilities", "discounts")
+    example: ClassVar[str] = "lossworks train jobs/specs/values.yaml loss={slug}"
 
     def problem(self, rows: int, generator: torch.Generator) -> Problem:
         """See :meth:`Loss.problem`."""
