@@ -5,20 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
-import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import declaration
-from lossworks.data import BagOrder, Order, load_examples
+from lossworks.data import load_examples
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.errors import UserError
 from lossworks.metrics import ClassSums, class_sums
-from lossworks.models import Classifier, HeadedModel, Outputs, build_classifier, save_classifier
-from lossworks.models.operations import count_step_flops
+from lossworks.models import Outputs, save_classifier
 from lossworks.specs import ClassifierModelSpec, ExamplesSpec, RunSpec
-from lossworks.tasks.interface import Mode, Prepared, Say, Task
+from lossworks.tasks.examples import ExamplesTask, require_small, require_whole_bags
+from lossworks.tasks.interface import Mode, Prepared, Say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,30 +32,13 @@ class ClassifierSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for name in ("batch_size", "micro_batch_size"):
-            size = getattr(self, name)
-            if size is not None and size % self.data.bag_size:
-                raise ValueError(
-                    f"{name}={size} must be a multiple of data.bag_size={self.data.bag_size}: bags stay whole"
-                )
-        require_small(self, "language models")
+        require_whole_bags(self, self.data.bag_size)
+        require_small(self)
         ClassificationTask.require_entries(self)
         return self
 
 
-def require_small(spec: RunSpec, whose: str) -> None:
-    """Refuse what is for large models and heads.
-
-    Raises:
-        ValueError: Naming the field.
-    """
-    if spec.activation_checkpointing:
-        raise ValueError(f"activation_checkpointing=true is for {whose}")
-    if spec.sharding.vocab_parallel:
-        raise ValueError(f"sharding.vocab_parallel=true is for the large heads of {whose}")
-
-
-class ClassificationTask(Task):
+class ClassificationTask(ExamplesTask):
     """Labelled examples; the yardsticks are cross-entropy, accuracy, calibration error and Brier score.
 
     Args:
@@ -68,7 +50,6 @@ class ClassificationTask(Task):
 
     slug = "classification"
     title = "a classifier of examples, or of bags of examples"
-    unit = "examples"
     spec: ClassVar[type[RunSpec]] = ClassifierSpec
     kinds = ("row", "logits", "margin", "bag")
     provides = ("inputs", "targets", "segments")
@@ -95,6 +76,8 @@ class ClassificationTask(Task):
         self.run = spec
         self.data = load_examples(spec.data, spec.seed)
         self.train, self.held_out = self.data.train, self.data.held_out
+        self.shape = self.data.shape
+        self.outputs = len(self.data.names)
         for term in spec.loss.terms:
             if declaration(term.name).kind == "margin" and len(self.data.names) != 2:
                 raise UserError(
@@ -103,16 +86,10 @@ class ClassificationTask(Task):
                 )
 
     @classmethod
-    def open(cls, spec: RunSpec, folder: Path | None) -> "ClassificationTask":
-        """See :meth:`Task.open`; every worker reads the examples for itself."""
-        del folder
-        return cls(cast("ClassifierSpec", spec))
-
-    @classmethod
     def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:
         """See :meth:`Task.prepare`."""
         del say
-        task = cls.open(spec, None)
+        task = cls(cast("ClassifierSpec", spec))
         task.build_model()
         return Prepared(guess=math.log(len(task.data.names)))
 
@@ -135,28 +112,10 @@ class ClassificationTask(Task):
             return f"{entry.slug} is for two classes: set data.classes=[A, B]"
         return f"{entry.slug} is for bags: set data.bag_size" if entry.kind == "bag" else ""
 
-    @classmethod
-    def obstacle(cls, spec: RunSpec) -> str | None:
-        """See :meth:`Task.obstacle`."""
-        run = cast("ClassifierSpec", spec)
-        dropout = run.model.dropout
-        return f"model.dropout={dropout} draws random numbers" if dropout > 0 else None
-
-    def order(self) -> Order:
-        """Return an order of whole bags, or of examples where there are no bags."""
-        run = self.run
-        return BagOrder(len(self.train), run.data.bag_size, run.batch_size, run.seed)
-
-    def build_model(self, model: Mapping[str, Any] | None = None) -> Classifier:
-        """See :meth:`Task.build_model`."""
-        data = self.data
-        spec = self.run.model if model is None else ClassifierModelSpec.parse(model, source="model")
-        return build_classifier(spec, shape=data.shape, classes=len(data.names), seed=self.run.seed)
-
-    def flops_per_unit(self, model: HeadedModel) -> float:
-        """Return the operations an example, counted on two of them."""
-        inputs = self.train.batch(np.arange(2) % len(self.train))["inputs"]
-        return count_step_flops(model, inputs) / len(inputs)
+    @property
+    def bag_size(self) -> int:
+        """See :attr:`ExamplesTask.bag_size`."""
+        return self.run.data.bag_size
 
     def counts(self, batch: Batch) -> tuple[float, float]:
         """Return how many examples count, and nothing further."""

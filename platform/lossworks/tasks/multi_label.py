@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
-import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -12,13 +11,12 @@ from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.label_sets import load_label_sets
 from lossworks.losses.multi_label import MultiLabelLoss
 from lossworks.metrics.ranking import ranking_metrics, ranking_sums
-from lossworks.models import Classifier, HeadedModel, Outputs, build_classifier
-from lossworks.models.operations import count_step_flops
+from lossworks.models import Outputs
 from lossworks.models.predictors import save_predictor
 from lossworks.specs import ClassifierModelSpec, LossSpec, RunSpec
 from lossworks.specs.values import LabelSetsSpec
-from lossworks.tasks.classification import require_small
-from lossworks.tasks.interface import Mode, Task
+from lossworks.tasks.examples import ExamplesTask, require_small
+from lossworks.tasks.interface import Mode
 
 _DEEPEST = 5
 
@@ -33,12 +31,12 @@ class MultiLabelSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        require_small(self, "language models")
+        require_small(self)
         MultiLabelTask.require_entries(self)
         return self
 
 
-class MultiLabelTask(Task):
+class MultiLabelTask(ExamplesTask):
     """Examples with a set of labels each, ranked by their scores.
 
     Args:
@@ -50,7 +48,6 @@ class MultiLabelTask(Task):
 
     slug = "multi-label"
     title = "a set of labels for each example"
-    unit = "examples"
     spec: ClassVar[type[RunSpec]] = MultiLabelSpec
     kinds = ("multi-label",)
     yardsticks: ClassVar[Mapping[str, Mode]] = {
@@ -76,35 +73,17 @@ class MultiLabelTask(Task):
         self.run = spec
         self.data = load_label_sets(spec.data, spec.seed)
         self.train, self.held_out = self.data.train, self.data.held_out
-
-    @classmethod
-    def open(cls, spec: RunSpec, folder: Path | None) -> "MultiLabelTask":
-        """See :meth:`Task.open`; every worker reads the examples for itself."""
-        del folder
-        return cls(cast("MultiLabelSpec", spec))
+        self.shape = self.data.shape
+        self.outputs = len(self.data.names)
 
     @classmethod
     def obstacle(cls, spec: RunSpec) -> str | None:
         """See :meth:`Task.obstacle`; embeddings of unit length are no plain linear head."""
         run = cast("MultiLabelSpec", spec)
-        if run.model.dropout:
-            return f"model.dropout={run.model.dropout} draws random numbers"
         unit = [term.name for term in run.loss.terms if term.hyperparameters.get("normalise")]
-        return (
-            f"loss.normalise=true of {unit[0]} takes embeddings, and runs at once give scores"
-            if unit
-            else None
-        )
-
-    def build_model(self, model: Mapping[str, Any] | None = None) -> Classifier:
-        """See :meth:`Task.build_model`."""
-        spec = self.run.model if model is None else ClassifierModelSpec.parse(model, source="model")
-        return build_classifier(spec, shape=self.data.shape, classes=len(self.data.names), seed=self.run.seed)
-
-    def flops_per_unit(self, model: HeadedModel) -> float:
-        """Return the operations an example, counted on two of them."""
-        inputs = self.train.batch(np.arange(2) % len(self.train))["inputs"]
-        return count_step_flops(model, inputs) / len(inputs)
+        if unit:
+            return f"loss.normalise=true of {unit[0]} takes embeddings, and runs at once give scores"
+        return super().obstacle(spec)
 
     def counts(self, batch: Batch) -> tuple[float, float]:
         """Return how many examples have a label, and nothing further."""
@@ -128,7 +107,7 @@ class MultiLabelTask(Task):
             reading="labels",
             spec=self.run.model,
             state=state,
-            shape=self.data.shape,
+            shape=self.shape,
             outputs=len(self.data.names),
             standardisation=self.data.standardisation,
             further={

@@ -4,26 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import declaration
-from lossworks.data import BagOrder, Order
 from lossworks.data.batch import Batch
 from lossworks.data.values import load_values
 from lossworks.errors import UserError
 from lossworks.losses.value_head import ValueLoss
 from lossworks.metrics.regression import value_metrics, value_sums
-from lossworks.models import Classifier, HeadedModel, Outputs, build_classifier
-from lossworks.models.operations import count_step_flops
+from lossworks.models import Outputs
 from lossworks.models.predictors import save_predictor
 from lossworks.specs import ClassifierModelSpec, LossSpec, RunSpec
 from lossworks.specs.values import ValuesSpec
-from lossworks.tasks.classification import require_small
-from lossworks.tasks.interface import Mode, Task
+from lossworks.tasks.examples import ExamplesTask, require_small, require_whole_bags
+from lossworks.tasks.interface import Mode
 
 _TARGET = "target"  # the role that bootstraps values
 
@@ -38,23 +35,18 @@ class RegressionSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for name in ("batch_size", "micro_batch_size"):
-            size = getattr(self, name)
-            if size is not None and size % self.data.bag_size:
-                raise ValueError(
-                    f"{name}={size} must be a multiple of data.bag_size={self.data.bag_size}: bags stay whole"
-                )
+        require_whole_bags(self, self.data.bag_size)
         if self.data.of_chain and _TARGET not in self.roles:
             raise ValueError(
                 f"data.source={self.data.source}: values of states are learnt from those of the next, which "
                 "a companion gives: set roles.target.ema=0.99"
             )
-        require_small(self, "language models")
+        require_small(self)
         RegressionTask.require_entries(self)
         return self
 
 
-class RegressionTask(Task):
+class RegressionTask(ExamplesTask):
     """Examples with a number each; the yardsticks are in the targets' own unit.
 
     Args:
@@ -66,7 +58,6 @@ class RegressionTask(Task):
 
     slug = "regression"
     title = "a number for each example"
-    unit = "examples"
     spec: ClassVar[type[RunSpec]] = RegressionSpec
     kinds = ("value", "bag")
     provides = ("inputs", "targets", "segments", "next_inputs", "next_probabilities", "discounts")
@@ -86,6 +77,7 @@ class RegressionTask(Task):
         self.run = spec
         self.data = load_values(spec.data, spec.seed)
         self.train, self.held_out = self.data.train, self.data.held_out
+        self.shape = self.data.shape
         widths = {self._width(loss) for loss in self.objective.terms}
         if len(widths) > 1:
             raise UserError(f"loss: terms of a sum need one head; these need {sorted(widths)} outputs")
@@ -95,12 +87,6 @@ class RegressionTask(Task):
     @staticmethod
     def _width(loss: object) -> int:
         return loss.outputs if isinstance(loss, ValueLoss) else 1
-
-    @classmethod
-    def open(cls, spec: RunSpec, folder: Path | None) -> "RegressionTask":
-        """See :meth:`Task.open`; every worker reads the examples for itself."""
-        del folder
-        return cls(cast("RegressionSpec", spec))
 
     @classmethod
     def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
@@ -122,30 +108,14 @@ class RegressionTask(Task):
         return f"{entry.slug} is for bags: set data.bag_size" if entry.kind == "bag" else ""
 
     @classmethod
-    def obstacle(cls, spec: RunSpec) -> str | None:
-        """See :meth:`Task.obstacle`."""
-        dropout = cast("RegressionSpec", spec).model.dropout
-        return f"model.dropout={dropout} draws random numbers" if dropout > 0 else None
-
-    @classmethod
     def shaping(cls, spec: RunSpec) -> str:
         """Return the loss, whose hyperparameters decide the head's width and how it is read."""
         return spec.loss.model_dump_json()
 
-    def order(self) -> Order:
-        """Return an order of whole bags, or of examples where there are no bags."""
-        run = self.run
-        return BagOrder(len(self.train), run.data.bag_size, run.batch_size, run.seed)
-
-    def build_model(self, model: Mapping[str, Any] | None = None) -> Classifier:
-        """See :meth:`Task.build_model`."""
-        spec = self.run.model if model is None else ClassifierModelSpec.parse(model, source="model")
-        return build_classifier(spec, shape=self.data.shape, classes=self.outputs, seed=self.run.seed)
-
-    def flops_per_unit(self, model: HeadedModel) -> float:
-        """Return the operations an example, counted on two of them."""
-        inputs = self.train.batch(np.arange(2) % len(self.train))["inputs"]
-        return count_step_flops(model, inputs) / len(inputs)
+    @property
+    def bag_size(self) -> int:
+        """See :attr:`ExamplesTask.bag_size`."""
+        return self.run.data.bag_size
 
     def counts(self, batch: Batch) -> tuple[float, float]:
         """Return how many targets are known, and nothing further."""
@@ -194,7 +164,7 @@ class RegressionTask(Task):
             reading="values",
             spec=self.run.model,
             state=state,
-            shape=self.data.shape,
+            shape=self.shape,
             outputs=self.outputs,
             standardisation=self.data.standardisation,
             further={

@@ -23,7 +23,7 @@ from lossworks.models.interface import Head
 from lossworks.models.operations import count_step_flops
 from lossworks.specs import ModelTrackingSpec, RunSpec
 from lossworks.specs.base import Spec
-from lossworks.tasks.classification import require_small
+from lossworks.tasks.examples import require_small
 from lossworks.tasks.interface import Mode, Prepared, Say, Task, as_sums
 
 FORMAT, FORMAT_VERSION = "lossworks-sentences", 1
@@ -64,7 +64,7 @@ class SentencesSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        require_small(self, "language models")
+        require_small(self)
         SentencesTask.require_entries(self)
         return self
 
@@ -163,12 +163,6 @@ class SentencesTask(Task):
         numbers = torch.arange(len(clean)).repeat(spec.data.copies)
         self.train = Examples(numbers, edited(clean[numbers], spec.data.edits, spec.seed))
         self.held_out = Examples(torch.arange(len(clean)), clean)
-
-    @classmethod
-    def open(cls, spec: RunSpec, folder: Path | None) -> "SentencesTask":
-        """See :meth:`Task.open`; every worker makes the sentences for itself."""
-        del folder
-        return cls(cast("SentencesSpec", spec))
 
     @classmethod
     def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:

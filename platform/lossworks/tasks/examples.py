@@ -1,0 +1,84 @@
+"""What tasks share whose data are examples in memory and whose model is a small one with a head."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import numpy as np
+
+from lossworks.data import BagOrder, Order
+from lossworks.models import Classifier, HeadedModel, build_classifier
+from lossworks.models.operations import count_step_flops
+from lossworks.specs import ClassifierModelSpec, RunSpec
+from lossworks.tasks.interface import Task
+
+
+def require_small(spec: RunSpec) -> None:
+    """Refuse what is for large models and heads.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    if spec.activation_checkpointing:
+        raise ValueError("activation_checkpointing=true is for language models")
+    if spec.sharding.vocab_parallel:
+        raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
+
+
+def require_whole_bags(spec: RunSpec, bag_size: int) -> None:
+    """Refuse batches that would part bags.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for name in ("batch_size", "micro_batch_size"):
+        size = getattr(spec, name)
+        if size is not None and size % bag_size:
+            raise ValueError(f"{name}={size} must be a multiple of data.bag_size={bag_size}: bags stay whole")
+
+
+class ExamplesTask(Task):
+    """A task of examples in memory.
+
+    A subclass sets these attributes, ``train`` and ``held_out`` when it is made.
+
+    Attributes:
+        shape: Of one example.
+        outputs: How many the head has.
+    """
+
+    unit: ClassVar[str] = "examples"
+
+    shape: tuple[int, ...]
+    outputs: int
+
+    @property
+    def bag_size(self) -> int:
+        """Examples that stay together in every batch."""
+        return 1
+
+    @classmethod
+    def obstacle(cls, spec: RunSpec) -> str | None:
+        """See :meth:`Task.obstacle`."""
+        dropout = _model(spec).dropout
+        return f"model.dropout={dropout} draws random numbers" if dropout > 0 else None
+
+    def order(self) -> Order:
+        """Return an order of whole bags, or of examples where there are no bags."""
+        spec = self.spec_of_run
+        return BagOrder(len(self.train), self.bag_size, spec.batch_size, spec.seed)
+
+    def build_model(self, model: Mapping[str, Any] | None = None) -> Classifier:
+        """See :meth:`Task.build_model`."""
+        spec = _model(self.spec_of_run)
+        if model is not None:
+            spec = ClassifierModelSpec.parse(model, source="model")
+        return build_classifier(spec, shape=self.shape, classes=self.outputs, seed=self.spec_of_run.seed)
+
+    def flops_per_unit(self, model: HeadedModel) -> float:
+        """Return the operations an example, counted on two of them."""
+        inputs = self.train.batch(np.arange(2) % len(self.train))["inputs"]
+        return count_step_flops(model, inputs) / len(inputs)
+
+
+def _model(spec: RunSpec) -> ClassifierModelSpec:
+    return cast("ClassifierModelSpec", spec.model)  # type: ignore[attr-defined]
