@@ -74,6 +74,8 @@ class Context:
 class Loss(Entry, nn.Module):
     """A loss as a module; ``forward`` takes predictions and targets and whatever ``Context`` holds.
 
+    Its parameters are trained with the model, without decay; FSDP splits those that have an axis at least.
+
     Args:
         reduction: ``"sum"``, ``"none"``, or ``"mean"``: the sum divided by the sum of the weights of what
             counts; 0 where nothing does.
