@@ -105,7 +105,7 @@ def test_an_address_without_a_cluster_is_refused_within_seconds(file, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task=regression", "task='regression' must be one of language-model, classification"),
+        ("task=regresion", "task='regresion' must be one of classification"),
         ("data.source=/nowhere", "must be one of digits"),
         ("data.source=csv:/nowhere.csv", "data.source: /nowhere.csv: no such file"),
         ("data.sourse=wine", "did you mean data.source?"),
@@ -114,7 +114,7 @@ def test_an_address_without_a_cluster_is_refused_within_seconds(file, capsys):
         ("data={source: wine}", "model.kind=cnn reads signals and images; examples of 13 features need mlp"),
         ("model.kind=vit", "model.kind='vit'"),
         ("activation_checkpointing=true", "activation_checkpointing=true is for language models"),
-        ("loss=dco", "loss.name=dco can't train a classifier"),
+        ("loss=dco", "loss.name=dco can't train task=classification"),
     ],
 )
 def test_a_wrong_classifier_is_refused_in_one_line(override, message, home, capsys, monkeypatch):
