@@ -276,7 +276,8 @@ class ElementLosses:
         logits = outputs.logits.float().detach().requires_grad_()
         valid = self._valid(batch)
         with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-            values = self._values(Outputs(outputs.hidden, None, dense=logits), batch)
+            seen = Outputs(outputs.hidden, None, dense=logits, roles=outputs.roles)
+            values = self._values(seen, batch)
             (slope,) = torch.autograd.grad(values.sum(), logits)
         values = self._of_rows(values.detach(), valid)
         losses = logits.new_full((int(valid.sum()),), math.nan)

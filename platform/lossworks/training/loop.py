@@ -91,7 +91,9 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.model, spec.optimizer)
         losses = ElementLosses(self.task.objective)
-        self.telemetry = Telemetry(spec.telemetry, losses, self.world, bf16=self.bf16)
+        self.telemetry = Telemetry(
+            spec.telemetry, losses, self.world, bf16=self.bf16, completed=self._completed
+        )
         self.analyses = [create(analysis.name, **analysis.hyperparameters) for analysis in spec.analyses]
         self._companions: dict[str, Outputs] = {}
         self.step, self.position = 0, 0
@@ -266,10 +268,15 @@ class Trainer:
         """Return the sums (S,) of a micro-batch, through the distributed model."""
         device = self.world.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            self._companions = self.roles.outputs(batch) if self.roles else {}
-            batch = self.task.completed(batch, self.roles.outputs) if self.roles else batch
+            batch, self._companions = self._completed(batch)
             found: Tensor = self.model(on(device, batch), self.objective)
         return found
+
+    def _completed(self, batch: Batch) -> tuple[Batch, dict[str, Outputs]]:
+        """Return a batch with what losses read of companions by name, and the companions' outputs for it."""
+        if not self.roles:
+            return batch, {}
+        return self.task.completed(batch, self.roles.outputs), self.roles.outputs(batch)
 
     def _descended(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Return the sums of the objective, or of the method that takes its place; inside the forward."""

@@ -127,6 +127,16 @@ def test_without_a_future_it_is_two_hot(tmp_path):
         assert td["metrics"][name] == pytest.approx(plain["metrics"][name], rel=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["categorical-td", "squared-error"])
+def test_telemetry_sees_the_loss_that_is_trained(loss, tmp_path):
+    """What the target network says of the next states is in it: of one transition it is the step's loss."""
+    values = chain(loss, batch_size=1, telemetry={"every": 1})
+    result = run_training(values, None, str(tmp_path))
+
+    for _, row in result["rows"]:
+        assert row["telemetry/loss_max"] == pytest.approx(row["train/loss"], rel=1e-5)
+
+
 def test_a_bootstrapped_target_is_the_reward_and_the_discounted_next_value():
     """r + γ·v(s′) by the companion; where the reward isn't known nothing is."""
     spec = parse_train_spec(chain("squared-error"))

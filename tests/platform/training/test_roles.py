@@ -120,6 +120,15 @@ def test_a_teacher_of_another_width_teaches(tmp_path):
     assert losses(found[0]) != losses(labels)
 
 
+def test_telemetry_sees_what_a_companion_says(tmp_path):
+    """Of one example it is the step's loss."""
+    values = {**REFERRED, "batch_size": 1, "telemetry": {"every": 1}}
+    (result,) = run_offered([(values, str(tmp_path))])
+
+    for _, row in result["rows"]:
+        assert row["telemetry/loss_max"] == pytest.approx(row["train/loss"], rel=1e-5)
+
+
 def test_what_does_not_fit_is_refused_in_words(tmp_path):
     """Before anything starts: outputs, tasks, architectures, and what isn't there."""
     run_in_folder(tiny(steps=1, data={"source": "digits"}), "digits")

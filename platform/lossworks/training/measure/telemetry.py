@@ -5,7 +5,7 @@ B examples, K classes. A row is a row of logits: an example, or a token of a seq
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -15,9 +15,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from lossworks.data.batch import Batch, first, on
 from lossworks.losses.objective import ElementLosses
+from lossworks.models import Outputs
 from lossworks.specs import TelemetrySpec
 from lossworks.tasks.interface import Measure
 from lossworks.training.distributed.world import World
+from lossworks.training.evaluation import beside
+
+Completed = Callable[[Batch], tuple[Batch, Mapping[str, Outputs]]]
+"""From a batch of the task to the one that losses are given, and to what companions say of it, by role."""
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 _BEFORE = 64  # steps that a spike is measured against
@@ -35,10 +40,20 @@ class Telemetry:
         losses: The trained loss of single elements.
         world: The ranks; all of them call.
         bf16: Run products in bfloat16.
+        completed: Gives what the losses read of companions.
     """
 
-    def __init__(self, spec: TelemetrySpec, losses: ElementLosses, world: World, *, bf16: bool) -> None:
+    def __init__(
+        self,
+        spec: TelemetrySpec,
+        losses: ElementLosses,
+        world: World,
+        *,
+        bf16: bool,
+        completed: Completed = lambda batch: (batch, {}),
+    ) -> None:
         self._spec, self._losses, self._world, self._bf16 = spec, losses, world, bf16
+        self._completed = completed
         self._watch = None if spec.spike is None else SpikeWatch(spec.spike)
 
     def look(
@@ -113,7 +128,8 @@ class Telemetry:
     def _forward(self, model: nn.Module, batch: Batch, look: Measure) -> Tensor:
         device = self._world.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            found = model(on(device, batch), look).double().cpu()
+            batch, companions = self._completed(batch)
+            found = model(on(device, batch), beside(look, companions)).double().cpu()
         # FSDP leaves the root's parameters whole after a forward, apart from the gradients of their shards.
         if isinstance(model, FSDPModule):
             model.reshard()
