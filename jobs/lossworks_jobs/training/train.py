@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lossworks.tasks.interface import Prepared
 
 # What decides the shape of the parameters or the batches that a checkpoint's position counts.
-_FIXED_ON_RESUME = ("task", "model.", "data.", "seed", "batch_size")
+_FIXED_ON_RESUME = ("task", "model.", "data.", "seed", "batch_size", "start", "roles", "methods")
 
 
 def train(
@@ -90,7 +90,8 @@ def _require_resumable(spec: RunSpec, folder: RunFolder) -> None:
         UserError: Naming the field and both values, or that the run is complete.
     """
     stored, asked = folder.spec().flat(), spec.flat()
-    for name, value in asked.items():
+    for name in (*asked, *(name for name in stored if name not in asked)):
+        value = asked.get(name)
         if name.startswith(_FIXED_ON_RESUME) and stored.get(name) != value:
             raise UserError(
                 f"{name}={value}: the checkpoints of run {folder.run_id} were made with {stored.get(name)}; "

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lossworks.errors import UserError
+from lossworks.home import switch_off_usage_reports
 from lossworks.models.interface import Head, LanguageModel
 from lossworks.specs import ModelSpec
 
@@ -147,6 +148,7 @@ def from_config(folder: Path) -> HuggingFaceModel:
     Raises:
         UserError: There is no usable configuration.
     """
+    switch_off_usage_reports()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _require_config(folder)
@@ -161,6 +163,7 @@ def from_config(folder: Path) -> HuggingFaceModel:
 
 
 def _from_pretrained(folder: Path) -> nn.Module:
+    switch_off_usage_reports()
     from transformers import AutoModelForCausalLM
 
     try:

@@ -62,7 +62,8 @@ def trained(text, corpus, tmp_path_factory):
         ("split", "gathered", 2e-6),
         ("micro", "gathered", 2e-6),
         ("one by one", "gathered", 2e-6),
-        ("split half", "gathered half", 1e-4),
+        # Sums of numbers with eight bits, in another order.
+        ("split half", "gathered half", 5e-4),
     ],
 )
 def test_a_split_head_gives_the_curve_of_a_gathered_one(trained, name, like, tolerance):
