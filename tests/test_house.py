@@ -147,11 +147,7 @@ def test_no_imports_go_in_circles():
 
 # Undocumented parts of libraries that are used outside of an adapter still. It may only shrink.
 PRIVATE = {
-    "lossworks.cohort.stacked": {"_BatchNorm", "_DropoutNd"},
-    "lossworks.specs.parts": {"__pydantic_extra__"},
     "lossworks.tracking.system_metrics": {"_metrics_prefix", "_shutdown_event"},
-    "lossworks.training.checkpoints.shard_reader": {"_MEM_FORMAT_ENCODING"},
-    "lossworks.training.measure.memory": {"_cdata", "_python_dispatch", "_pytree"},
     "lossworks_federated.strategies.interface": {"_check_and_log_replies"},
 }
 DOCUMENTED = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library

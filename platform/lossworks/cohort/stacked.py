@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from lossworks.adapters.torch_private import drops_at_random, keeps_statistics
 from lossworks.errors import UserError
 from lossworks.models import Classifier, HeadedModel
 
@@ -178,8 +179,8 @@ class StackedModel:
     @staticmethod
     def _obstacle(model: HeadedModel) -> str | None:
         for name, module in model.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            if drops_at_random(module):
                 return f"{name} drops features at random"
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if keeps_statistics(module):
                 return f"{name} keeps statistics of its own"
         return None

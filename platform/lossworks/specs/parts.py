@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from lossworks.adapters.pydantic_private import replace_extra
 from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import declaration, declarations
 from lossworks.specs.base import Spec
@@ -169,7 +170,7 @@ class EntrySpec(Spec):
                 f"{entry.section}: [{self.name}]"
             )
         resolved = entry.check(self.model_extra or {})
-        object.__setattr__(self, "__pydantic_extra__", resolved)
+        replace_extra(self, resolved)
         return self
 
     @model_serializer(mode="wrap")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata, metadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from lossworks.adapters.torch_private import memory_format_enum
 from lossworks.errors import RunError
 
 _TABLE = "torch.distributed.checkpoint.metadata"
@@ -95,6 +96,6 @@ def _is_dtype(module: str, name: str) -> bool:
 
 def _member(kind: Any, name: str) -> Any:
     """Return a member of the one enum that a table of contents holds."""
-    if kind is not metadata._MEM_FORMAT_ENCODING:
+    if kind is not memory_format_enum():
         raise pickle.UnpicklingError(f"names an attribute of {kind}")
     return kind[name]

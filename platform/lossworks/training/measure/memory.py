@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from lossworks.adapters.torch_private import TorchDispatchMode, storage_key, tree_leaves
 
 
 class _Watch(TorchDispatchMode):
@@ -21,16 +21,18 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run the operator and count the storages it made."""
         inputs = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)
+            storage_key(leaf.untyped_storage())
+            for leaf in tree_leaves((args, kwargs))
+            if torch.is_tensor(leaf)
         }
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if torch.is_tensor(leaf) and leaf.untyped_storage()._cdata not in inputs:
+            if torch.is_tensor(leaf) and storage_key(leaf.untyped_storage()) not in inputs:
                 self._count(leaf.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         if key in self._seen:
             return
         self._seen.add(key)
