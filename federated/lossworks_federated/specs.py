@@ -24,7 +24,7 @@ from lossworks_federated.spec_parts import (
     SplitSpec,
     TaskSpec,
 )
-from lossworks_federated.strategies.catalogue import check_also, check_settings
+from lossworks_federated.strategies.catalogue import PLAIN_SGD, check_also, check_settings, declaration
 
 
 class StrategySpec(Spec):
@@ -153,13 +153,16 @@ class FederationSpec(Spec):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)}: the same seed twice gives the same result twice")
         for strategy in self.strategies:
-            others = [entry["name"] for entry in strategy.also]
-            require_compatible(strategy.name, others, self.privacy)
-            if "scaffold" in (strategy.name, *others) and (
-                self.local.optimizer != "sgd" or self.local.momentum
-            ):
-                raise ValueError("scaffold needs local.optimizer=sgd and local.momentum=0")
+            self._require_fit(strategy)
         return self
+
+    def _require_fit(self, strategy: StrategySpec) -> None:
+        others = [entry["name"] for entry in strategy.also]
+        require_compatible(strategy.name, others, self.privacy)
+        plain = self.local.optimizer == "sgd" and not self.local.momentum
+        for name in (strategy.name, *others):
+            if PLAIN_SGD in declaration(name).flags and not plain:
+                raise ValueError(f"{name} needs local.optimizer=sgd and local.momentum=0")
 
     def task(self, strategy: StrategySpec, seed: int) -> TaskSpec:
         """Return what clients are told for one strategy and seed."""

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lossworks_federated.strategies.parts import Part
 
 FILE = Path(__file__).with_name("strategies.json")
-CLIENT_PART, AVERAGES, EXCHANGES = FLAGS = ("client-part", "averages", "exchanges")
+CLIENT_PART, AVERAGES, EXCHANGES, PLAIN_SGD = "client-part", "averages", "exchanges", "plain-sgd"
 """What a declaration says of a strategy in its flags.
 
 It has a part in clients, which other strategies can add; the next model is w⁰ plus the mean update, weighted
-by examples; further arrays than parameters go between clients and server.
+by examples; further arrays than parameters go between clients and server; clients take plain SGD steps.
 """
 _HEAD = """# Strategies of federated learning
 
@@ -33,7 +33,8 @@ clients that answered, of M in all.
 
 Flags: `client-part`, the part in clients can be added to other strategies (`also: [fedprox]`); `averages`,
 the next model is the mean of the clients', weighted by examples; `exchanges`, further arrays go between
-clients and server, so that privacy which clips and blurs updates refuses it.
+clients and server, so that privacy which clips and blurs updates refuses it; `plain-sgd`, clients must take
+steps of SGD without momentum.
 """
 
 _catalogue = Catalogue(FILE, {"strategies": "strategy"})

@@ -25,7 +25,7 @@ from lossworks.errors import RunError
 from lossworks_federated.records import CONFIG, METRICS, MODEL, array_record, flattened, grouped, member_from
 from lossworks_federated.server.screening import Received, screen
 from lossworks_federated.spec_parts import GuardSpec
-from lossworks_federated.strategies.catalogue import FLAGS, part_of
+from lossworks_federated.strategies.catalogue import AVERAGES, CLIENT_PART, EXCHANGES, PLAIN_SGD, part_of
 from lossworks_federated.strategies.parts import Part
 
 _TRAIN, _TEST, _EXPLORE = range(3)  # what a draw is for
@@ -113,8 +113,13 @@ class Federated(Entry, Strategy):
     def declaration(cls) -> Declaration:
         """Return all that is declared here; what is known of the parts is among the flags."""
         part = cls.part
-        known = (part is not None, cls.averages, part is not None and part.exchanges)
-        flags = (*cls.flags, *(flag for flag, holds in zip(FLAGS, known, strict=True) if holds))
+        known = {
+            CLIENT_PART: part is not None,
+            AVERAGES: cls.averages,
+            EXCHANGES: part is not None and part.exchanges,
+            PLAIN_SGD: part is not None and part.plain_sgd,
+        }
+        flags = (*cls.flags, *(flag for flag, holds in known.items() if holds))
         return replace(super().declaration(), flags=flags)
 
     def flower_arguments(self) -> dict[str, Any]:

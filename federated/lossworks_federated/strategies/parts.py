@@ -66,12 +66,14 @@ class Part:
     Attributes:
         slug: The method's.
         exchanges: Whether other arrays than parameters go to clients or come from them.
+        plain_sgd: Whether clients must take steps of SGD without momentum.
         sends: Whether clients send arrays besides their parameters, named and shaped like them.
         keeps: Whether clients keep arrays between rounds.
     """
 
     slug: ClassVar[str]
     exchanges: ClassVar[bool] = False
+    plain_sgd: ClassVar[bool] = False
     sends: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
 

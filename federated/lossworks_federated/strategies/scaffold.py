@@ -23,6 +23,7 @@ class ControlPart(Part):
     exchanges = True
     sends = True
     keeps = True
+    plain_sgd = True
     _c: Member | None = None
 
     def initial(self, origin: Member) -> Member:
