@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
+from lossworks.specs.files import located
 from lossworks_federated.reporting.comparison import Comparison, compare
 from lossworks_federated.server.session import (
     Child,
@@ -64,6 +65,7 @@ def federate(
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     watcher = watcher or FederationWatcher()
+    spec = located(spec)
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     # Data, split and models are made once before anything is entered anywhere, to see that they can be.

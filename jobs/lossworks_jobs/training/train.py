@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lossworks.errors import UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
+from lossworks.specs.files import located
 from lossworks.tasks.registry import task_of
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.clusters.ray_cluster import cluster, require_local_resources
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from lossworks.reporting import TrainProgress
     from lossworks.tasks.interface import Prepared
 
-# What decides the shape of the parameters or the batches that a checkpoint's position counts.
-_FIXED_ON_RESUME = ("task", "model.", "data.", "seed", "batch_size", "start", "roles", "methods")
+# What decides the shape of the parameters, the batches that a checkpoint's position counts, or the objective.
+_FIXED_ON_RESUME = ("task", "model.", "data.", "seed", "batch_size", "start", "roles", "methods", "loss")
+_FREE_ON_RESUME = ("loss.impl",)
 
 
 def train(
@@ -44,6 +46,7 @@ def train(
     from lossworks.tracking import check_tracking
 
     started = time.time()
+    spec = located(spec)
     if address is None and "RAY_ADDRESS" not in os.environ:
         require_local_resources(spec)
     check_tracking(spec.tracking)
@@ -89,13 +92,14 @@ def _require_resumable(spec: RunSpec, folder: RunFolder) -> None:
     Raises:
         UserError: Naming the field and both values, or that the run is complete.
     """
-    stored, asked = folder.spec().flat(), spec.flat()
+    stored, asked = located(folder.spec()).flat(), spec.flat()
     for name in (*asked, *(name for name in stored if name not in asked)):
         value = asked.get(name)
-        if name.startswith(_FIXED_ON_RESUME) and stored.get(name) != value:
+        fixed = name.startswith(_FIXED_ON_RESUME) and name not in _FREE_ON_RESUME
+        if fixed and stored.get(name) != value:
             raise UserError(
                 f"{name}={value}: the checkpoints of run {folder.run_id} were made with {stored.get(name)}; "
-                "leave it, or start a new run"
+                f"leave it, or begin a new run from its weights: start={folder.run_id}"
             )
     if folder.outcome_file.is_file():
         outcome = Outcome.read(folder.outcome_file)

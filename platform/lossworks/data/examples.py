@@ -122,7 +122,9 @@ def _held_out(labels: np.ndarray, share: float, seed: int, names: tuple[str, ...
     for label, name in enumerate(names):
         rows = stream.permutation(np.flatnonzero(labels == label))
         if len(rows) < 2:
-            raise UserError(f"class {name!r} has {len(rows)} examples; two are the least: one is held out")
+            raise UserError(
+                f"data.source: class {name!r} has one example; two are the least: one is held out"
+            )
         chosen[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
     return chosen
 

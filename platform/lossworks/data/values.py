@@ -79,7 +79,7 @@ def split(examples: int, share: float, seed: int) -> np.ndarray:
         UserError: There are fewer than two.
     """
     if examples < 2:
-        raise UserError(f"data.source: holds {examples} examples; two are the least: one is held out")
+        raise UserError(f"data.source: holds {examples} example; two are the least: one is held out")
     count = min(examples - 1, max(1, round(share * examples)))
     chosen = np.zeros(examples, dtype=bool)
     chosen[np.random.default_rng([seed, _SPLIT]).permutation(examples)[:count]] = True

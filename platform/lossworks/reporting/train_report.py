@@ -156,7 +156,10 @@ def draw_yardsticks(
             )
             highest = max(highest, float(np.max(points[1])))
     axes.set(xlabel="step", ylim=(0, 1.08 * highest))
-    axes.legend(loc="center right")
+    if axes.lines:
+        axes.legend(loc="center right")
+    else:
+        not_measured(axes)
 
 
 def _draw_memory(axes: "Axes", head_memory: Mapping[str, float] | None) -> None:

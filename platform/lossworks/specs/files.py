@@ -1,9 +1,14 @@
 """The local files that a spec names, of whatever room: where they stand in it, and how they are replaced."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from lossworks.specs.base import Spec
+
+S = TypeVar("S", bound=Spec)
 
 # Fields that name a path, by the last two keys of their place, with what may stand before it. A sweep has
 # them below ``base``, so the places differ between rooms, and the last keys do not.
@@ -57,3 +62,20 @@ def with_paths(values: Mapping[str, Any], paths: Mapping[tuple[str, ...], str]) 
             group = group[name]
         group[keys[-1]] = f"{prefixes[keys]}{path}"
     return result
+
+
+def located(spec: S) -> S:
+    """Return a spec whose local paths are absolute: other processes have other working folders."""
+    values = spec.model_dump(mode="json")
+    found = {
+        ".".join(file.keys): f"{file.prefix}{file.path.absolute()}"
+        for file in named_files(values)
+        if not file.path.is_absolute()
+    }
+    # A run's name, or a folder; so a path only where there is such a folder.
+    weights = {"start": values.get("start")}
+    weights |= {f"roles.{name}.of": role.get("of") for name, role in (values.get("roles") or {}).items()}
+    for key, text in weights.items():
+        if text and not Path(text).is_absolute() and Path(text).is_dir():
+            found[key] = str(Path(text).absolute())
+    return spec.override([f"{key}={json.dumps(path)}" for key, path in found.items()]) if found else spec

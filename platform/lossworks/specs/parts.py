@@ -141,6 +141,9 @@ class WeightSpec(Spec):
         return f"{self.value:g} to {self.final:g} in {self.steps} steps"
 
 
+_FIELDS = {"losses": "loss"}  # of a run, by section, where they are called otherwise
+
+
 class EntrySpec(Spec):
     """An entry of the catalogue with its hyperparameters, which are fields beside ``name``.
 
@@ -163,12 +166,14 @@ class EntrySpec(Spec):
     @model_validator(mode="after")
     def _fill_in(self) -> Self:
         """Check the hyperparameters and give the others their defaults, which are stored with a run."""
-        entry = declaration(self.name)
-        if entry.section != self.section:
+        section = declarations()[self.name].section if self.name in declarations() else self.section
+        if section != self.section:
+            field = _FIELDS.get(section, section)
             raise ValueError(
-                f"{self.name}: is one of the {entry.section}, not of the {self.section}; name it in "
-                f"{entry.section}: [{self.name}]"
+                f"{self.name}: is one of the {section}, not of the {self.section}; name it in "
+                f"{field}: [{self.name}]"
             )
+        entry = declaration(self.name, self.section)
         resolved = entry.check(self.model_extra or {})
         replace_extra(self, resolved)
         return self

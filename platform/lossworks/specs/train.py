@@ -1,14 +1,15 @@
 """What the specs of all training runs have in common."""
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lossworks.specs.base import Spec
 from lossworks.specs.parts import (
     AnalysisSpec,
     CheckpointSpec,
     ElasticSpec,
+    EntrySpec,
     EvaluationSpec,
     LossSpec,
     MethodSpec,
@@ -72,6 +73,19 @@ class RunSpec(Spec):
     profile: ProfileSpec = ProfileSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     tracking: ModelTrackingSpec = ModelTrackingSpec()
+
+    @field_validator("methods", "analyses", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | dict) else value
+
+    @field_validator("methods", "analyses")
+    @classmethod
+    def _once(cls, value: "tuple[EntrySpec, ...]") -> "tuple[EntrySpec, ...]":
+        names = [entry.name for entry in value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"names {twice} twice; once is enough")
+        return value
 
     @property
     def least_workers(self) -> int:

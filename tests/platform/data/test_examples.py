@@ -97,7 +97,7 @@ def test_files_are_read(tmp_path):
         ("x,label\n1,a\nnan,b\n", {}, r"line 3, column x: 'nan' is no finite number"),
         ("x,kind\n1,a\n", {}, "data.label=label is no column; there are x, kind"),
         ("x,label\n1,a\n2,a\n", {}, "the labels hold 1 class"),
-        ("x,label\n1,a\n2,b\n3,b\n", {}, "class 'a' has 1 examples; two are the least"),
+        ("x,label\n1,a\n2,b\n3,b\n", {}, "class 'a' has one example; two are the least"),
         ("label\na\n", {}, "has no feature beside label"),
         ("x,label\n", {}, "holds no rows below its header"),
         ("", {}, "data.label=label is no column; there are none"),

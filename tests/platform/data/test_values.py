@@ -101,7 +101,7 @@ def test_tables_with_errors_say_where(tmp_path):
     assert refusal("x,target\n1,2\n3,\n") == ", line 3, column target: is empty"
     assert refusal("x,target\n1,2\n3\n") == ", line 3: holds 1 values for 2 columns"
     assert refusal("x,y\n1,2\n") == ": data.label=target is no column; there are x, y"
-    assert "holds 1 examples; two are the least" in refusal("x,target\n1,2\n")
+    assert "holds 1 example; two are the least" in refusal("x,target\n1,2\n")
 
 
 def test_arrays_with_errors_say_which(tmp_path):

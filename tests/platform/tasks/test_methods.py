@@ -141,7 +141,9 @@ def test_a_calibrator_is_fitted_after_training_and_kept(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"methods": ["ldr"]}, "ldr: is one of the losses, not of the methods; name it in losses: [ldr]"),
+        ({"methods": ["ldr"]}, "ldr: is one of the losses, not of the methods; name it in loss: [ldr]"),
+        ({"methods": ["smooth-adv"]}, "smooth-adv: no such method; did you mean smooth-adversarial-comp-sum"),
+        ({"methods": ["correctness-aware"] * 2}, "names correctness-aware twice"),
         ({"methods": ["recordr"]}, "recordr: no such"),
         ({"methods": [{"name": "correctness-aware", "k": 0}]}, "correctness-aware: k=0 must be"),
         (

@@ -9,6 +9,7 @@ from pathlib import Path
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.specs import read_yaml
+from lossworks.specs.files import located
 from lossworks.tracking import Journal, check_tracking
 from lossworks.tracking.store import Status
 from lossworks_tune.parent_run import close_parent, closing, open_parent
@@ -69,6 +70,7 @@ def study(
         UserError: Something in the spec can't work; nothing was started.
         RunError: All trainings failed, or Ray lost one.
     """
+    spec = located(spec)
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     plan = spec.make_plan()

@@ -11,6 +11,7 @@ import yaml
 from lossworks.errors import RunError, UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import read_yaml
+from lossworks.specs.files import located
 from lossworks.tracking import Journal, check_tracking
 from lossworks.tracking.store import Status
 from lossworks_tune.parent_run import close_parent, closing, open_parent
@@ -84,6 +85,7 @@ def sweep(
         UserError: Something in the spec can't work, or an objective is not reported.
         RunError: The engine failed, or no configuration came to its end.
     """
+    spec = located(spec)
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     space = spec.make_space()

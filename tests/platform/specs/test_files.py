@@ -1,0 +1,31 @@
+"""Paths in specs: other processes have other working folders, so what a run keeps is absolute."""
+
+from lossworks.specs.files import located
+from lossworks.tasks import parse_train_spec
+
+
+def test_local_paths_become_absolute(tmp_path, monkeypatch):
+    """Of data, of weights and of companions where there is such a folder; names of runs stay names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    spec = parse_train_spec(
+        {
+            "task": "classification",
+            "data": {"source": "csv:flowers.csv"},
+            "start": "model",
+            "roles": {"teacher": "model", "reference": "start", "other": "a-run"},
+        }
+    )
+    found = located(spec)
+
+    assert found.data.source == f"csv:{tmp_path / 'flowers.csv'}"
+    assert found.start == str(tmp_path / "model")
+    assert [role.of for role in found.roles.values()] == [str(tmp_path / "model"), "start", "a-run"]
+    assert located(found) is found
+
+
+def test_what_is_no_path_stays():
+    """A corpus of the interpreter, and examples that are built in."""
+    for values in ({}, {"task": "classification"}):
+        spec = parse_train_spec(values)
+        assert located(spec) is spec
