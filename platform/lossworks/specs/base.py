@@ -318,19 +318,32 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False):
         path = ".".join(str(name) for name in item["loc"])
+        place = _in_lists(model, item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             parts.append(_unknown(path, known))
         elif item["type"] == "missing":
-            parts.append(f"{path}: is required")
+            parts.append(f"{place}: is required")
         elif not path:
             parts.append(message)
         elif _group_at(model, path) is not None and item["type"] == "value_error":
-            parts.append(f"{path}: {message}")
+            parts.append(f"{place}: {message}")
         else:
             shown = redact(repr(item["input"]))
-            parts.append(f"{path}={shown}: {message[0].lower()}{message[1:]}")
+            parts.append(f"{place}={shown}: {message[0].lower()}{message[1:]}")
     return "; ".join(parts)
+
+
+def _in_lists(model: type[BaseModel], place: Sequence[str | int]) -> str:
+    """Return a place as dotted text; items of a list that stands for a group have their own numbers."""
+    names: list[str] = []
+    for name in place:
+        tail = getattr(_group_at(model, ".".join(names[:-1])), "list_tail", None) if names else None
+        if isinstance(name, int) and tail is not None and names[-1] == tail:
+            names[-1] = str(name + 1)  # the first item is the group itself
+        else:
+            names.append(str(name))
+    return ".".join(names)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -245,6 +245,9 @@ class LossSpec(EntrySpec):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
+        for place, term in enumerate(self.terms if self.plus else ()):
+            if "name" not in term.model_fields_set:
+                raise ValueError(f"item {place} of the list has no name; write {{name: LOSS, weight: …}}")
         for term in self.plus:
             if term.plus:
                 raise ValueError(f"plus: {term.name} has further terms of its own; put all into one list")

@@ -195,9 +195,10 @@ def test_one_loss_takes_the_place_of_a_sum_as_a_whole():
             ["cross-entropy", "correctness-aware"],
             "is one of the methods, not of the losses; name it in methods: [correctness-aware]",
         ),
+        (["ldr", {"weight": 2}], "item 1 of the list has no name"),
         (
             ["ldr", {"name": "ldr", "weight": "much"}],
-            "loss.plus.0.weight.value='much': input should be a valid",
+            "loss.1.weight.value='much': input should be a valid",
         ),
         (
             [{"name": "ldr", "weight": {"value": 1, "final": 0, "steps": 0}}],
