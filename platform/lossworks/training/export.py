@@ -60,7 +60,7 @@ def evaluate_folder(folder: Path, *, overrides: Sequence[str] = (), limit: int |
     spec = exported_spec(folder).override(overrides)
 
     def fill(model: HeadedModel) -> None:
-        begin_from(trained_weights(str(folder), "folder"), model)
+        begin_from(trained_weights(str(folder), "model"), model)
 
     task, model = task_of(spec).reopen(spec, folder, fill)
     return evaluate(model, task, World.current(), limit=limit, micro_batch_size=None, bf16=False)

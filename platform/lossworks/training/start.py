@@ -87,6 +87,7 @@ def begin_from(weights: TrainedWeights, model: nn.Module) -> None:
         UserError: A tensor is missing, unknown or of another shape.
     """
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(ATTACHED)}
+    as_task = f", with task={weights.task}" if weights.task else ""
     for key, value in own.items():
         if key not in weights.state:
             raise UserError(
@@ -95,7 +96,7 @@ def begin_from(weights: TrainedWeights, model: nn.Module) -> None:
         if weights.state[key].shape != value.shape:
             raise UserError(
                 f"{weights.source}: {key} is {tuple(weights.state[key].shape)} there and "
-                f"{tuple(value.shape)} in this run: model and data must be as it was trained"
+                f"{tuple(value.shape)} here: model and data must be as it was trained{as_task}"
             )
     for key in weights.state:
         if key not in own:

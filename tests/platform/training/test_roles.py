@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
     assert "was trained as task=regression, not classification" in refusal(roles={"teacher": "numbers"})
     assert "roles.teacher.of=nowhere: is no folder" in refusal(roles={"teacher": "nowhere"})
     wide = refusal(start="wine", model={"width": 20})
-    assert "start=wine: layers.0.1.weight is (16, 13) there and (20, 13) in this run" in wide
+    assert "start=wine: layers.0.1.weight is (16, 13) there and (20, 13) here" in wide
     assert "start=wine: lacks layers.2.1.weight" in refusal(start="wine", model={"width": 16, "layers": 3})
     assert "start=wine: holds layers.1.1.weight" in refusal(start="wine", model={"width": 16, "layers": 1})
     with pytest.raises(UserError, match=r"give one of `of` \(a run, a folder or start\) and `ema`"):
