@@ -53,6 +53,9 @@ def load_values(spec: ValuesSpec, seed: int) -> ValueData:
         return _chain(int(spec.source.partition(":")[2]), spec, seed)
     inputs, targets = _read(spec, seed)
     held_out = split(len(targets), spec.held_out_fraction, seed)
+    if (targets == targets[0]).all():
+        count, value = len(targets), targets[0]
+        raise UserError(f"data.label: all {count} targets are {value:g}; there is nothing to learn")
     train = np.flatnonzero(~held_out)
     scale = Standardisation.of(inputs[train]) if spec.standardise else None
     x = to_float32(scale(inputs) if scale else inputs)

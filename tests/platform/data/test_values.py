@@ -102,6 +102,7 @@ def test_tables_with_errors_say_where(tmp_path):
     assert refusal("x,target\n1,2\n3\n") == ", line 3: holds 1 values for 2 columns"
     assert refusal("x,y\n1,2\n") == ": data.label=target is no column; there are x, y"
     assert "holds 1 example; two are the least" in refusal("x,target\n1,2\n")
+    assert "all 2 targets are 5; there is nothing to learn" in refusal("x,target\n1,5\n2,5\n")
 
 
 def test_arrays_with_errors_say_which(tmp_path):
