@@ -364,3 +364,16 @@ def test_a_classifier_trains_through_the_same_command(cluster, home, tmp_path, c
     assert folder.report.is_file()
     assert main(["export", folder.run_id, "--to", str(tmp_path / "model")]) == 0
     assert len(load_classifier(tmp_path / "model").names) == 10
+
+
+def test_examples_of_the_folder_that_one_is_in_are_found(cluster, home, tmp_path, monkeypatch, capsys):
+    """Workers have other working folders; what is stored names the file wherever one is later."""
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{number % 7},{number % 3},{'ab'[number % 2]}\n" for number in range(40))
+    (tmp_path / "flowers.csv").write_text(f"x,y,species\n{rows}")
+    (tmp_path / "spec.yaml").write_text("{task: classification, workers: 1, sharding: none, steps: 12}")
+    overrides = ["data.source=csv:flowers.csv", "data.label=species", "batch_size=8"]
+
+    assert main(["train", "spec.yaml", *overrides]) == 0
+    assert "held-out accuracy" in capsys.readouterr().out
+    assert newest(home).spec().data.source == f"csv:{tmp_path / 'flowers.csv'}"
