@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lossworks.errors import UserError
@@ -100,6 +100,39 @@ def require_free(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and isn't an empty folder; choose another or remove it")
+
+
+def write_model(
+    folder: Path, config: Mapping[str, Any], model: nn.Module, state: Mapping[str, Tensor]
+) -> None:
+    """Write a configuration and the tensors of a model to a folder, which appears complete or not at all.
+
+    Args:
+        folder: Absent or empty.
+        config: With ``provenance``.
+        model: By which names and shapes of the tensors are checked.
+        state: Its unsharded ``state_dict()``.
+
+    Raises:
+        UserError: The folder isn't empty, a tensor doesn't fit, or ``provenance`` isn't JSON.
+    """
+    require_free(folder)
+    text = config_text(config)
+    require_fit(model, state, source="state")
+    with appearing(folder) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS)
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
+
+
+def fill_model(model: nn.Module, folder: Path) -> None:
+    """Give a model, its parameters on any device, the tensors of a folder.
+
+    Raises:
+        UserError: They are missing, damaged, or those of another model.
+    """
+    state = read_tensors(folder / WEIGHTS)
+    require_fit(model, state, source=str(folder / WEIGHTS))
+    model.load_state_dict(state, assign=True)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lossworks.catalogue.registry import create
@@ -22,14 +21,10 @@ from lossworks.models.classifiers import Classifier, build_classifier
 from lossworks.models.folders import (
     CONFIG,
     PREDICTOR_FORMAT,
-    WEIGHTS,
-    appearing,
-    config_text,
+    fill_model,
     read_config,
-    read_tensors,
-    require_fit,
-    require_free,
     require_version,
+    write_model,
 )
 from lossworks.specs import ClassifierModelSpec
 
@@ -113,25 +108,18 @@ def save_predictor(
     Raises:
         UserError: ``folder`` isn't empty, ``state`` doesn't fit ``spec``, or ``provenance`` isn't JSON.
     """
-    folder = Path(folder)
-    require_free(folder)
-    config = config_text(
-        {
-            "format": PREDICTOR_FORMAT,
-            "format_version": FORMAT_VERSION,
-            "reading": reading,
-            "model": spec.model_dump(mode="json"),
-            "shape": shape,
-            "outputs": outputs,
-            "standardisation": None if standardisation is None else standardisation.plain(),
-            **further,
-            "provenance": dict(provenance),
-        }
-    )
-    require_fit(_empty(spec, shape, outputs), state, source="state")
-    with appearing(folder) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS)
-        (temporary / CONFIG).write_text(config, encoding="utf-8")
+    config = {
+        "format": PREDICTOR_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "reading": reading,
+        "model": spec.model_dump(mode="json"),
+        "shape": shape,
+        "outputs": outputs,
+        "standardisation": None if standardisation is None else standardisation.plain(),
+        **further,
+        "provenance": dict(provenance),
+    }
+    write_model(Path(folder), config, _empty(spec, shape, outputs), state)
 
 
 def load_predictor(folder: str | Path) -> Predictor:
@@ -159,9 +147,7 @@ def load_predictor(folder: str | Path) -> Predictor:
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: lacks shape, outputs, loss or scales, or they are damaged") from None
     model = _empty(spec, shape, outputs)
-    state = read_tensors(Path(folder) / WEIGHTS)
-    require_fit(model, state, source=str(Path(folder) / WEIGHTS))
-    model.load_state_dict(state, assign=True)
+    fill_model(model, Path(folder))
     made = create(slug, **loss)
     return Predictor(model.eval(), shape, reading, made, scale, scaled, names)
 

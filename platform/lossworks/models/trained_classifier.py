@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lossworks.data.standardise import Standardisation, to_float32
@@ -20,14 +19,10 @@ from lossworks.models.classifiers import Classifier, build_classifier
 from lossworks.models.folders import (
     CLASSIFIER_FORMAT,
     CONFIG,
-    WEIGHTS,
-    appearing,
-    config_text,
+    fill_model,
     read_config,
-    read_tensors,
-    require_fit,
-    require_free,
     require_version,
+    write_model,
 )
 from lossworks.specs import ClassifierModelSpec
 
@@ -90,24 +85,17 @@ def save_classifier(
     Raises:
         UserError: ``folder`` isn't empty, ``state`` doesn't fit ``spec``, or ``provenance`` isn't JSON.
     """
-    folder = Path(folder)
-    require_free(folder)
     scale = None if standardisation is None else standardisation.plain()
-    config = config_text(
-        {
-            "format": CLASSIFIER_FORMAT,
-            "format_version": FORMAT_VERSION,
-            "model": spec.model_dump(mode="json"),
-            "shape": shape,
-            "classes": names,
-            "standardisation": scale,
-            "provenance": dict(provenance),
-        }
-    )
-    require_fit(_empty(spec, shape, names), state, source="state")
-    with appearing(folder) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS)
-        (temporary / CONFIG).write_text(config, encoding="utf-8")
+    config = {
+        "format": CLASSIFIER_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": spec.model_dump(mode="json"),
+        "shape": shape,
+        "classes": names,
+        "standardisation": scale,
+        "provenance": dict(provenance),
+    }
+    write_model(Path(folder), config, _empty(spec, shape, names), state)
 
 
 def load_classifier(folder: str | Path) -> TrainedClassifier:
@@ -124,9 +112,7 @@ def load_classifier(folder: str | Path) -> TrainedClassifier:
     spec = ClassifierModelSpec.parse(config.get("model") or {}, source=str(path))
     shape, names, scale = _parts(config, path)
     model = _empty(spec, shape, names)
-    state = read_tensors(Path(folder) / WEIGHTS)
-    require_fit(model, state, source=str(Path(folder) / WEIGHTS))
-    model.load_state_dict(state, assign=True)
+    fill_model(model, Path(folder))
     return TrainedClassifier(model.eval(), shape, names, scale)
 
 

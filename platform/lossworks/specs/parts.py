@@ -166,7 +166,7 @@ class EntrySpec(Spec):
     @model_validator(mode="after")
     def _fill_in(self) -> Self:
         """Check the hyperparameters and give the others their defaults, which are stored with a run."""
-        section = declarations()[self.name].section if self.name in declarations() else self.section
+        section = getattr(declarations().get(self.name), "section", self.section)
         if section != self.section:
             field = _FIELDS.get(section, section)
             raise ValueError(

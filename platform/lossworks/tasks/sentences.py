@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, Self, cast
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,7 +17,7 @@ from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.examples import Examples
 from lossworks.errors import UserError
 from lossworks.models import HeadedModel, Outputs
-from lossworks.models.folders import CONFIG, WEIGHTS, appearing, config_text, require_fit, require_free
+from lossworks.models.folders import write_model
 from lossworks.models.interface import Head
 from lossworks.models.operations import count_step_flops
 from lossworks.specs import ModelTrackingSpec, RunSpec
@@ -207,11 +206,7 @@ class SentencesTask(Task):
         """Write weights and configuration; see :meth:`Task.save`."""
         run = self.run.model_dump(mode="json", include={"model", "data"})
         config = {"format": FORMAT, "format_version": FORMAT_VERSION, **run, "provenance": dict(provenance)}
-        require_free(to)
-        require_fit(self.build_model(), state, source="state")
-        with appearing(to) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS)
-            (temporary / CONFIG).write_text(config_text(config), encoding="utf-8")
+        write_model(to, config, self.build_model(), state)
 
 
 def in_sentence(words: Tensor, clean: Tensor) -> Tensor:
