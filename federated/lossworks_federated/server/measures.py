@@ -16,7 +16,7 @@ _EXAMPLES_AT_ONCE = 2**17  # times the clients whose models are tested together
 
 @torch.no_grad()
 def held_out(setup: SharedSetup, model: Member) -> dict[str, float]:
-    """Return cross-entropy, accuracy, calibration error and Brier score of a model on held-out examples."""
+    """Return the yardsticks of a classifier on held-out examples."""
     examples = setup.data.held_out
     _, logits = setup.model({name: value[None] for name, value in model.items()}, examples.inputs[None])
     found = class_sums(logits[0], examples.labels).metrics()

@@ -193,6 +193,7 @@ class Declaration:
         invariances: Changes of a row's logits that leave it as it is: ``shift``, ``scale``.
         requires: Inputs besides prediction and target, by their names in
             :class:`lossworks.losses.Context`.
+        roles: Companions of the model that it reads, such as ``teacher``; a spec names them in ``roles``.
         flags: ``random``: draws random numbers; ``unmonitored``: its value says nothing about progress;
             ``whole-batch``: splitting a batch changes it; ``own-outputs``: predictions must not have seen
             the targets.
@@ -214,6 +215,7 @@ class Declaration:
     cases: tuple[Case, ...] = ()
     invariances: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     example: str = ""
     package: str = OWN

@@ -26,6 +26,7 @@ class Entry:
     cases: ClassVar[tuple[Case, ...]] = ()
     invariances: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
+    roles: ClassVar[tuple[str, ...]] = ()
     flags: ClassVar[tuple[str, ...]] = ()
     example: ClassVar[str] = ""
 
@@ -52,6 +53,7 @@ class Entry:
             cases=cls.cases,
             invariances=cls.invariances,
             requires=cls.requires,
+            roles=cls.roles,
             flags=cls.flags,
             example=cls.example.replace("{slug}", cls.slug),
         )

@@ -45,7 +45,8 @@ def facts(entry: Declaration) -> list[str]:
     found += [f"Equals {case_text(case)}." for case in entry.cases]
     if entry.invariances:
         found.append(f"Unchanged by a {' and a '.join(entry.invariances)} of the logits.")
-    for what, names in (("Needs the inputs", entry.requires), ("Flags", entry.flags)):
+    named = {"Needs the inputs": entry.requires, "Needs the roles": entry.roles, "Flags": entry.flags}
+    for what, names in named.items():
         if names:
             found.append(f"{what}: {', '.join(names)}.")
     return found if entry.package == OWN else [*found, f"From the package {entry.package}."]

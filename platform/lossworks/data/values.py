@@ -11,8 +11,9 @@ from lossworks.data.standardise import Standardisation, to_float32
 from lossworks.errors import UserError
 from lossworks.specs.values import ValuesSpec
 
-_SPLIT, _OUTLIERS, _CHAIN = range(3)  # what a random stream is for
+_SPLIT, _OUTLIERS, _CHAIN, _LINEAR = range(4)  # what a random stream is for
 _STATES, _FEATURES, _SUCCESSORS = 100, 16, 4  # of a chain
+_DIMENSIONS = 100  # of a linear function
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,8 @@ def _read(spec: ValuesSpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
         return table.inputs, np.array(values)
     if kind == "npz":
         return _arrays(name)
+    if kind == "linear":
+        return _linear(int(name), seed)
     from sklearn import datasets
 
     if kind == "friedman":
@@ -115,6 +118,14 @@ def _read(spec: ValuesSpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
         return found[0], found[1]
     found = datasets.load_diabetes()
     return found.data, found.target
+
+
+def _linear(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return y = ⟨θ, x⟩ + ε of x ~ N(0, I) in a hundred dimensions, ‖θ‖ = 1 and ε ~ N(0, 1)."""
+    stream = np.random.default_rng([seed, _LINEAR])
+    x = stream.standard_normal((count, _DIMENSIONS))
+    theta = stream.standard_normal(_DIMENSIONS)
+    return x, x @ theta / np.linalg.norm(theta) + stream.standard_normal(count)
 
 
 def _arrays(name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Accuracy, cross-entropy, calibration error and Brier score of classifiers, from sums that add up.
+"""Accuracy, cross-entropy, calibration and yardsticks of unequal classes, from sums that add up.
 
 Means don't add over micro-batches, ranks or clients, and the calibration error is no mean at all; so what is
 passed around are the sums that all of them are made of.
@@ -15,11 +15,12 @@ BINS = 15
 
 @dataclass(frozen=True, eq=False)
 class ClassSums:
-    """Sums over examples, as one vector of 4 + 3·15 float64.
+    """Sums over examples, as one vector of 4 + 3·15 + 3·K float64, K classes.
 
     Attributes:
         values: Examples, cross-entropy in nats, right answers, Brier scores; then for every bin of top-1
-            confidence how many examples, their confidences, and how many are right.
+            confidence how many examples, their confidences, and how many are right; then for every class how
+            many examples are of it, are answered with it, and are both.
     """
 
     values: Tensor
@@ -31,7 +32,11 @@ class ClassSums:
 
     def bins(self) -> Tensor:
         """Return (3, 15): count, sum of confidences, right answers; bin b holds (b/15, (b+1)/15]."""
-        return self.values[4:].reshape(3, BINS)
+        return self.values[4 : 4 + 3 * BINS].reshape(3, BINS)
+
+    def classes(self) -> Tensor:
+        """Return (3, K): examples of a class, answers with it, right answers."""
+        return self.values[4 + 3 * BINS :].reshape(3, -1)
 
     def reliability(self) -> dict[str, list[float]]:
         """Return the reliability curve: by bin, without the empty ones, from the least sure to the surest.
@@ -48,13 +53,19 @@ class ClassSums:
         }
 
     def metrics(self) -> dict[str, float]:
-        """Return cross-entropy (nats), accuracy, ECE and Brier score, all means over examples.
+        """Return cross-entropy (nats), accuracy, ECE, Brier score, balanced accuracy and macro F1.
 
         ECE is Σ_b (n_b/n)·|accuracy_b − confidence_b| over 15 equal bins of the top-1 confidence (Guo et al.,
         *On Calibration of Modern Neural Networks*, 2017, equation 3). The Brier score is Σ_k (p_k − [k=y])²,
-        from 0 to 2 (Brier 1950).
+        from 0 to 2 (Brier 1950). The balanced accuracy is the mean over classes of the recall, the share of a
+        class's examples that is answered with it; the macro F1 is the mean over classes of
+        2·right/(examples + answers). Classes without examples count in neither.
         """
         n = max(self.examples, 1.0)
+        actual, answered, found = self.classes()
+        present = actual > 0
+        recall = (found / actual)[present]
+        f1 = (2 * found / (actual + answered))[present]
         _, nats, right, brier = self.values[:4].tolist()
         _, confidence, accurate = self.bins()
         return {
@@ -62,6 +73,8 @@ class ClassSums:
             "accuracy": right / n,
             "ece": float((accurate - confidence).abs().sum()) / n,
             "brier": brier / n,
+            "balanced_accuracy": float(recall.mean()) if len(recall) else 0.0,
+            "macro_f1": float(f1.mean()) if len(f1) else 0.0,
         }
 
 
@@ -84,7 +97,9 @@ def class_sums(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Cla
     ones = torch.ones_like(right)
     sums = [ones.sum(), F.nll_loss(log_p, y, reduction="sum"), right.sum(), brier.sum()]
     bins = [right.new_zeros(BINS).index_add(0, place, column) for column in (ones, confidence, right)]
-    return ClassSums(torch.cat((torch.stack(sums), *bins)))
+    hit = answer[answer == y]
+    classes = [torch.bincount(own, minlength=z.shape[1]).double() for own in (y, answer, hit)]
+    return ClassSums(torch.cat((torch.stack(sums), *bins, *classes)))
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:

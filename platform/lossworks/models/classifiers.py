@@ -103,7 +103,7 @@ def build_classifier(
 def _mlp(spec: ClassifierModelSpec, shape: tuple[int, ...]) -> tuple[list[nn.Module], int]:
     sizes = [torch.Size(shape).numel(), *[spec.width] * spec.layers]
     layers = [nn.Sequential(nn.Flatten(), nn.Linear(into, out), nn.ReLU()) for into, out in pairwise(sizes)]
-    return [*layers], spec.width
+    return [*layers] or [nn.Sequential(nn.Flatten())], sizes[-1]
 
 
 def _cnn(spec: ClassifierModelSpec, shape: tuple[int, ...]) -> tuple[list[nn.Module], int]:

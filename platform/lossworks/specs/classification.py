@@ -79,13 +79,17 @@ class ClassifierModelSpec(Spec):
     kind: Literal["mlp", "cnn", "resnet"] = Field(
         "mlp", description="mlp for vectors; cnn and resnet (GroupNorm) for signals and images"
     )
-    layers: int = Field(2, ge=1, le=64, description="hidden layers, convolutions, or residual blocks a stage")
+    layers: int = Field(
+        2, ge=0, le=64, description="hidden layers, 0 for a linear mlp; convolutions, or residual blocks a stage"
+    )
     width: int = Field(128, ge=2, le=16384, description="features of a layer; channels of the first stage")
     groups: int = Field(8, ge=1, le=64, description="groups of GroupNorm; must divide width")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of features set to zero before the head")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if not self.layers and self.kind != "mlp":
+            raise ValueError(f"layers=0 is a linear model, kind=mlp; kind={self.kind} needs at least 1")
         if self.kind == "resnet" and self.width % self.groups:
             raise ValueError(f"width={self.width} must be a multiple of groups={self.groups}")
         return self

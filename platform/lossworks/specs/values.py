@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lossworks.specs.base import Spec
 
-VALUE_SOURCES = ("diabetes", "friedman:N", "chain:N", "csv:PATH", "npz:PATH")
+VALUE_SOURCES = ("diabetes", "friedman:N", "linear:N", "chain:N", "csv:PATH", "npz:PATH")
 LABEL_SET_SOURCES = ("topics:N", "csv:PATH", "npz:PATH")
 
 
@@ -30,7 +30,8 @@ class ValuesSpec(Spec):
 
     source: str = Field(
         "diabetes",
-        description="diabetes, friedman:N (N points of Friedman's first function with noise), chain:N (N "
+        description="diabetes, friedman:N (N points of Friedman's first function with noise), linear:N (N "
+        "points of a linear function of 100 features, with noise as large as the signal), chain:N (N "
         "transitions of a Markov chain, whose states' values are learnt from rewards), csv:PATH (numeric "
         "columns and a target) or npz:PATH (arrays x and y)",
     )

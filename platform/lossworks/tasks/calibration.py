@@ -45,8 +45,7 @@ class Calibration(Method):
             UserError: Naming the task.
         """
         del spec
-        if not task.classifies:
-            raise UserError(f"methods: {self.slug} calibrates classifiers, not task={task.slug}")
+        task.require_classifier(f"methods: {self.slug} calibrates")
 
     @abstractmethod
     def calibrate(self, logits: Tensor, views: Tensor, labels: Tensor, *, seed: int) -> None:

@@ -39,7 +39,7 @@ class ClassifierSpec(RunSpec):
 
 
 class ClassificationTask(ExamplesTask):
-    """Labelled examples; the yardsticks are cross-entropy, accuracy, calibration error and Brier score.
+    """Labelled examples, measured by accuracy, calibration, and means over classes.
 
     Args:
         spec: The run.
@@ -51,7 +51,7 @@ class ClassificationTask(ExamplesTask):
     slug = "classification"
     title = "a classifier of examples, or of bags of examples"
     spec: ClassVar[type[RunSpec]] = ClassifierSpec
-    kinds = ("row", "logits", "margin", "bag")
+    kinds = ("row", "logits", "margin", "bag", "sequence")
     provides = ("inputs", "targets", "segments")
     classifies = True
     yardsticks: ClassVar[Mapping[str, Mode]] = {
@@ -59,12 +59,16 @@ class ClassificationTask(ExamplesTask):
         "eval/cross_entropy": "min",
         "eval/ece": "min",
         "eval/brier": "min",
+        "eval/balanced_accuracy": "max",
+        "eval/macro_f1": "max",
     }
     shown: ClassVar[Sequence[tuple[str, str, str]]] = (
         ("held-out accuracy", "eval/accuracy", "{:.4f}"),
         ("held-out cross-entropy", "eval/cross_entropy", "{:.4f} nats"),
         ("calibration error", "eval/ece", "{:.4f}"),
         ("Brier score", "eval/brier", "{:.4f}"),
+        ("mean recall of classes", "eval/balanced_accuracy", "{:.4f}"),
+        ("mean F1 of classes", "eval/macro_f1", "{:.4f}"),
     )
     panels: ClassVar[tuple[str, Mapping[str, str]] | None] = (
         "Held-out accuracy and calibration error",
@@ -95,8 +99,14 @@ class ClassificationTask(ExamplesTask):
 
     @classmethod
     def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
-        """See :meth:`Task.takes`; losses of margins need two classes, those of bags need bags."""
+        """See :meth:`Task.takes`; losses of margins need two classes, those of bags need bags.
+
+        A loss of whole answers takes a class for an answer of one token; those of steps, or of what a model
+        writes itself, have nothing to look at.
+        """
         if not super().takes(entry, spec):
+            return False
+        if entry.kind == "sequence" and (entry.requires or "own-outputs" in entry.flags):
             return False
         if spec is None:
             return True

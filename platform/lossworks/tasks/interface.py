@@ -124,6 +124,19 @@ class Task(ABC):
         return cls(spec)
 
     @classmethod
+    def require_classifier(cls, what: str) -> None:
+        """Refuse if it doesn't train classifiers.
+
+        Args:
+            what: Who does what with classifiers, such as ``analyses: coverage draws answers of``.
+
+        Raises:
+            UserError: It doesn't.
+        """
+        if not cls.classifies:
+            raise UserError(f"{what} classifiers, not task={cls.slug}")
+
+    @classmethod
     def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:
         """Read the data once, before workers do, and check that model and data fit.
 
@@ -159,16 +172,39 @@ class Task(ABC):
 
     @classmethod
     def require_entries(cls, spec: RunSpec) -> None:
-        """Refuse losses, methods and analyses that a run can't have.
+        """Refuse losses, methods and analyses that a run can't have, and companions that nothing reads.
 
         Raises:
-            ValueError: Naming those that can, and the tasks that the loss could train.
+            ValueError: Naming those that can, and the tasks that the loss could train; or the companion.
         """
         for term in spec.loss.terms:
             if not cls.takes(declaration(term.name), spec):
                 raise ValueError(cls._refusal(term.name, spec))
         for entry in (*spec.methods, *spec.analyses):
             create(entry.name, **entry.hyperparameters).check(cls, spec)
+        cls._require_roles(spec)
+
+    @classmethod
+    def _require_roles(cls, spec: RunSpec) -> None:
+        entries = (*spec.loss.terms, *spec.methods, *spec.analyses)
+        read = {role: entry.name for entry in entries for role in declaration(entry.name).roles}
+        for role, reader in read.items():
+            if role not in spec.roles:
+                raise ValueError(
+                    f"roles: {reader} reads a companion named {role}; set roles.{role} to a run, to a folder "
+                    "of trained weights, to start, or to {ema: 0.99}"
+                )
+        known = {**read, **dict.fromkeys(cls.reads(spec), cls.slug)}
+        for role in spec.roles:
+            if role not in known:
+                hint = f"what is read: {', '.join(known)}" if known else "no loss or method reads any"
+                raise ValueError(f"roles.{role}: nothing here reads a companion of that name; {hint}")
+
+    @classmethod
+    def reads(cls, spec: RunSpec) -> tuple[str, ...]:
+        """Return the roles that a run's task itself reads, beside those that its entries read."""
+        del spec
+        return ()
 
     @classmethod
     def _refusal(cls, slug: str, spec: RunSpec) -> str:

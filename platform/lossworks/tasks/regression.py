@@ -108,6 +108,11 @@ class RegressionTask(ExamplesTask):
         return f"{entry.slug} is for bags: set data.bag_size" if entry.kind == "bag" else ""
 
     @classmethod
+    def reads(cls, spec: RunSpec) -> tuple[str, ...]:
+        """Return the target network, of a chain."""
+        return (_TARGET,) if cast("RegressionSpec", spec).data.of_chain else ()
+
+    @classmethod
     def shaping(cls, spec: RunSpec) -> str:
         """Return the loss, whose hyperparameters decide the head's width and how it is read."""
         return spec.loss.model_dump_json()

@@ -282,3 +282,27 @@ def test_what_does_not_fit_is_refused(slug, scores, positives, message):
     """By name."""
     with pytest.raises(UserError, match=message):
         create(slug)(scores, positives)
+
+
+def coupled(scores, positives):
+    """Cross-entropy averaged over the positives, which lets them compete."""
+    return -scores.log_softmax(1).gather(1, positives).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "certain"),
+    [(coupled, 0.2), (create("decoupled-softmax", temperature=1.0), 0.99)],
+    ids=["coupled", "decoupled"],
+)
+def test_a_certain_label_may_be_certain(loss, certain):
+    """Beside four labels that change, coupled cross-entropy holds the one that stays at 1/|P| = 0.2."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.zeros(32, 100, requires_grad=True)
+    optimizer = torch.optim.Adam([scores], lr=0.1)
+    for _ in range(400):
+        others = torch.rand(32, 99, generator=generator).topk(4).indices + 1
+        optimizer.zero_grad()
+        loss(scores, torch.cat((others.new_zeros(32, 1), others), 1)).backward()
+        optimizer.step()
+
+    assert scores.softmax(1)[:, 0].mean().item() == pytest.approx(certain, abs=0.01)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 from lossworks.metrics import ClassSums, auroc, class_sums, correctness_auroc
 
@@ -77,6 +77,8 @@ def test_figures_and_curve_are_those_of_scikit_learn():
 
     assert sums.metrics()["cross_entropy"] == pytest.approx(log_loss(y, p, labels=range(6)))
     assert sums.metrics()["accuracy"] == accuracy_score(y, answer)
+    assert sums.metrics()["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, answer))
+    assert sums.metrics()["macro_f1"] == pytest.approx(f1_score(y, answer, average="macro"))
     assert sums.reliability()["accuracy"] == pytest.approx(accuracy)
     assert sums.reliability()["confidence"] == pytest.approx(mean)
     assert correctness_auroc(z, y) == pytest.approx(roc_auc_score(right, confidence))
@@ -101,4 +103,5 @@ def test_the_figures_hold_their_bounds_and_add_up(count, classes, cut, seed, sca
     assert class_sums(z.double() + 3.0, y).metrics() == pytest.approx(found, abs=1e-9)
     assert 0 <= found["ece"] <= 1 + 1e-12
     assert 0 <= found["brier"] <= 2 + 1e-12
+    assert 0 <= found["macro_f1"] <= 1 + 1e-12
     assert found["ece"] * count == pytest.approx(sum(n * abs(a - c) for n, c, a in gaps), abs=1e-9)

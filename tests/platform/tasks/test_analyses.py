@@ -95,7 +95,7 @@ def test_what_can_not_be_compared_is_refused():
         create("lr-sensitivity", figure="eval/cross_entropy").compare([curves("a", 0.5, lr=0.01)])
     with pytest.raises(UserError, match="compares runs: use `lossworks analyse lr-sensitivity RUN RUN`"):
         parse_train_spec(tiny(analyses=["lr-sensitivity"]))
-    with pytest.raises(UserError, match="neural-collapse: needs a classifier, not task=regression"):
+    with pytest.raises(UserError, match="neural-collapse looks at classifiers, not task=regression"):
         parse_train_spec(
             tiny(task="regression", loss="huber", data={"source": "diabetes"}, analyses=["neural-collapse"])
         )

@@ -1,5 +1,6 @@
 """Companions of a model in training, and trained weights to begin from."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from lossworks_testing.training import losses, run_in_folder, run_training
 
 # The second term reads what the companion gives.
 TAUGHT = tiny(batch_size=21, loss=["cross-entropy", {"name": "to-teacher", "weight": 0.5}])
-FOLLOWED = {**TAUGHT, "roles": {"target": {"ema": 0.8}}}
-REFERRED = {**TAUGHT, "roles": {"reference": "start"}}
+FOLLOWED = {**TAUGHT, "roles": {"teacher": {"ema": 0.8}}}
+REFERRED = {**TAUGHT, "roles": {"teacher": "start"}}
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +49,8 @@ def test_a_moving_copy_keeps_its_share_at_every_step(tmp_path):
         run._advance()
         for name, value in parameters(run.headed_model).items():
             expected[name] = 0.8 * expected[name] + 0.2 * value
-    copied = run.roles.moving()["target"]
-    given = run.roles.outputs(run.task.train.batch(run.order.rows(0, 0, 1)))["target"]
+    copied = run.roles.moving()["teacher"]
+    given = run.roles.outputs(run.task.train.batch(run.order.rows(0, 0, 1)))["teacher"]
 
     torch.testing.assert_close(parameters(copied), expected)
     assert not any(value.requires_grad for value in (given.hidden, given.logits))
@@ -70,7 +71,7 @@ def test_a_reference_stays_at_the_start(tmp_path):
     stored = tensors_in(Path(str(first.checkpoints / "step-00000003")), "model.")
     assert again.step == 3
     for run in (begun, again):
-        reference = parameters(run.roles._models["reference"])
+        reference = parameters(run.roles._models["teacher"])
         assert all(torch.equal(reference[name], stored[name]) for name in reference)
         assert any(
             not torch.equal(value, start[name]) for name, value in parameters(run.headed_model).items()
@@ -98,7 +99,7 @@ def test_ranks_give_what_one_process_gives(tmp_path):
     for two in run_ranks(2, run_offered, runs, folder=tmp_path / "ranks")[0]:
         assert losses(two) == pytest.approx(losses(one), rel=1e-4)
         assert two["metrics"]["eval/loss"] == pytest.approx(one["metrics"]["eval/loss"], rel=1e-4)
-        copied, expected = (tensors_in(Path(run["checkpoint"]), "roles.target.") for run in (two, one))
+        copied, expected = (tensors_in(Path(run["checkpoint"]), "roles.teacher.") for run in (two, one))
         assert copied
         torch.testing.assert_close(copied, expected, rtol=1e-3, atol=1e-5)
 
@@ -148,15 +149,33 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
             check_companions(spec, task_of(spec).open(spec, None))
         return str(refused.value)
 
-    assert "roles.teacher.of=digits" in refusal(roles={"teacher": "digits"})
-    assert "was trained as task=regression, not classification" in refusal(roles={"teacher": "numbers"})
-    assert "roles.teacher.of=nowhere: is no folder" in refusal(roles={"teacher": "nowhere"})
+    assert "roles.teacher.of=digits" in refusal(loss="to-teacher", roles={"teacher": "digits"})
+    assert "was trained as task=regression, not classification" in refusal(loss="to-teacher", roles={"teacher": "numbers"})
+    assert "roles.teacher.of=nowhere: is no folder" in refusal(loss="to-teacher", roles={"teacher": "nowhere"})
     wide = refusal(start="wine", model={"width": 20})
     assert "start=wine: layers.0.1.weight is (16, 13) there and (20, 13) here" in wide
     assert "start=wine: lacks layers.2.1.weight" in refusal(start="wine", model={"width": 16, "layers": 3})
     assert "start=wine: holds layers.1.1.weight" in refusal(start="wine", model={"width": 16, "layers": 1})
     with pytest.raises(UserError, match=r"give one of `of` \(a run, a folder or start\) and `ema`"):
         parse_train_spec(tiny(roles={"teacher": {"of": "wine", "ema": 0.5}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": "to-teacher"}, "roles: to-teacher reads a companion named teacher; set roles.teacher"),
+        (
+            {"loss": "to-teacher", "roles": {"teacher": "start", "techer": "start"}},
+            "roles.techer: nothing here reads a companion of that name; what is read: teacher",
+        ),
+        ({"roles": {"teacher": "start"}}, "no loss or method reads any"),
+    ],
+    ids=["missing", "mistyped", "unused"],
+)
+def test_companions_and_their_readers_fit(changes, words):
+    """A companion that nothing reads would only cost time."""
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse_train_spec(tiny(**changes))
 
 
 @pytest.mark.parametrize("kind", ["run", "folder"])

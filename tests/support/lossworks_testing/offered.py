@@ -43,13 +43,14 @@ class Distillation(Loss):
     """Cross-entropy against a teacher's probabilities (Hinton, Vinyals, Dean 2015, at temperature 1)."""
 
     slug = "to-teacher"
+    roles = ("teacher",)
     kind = "logits"
     formula = "-Σ_k q_k log p_k, q the teacher's"
     paper = Paper("Distilling the Knowledge in a Neural Network", "Hinton, Vinyals, Dean", 2015)
 
     def of(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:  # noqa: ARG002
         valid = batch["targets"] != self.ignore_index
-        (theirs,) = outputs.roles.values()
+        theirs = outputs.roles["teacher"]
         values = -(theirs.logits.softmax(-1) * outputs.logits.log_softmax(-1)).sum(-1)
         return self.reduce(torch.where(valid, values, 0), valid.to(values))
 

@@ -22,8 +22,7 @@ small models on small data, and of many intervals one in twenty misses.
 {EXPLANATION}
 
 `lossworks study --all` trains everything again and writes this page; all values are in
-`tune/studies/results/`. [On a page of its own](evidence-by-script.md) are studies in settings of the papers
-that no task has, what the sweeps found, and federated strategies on two tasks.
+`tune/studies/results/`.
 """
 
 

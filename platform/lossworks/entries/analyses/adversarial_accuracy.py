@@ -45,8 +45,7 @@ class AdversarialAccuracy(Analysis):
         Raises:
             UserError: Naming the field.
         """
-        if not task.classifies:
-            raise UserError(f"analyses: {self.slug} attacks classifiers, not task={task.slug}")
+        task.require_classifier(f"analyses: {self.slug} attacks")
         if spec.sharding.kind == "fsdp":
             raise UserError(
                 f"analyses: {self.slug} runs the model several times: set sharding to ddp or none"

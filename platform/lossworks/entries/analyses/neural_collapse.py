@@ -255,8 +255,7 @@ class NeuralCollapse(Analysis):
             UserError: Naming the task.
         """
         del spec
-        if not task.classifies:
-            raise UserError(f"{self.slug}: needs a classifier, not task={task.slug}")
+        task.require_classifier(f"analyses: {self.slug} looks at")
 
     def measure(self, probe: Probe) -> Finding:
         """Return NC1 to NC4 on the training examples, over all ranks.

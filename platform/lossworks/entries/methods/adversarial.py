@@ -106,8 +106,7 @@ class SmoothAdversarialCompSum(Method):
         Raises:
             UserError: Naming the field.
         """
-        if not task.classifies:
-            raise UserError(f"methods: {self.slug} trains classifiers, not task={task.slug}")
+        task.require_classifier(f"methods: {self.slug} trains")
         if spec.sharding.kind == "fsdp":
             raise UserError(
                 f"methods: {self.slug} runs the model several times: sharding=fsdp must be ddp or none"

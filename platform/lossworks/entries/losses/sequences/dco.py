@@ -1,17 +1,19 @@
 """Direct coverage optimisation: losses for answers that are drawn N times."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, integer, switch
+from lossworks.data.batch import Batch
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, Target
 from lossworks.losses.interface import Context, RowLoss
 from lossworks.losses.problems import Problem, of_sequences, steps
 from lossworks.losses.rows import Rows
+from lossworks.models.interface import Outputs
 
 _PAPER = Paper(
     "Rethinking Fine-Tuning when Scaling Test-Time Compute", "Chen, Raventós, Cheng, Ganguli, Druckmann", 2025
@@ -41,7 +43,7 @@ class DCO(RowLoss):
 
     It is cross-entropy of a whole sequence, weighted by a factor that falls from 1 at p ≪ 1/N to 0 at p = 1:
     it stops making sure answers surer. A sequence is the last axis of the targets, or what ``segments``
-    names.
+    names; in a batch of classes (B,) every example is an answer of one token.
     """
 
     slug = "dco"
@@ -66,6 +68,17 @@ class DCO(RowLoss):
     def problem(self, rows: int, generator: torch.Generator) -> Problem:
         """See :meth:`Loss.problem`."""
         return of_sequences(rows, generator)
+
+    def of(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
+        """See :meth:`Loss.of`."""
+        if batch["targets"].dim() == 1:
+            dense = None if outputs.head is not None else outputs.logits[:, None]
+            outputs = Outputs(outputs.hidden[:, None], outputs.head, dense=dense)
+        return super().of(outputs, _of_answers(batch), **how)
+
+    def elements(self, batch: Batch) -> float:
+        """See :meth:`Loss.elements`."""
+        return super().elements(_of_answers(batch))
 
     @property
     def folds(self) -> bool:
@@ -108,6 +121,12 @@ class StepwiseDCO(DCO):
     samples: int = integer(
         8, "N_eff: branches a step; 1 is cross-entropy of the step", ge=1, search=(1, 32), log=True
     )
+
+
+def _of_answers(batch: Batch) -> Batch:
+    """Return a batch with targets (B, T): classes (B,) are answers of one token each."""
+    targets = batch["targets"]
+    return {**batch, "targets": targets[:, None]} if targets.dim() == 1 else batch
 
 
 def _per_sequence(tokens: Tensor, segments: Tensor | None) -> Tensor:
