@@ -9,32 +9,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("platform", "jobs", "tune", "federated")
 
-# Classes and types that still share a name. It may only shrink.
-SHARED = {
-    "Finding",
-    "Mean",
-    "Name",
-    "Objective",
-    "Outcome",
-    "Plan",
-    "Reduction",
-    "Report",
-    "Row",
-    "Rows",
-    "Status",
-}
-
-
-# Files with docstrings that are symbols still. It may only shrink.
-TERSE = {
-    "federated/lossworks_federated/strategies/feddyn.py",
-    "federated/lossworks_federated/strategies/scaffold.py",
-    "platform/lossworks/entries/analyses/neural_collapse.py",
-    "platform/lossworks/entries/losses/classification/comp_sum.py",
-    "platform/lossworks/entries/losses/classification/cross_entropy.py",
-    "platform/lossworks/entries/losses/classification/ldr.py",
-}
-
 
 def trees() -> Iterator[tuple[Path, ast.Module]]:
     """Yield every module of the packages, parsed."""
@@ -61,8 +35,7 @@ def test_a_type_s_name_means_one_thing():
     shared = {name: files for name, files in places.items() if len(files) > 1}
 
     assert len(places) > 200
-    assert {name: files for name, files in shared.items() if name not in SHARED} == {}
-    assert {name for name in SHARED if name not in shared} == set(), "take these out of SHARED"
+    assert shared == {}
 
 
 def wordless(tree: ast.Module) -> Iterator[str]:
@@ -79,5 +52,4 @@ def test_docstrings_are_sentences():
     found = {str(file.relative_to(ROOT)): list(wordless(tree)) for file, tree in trees()}
     terse = {file: texts for file, texts in found.items() if texts}
 
-    assert {file: texts for file, texts in terse.items() if file not in TERSE} == {}
-    assert {file for file in TERSE if file not in terse} == set(), "take these out of TERSE"
+    assert terse == {}

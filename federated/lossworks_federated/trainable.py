@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.errors import UserError
-from lossworks.trainables import Direction, Report, Trainable
+from lossworks.trainables import Direction, StepReport, Trainable
 from lossworks_federated.specs import FederationSpec
 
 _YARDSTICKS: dict[str, Direction] = {
@@ -51,7 +51,7 @@ def _yardsticks(spec: FederationSpec) -> Mapping[str, Direction]:
     return _YARDSTICKS
 
 
-def _train(spec: FederationSpec, path: Path, report: Report) -> None:
+def _train(spec: FederationSpec, path: Path, report: StepReport) -> None:
     from lossworks.tracking import rows_while
     from lossworks_federated.engines.cohort_grid import CohortGrid
     from lossworks_federated.server.rounds import RoundFiles, Rounds

@@ -23,7 +23,7 @@ Direction = Literal["min", "max"]
 OWN_VALUES = ("train/loss", "eval/loss")
 """The value of the trained loss itself, in every task: it compares neither losses nor settings of one."""
 
-Report = Callable[[int, dict[str, float]], None]
+StepReport = Callable[[int, dict[str, float]], None]
 """Called with a step, counted from 1, and what was measured there."""
 
 
@@ -48,7 +48,7 @@ class Trainable:
     steps: Callable[[Any], int]
     cpus: Callable[[Any], float]
     yardsticks: Callable[[Any], Mapping[str, Direction]]
-    train: Callable[[Any, Path, Report], None]
+    train: Callable[[Any, Path, StepReport], None]
     starts_workers: bool = False
 
 

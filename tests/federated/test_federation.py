@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 
 from lossworks.cli import main
 from lossworks.errors import RunError, UserError
-from lossworks.metrics.intervals import Mean
+from lossworks.metrics.intervals import MeanInterval
 from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
 from lossworks_federated.client.client_memory import Moment, keep, recall
@@ -195,12 +195,12 @@ def test_rounds_that_are_not_measured_have_no_measures(tmp_path: Path) -> None:
 
 
 def test_intervals_are_students() -> None:
-    found = Mean.of([1.0, 2.0, 3.0])
+    found = MeanInterval.of([1.0, 2.0, 3.0])
     assert found is not None
     assert found.value == 2.0
     assert found.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t of 2 degrees, deviation 1
-    assert Mean.of([1.0]).half_width is None  # type: ignore[union-attr]
-    assert Mean.of([float("nan")]) is None
+    assert MeanInterval.of([1.0]).half_width is None  # type: ignore[union-attr]
+    assert MeanInterval.of([float("nan")]) is None
 
 
 # What clients keep

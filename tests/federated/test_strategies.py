@@ -15,7 +15,7 @@ from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.records import LocalArray, array_record, member_from
 from lossworks_federated.server.principal_directions import principal_update
 from lossworks_federated.strategies.catalogue import strategies, strategy
-from lossworks_federated.strategies.interface import Plan
+from lossworks_federated.strategies.interface import StrategyPlan
 from lossworks_testing.federation import OneByOneGrid, difference, equal, rounds_of, setup_of, tiny, trained
 
 logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -180,7 +180,7 @@ class Quadratics:
         """Return how far from the optimum a strategy ends, all clients taking part."""
         from lossworks_federated.server.screening import Received
         from lossworks_federated.spec_parts import LocalSpec
-        from lossworks_federated.strategies.parts import Cohort, Outcome
+        from lossworks_federated.strategies.parts import Cohort, PartOutcome
 
         rounds, steps, lr = 400, 10, 0.02
         chosen = strategy(name)(**settings)
@@ -191,7 +191,7 @@ class Quadratics:
             chosen.origin = w
             part = chosen.parts[0] if chosen.parts else None
             stacked = w["w"].repeat(4, 1)
-            outcome, rule = Outcome(), None
+            outcome, rule = PartOutcome(), None
             if part is not None:
                 kept = kept or {"w": torch.zeros(4, 3, dtype=torch.float64)}
                 cohort = Cohort(None, w, _InOrder(), LocalSpec(lr=lr), part.to_clients(w), kept)  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ def test_feddyn_keeps_the_sum_of_its_states() -> None:
 def test_all_of_flowers_own_loop_can_run_ours() -> None:
     spec = tiny("fedld")
     setup = setup_of(spec)
-    ours = strategy("fedld")(plan=Plan(task=setup.task.model_dump_json()), rho=0.5)
+    ours = strategy("fedld")(plan=StrategyPlan(task=setup.task.model_dump_json()), rho=0.5)
     assert isinstance(ours, FlowerFedAvg)
     result = ours.start(CohortGrid(setup), array_record(setup.initial), num_rounds=2)
     assert set(result.evaluate_metrics_clientapp) == {1, 2}

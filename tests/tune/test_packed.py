@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lossworks.errors import UserError
-from lossworks.training.packed import Report
+from lossworks.training.packed import PackedReport
 from lossworks_testing.sweeps import packed, results, seen, sweep_at, tiny_sweep
 from lossworks_testing.training import run_training
 from lossworks_tune import packs
@@ -116,7 +116,7 @@ def test_a_configuration_that_fails_ends_no_other(tmp_path, monkeypatch):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         found = advance(runs, steps)
         return [
-            Report(7, {}, "the loss became NaN or infinite at step 7") if slug == "ldr" else report
+            PackedReport(7, {}, "the loss became NaN or infinite at step 7") if slug == "ldr" else report
             for slug, report in zip(slugs, found, strict=True)
         ]
 
@@ -133,7 +133,7 @@ def test_a_configuration_that_fails_ends_no_other(tmp_path, monkeypatch):
 
 def test_a_yardstick_that_is_not_measured_stops_the_sweep_at_once(tmp_path, monkeypatch):
     """Though it is declared: with the list of those that are measured."""
-    monkeypatch.setattr(packs, "advance", lambda runs, _: [Report(4, {"eval/ece": 0.1}) for _ in runs])
+    monkeypatch.setattr(packs, "advance", lambda runs, _: [PackedReport(4, {"eval/ece": 0.1}) for _ in runs])
     with pytest.raises(UserError, match=r"eval/accuracy: was not reported; reported are eval/ece"):
         packed(tiny_sweep(), tmp_path)
 

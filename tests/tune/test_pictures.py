@@ -13,7 +13,7 @@ import pytest
 
 from lossworks_tune.sweeps.dimensions import DimensionSpec
 from lossworks_tune.sweeps.importance import importances, marks_of, position, share, span, ticks
-from lossworks_tune.sweeps.ledger import Configuration, Status, Trial
+from lossworks_tune.sweeps.ledger import Configuration, Trial, TrialStatus
 from lossworks_tune.sweeps.pictures import draw_all
 from lossworks_tune.sweeps.results import Results
 from lossworks_tune.sweeps.spec import SweepSpec
@@ -35,7 +35,7 @@ def trial_of(
     *,
     anchor: str = "",
     seeds: int = 1,
-    status: Status = "finished",
+    status: TrialStatus = "finished",
 ) -> Trial:
     """Return a trial whose accuracy has its best at a learning rate of 1e-3."""
     noise = np.random.default_rng(number)
@@ -51,7 +51,7 @@ def trial_of(
     return Trial(Configuration(number, fields, parameters or {}, anchor), status, "", rows, finals)
 
 
-def results_of(count: int = 24, *, status: Status | None = None, **changes: Any) -> Results:
+def results_of(count: int = 24, *, status: TrialStatus | None = None, **changes: Any) -> Results:
     """Return results of anchors and so many drawn configurations, of which one in six was stopped."""
     spec = spec_of(**changes)
     space, seeds, draw = spec.make_space(), len(spec.seeds), np.random.default_rng(0)
@@ -66,7 +66,7 @@ def results_of(count: int = 24, *, status: Status | None = None, **changes: Any)
         }
         own = {n: of for n, of in space.dimensions.items() if n.startswith(f"{parameters['loss']}.")}
         parameters |= {name: float(draw.uniform(*of.range)) for name, of in own.items()}
-        ended: Status = status or ("stopped" if number % 6 == 5 else "finished")
+        ended: TrialStatus = status or ("stopped" if number % 6 == 5 else "finished")
         trials.append(trial_of(number, space.fields(parameters), parameters, seeds=seeds, status=ended))
     return Results(spec, space, STEPS, tuple(trials), ())
 

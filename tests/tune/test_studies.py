@@ -41,6 +41,19 @@ def written(path, spec):
 # What is trained
 
 
+def test_what_limits_a_study_is_said_before_it_trains():
+    """One seed, and losses that are the same at their hyperparameters."""
+    several = tiny_study(compare=["cross-entropy", "ldr", "comp-sum"], seeds=5).make_plan()
+    one = tiny_study(compare={"ldr": {"loss": "ldr"}, "dice": {"loss": "dice"}}, seeds=1).make_plan()
+    apart = {"a": {"loss": "comp-sum"}, "b": {"loss": "cross-entropy", "optimizer.lr": 0.5}}
+
+    assert several.notes == [
+        "comp-sum is cross-entropy with these hyperparameters: they differ by rounding"
+    ]
+    assert one.notes == ["one seed gives no interval, so that nothing is told apart; use seeds=5"]
+    assert tiny_study(compare=apart, seeds=2).make_plan().notes == []
+
+
 def test_all_variants_are_trained_in_all_settings_with_all_seeds():
     """Each with its own fields over the base; the base's other fields stay."""
     spec = tiny_study(

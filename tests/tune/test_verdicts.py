@@ -10,7 +10,7 @@ from scipy import stats
 
 from lossworks_testing.studies import outcome_of, tiny_study
 from lossworks_tune.studies import document
-from lossworks_tune.studies.outcome import Outcome
+from lossworks_tune.studies.outcome import StudyOutcome
 from lossworks_tune.studies.store import Result
 from lossworks_tune.studies.tables import failures, tables
 
@@ -147,7 +147,7 @@ def test_a_study_is_confirmed_by_all_and_contradicted_by_any(gaps, word):
     }
     assert outcome_of(spec, values).word == word
     assert outcome_of(tiny_study(over={}, expect=[LDR]), values).word is not None
-    assert Outcome(tiny_study(), tiny_study().make_plan(), {}).word is None
+    assert StudyOutcome(tiny_study(), tiny_study().make_plan(), {}).word is None
 
 
 def test_a_document_holds_all_that_tables_and_verdicts_are_made_of(tmp_path):
@@ -155,7 +155,7 @@ def test_a_document_holds_all_that_tables_and_verdicts_are_made_of(tmp_path):
     spec = tiny_study(expect=[LDR])
     made = outcome_of(spec, {"ldr": [0.7, 0.8], "cross-entropy": [0.5, 0.6], "aldr-kl": [0.1, 0.2]})
     key = ("aldr-kl", "data.label_noise=0.5", 1)
-    made = Outcome(spec, made.plan, {**made.results, key: Result({}, "the loss became NaN")})
+    made = StudyOutcome(spec, made.plan, {**made.results, key: Result({}, "the loss became NaN")})
     file = document.write(made, tmp_path / "study.json")
     again = document.read(spec, file)
 

@@ -20,7 +20,7 @@ from lossworks_tune.sweeps.proposals import Proposals
 from lossworks_tune.sweeps.spec import SweepSpec
 from lossworks_tune.sweeps.sweep import Sweep
 
-Report = Callable[[dict[str, float]], object]
+TrialReport = Callable[[dict[str, float]], object]
 
 
 def configurations(spec: SweepSpec) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def configurations(spec: SweepSpec) -> list[dict[str, Any]]:
     return found
 
 
-def train_plainly(values: dict[str, Any], report: Report) -> float:
+def train_plainly(values: dict[str, Any], report: TrialReport) -> float:
     """Train one configuration as plain torch code would; return its last accuracy."""
     spec = ClassifierSpec.parse(values)
     data = load_examples(spec.data, spec.seed)

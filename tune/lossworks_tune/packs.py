@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from lossworks.errors import UserError
-from lossworks.training.packed import PackedRun, Report, advance, obstacle
+from lossworks.training.packed import PackedReport, PackedRun, advance, obstacle
 
 _FLOATS_AT_ONCE = 2**22  # entries of the parameters of runs trained at once, so that a step stays in caches
 
@@ -36,7 +36,7 @@ def groups(items: Iterable[Item], run_of: Callable[[Item], PackedRun]) -> Iterat
         yield from (group[start : start + many] for start in range(0, len(group), many))
 
 
-def advanced(runs: Sequence[PackedRun]) -> list[tuple[PackedRun, Report]]:
+def advanced(runs: Sequence[PackedRun]) -> list[tuple[PackedRun, PackedReport]]:
     """Train runs of one group to their next report, and return it with each run.
 
     Where they fail together, for instance for want of memory, each is tried alone, to find which one fails.
@@ -47,11 +47,11 @@ def advanced(runs: Sequence[PackedRun]) -> list[tuple[PackedRun, Report]]:
     except (RuntimeError, MemoryError, UserError) as error:
         if len(runs) == 1:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            return [(runs[0], Report(runs[0].step, {}, lines[-1]))]
+            return [(runs[0], PackedReport(runs[0].step, {}, lines[-1]))]
         return [pair for run in runs for pair in advanced([run])]
 
 
-def trained(runs: Iterable[PackedRun]) -> Iterator[tuple[PackedRun, Report]]:
+def trained(runs: Iterable[PackedRun]) -> Iterator[tuple[PackedRun, PackedReport]]:
     """Train runs to their ends, group by group, and yield each with its last report when it has ended."""
     for group in list(groups(runs, lambda run: run)):
         going = list(group)
@@ -63,5 +63,5 @@ def trained(runs: Iterable[PackedRun]) -> Iterator[tuple[PackedRun, Report]]:
             going = [run for run in going if id(run) not in over]
 
 
-def _is_over(run: PackedRun, report: Report) -> bool:
+def _is_over(run: PackedRun, report: PackedReport) -> bool:
     return report.failure is not None or run.step >= run.spec.steps

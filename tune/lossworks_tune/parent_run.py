@@ -9,7 +9,7 @@ from lossworks.errors import LossworksError, RunError
 from lossworks.runs import RunFolder
 from lossworks.specs import TrackingSpec
 from lossworks.tracking import create_run, deliver, finish_run, open_run
-from lossworks.tracking.store import Status
+from lossworks.tracking.store import TrackedStatus
 
 
 class ParentSpec(Protocol):
@@ -57,7 +57,7 @@ def open_parent(
 def close_parent(
     spec: ParentSpec,
     folder: RunFolder,
-    status: Status,
+    status: TrackedStatus,
     artifacts: Iterable[Path],
     reason: str,
     tags: Mapping[str, str] | None = None,
@@ -80,13 +80,13 @@ def close_parent(
 
 
 @contextmanager
-def closing(close: Callable[[Status, str], None]) -> Iterator[None]:
+def closing(close: Callable[[TrackedStatus, str], None]) -> Iterator[None]:
     """Close a run however a block ends.
 
     Args:
         close: Called with how it ended, and why if it did not finish.
     """
-    status: Status = "FAILED"
+    status: TrackedStatus = "FAILED"
     reason = "the driver failed"
     try:
         yield

@@ -34,7 +34,7 @@ from lossworks_federated.records import CONFIG, MODEL, member_from
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import LocalSpec
 from lossworks_federated.strategies.catalogue import part_of
-from lossworks_federated.strategies.parts import Cohort, Outcome, Part
+from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
 
 _EXAMPLES_AT_ONCE = 2**17  # of clients whose losses are measured together
 _FLOATS_AT_ONCE = (
@@ -236,7 +236,7 @@ def _recalled(
 
 def _keep(
     parts: Sequence[Part],
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[PartOutcome],
     clients: Sequence[Client],
     moment: Moment,
     local: bool,

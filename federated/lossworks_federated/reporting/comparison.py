@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lossworks.metrics.intervals import Mean
+from lossworks.metrics.intervals import MeanInterval
 from lossworks.reporting.series import Series, series
 from lossworks.tracking import read_all
 from lossworks_federated.server.rounds import FederationOutcome
@@ -58,9 +58,9 @@ class Comparison:
         """Return a strategy's entries."""
         return [entry for entry in self.entries if entry.strategy == strategy]
 
-    def mean(self, strategy: str, figure: str) -> Mean | None:
+    def mean(self, strategy: str, figure: str) -> MeanInterval | None:
         """Return a figure's mean over seeds."""
-        return Mean.of([entry.figures.get(figure, math.nan) for entry in self.of(strategy)])
+        return MeanInterval.of([entry.figures.get(figure, math.nan) for entry in self.of(strategy)])
 
     def reached(self, strategy: str) -> str:
         """Return in words how many seeds reached the target and after how many rounds."""

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lossworks.cli import program
 from lossworks.reporting import TrainProgress, print_summary
-from lossworks.tracking import Row, redact, tracking_uri
+from lossworks.tracking import JournalRow, redact, tracking_uri
 from lossworks_federated.federate import FederationResult
 from lossworks_federated.reporting.comparison import Comparison
 from lossworks_federated.server.session import Child, FederationWatcher
@@ -47,7 +47,7 @@ class FederationDisplay(FederationWatcher):
         self._progress = TrainProgress(self._rounds, first_step=done, console=self._console, unit="round")
         self._progress.__enter__()
 
-    def row(self, row: Row) -> None:
+    def row(self, row: JournalRow) -> None:
         """Show the round of a journal's row on the progress bar."""
         if self._progress is not None and row["step"] > 0:
             self._progress.update(row)

@@ -23,7 +23,7 @@ from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec, StrategySpec
 from lossworks_federated.strategies.catalogue import strategy
-from lossworks_federated.strategies.interface import Federated, Plan
+from lossworks_federated.strategies.interface import Federated, StrategyPlan
 
 _SAVED = 2  # newest states that stay
 _HOUR = 3600.0
@@ -239,7 +239,7 @@ def build_strategy(
         task: What its clients are told.
         federation: Name under which clients keep what they keep.
     """
-    plan = Plan(
+    plan = StrategyPlan(
         seed=task.seed,
         task=task.model_dump_json(),
         federation=federation,

@@ -17,7 +17,7 @@ from lossworks_federated.specs import FederationSpec, StrategySpec
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-    from lossworks.tracking import Row
+    from lossworks.tracking import JournalRow
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
@@ -53,7 +53,7 @@ class FederationWatcher:
     def begin(self, child: Child, number: int, of: int, done: int) -> None:
         """Receive that a child begins, or goes on after ``done`` rounds."""
 
-    def row(self, row: "Row") -> None:
+    def row(self, row: "JournalRow") -> None:
         """Receive a row of a child's journal; called from a thread."""
 
     def end(self, child: Child) -> None:

@@ -7,7 +7,7 @@ entry points of the group ``lossworks.strategies``.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import Catalogue
@@ -74,8 +74,7 @@ def strategy(name: str) -> type["Federated"]:
     Raises:
         UserError: There is none of that name.
     """
-    found: Any = _catalogue.entry_class(name)
-    return found
+    return cast("type[Federated]", _catalogue.entry_class(name))
 
 
 def check_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

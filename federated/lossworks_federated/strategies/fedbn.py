@@ -6,7 +6,7 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Paper
 from lossworks.cohort import Member, Stack
 from lossworks_federated.strategies.interface import Federated, Reproducible
-from lossworks_federated.strategies.parts import Cohort, Outcome, Part
+from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
 
 
 class LocalNormsPart(Part):
@@ -27,10 +27,10 @@ class LocalNormsPart(Part):
         """Put the client's own in place of the global ones."""
         return {**params, **kept}
 
-    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> Outcome:
+    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> PartOutcome:
         """Return the client's own, to keep."""
         del steps
-        return Outcome(kept={name: ended[name] for name in cohort.kept})
+        return PartOutcome(kept={name: ended[name] for name in cohort.kept})
 
     def returned(self, origin: Member, ended: Stack) -> Stack:
         """Send the global ones back, so that an average leaves them as they are."""

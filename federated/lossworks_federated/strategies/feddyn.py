@@ -7,7 +7,7 @@ from lossworks.cohort import LocalRule, Member, Stack
 from lossworks_federated.client.local_rules import Dynamic
 from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible, moved
-from lossworks_federated.strategies.parts import Cohort, Outcome, Part
+from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
 from lossworks_federated.strategies.scaffold import equal_weights, zeros
 
 
@@ -18,17 +18,17 @@ class DynamicPart(Part):
     keeps = True
 
     def initial(self, origin: Member) -> Member:
-        """Return h_i = 0."""
+        """Return the first correction of each client, h_i = 0."""
         return zeros(origin)
 
     def rule(self, cohort: Cohort) -> LocalRule:
         """Return the penalty's gradient."""
         return Dynamic(cohort.origin, cohort.placed(cohort.kept), self.settings.alpha)
 
-    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> Outcome:
+    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> PartOutcome:
         """Return h_i − α(w − w⁰), to keep."""
         del steps
-        return Outcome(kept=Dynamic.renewed(cohort.kept, cohort.origin, ended, self.settings.alpha))
+        return PartOutcome(kept=Dynamic.renewed(cohort.kept, cohort.origin, ended, self.settings.alpha))
 
 
 class FedDyn(Federated, Reproducible):
@@ -53,9 +53,9 @@ class FedDyn(Federated, Reproducible):
         return {name: value - self._h[name] / alpha for name, value in mean.items()}
 
     def server_state(self) -> Member:
-        """Return h."""
+        """Return the server's correction h."""
         return self._h or {}
 
     def restore_server(self, state: Member) -> None:
-        """Set h."""
+        """Set the server's correction h."""
         self._h = state or None

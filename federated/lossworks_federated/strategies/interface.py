@@ -34,7 +34,7 @@ Nodes = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class StrategyPlan:
     """What a strategy is told besides its hyperparameters.
 
     Attributes:
@@ -100,11 +100,15 @@ class Federated(Entry, Strategy):
     averages: ClassVar[bool] = False
 
     def __init__(
-        self, *, plan: Plan | None = None, also: Sequence[Mapping[str, Any]] = (), **hyperparameters: Any
+        self,
+        *,
+        plan: StrategyPlan | None = None,
+        also: Sequence[Mapping[str, Any]] = (),
+        **hyperparameters: Any,
     ) -> None:
         self.set_hyperparameters(hyperparameters)
         super().__init__(**self.flower_arguments())
-        self.plan = plan or Plan()
+        self.plan = plan or StrategyPlan()
         own = {"name": self.slug, **self.settings()}
         self.described = [own, *map(dict, also)] if self.part else [dict(entry) for entry in also]
         self.parts = [part_of(entry) for entry in self.described]
@@ -160,7 +164,7 @@ class Federated(Entry, Strategy):
         """Go on with what ``server_state`` returned."""
 
     origin: Member
-    plan: Plan
+    plan: StrategyPlan
     received: Received
     tested: dict[int, OwnTest]
     drawn: Any
@@ -186,7 +190,7 @@ class Reproducible(FlowerFedAvg):
         tested: By partition, each client's last test.
     """
 
-    plan: Plan
+    plan: StrategyPlan
     parts: list[Part]
     described: list[dict[str, Any]]
 

@@ -6,7 +6,7 @@ from lossworks.catalogue.declaration import Paper, number
 from lossworks.cohort import LocalRule, Member, Stack
 from lossworks_federated.client.local_rules import Contrast
 from lossworks_federated.strategies.interface import Federated, Reproducible
-from lossworks_federated.strategies.parts import Cohort, Outcome, Part
+from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
 
 
 class ContrastPart(Part):
@@ -26,10 +26,10 @@ class ContrastPart(Part):
             cohort.model, cohort.origin, cohort.placed(cohort.kept), settings.mu, settings.temperature
         )
 
-    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> Outcome:
+    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> PartOutcome:
         """Return where the client ended, to keep."""
         del cohort, steps
-        return Outcome(kept=ended)
+        return PartOutcome(kept=ended)
 
 
 class Moon(Federated, Reproducible):

@@ -43,7 +43,7 @@ class Cohort:
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class PartOutcome:
     """What a part makes of clients that have trained.
 
     Attributes:
@@ -95,10 +95,10 @@ class Part:
         del cohort
         return None
 
-    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> Outcome:
+    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> PartOutcome:
         """Return what clients keep and send after ``steps`` (M,) steps that ended at parameters ``ended``."""
         del cohort, ended, steps
-        return Outcome()
+        return PartOutcome()
 
     def returned(self, origin: Member, ended: Stack) -> Stack:
         """Return the parameters that clients send for those they ended with."""

@@ -9,7 +9,7 @@ from lossworks.errors import UserError
 from lossworks_federated.client.local_rules import ControlVariates
 from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import Federated, Reproducible, moved
-from lossworks_federated.strategies.parts import Cohort, Outcome, Part
+from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
 
 
 class ControlPart(Part):
@@ -27,21 +27,21 @@ class ControlPart(Part):
     _c: Member | None = None
 
     def initial(self, origin: Member) -> Member:
-        """Return c_i = 0."""
+        """Return the first control variate of each client, c_i = 0."""
         return zeros(origin)
 
     def rule(self, cohort: Cohort) -> LocalRule:
         """Return the correction."""
         return ControlVariates(cohort.received, cohort.placed(cohort.kept))
 
-    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> Outcome:
+    def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> PartOutcome:
         """Return c_i⁺ to keep and c_i⁺ − c_i to send."""
         if cohort.local.optimizer != "sgd" or cohort.local.momentum:
             raise UserError("scaffold needs local.optimizer=sgd and local.momentum=0: c_i is a mean gradient")
         new = ControlVariates.renewed(
             cohort.kept, cohort.received, cohort.origin, ended, steps, cohort.local.lr
         )
-        return Outcome(new, {name: value - cohort.kept[name] for name, value in new.items()})
+        return PartOutcome(new, {name: value - cohort.kept[name] for name, value in new.items()})
 
     def to_clients(self, origin: Member) -> Member:
         """Return c, 0 at first."""
@@ -56,11 +56,11 @@ class ControlPart(Part):
         self._c = {name: c[name] + change.sum(0) / clients for name, change in sent.items()}
 
     def state(self) -> Member:
-        """Return c."""
+        """Return the server's control variate c."""
         return self._c or {}
 
     def restore(self, state: Member) -> None:
-        """Set c."""
+        """Set the server's control variate c."""
         self._c = state or None
 
 

@@ -19,7 +19,7 @@ from lossworks_jobs.training.stopping import run_until_done
 if TYPE_CHECKING:
     from lossworks.reporting import TrainProgress
     from lossworks.tasks.interface import Prepared
-    from lossworks.tracking import Row
+    from lossworks.tracking import JournalRow
 
 _ROOM_AFTER_S = 20.0  # workers that have room start within less, mostly
 
@@ -131,7 +131,7 @@ class Driver:
                 f"{follower.undelivered} rows wait for the tracking server: {program()} sync {folder.run_id}"
             )
 
-    def _show(self, row: "Row") -> None:
+    def _show(self, row: "JournalRow") -> None:
         if self.first_step_s is None and "train/loss" in row["metrics"]:
             self.first_step_s = row["time_ms"] / 1000 - self.started
         if self.progress:

@@ -8,7 +8,7 @@ from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.tasks.registry import parse_train_spec, task_of
-from lossworks.trainables import Direction, Report, Trainable
+from lossworks.trainables import Direction, StepReport, Trainable
 
 _OWN: dict[str, Direction] = {"eval/loss": "min", "train/loss": "min"}
 
@@ -33,7 +33,7 @@ def _yardsticks(spec: RunSpec) -> Mapping[str, Direction]:
     return {**task_of(spec).measured_by(spec), **_OWN}
 
 
-def _train(spec: RunSpec, path: Path, report: Report) -> None:
+def _train(spec: RunSpec, path: Path, report: StepReport) -> None:
     from lossworks.tracking import rows_while
     from lossworks_jobs.training.fitting import fit, read_outcome
 

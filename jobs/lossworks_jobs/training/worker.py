@@ -57,7 +57,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
     from lossworks.training.checkpoints.checkpoint import CheckpointStore
     from lossworks.training.job import Job
     from lossworks.training.loop import train
-    from lossworks.training.outcome import Outcome, Status
+    from lossworks.training.outcome import Outcome, RunStatus
     from lossworks_jobs.training.prometheus import Exporter
 
     spec = parse_train_spec(config["spec"])
@@ -93,7 +93,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
         # All ranks fail alike, for the same spec or after the same patience; raising would only make Ray try
         # again. Where a disk is full the small file that says so mostly still fits.
         EVENTS.error("%s", error)
-        status: Status = "failed" if isinstance(error, UserError) else "storage"
+        status: RunStatus = "failed" if isinstance(error, UserError) else "storage"
         outcome = Outcome(status, str(error), 0, {}, None, None)
     except Exception:
         EVENTS.exception("failed")

@@ -257,6 +257,17 @@ class Declaration:
         plain = (c for c in self.cases if c.equals == "cross-entropy" and not c.other_hyperparameters)
         return next((case.hyperparameters for case in plain), None)
 
+    def alias(self, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+        """Return which entry it equals up to a constant at some hyperparameters, with that one's, or None.
+
+        Args:
+            values: All hyperparameters, as :meth:`check` returns them.
+        """
+        for case in self.cases:
+            if case.scale == 1 and all(values[name] == value for name, value in case.hyperparameters.items()):
+                return case.equals, dict(case.other_hyperparameters)
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data, without what has its default."""
         values = asdict(self)

@@ -115,7 +115,7 @@ def _slopes(
     return found
 
 
-Objective = Callable[[Tensor, Tensor], Tensor]
+StackedObjective = Callable[[Tensor, Tensor], Tensor]
 """Called with features (M, B, D) and logits (M, B, K); gives one number a member, (M,)."""
 
 
@@ -149,7 +149,7 @@ class StackedModel:
         features, outputs = zip(*parts, strict=True)
         return torch.stack(features), torch.stack(outputs)
 
-    def gradients(self, params: Stack, inputs: Tensor, objective: Objective) -> list[Tensor]:
+    def gradients(self, params: Stack, inputs: Tensor, objective: StackedObjective) -> list[Tensor]:
         """Return the gradients of each member's objective, in the order of the parameters.
 
         Args:

@@ -17,7 +17,7 @@ Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Name:
+class TensorName:
     """One name that a batch may hold.
 
     Attributes:
@@ -32,18 +32,20 @@ class Name:
     empty: tuple[int, float] | None = None
 
 
-NAMES: dict[str, Name] = {
-    "inputs": Name("(B, …)", "what the model reads"),
-    "targets": Name(
+NAMES: dict[str, TensorName] = {
+    "inputs": TensorName("(B, …)", "what the model reads"),
+    "targets": TensorName(
         "(B, …)",
         "classes, int64, or numbers, floating point; of sets of labels (B, P), padded with -100",
         (IGNORE_INDEX, torch.nan),
     ),
-    "weight": Name("(B, …)", "factor of each element's loss, floating point", (0, 0.0)),
-    "segments": Name("(B, …)", "which bag or step an element belongs to, int64"),
-    "discounts": Name("(B,)", "γ of the next state, 0 where there is none, floating point"),
-    "next_inputs": Name("(B, …)", "what the model reads of the next state"),
-    "next_probabilities": Name("(B, m)", "probabilities of the next state's bins, by the target network"),
+    "weight": TensorName("(B, …)", "factor of each element's loss, floating point", (0, 0.0)),
+    "segments": TensorName("(B, …)", "which bag or step an element belongs to, int64"),
+    "discounts": TensorName("(B,)", "γ of the next state, 0 where there is none, floating point"),
+    "next_inputs": TensorName("(B, …)", "what the model reads of the next state"),
+    "next_probabilities": TensorName(
+        "(B, m)", "probabilities of the next state's bins, by the target network"
+    ),
 }
 
 
@@ -54,9 +56,9 @@ def declare(name: str, axes: str, meaning: str, empty: tuple[int, float] | None 
         name: The new name.
         axes: The shape, in words; the first axis is B.
         meaning: One line.
-        empty: See :class:`Name`.
+        empty: See :class:`TensorName`.
     """
-    NAMES[name] = Name(axes, meaning, empty)
+    NAMES[name] = TensorName(axes, meaning, empty)
     return name
 
 

@@ -91,7 +91,7 @@ class Gathered:
 Statistic = (
     Target | LogSumExp | Mean | SumOfSquares | Variance | ExpectedLogit | TeacherExpectedLogit | Gathered
 )
-Name = Literal["target", "logsumexp", "mean", "sum-of-squares", "variance", "expected"]
+StatisticName = Literal["target", "logsumexp", "mean", "sum-of-squares", "variance", "expected"]
 _BY_NAME: dict[str, Statistic] = {
     "target": Target(),
     "logsumexp": LogSumExp(),
@@ -102,7 +102,7 @@ _BY_NAME: dict[str, Statistic] = {
 }
 
 
-def named(statistics: Sequence[Statistic | Name]) -> list[Statistic]:
+def named(statistics: Sequence[Statistic | StatisticName]) -> list[Statistic]:
     """Return statistics with names replaced by what they stand for.
 
     Raises:

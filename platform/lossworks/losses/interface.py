@@ -17,13 +17,11 @@ from lossworks.catalogue.entry import Entry
 from lossworks.data.batch import IGNORE_INDEX, NAMES, Batch
 from lossworks.errors import UserError, nearest
 from lossworks.head import LogSumExp, Target, VocabParallel, linear_row_loss
-from lossworks.head.core.arguments import Implementation, all_classes, check_choice, operands
+from lossworks.head.core.arguments import Implementation, Reduction, all_classes, check_choice, operands
 from lossworks.head.core.dense_reference import dense_logits
 from lossworks.losses.problems import Problem, of_classes
-from lossworks.losses.rows import DenseRows, LinearRows, Rows, wide
+from lossworks.losses.rows import DenseRows, LinearRows, LogitRows, wide
 from lossworks.models.interface import Outputs
-
-Reduction = Literal["mean", "sum", "none"]
 
 Addition = Literal["elements", "statistics", "batches"]
 """How the losses of parts make that of the whole.
@@ -121,7 +119,8 @@ class Loss(Entry, nn.Module):
                 without the logits; others build them.
         """
         del how
-        return self(self.prediction(outputs), batch["targets"], **self.given(batch))
+        found: Tensor = self(self.prediction(outputs), batch["targets"], **self.given(batch))
+        return found
 
     def sums(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
         """Return numbers (S,) that add up over rows, micro-batches, ranks and clients; arguments as ``of``.
@@ -252,7 +251,7 @@ class RowLoss(Loss):
         """
         raise NotImplementedError
 
-    def values(self, rows: Rows, context: Context) -> Tensor:  # noqa: ARG002 - others look at it
+    def values(self, rows: LogitRows, context: Context) -> Tensor:  # noqa: ARG002 - others look at it
         """Return the losses of all elements; what they are in rows that don't count does not matter."""
         temperature, offset = (flat(value, rows) for value in (self.lse_temperature, self.target_offset))
         target, lse = rows(Target(), LogSumExp(temperature), offset=offset)
@@ -262,7 +261,7 @@ class RowLoss(Loss):
         """Return what the loss is taken of, where that isn't the logits (..., K) themselves."""
         return logits
 
-    def valid(self, rows: Rows, context: Context) -> Tensor:  # noqa: ARG002
+    def valid(self, rows: LogitRows, context: Context) -> Tensor:  # noqa: ARG002
         """Return which elements count, bool, shaped like the unreduced losses."""
         return rows.valid
 
@@ -380,7 +379,7 @@ class RowLoss(Loss):
         )
         return total if self.reduction == "sum" else _divided(total, weight)
 
-    def _finish(self, rows: Rows, context: Context) -> Tensor:
+    def _finish(self, rows: LogitRows, context: Context) -> Tensor:
         return self.reduce_elements(self.values(rows, context), self.valid(rows, context), context)
 
 
@@ -412,7 +411,7 @@ def of_members(losses: Sequence[RowLoss], dtype: torch.dtype = torch.float32) ->
     return together
 
 
-def flat(value: Tensor | float, rows: Rows) -> Tensor | float:
+def flat(value: Tensor | float, rows: LogitRows) -> Tensor | float:
     """Return a hyperparameter as the statistics of rows take it: one number, or one each, flat."""
     return value.expand(rows.targets.shape).reshape(-1) if isinstance(value, Tensor) else value
 

@@ -156,7 +156,8 @@ class MultiLabelLoss(Loss):
             UserError: Something doesn't fit together.
         """
         e, *_ = self._chosen(e, c, positives, bias)
-        return self(self.scores(e, c, bias), positives, **given)
+        found: Tensor = self(self.scores(e, c, bias), positives, **given)
+        return found
 
     def checked(self, positives: Tensor, rows: int, labels: int) -> Tensor:
         """Return distinct positives.

@@ -12,7 +12,7 @@ from torch import Tensor
 from lossworks.errors import UserError
 from lossworks.head import VocabParallel, linear_row_statistics, row_statistics
 from lossworks.head.core.arguments import Implementation
-from lossworks.head.statistics import Name, Statistic
+from lossworks.head.statistics import Statistic, StatisticName
 
 
 def wide(values: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-class Rows(Protocol):
+class LogitRows(Protocol):
     """What a row loss is a function of.
 
     Attributes:
@@ -33,7 +33,9 @@ class Rows(Protocol):
     valid: Tensor
     classes: int
 
-    def __call__(self, *statistics: Statistic | Name, offset: Tensor | float = 0.0) -> tuple[Tensor, ...]:
+    def __call__(
+        self, *statistics: Statistic | StatisticName, offset: Tensor | float = 0.0
+    ) -> tuple[Tensor, ...]:
         """Return statistics shaped like the targets, 0 in rows that don't count.
 
         Args:
@@ -66,8 +68,10 @@ class DenseRows:
         self._logits = logits.reshape(targets.numel(), self.classes)
         self._ignore_index = ignore_index
 
-    def __call__(self, *statistics: Statistic | Name, offset: Tensor | float = 0.0) -> tuple[Tensor, ...]:
-        """See :class:`Rows`."""
+    def __call__(
+        self, *statistics: Statistic | StatisticName, offset: Tensor | float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """See :class:`LogitRows`."""
         flat = self.targets.reshape(-1)
         offsets = _offsets(offset, self._logits[:, 0])
         found = row_statistics(
@@ -99,8 +103,10 @@ class LinearRows:
         self._impl: Implementation = impl
         self._vocab_parallel = vocab_parallel
 
-    def __call__(self, *statistics: Statistic | Name, offset: Tensor | float = 0.0) -> tuple[Tensor, ...]:
-        """See :class:`Rows`."""
+    def __call__(
+        self, *statistics: Statistic | StatisticName, offset: Tensor | float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """See :class:`LogitRows`."""
         e, c, targets, bias = self._operands
         like = targets.new_empty(targets.shape, dtype=torch.promote_types(e.dtype, torch.float32))
         offsets = _offsets(offset, like)

@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Mean:
+class MeanInterval:
     """A mean with the half width of its 95 % interval (Student's t), None for one value."""
 
     value: float
@@ -16,7 +16,7 @@ class Mean:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Mean | None":
+    def of(cls, values: Sequence[float]) -> "MeanInterval | None":
         """Return the mean of finite values, or None if there are none."""
         from scipy.stats import t
 

@@ -2,7 +2,7 @@
 
 from lossworks.models.classifiers import Classifier, build_classifier
 from lossworks.models.huggingface import HuggingFaceModel
-from lossworks.models.interface import Head, HeadedModel, LanguageModel, Objective, Outputs
+from lossworks.models.interface import Head, HeadedModel, LanguageModel, ModelObjective, Outputs
 from lossworks.models.predictors import Predictor, load_predictor, save_predictor
 from lossworks.models.pretrained import load_model, read_provenance, save_model
 from lossworks.models.registry import build_model
@@ -16,7 +16,7 @@ __all__ = [
     "HeadedModel",
     "HuggingFaceModel",
     "LanguageModel",
-    "Objective",
+    "ModelObjective",
     "Outputs",
     "Predictor",
     "TextScorer",

@@ -40,7 +40,8 @@ class Classifier(HeadedModel):
         x = inputs
         for layer in self.layers:
             x = layer(x)
-        return self.dropout(x if x.dim() == 2 else x.flatten(2).mean(2))
+        found: Tensor = self.dropout(x if x.dim() == 2 else x.flatten(2).mean(2))
+        return found
 
     def head(self) -> Head:
         """Return the head with its bias."""

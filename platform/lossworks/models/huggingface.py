@@ -75,7 +75,8 @@ class HuggingFaceModel(LanguageModel):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Return the features (B, L, D), after the final norm, of ``tokens`` (B, L) int64."""
-        return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        found: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return found
 
     def head(self) -> Head:
         """Return the output embeddings, and the softcap that the configuration gives."""
@@ -167,7 +168,7 @@ def _from_pretrained(folder: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        found: tuple[nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=False,
@@ -178,6 +179,7 @@ def _from_pretrained(folder: Path) -> nn.Module:
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: can't be loaded as a causal language model: {_one_line(error)}") from None
+    model, info = found
     for name, stored, expected in sorted(info["mismatched_keys"]):
         raise UserError(
             f"{folder}: a checkpoint of another shape: {name} is {tuple(stored)} in the file and "

@@ -84,7 +84,7 @@ class Outputs:
         return Outputs(self.hidden, self.head, dense=self._dense, rerun=self.rerun, roles=roles)
 
 
-Objective = Callable[[Outputs, Mapping[str, Tensor]], Tensor]
+ModelObjective = Callable[[Outputs, Mapping[str, Tensor]], Tensor]
 """Called with what the model gives and the batch; returns whatever is to leave the model's forward."""
 
 
@@ -122,7 +122,7 @@ class HeadedModel(nn.Module, ABC):
         """Return features and head for inputs that ``hidden`` takes."""
         return Outputs(self.hidden(inputs), self.head(), rerun=self.outputs)
 
-    def forward(self, batch: Mapping[str, Tensor], objective: Objective) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor], objective: ModelObjective) -> Tensor:
         """Return ``objective(outputs, batch)``.
 
         The objective runs in here, and not after the model, because FSDP gathers the sharded head only

@@ -4,6 +4,7 @@ Shapes: B sequences, L tokens, D features, H query heads, K key-value heads, d =
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,8 @@ class Attention(nn.Module):
             is_causal=True,
             enable_gqa=key.shape[2] != query.shape[2],
         )
-        return self.output(read.transpose(1, 2).flatten(2))
+        found: Tensor = self.output(read.transpose(1, 2).flatten(2))
+        return found
 
 
 def _norm(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
@@ -126,7 +128,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's values (B, L, D) for ``x`` (B, L, D)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up)
+        found: Tensor = self.down(functional.silu(gate) * up)
+        return found
 
 
 class GELU(nn.Module):
@@ -143,7 +146,8 @@ class GELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's values (B, L, D) for ``x`` (B, L, D)."""
-        return self.down(functional.gelu(self.up(x)))
+        found: Tensor = self.down(functional.gelu(self.up(x)))
+        return found
 
 
 def make_feed_forward(spec: ModelSpec) -> SwiGLU | GELU:
@@ -177,14 +181,15 @@ class Block(nn.Module):
         """Return the residual stream (B, L, D) after this block."""
         if self.checkpointed and torch.is_grad_enabled():
             # The block draws no random numbers, so there is no generator state to keep.
-            return checkpoint(
-                self._apply_layers, x, cosines, sines, use_reentrant=False, preserve_rng_state=False
-            )
+            how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            found: Tensor = checkpoint(self._apply_layers, x, cosines, sines, **how)
+            return found
         return self._apply_layers(x, cosines, sines)
 
     def _apply_layers(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cosines, sines)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        found: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return found
 
     def residual_projections(self) -> list[nn.Linear]:
         """Return the layers whose values are added to the residual stream."""

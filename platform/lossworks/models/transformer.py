@@ -66,7 +66,8 @@ class Transformer(LanguageModel):
         )
         for layer in self.layers:
             x = layer(x, cosines, sines)
-        return self.final_norm(x)
+        found: Tensor = self.final_norm(x)
+        return found
 
     def head(self) -> Head:
         """Return the head, which has neither bias nor softcap."""

@@ -8,11 +8,11 @@ from lossworks.catalogue.registry import create
 from lossworks.reporting.series import Series, series
 from lossworks.runs import RunFolder
 from lossworks.tasks.registry import task_of
-from lossworks.tracking import Row, deliver, finish_run, read_all
-from lossworks.tracking.store import Status
+from lossworks.tracking import JournalRow, deliver, finish_run, read_all
+from lossworks.tracking.store import TrackedStatus
 from lossworks.training.outcome import Outcome
 
-TRACKED_STATUS: dict[str, Status] = {
+TRACKED_STATUS: dict[str, TrackedStatus] = {
     "finished": "FINISHED",
     "stopped": "KILLED",
     "diverged": "FAILED",
@@ -26,7 +26,7 @@ def draw_report(folder: RunFolder, guess: float | None = None) -> Path:
     from lossworks.reporting.train_report import train_report
 
     spec = folder.spec()  # first, since it refuses runs of other rooms
-    rows: list[Row] = read_all(folder.journal)
+    rows: list[JournalRow] = read_all(folder.journal)
     outcome = Outcome.read(folder.outcome_file) if folder.outcome_file.is_file() else None
     plain = spec.loss.titles == ("cross-entropy",)
     kind = task_of(spec)
@@ -97,7 +97,7 @@ def finish_run_folder(
     folder: RunFolder,
     guess: float | None,
     *,
-    status: Status,
+    status: TrackedStatus,
     reason: str | None,
     notify: Callable[[str], None],
 ) -> None:

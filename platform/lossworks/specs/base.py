@@ -199,7 +199,7 @@ def apply_overrides(
     Raises:
         UserError: An override has no ``=`` or names no field of ``model``.
     """
-    result = _copy(values)
+    result: dict[str, Any] = _copy(values)
     settings = [_setting(model, text) for text in overrides]
     # What decides over other fields comes first, since a change of it drops them.
     for key, new, text in sorted(settings, key=lambda setting: not _decides(model, setting[0])):

@@ -80,7 +80,10 @@ class ClassifierModelSpec(Spec):
         "mlp", description="mlp for vectors; cnn and resnet (GroupNorm) for signals and images"
     )
     layers: int = Field(
-        2, ge=0, le=64, description="hidden layers, 0 for a linear mlp; convolutions, or residual blocks a stage"
+        2,
+        ge=0,
+        le=64,
+        description="hidden layers, 0 for a linear mlp; convolutions, or residual blocks a stage",
     )
     width: int = Field(128, ge=2, le=16384, description="features of a layer; channels of the first stage")
     groups: int = Field(8, ge=1, le=64, description="groups of GroupNorm; must divide width")

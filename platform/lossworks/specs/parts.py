@@ -123,7 +123,9 @@ class WeightSpec(Spec):
 
     shorthand: ClassVar[str | None] = "value"
 
-    value: float = Field(1.0, description="factor of the term, negative to climb it; of a line, its factor at the start")
+    value: float = Field(
+        1.0, description="factor of the term, negative to climb it; of a line, its factor at the start"
+    )
     final: float | None = Field(None, description="factor at the end of the line; null for a constant")
     start: int = Field(1, ge=1, description="step, counted from 1, up to which the factor is `value`")
     steps: int = Field(1, ge=1, description="steps from `value` to `final`")

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.data.batch import Batch
-from lossworks.errors import UserError
 from lossworks.metrics import auroc
 from lossworks.models import Outputs
 from lossworks.specs import RunSpec
 from lossworks.tasks.analyses import Finding
-from lossworks.tasks.interface import Mode, Rows, Task
+from lossworks.tasks.interface import ExampleRows, Mode, Task
 from lossworks.tasks.methods import Method, Trained
 
 View = Callable[[Tensor], Tensor]
@@ -81,7 +80,7 @@ class Calibration(Method):
         found = {f"calibration/{name}": value for name, value in after.items()}
         return Finding(found | {f"calibration/{name}_before": value for name, value in before.items()})
 
-    def _views(self, data: Rows, seed: int) -> Sequence[View]:
+    def _views(self, data: ExampleRows, seed: int) -> Sequence[View]:
         if not self.sees_views:
             return ()
         shape = data.batch(np.arange(1))["inputs"].shape[1:]
@@ -96,7 +95,7 @@ class Viewed:
         view: What is done to their inputs.
     """
 
-    def __init__(self, data: Rows, view: View) -> None:
+    def __init__(self, data: ExampleRows, view: View) -> None:
         self._data, self._view = data, view
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import create, declaration, declarations, entry_class
 from lossworks.data import Order, SequenceOrder
 from lossworks.data.batch import Batch
+from lossworks.errors import UserError
 from lossworks.losses.objective import Objective
 from lossworks.models import HeadedModel, Outputs
 from lossworks.specs import RunSpec
@@ -25,7 +26,7 @@ Mode = Literal["min", "max"]
 Say = Callable[[str], None]
 
 
-class Rows(Protocol):
+class ExampleRows(Protocol):
     """Training data read by row: sequences of a text, or examples."""
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ class Prepared:
 Measure = Callable[[Outputs, Batch], Tensor]
 """Called inside the model's forward; returns numbers (S,) that add up over rows."""
 
-Sums = Callable[[Measure, Rows, np.ndarray], Tensor]
+Sums = Callable[[Measure, ExampleRows, np.ndarray], Tensor]
 """Called with what to measure inside the forward, where rows are read, and which: float64 sums (S,)."""
 
 
@@ -102,8 +103,8 @@ class Task(ABC):
     classifies: ClassVar[bool] = False
     panels: ClassVar[tuple[str, Mapping[str, str]] | None] = None
 
-    train: Rows
-    held_out: Rows
+    train: ExampleRows
+    held_out: ExampleRows
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec_of_run = spec

@@ -14,9 +14,9 @@ from lossworks.losses.objective import Objective
 from lossworks.models import Outputs
 from lossworks.specs import RunSpec
 from lossworks.tasks.analyses import Finding
-from lossworks.tasks.interface import Measure, Mode, Rows, Task
+from lossworks.tasks.interface import ExampleRows, Measure, Mode, Task
 
-Collect = Callable[[Measure, Rows, np.ndarray], Tensor]
+Collect = Callable[[Measure, ExampleRows, np.ndarray], Tensor]
 """Called with what to take inside the forward, (B, …) of each batch, where rows are read, and which; returns
 all of them in order, float64 (N, …), on every rank."""
 

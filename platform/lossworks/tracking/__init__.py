@@ -10,14 +10,14 @@ from lossworks.errors import redact
 from lossworks.tracking.address import check_tracking, tracking_uri
 from lossworks.tracking.delivery import deliver
 from lossworks.tracking.follower import Follower
-from lossworks.tracking.journal import Journal, Row, last_step, read_all, read_rows, rows_while
+from lossworks.tracking.journal import Journal, JournalRow, last_step, read_all, read_rows, rows_while
 from lossworks.tracking.machine import machine
 from lossworks.tracking.store import create_run, finish_run, open_run
 
 __all__ = [
     "Follower",
     "Journal",
-    "Row",
+    "JournalRow",
     "check_tracking",
     "create_run",
     "deliver",

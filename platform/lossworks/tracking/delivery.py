@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lossworks.specs.tracking import TrackingSpec
 from lossworks.tracking.client import connect, store_errors
-from lossworks.tracking.journal import Row, read_rows
+from lossworks.tracking.journal import JournalRow, read_rows
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -86,7 +86,7 @@ def deliveries(client: "MlflowClient", run_id: str, journal: Path) -> list[Deliv
     return [Delivery(client, run_id, path) for path in paths]
 
 
-def _metrics(row: Row) -> "Iterator[Metric]":
+def _metrics(row: JournalRow) -> "Iterator[Metric]":
     """Yield a row's points.
 
     MLflow turns an infinity into 1.797e308, which flattens every chart and reads like a number. It is sent

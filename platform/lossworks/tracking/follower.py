@@ -13,7 +13,7 @@ from lossworks.specs.tracking import TrackingSpec
 from lossworks.tracking.address import tracking_uri
 from lossworks.tracking.client import connect, one_line
 from lossworks.tracking.delivery import SYSTEM_JOURNAL, Delivery, deliveries
-from lossworks.tracking.journal import Row, read_rows
+from lossworks.tracking.journal import JournalRow, read_rows
 
 if TYPE_CHECKING:
     from lossworks.tracking.system_metrics import JournalMonitor
@@ -52,7 +52,7 @@ class Follower:
         run_id: str,
         journal: Path,
         *,
-        on_row: Callable[[Row], None] | None = None,
+        on_row: Callable[[JournalRow], None] | None = None,
         system_metrics: bool = False,
         on_message: Callable[[str], None] | None = None,
     ) -> None:
@@ -130,7 +130,7 @@ class Follower:
             self._show(self._on_row)
         self._show(self._on_row)
 
-    def _show(self, on_row: Callable[[Row], None]) -> None:
+    def _show(self, on_row: Callable[[JournalRow], None]) -> None:
         try:
             rows, self._shown = read_rows(self._journal, self._shown)
             for row in rows:

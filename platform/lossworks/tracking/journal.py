@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.\-/ ]{1,250}")
 _LOOK_S = 0.2
 
 
-class Row(TypedDict):
+class JournalRow(TypedDict):
     """One row of a journal.
 
     Attributes:
@@ -132,7 +132,7 @@ class Journal:
         self._size += written
 
 
-def read_rows(path: str | Path, offset: int = 0, *, limit: int | None = None) -> tuple[list[Row], int]:
+def read_rows(path: str | Path, offset: int = 0, *, limit: int | None = None) -> tuple[list[JournalRow], int]:
     """Return the complete rows from a byte offset on, and the offset behind the last of them.
 
     A last line without its newline is still being written and is left for the next call. A file that does
@@ -143,7 +143,7 @@ def read_rows(path: str | Path, offset: int = 0, *, limit: int | None = None) ->
         offset: Byte offset of a line's start, such as an earlier call returned.
         limit: Most lines to read; all if unset.
     """
-    rows: list[Row] = []
+    rows: list[JournalRow] = []
     try:
         with Path(path).open("rb") as file:
             file.seek(offset)
@@ -161,7 +161,7 @@ def read_rows(path: str | Path, offset: int = 0, *, limit: int | None = None) ->
     return rows, offset
 
 
-def rows_while(path: str | Path, work: Callable[[], object]) -> Iterator[Row]:
+def rows_while(path: str | Path, work: Callable[[], object]) -> Iterator[JournalRow]:
     """Do some work in a thread and yield all rows of a journal meanwhile, those that were there before too.
 
     Raises:
@@ -177,7 +177,7 @@ def rows_while(path: str | Path, work: Callable[[], object]) -> Iterator[Row]:
         working.result()
 
 
-def read_all(path: str | Path) -> list[Row]:
+def read_all(path: str | Path) -> list[JournalRow]:
     """Return every complete row of a journal; none if the file does not exist."""
     return read_rows(path)[0]
 
@@ -196,7 +196,7 @@ def _has_prefix(names: Iterable[str], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in names)
 
 
-def _last_steps(rows: Iterable[Row]) -> dict[str, int]:
+def _last_steps(rows: Iterable[JournalRow]) -> dict[str, int]:
     last: dict[str, int] = {}
     for row in rows:
         for name in row["metrics"]:
@@ -221,10 +221,10 @@ def _encode(step: int, time_ms: int, metrics: Mapping[str, float]) -> bytes:
     return json.dumps(row, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
-def _decode(line: bytes) -> Row | None:
+def _decode(line: bytes) -> JournalRow | None:
     try:
         row: Any = json.loads(line)
         metrics = {str(name): float(value) for name, value in row["metrics"].items()}
-        return Row(step=int(row["step"]), time_ms=int(row["time_ms"]), metrics=metrics)
+        return JournalRow(step=int(row["step"]), time_ms=int(row["time_ms"]), metrics=metrics)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+TrackedStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 # MLflow's limits; longer values are cut here, without its warning. The whole configuration belongs in an
 # artifact, which the caller adds.
@@ -80,7 +80,7 @@ def open_run(spec: TrackingSpec, run_id: str) -> None:
 def finish_run(
     spec: TrackingSpec,
     run_id: str,
-    status: Status,
+    status: TrackedStatus,
     *,
     artifacts: Iterable[Path] = (),
     tags: Mapping[str, str] | None = None,

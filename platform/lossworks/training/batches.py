@@ -6,11 +6,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from lossworks.data.batch import Batch, stand_in
-from lossworks.tasks.interface import Rows
+from lossworks.tasks.interface import ExampleRows
 from lossworks.training.distributed.world import World
 
 
-def micro_batches(data: Rows, rows: np.ndarray, *, size: int | None, largest_share: int) -> Iterator[Batch]:
+def micro_batches(
+    data: ExampleRows, rows: np.ndarray, *, size: int | None, largest_share: int
+) -> Iterator[Batch]:
     """Yield this rank's rows as batches of at most ``size`` rows.
 
     Every rank must go through equally many forward passes, or collectives would wait for ever; a rank with a

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lossworks.data.batch import Batch, on
 from lossworks.models import Outputs
 from lossworks.tasks.analyses import Analysis, Finding, Probe
-from lossworks.tasks.interface import Evaluation, Measure, Rows, Sums, Task
+from lossworks.tasks.interface import Evaluation, ExampleRows, Measure, Sums, Task
 from lossworks.training.batches import largest_share, micro_batches, share
 from lossworks.training.distributed.world import World
 
@@ -81,7 +81,7 @@ def _summing(
 ) -> Sums:
     size = micro_batch_size or AT_ONCE
 
-    def over(measure: Measure, data: Rows, rows: np.ndarray) -> Tensor:
+    def over(measure: Measure, data: ExampleRows, rows: np.ndarray) -> Tensor:
         return summed(model, measure, data, rows, world, size=size, bf16=bf16, roles=roles)
 
     return over
@@ -100,7 +100,7 @@ def spaced(limit: int | None, rows: int) -> np.ndarray:
 def summed(
     model: nn.Module,
     measure: Measure,
-    data: Rows,
+    data: ExampleRows,
     rows: np.ndarray,
     world: World,
     *,
@@ -140,7 +140,14 @@ def beside(measure: Measure, companions: Mapping[str, Outputs]) -> Measure:
 
 @torch.no_grad()
 def collected(
-    model: nn.Module, measure: Measure, data: Rows, rows: np.ndarray, world: World, *, size: int, bf16: bool
+    model: nn.Module,
+    measure: Measure,
+    data: ExampleRows,
+    rows: np.ndarray,
+    world: World,
+    *,
+    size: int,
+    bf16: bool,
 ) -> Tensor:
     """Return what ``measure`` gives of each row inside the model's forward, float64 (N, …), on every rank.
 

@@ -18,7 +18,7 @@ from lossworks.data.batch import Batch, on
 from lossworks.errors import NonFiniteLossError
 from lossworks.losses.objective import ElementLosses
 from lossworks.models import Outputs
-from lossworks.tasks.interface import Evaluation, Measure, Rows
+from lossworks.tasks.interface import Evaluation, ExampleRows, Measure
 from lossworks.tasks.methods import Method, Trained, replaces_loss
 from lossworks.tasks.registry import task_of
 from lossworks.tensors import write_tensors
@@ -37,7 +37,7 @@ from lossworks.training.measure.profiling import StepProfiler
 from lossworks.training.measure.speed import Speed
 from lossworks.training.measure.telemetry import Telemetry
 from lossworks.training.optimizer import OBJECTIVE, build_optimizer, set_lr
-from lossworks.training.outcome import Outcome, Status
+from lossworks.training.outcome import Outcome, RunStatus
 from lossworks.training.roles import Roles
 from lossworks.training.schedule import lr_factor
 from lossworks.training.start import begin_from, trained_weights
@@ -122,7 +122,7 @@ class Trainer:
         """Let methods do what follows training, and keep what they made and found."""
         size = self.spec.micro_batch_size or AT_ONCE
 
-        def over(measure: Measure, data: Rows, rows: np.ndarray) -> Tensor:
+        def over(measure: Measure, data: ExampleRows, rows: np.ndarray) -> Tensor:
             return collected(self.model, measure, data, rows, self.world, size=size, bf16=self.bf16)
 
         found: dict[str, float] = {}
@@ -135,7 +135,7 @@ class Trainer:
         if self.world.leads and found:
             self.job.record(self.step, found)
 
-    def _train(self) -> tuple[Status, str]:
+    def _train(self) -> tuple[RunStatus, str]:
         """Take steps to the end and return what that was, with a sentence about it."""
         while self.step < self.spec.steps:
             try:
@@ -382,7 +382,7 @@ class Trainer:
             return "there is no checkpoint yet"
         return f"the last good checkpoint is {self.checkpoint}"
 
-    def _outcome(self, status: Status, reason: str) -> Outcome:
+    def _outcome(self, status: RunStatus, reason: str) -> Outcome:
         seconds = self._mean_seconds(self.clock.total())
         events.ended(self.step, status, reason, seconds)
         best = self.job.checkpoints.best() if self.world.leads else None

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Status = Literal["finished", "stopped", "diverged", "failed", "storage"]
+RunStatus = Literal["finished", "stopped", "diverged", "failed", "storage"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Outcome:
             gone on with, and empty if not measured.
     """
 
-    status: Status
+    status: RunStatus
     reason: str
     step: int
     metrics: dict[str, float]

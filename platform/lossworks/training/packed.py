@@ -145,7 +145,7 @@ class PackedRun:
 
 
 @dataclass(frozen=True)
-class Report:
+class PackedReport:
     """What a run has reached.
 
     Attributes:
@@ -159,7 +159,7 @@ class Report:
     failure: str | None = None
 
 
-def advance(runs: Sequence[PackedRun], steps: int) -> list[Report]:
+def advance(runs: Sequence[PackedRun], steps: int) -> list[PackedReport]:
     """Take steps with all runs at once and evaluate them; what they keep is moved on.
 
     A run that becomes non-finite disturbs no other, and is reported as failed.
@@ -233,7 +233,7 @@ class _Together:
                 for at, objective in enumerate(self.objectives)
             ]
             return torch.stack(parts)
-        means = [loss(logits, batch["targets"]).mean(1) for loss in self._rows]
+        means: list[Tensor] = [loss(logits, batch["targets"]).mean(1) for loss in self._rows]
         if len(means) == 1 and all(objective.weights == (1.0,) for objective in self.objectives):
             return means[0]
         weights = logits.new_tensor([objective.weights for objective in self.objectives])
@@ -261,7 +261,7 @@ class _Pack:
         clips = [run.spec.optimizer.clip_norm for run in runs]
         self._clip = torch.tensor([math.inf if clip is None else clip for clip in clips])
 
-    def advance(self, steps: int) -> list[Report]:
+    def advance(self, steps: int) -> list[PackedReport]:
         data, rows = self._batches(steps)
         count = len(self._runs)
         losses, norms = torch.zeros(steps, count), torch.zeros(steps, count)
@@ -331,7 +331,7 @@ class _Pack:
     def _clipped(self, gradients: Sequence[Tensor]) -> Tensor:
         """Scale the gradients of each run to its largest norm, in place; return the norms before (M,)."""
         each = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
-        norms = torch.linalg.vector_norm(torch.stack(each), dim=0)
+        norms: Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
         factors = (self._clip / (norms + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         if bool((factors < 1.0).any()):
             for gradient in gradients:
@@ -368,19 +368,19 @@ class _Pack:
         yardsticks, _ = data.task.figures(data.task.measure(outputs, data.held_out, own))
         return {"eval/loss": loss, **yardsticks}
 
-    def _report(self, index: int, losses: Tensor, norms: Tensor, measured: dict[str, float]) -> Report:
+    def _report(self, index: int, losses: Tensor, norms: Tensor, measured: dict[str, float]) -> PackedReport:
         run = self._runs[index]
         for what, values in (("loss", losses), ("gradient", norms)):
             bad = values.isfinite().logical_not().nonzero()
             if len(bad):
                 step = run.step - len(values) + int(bad[0]) + 1
-                return Report(step, {}, f"the {what} became NaN or infinite at step {step}")
+                return PackedReport(step, {}, f"the {what} became NaN or infinite at step {step}")
         train = {
             "train/loss": float(losses[-1]),
             "train/grad_norm": float(norms[-1]),
             "train/lr": _rate(run.spec)(run.step),
         }
-        return Report(run.step, train | measured)
+        return PackedReport(run.step, train | measured)
 
 
 def _settings(spec: OptimizerSpec) -> AdamWSettings:

@@ -150,8 +150,12 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path):
         return str(refused.value)
 
     assert "roles.teacher.of=digits" in refusal(loss="to-teacher", roles={"teacher": "digits"})
-    assert "was trained as task=regression, not classification" in refusal(loss="to-teacher", roles={"teacher": "numbers"})
-    assert "roles.teacher.of=nowhere: is no folder" in refusal(loss="to-teacher", roles={"teacher": "nowhere"})
+    assert "was trained as task=regression, not classification" in refusal(
+        loss="to-teacher", roles={"teacher": "numbers"}
+    )
+    assert "roles.teacher.of=nowhere: is no folder" in refusal(
+        loss="to-teacher", roles={"teacher": "nowhere"}
+    )
     wide = refusal(start="wine", model={"width": 20})
     assert "start=wine: layers.0.1.weight is (16, 13) there and (20, 13) here" in wide
     assert "start=wine: lacks layers.2.1.weight" in refusal(start="wine", model={"width": 16, "layers": 3})

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lossworks_testing.classification import tiny
-from lossworks_tune.studies.outcome import Outcome
+from lossworks_tune.studies.outcome import StudyOutcome
 from lossworks_tune.studies.spec import StudySpec
 from lossworks_tune.studies.store import Result
 
@@ -20,7 +20,7 @@ def tiny_study(**changes: Any) -> StudySpec:
     return StudySpec.parse({**values, **changes})
 
 
-def outcome_of(spec: StudySpec, values: dict[str, list[float]]) -> Outcome:
+def outcome_of(spec: StudySpec, values: dict[str, list[float]]) -> StudyOutcome:
     """Return an outcome with the values of variants, one a seed, of the first expectation's yardstick.
 
     They are the same in all settings, but for ``variant@title`` which are those of one setting alone.
@@ -32,4 +32,4 @@ def outcome_of(spec: StudySpec, values: dict[str, list[float]]) -> Outcome:
         place = plan.seeds.index(training.seed)
         if place < len(own):
             results[training.key] = Result({spec.expect[0].on: own[place]})
-    return Outcome(spec, plan, results)
+    return StudyOutcome(spec, plan, results)

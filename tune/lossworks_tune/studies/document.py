@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.errors import UserError
-from lossworks.metrics.intervals import Mean
-from lossworks_tune.studies.outcome import Outcome
+from lossworks.metrics.intervals import MeanInterval
+from lossworks_tune.studies.outcome import StudyOutcome
 from lossworks_tune.studies.spec import StudySpec
 from lossworks_tune.studies.store import Key, Result, decoded, encoded
 
 
-def document(outcome: Outcome) -> dict[str, Any]:
+def document(outcome: StudyOutcome) -> dict[str, Any]:
     """Return all values of a study, and what follows from them."""
     return {
         "study": outcome.spec.name,
@@ -32,14 +32,14 @@ def document(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def write(outcome: Outcome, path: Path) -> Path:
+def write(outcome: StudyOutcome, path: Path) -> Path:
     """Write a study's document."""
     text = json.dumps(document(outcome), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
-def read(spec: StudySpec, path: Path) -> Outcome:
+def read(spec: StudySpec, path: Path) -> StudyOutcome:
     """Return what a document holds.
 
     Raises:
@@ -54,10 +54,10 @@ def read(spec: StudySpec, path: Path) -> Outcome:
         )
         for line in values["values"]
     }
-    return Outcome(spec, spec.make_plan(), results)
+    return StudyOutcome(spec, spec.make_plan(), results)
 
 
-def _means(outcome: Outcome) -> Any:
+def _means(outcome: StudyOutcome) -> Any:
     first = outcome.plan.variants[0]
     for setting in outcome.plan.settings:
         for variant in outcome.plan.variants:
@@ -72,13 +72,13 @@ def _means(outcome: Outcome) -> Any:
                 }
 
 
-def _of_mean(mean: Mean | None) -> Mapping[str, Any] | None:
+def _of_mean(mean: MeanInterval | None) -> Mapping[str, Any] | None:
     if mean is None:
         return None
     return {"value": mean.value, "half_width": mean.half_width, "seeds": mean.count}
 
 
-def _of_result(outcome: Outcome, key: Key, result: Result) -> dict[str, Any]:
+def _of_result(outcome: StudyOutcome, key: Key, result: Result) -> dict[str, Any]:
     metrics = {name: result.metrics[name] for name in outcome.yardsticks if name in result.metrics}
     line = {"variant": key[0], "setting": key[1], "seed": key[2], "metrics": encoded(metrics)}
     return line | ({"failure": result.failure} if result.failure else {})

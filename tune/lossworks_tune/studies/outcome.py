@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from lossworks.metrics.intervals import Mean
-from lossworks_tune.studies.plan import Plan, Setting
+from lossworks.metrics.intervals import MeanInterval
+from lossworks_tune.studies.plan import Setting, StudyPlan
 from lossworks_tune.studies.spec import ExpectationSpec, StudySpec
 from lossworks_tune.studies.store import Key, Result
 
@@ -28,12 +28,12 @@ class Verdict:
 
     expectation: ExpectationSpec
     word: Word
-    difference: Mean | None
+    difference: MeanInterval | None
     note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class StudyOutcome:
     """What has been found so far.
 
     Attributes:
@@ -43,7 +43,7 @@ class Outcome:
     """
 
     spec: StudySpec
-    plan: Plan
+    plan: StudyPlan
     results: Mapping[Key, Result]
 
     @cached_property
@@ -66,14 +66,16 @@ class Outcome:
                 found[seed] = sum(own) / len(own)
         return found
 
-    def mean(self, variant: str, setting: Setting, yardstick: str) -> Mean | None:
+    def mean(self, variant: str, setting: Setting, yardstick: str) -> MeanInterval | None:
         """Return a variant's mean over seeds; None if there is no value."""
-        return Mean.of(list(self.values(variant, [setting], yardstick).values()))
+        return MeanInterval.of(list(self.values(variant, [setting], yardstick).values()))
 
-    def difference(self, one: str, other: str, settings: Sequence[Setting], yardstick: str) -> Mean | None:
+    def difference(
+        self, one: str, other: str, settings: Sequence[Setting], yardstick: str
+    ) -> MeanInterval | None:
         """Return by how much a variant is above another, over the seeds of both; None without any."""
         ours, theirs = (self.values(variant, settings, yardstick) for variant in (one, other))
-        return Mean.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+        return MeanInterval.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -102,7 +104,7 @@ class Outcome:
             expectation, judge(sign * difference.value, difference.half_width, expectation.by), difference
         )
 
-    def _without_interval(self, expectation: ExpectationSpec, difference: Mean | None) -> str:
+    def _without_interval(self, expectation: ExpectationSpec, difference: MeanInterval | None) -> str:
         """Return why the seeds give no interval, or nothing if they do."""
         count, wanted = 0 if difference is None else difference.count, len(self.plan.seeds)
         if count < wanted:

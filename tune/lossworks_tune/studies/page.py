@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lossworks.catalogue.registry import declaration
 from lossworks_tune.studies import document, shipped
-from lossworks_tune.studies.outcome import Outcome
+from lossworks_tune.studies.outcome import StudyOutcome
 from lossworks_tune.studies.plan import leaves
 from lossworks_tune.studies.spec import StudySpec
 from lossworks_tune.studies.tables import EXPLANATION, failures, markdown, of_verdict, tables
@@ -26,7 +26,7 @@ small models on small data, and of many intervals one in twenty misses.
 """
 
 
-def stored() -> Iterator[tuple[str, Outcome]]:
+def stored() -> Iterator[tuple[str, StudyOutcome]]:
     """Yield the studies that come with Lossworks by name, as far as results of theirs are kept.
 
     Raises:
@@ -38,7 +38,7 @@ def stored() -> Iterator[tuple[str, Outcome]]:
             yield name, document.read(StudySpec.read(file), results)
 
 
-def page(outcomes: Iterable[tuple[str, Outcome]]) -> str:
+def page(outcomes: Iterable[tuple[str, StudyOutcome]]) -> str:
     """Return the page of studies by name, in Markdown."""
     found = dict(outcomes)
     rows = [f"| [{name}](#{name}) | {one.word or '–'} | {one.spec.claim} |" for name, one in found.items()]
@@ -57,7 +57,7 @@ def write() -> Path:
     return file
 
 
-def _section(name: str, outcome: Outcome) -> str:
+def _section(name: str, outcome: StudyOutcome) -> str:
     spec = outcome.spec
     parts = [f"## {name}", spec.claim, *_sources(spec), _setting(outcome)]
     parts += [markdown(table) for table in tables(outcome)]
@@ -73,7 +73,7 @@ def _sources(spec: StudySpec) -> list[str]:
     return [f"{'; '.join(dict.fromkeys(papers))}."] if papers else []
 
 
-def _setting(outcome: Outcome) -> str:
+def _setting(outcome: StudyOutcome) -> str:
     spec = outcome.spec
     fields = {name: value for name, value in leaves(spec.base) if name.partition(".")[0] not in _UNTOLD}
     told = " ".join(f"{name}={value}" for name, value in fields.items())

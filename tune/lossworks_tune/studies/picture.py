@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossworks.reporting.picture_style import STYLE
-from lossworks_tune.studies.outcome import Outcome
+from lossworks_tune.studies.outcome import StudyOutcome
 from lossworks_tune.studies.plan import Setting
 from lossworks_tune.studies.tables import of_verdict
 
@@ -23,10 +23,10 @@ _ROW = 0.42  # inches of a variant
 _LINE = 0.3  # inches of a line of text
 _MOST_VERDICTS = 12
 
-Row = tuple[str, str] | None  # setting and variant; None is a gap between settings
+PictureRow = tuple[str, str] | None  # setting and variant; None is a gap between settings
 
 
-def draw(outcome: Outcome, path: Path) -> list[Path]:
+def draw(outcome: StudyOutcome, path: Path) -> list[Path]:
     """Draw a study as PNG, 1800 pixels wide, and as SVG.
 
     Args:
@@ -53,7 +53,7 @@ def draw(outcome: Outcome, path: Path) -> list[Path]:
     return files
 
 
-def _has_values(outcome: Outcome, yardstick: str) -> bool:
+def _has_values(outcome: StudyOutcome, yardstick: str) -> bool:
     return any(
         outcome.mean(variant, setting, yardstick)
         for variant in outcome.plan.variants
@@ -61,7 +61,7 @@ def _has_values(outcome: Outcome, yardstick: str) -> bool:
     )
 
 
-def _draw(figure: "Figure", outcome: Outcome, yardsticks: Sequence[str]) -> None:
+def _draw(figure: "Figure", outcome: StudyOutcome, yardsticks: Sequence[str]) -> None:
     rows, lines = _rows(outcome), _lines(outcome)
     down = math.ceil(len(yardsticks) / _ACROSS)
     claim = textwrap.wrap(outcome.spec.claim, 160)[:4]
@@ -85,19 +85,19 @@ def _draw(figure: "Figure", outcome: Outcome, yardsticks: Sequence[str]) -> None
         below.text(0.02, height, textwrap.shorten(text, 190), color=colour, fontsize=13, va="center")
 
 
-def _rows(outcome: Outcome) -> list[Row]:
-    rows: list[Row] = []
+def _rows(outcome: StudyOutcome) -> list[PictureRow]:
+    rows: list[PictureRow] = []
     for setting in outcome.plan.settings:
         rows += [None] if setting.title else []
         rows += [(setting.title, variant) for variant in outcome.plan.variants]
     return rows
 
 
-def _label(row: Row) -> str:
+def _label(row: PictureRow) -> str:
     return "" if row is None else textwrap.shorten(row[1], 44, placeholder=" …")
 
 
-def _draw_yardstick(axes: "Axes", outcome: Outcome, yardstick: str) -> None:
+def _draw_yardstick(axes: "Axes", outcome: StudyOutcome, yardstick: str) -> None:
     from matplotlib import colormaps
 
     colours = colormaps["tab10" if len(outcome.plan.variants) <= 10 else "tab20"]
@@ -124,7 +124,7 @@ def _draw_yardstick(axes: "Axes", outcome: Outcome, yardstick: str) -> None:
 
 
 def _draw_variant(
-    axes: "Axes", outcome: Outcome, what: tuple[str, Setting, str], place: int, colour: Any
+    axes: "Axes", outcome: StudyOutcome, what: tuple[str, Setting, str], place: int, colour: Any
 ) -> None:
     """Draw the seeds as small dots, and their mean with its interval."""
     variant, setting, yardstick = what
@@ -138,7 +138,7 @@ def _draw_variant(
     axes.errorbar(mean.value, place, xerr=mean.half_width or 0.0, color=colour, **style)
 
 
-def _lines(outcome: Outcome) -> list[tuple[str, str]]:
+def _lines(outcome: StudyOutcome) -> list[tuple[str, str]]:
     """Return what stands below the picture, line by line with its colour."""
     seeds = len(outcome.plan.seeds)
     interval = "its 95 % interval (Student's t)" if seeds > 1 else "no interval, for want of seeds"

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError
 from lossworks.specs.base import apply_overrides
 from lossworks.trainables import Direction, Trainable, task_of, trainable
@@ -62,7 +63,7 @@ class Training:
         return self.variant, self.setting, self.seed
 
 
-class Plan:
+class StudyPlan:
     """The trainings of a study.
 
     Args:
@@ -157,6 +158,21 @@ class Plan:
                 seen[digest] = variant
 
     @property
+    def notes(self) -> list[str]:
+        """What limits what the study can say, in a sentence each."""
+        found = []
+        if len(self.seeds) == 1:
+            found.append("one seed gives no interval, so that nothing is told apart; use seeds=5")
+        seen: dict[str, str] = {}
+        for variant in self.variants:
+            spec = self.training(variant, self.settings[0], self.seeds[0]).spec
+            same = _digest(spec, loss=_plain(spec.loss)) if hasattr(spec, "loss") else _digest(spec)
+            if same in seen:
+                found.append(f"{variant} is {seen[same]} with these hyperparameters: they differ by rounding")
+            seen.setdefault(same, variant)
+        return found
+
+    @property
     def varies_the_loss(self) -> bool:
         """Whether the trained loss differs between trainings."""
         first = (self.training(v, s, self.seeds[0]) for v in self.variants for s in self.settings)
@@ -195,6 +211,17 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _digest(spec: Any) -> str:
-    values = spec.model_dump(mode="json", exclude=set(_UNTRAINED))
+def _plain(loss: Any) -> Any:
+    """Return a loss as what it equals by its declaration, as plain data."""
+    values = loss.model_dump(mode="json")
+    if loss.plus:
+        return values
+    entry = declaration(loss.name)
+    name, hyperparameters = entry.alias(entry.check(loss.hyperparameters)) or (loss.name, loss.hyperparameters)
+    return [name, declaration(name).check(hyperparameters), values.get("impl")]
+
+
+def _digest(spec: Any, **instead: Any) -> str:
+    """Return a digest of what a spec trains, with other values of some fields."""
+    values = spec.model_dump(mode="json", exclude=set(_UNTRAINED)) | instead
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,12 +11,12 @@ from lossworks.runs import RunFolder
 from lossworks.specs import read_yaml
 from lossworks.specs.files import located
 from lossworks.tracking import Journal, check_tracking
-from lossworks.tracking.store import Status
+from lossworks.tracking.store import TrackedStatus
 from lossworks_tune.parent_run import close_parent, closing, open_parent
 from lossworks_tune.periodic import repeated
 from lossworks_tune.studies import document
-from lossworks_tune.studies.outcome import Outcome
-from lossworks_tune.studies.plan import Plan, Training
+from lossworks_tune.studies.outcome import StudyOutcome
+from lossworks_tune.studies.plan import StudyPlan, Training
 from lossworks_tune.studies.spec import StudySpec
 from lossworks_tune.studies.store import Key, Result, ResultStore
 from lossworks_tune.studies.tables import failures
@@ -27,7 +27,7 @@ from lossworks_tune.studies.training import check, train
 class StudyListener:
     """Receives progress of a study; the default ignores every event."""
 
-    def update(self, outcome: Outcome) -> None:
+    def update(self, outcome: StudyOutcome) -> None:
         """Take what has been found so far; called about once a second, from a thread."""
 
     def message(self, text: str) -> None:
@@ -46,7 +46,7 @@ class StudyResult:
     """
 
     folder: RunFolder
-    outcome: Outcome
+    outcome: StudyOutcome
     document: Path
     pictures: tuple[Path, ...]
 
@@ -99,7 +99,7 @@ class _Run:
         listener: Receives its progress.
     """
 
-    def __init__(self, spec: StudySpec, plan: Plan, folder: RunFolder, listener: StudyListener) -> None:
+    def __init__(self, spec: StudySpec, plan: StudyPlan, folder: RunFolder, listener: StudyListener) -> None:
         self._spec, self._plan, self._folder, self._listener = spec, plan, folder, listener
         self._store = ResultStore(folder.path / "results.jsonl")
         self._results: dict[Key, Result] = self._store.of(plan.trainings)
@@ -108,6 +108,8 @@ class _Run:
 
     def run(self, address: str | None) -> StudyResult:
         """Train what has not ended, and close the run however it ended."""
+        for note in self._plan.notes:
+            self._listener.message(note)
         with closing(self._close):
             with repeated(self._look):
                 train(self._plan, self._waiting(), self._folder.path / "trainings", address, self._keep)
@@ -125,8 +127,8 @@ class _Run:
         self._store.add(training, result)
         self._results = {**self._results, training.key: result}  # another thread may be reading the old one
 
-    def _outcome(self) -> Outcome:
-        return Outcome(self._spec, self._plan, self._results)
+    def _outcome(self) -> StudyOutcome:
+        return StudyOutcome(self._spec, self._plan, self._results)
 
     def _look(self) -> None:
         """Let it be seen and bring it to MLflow; a store that is away is named once."""
@@ -137,7 +139,7 @@ class _Run:
             self._listener.message(f"{complaint}; results wait in {self._folder.path}")
         self._complaint = complaint
 
-    def _close(self, status: Status, reason: str) -> None:
+    def _close(self, status: TrackedStatus, reason: str) -> None:
         outcome = self._outcome()
         _write(outcome, self._folder)
         complaint = self._runs.try_sync(outcome) or close_parent(
@@ -147,7 +149,7 @@ class _Run:
             self._listener.message(complaint)
 
 
-def _write(outcome: Outcome, folder: RunFolder) -> None:
+def _write(outcome: StudyOutcome, folder: RunFolder) -> None:
     """Write and draw what was found."""
     from lossworks_tune.studies.picture import draw
 

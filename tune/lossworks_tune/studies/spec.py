@@ -14,7 +14,7 @@ from lossworks.specs import Spec, TrackingSpec
 from lossworks.specs.base import apply_overrides
 from lossworks.trainables import OWN_VALUES
 from lossworks_tune.bases import read_base, require_yardstick
-from lossworks_tune.studies.plan import Plan, leaves, nested
+from lossworks_tune.studies.plan import StudyPlan, leaves, nested
 
 
 class ExpectationSpec(Spec):
@@ -128,13 +128,13 @@ class StudySpec(Spec):
     def _counted(cls, value: Any) -> Any:
         return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
 
-    def make_plan(self) -> Plan:
+    def make_plan(self) -> StudyPlan:
         """Return what is trained.
 
         Raises:
             UserError: The base is wrong.
         """
-        return Plan(self.base, self.compare, self.over, self.seeds)
+        return StudyPlan(self.base, self.compare, self.over, self.seeds)
 
     @property
     def digest(self) -> str:
@@ -161,7 +161,7 @@ class StudySpec(Spec):
             self._require_expectable(expectation, plan)
         return self
 
-    def _require_yardsticks(self, plan: Plan) -> None:
+    def _require_yardsticks(self, plan: StudyPlan) -> None:
         for name in (*self.yardsticks, *(expectation.on for expectation in self.expect)):
             field = "yardsticks" if name in self.yardsticks else "expect.on"
             require_yardstick(name, plan.yardsticks, field)
@@ -170,7 +170,7 @@ class StudySpec(Spec):
                     f"{field}={name}: the value of the trained loss compares no losses or settings of one"
                 )
 
-    def _require_expectable(self, expectation: ExpectationSpec, plan: Plan) -> None:
+    def _require_expectable(self, expectation: ExpectationSpec, plan: StudyPlan) -> None:
         for variant in expectation.variants:
             require_one(variant, plan.variants, "variant for expect")
         if len(set(expectation.variants)) == 1:

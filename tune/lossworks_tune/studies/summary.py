@@ -9,7 +9,7 @@ from lossworks.reporting import print_summary
 from lossworks.tracking import redact, tracking_uri
 from lossworks_tune.display import LiveDisplay
 from lossworks_tune.studies import shipped
-from lossworks_tune.studies.outcome import Outcome
+from lossworks_tune.studies.outcome import StudyOutcome
 from lossworks_tune.studies.page import stored
 from lossworks_tune.studies.run import StudyListener, StudyResult
 from lossworks_tune.studies.spec import StudySpec
@@ -22,7 +22,7 @@ _STYLES = {"confirmed": "green", "contradicted": "red", "not told apart": "yello
 class StudyDisplay(LiveDisplay, StudyListener):
     """Shows means as far as they are known while the rest trains."""
 
-    def update(self, outcome: Outcome) -> None:
+    def update(self, outcome: StudyOutcome) -> None:
         """Show how it stands."""
         count, failed = len(outcome.results), len(outcome.failures)
         status = f"{count} of {len(outcome.plan.trainings)} trainings have ended"
@@ -30,7 +30,7 @@ class StudyDisplay(LiveDisplay, StudyListener):
         self.show("training", status, "", lambda title: Group(Text(title), *rendered(outcome)))
 
 
-def rendered(outcome: Outcome) -> list[RenderableType]:
+def rendered(outcome: StudyOutcome) -> list[RenderableType]:
     """Return a study's tables for a terminal."""
     return [_rendered(table) for table in tables(outcome)]
 
@@ -79,8 +79,7 @@ def _facts(result: StudyResult) -> list[tuple[str, str]]:
     outcome = result.outcome
     verdict: str = outcome.word or "none, since nothing was expected (expect)"
     facts = [("verdict", verdict)]
-    if len(outcome.plan.seeds) == 1:
-        facts.append(("one seed", "gives no interval, so that nothing is told apart; use seeds=5"))
+    facts += [("note", note) for note in outcome.plan.notes]
     if text := failures(outcome):
         facts.append(("failed", text))
     files = ", ".join(path.name for path in (result.document, *result.pictures))

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lossworks.metrics.intervals import Mean
-from lossworks_tune.studies.outcome import Outcome, Verdict
+from lossworks.metrics.intervals import MeanInterval
+from lossworks_tune.studies.outcome import StudyOutcome, Verdict
 from lossworks_tune.studies.plan import Setting
 
 EXPLANATION = (
@@ -30,7 +30,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def tables(outcome: Outcome) -> list[Table]:
+def tables(outcome: StudyOutcome) -> list[Table]:
     """Return a table a yardstick, with a column a setting; one table of all yardsticks for one setting."""
     settings, yardsticks = outcome.plan.settings, outcome.yardsticks
     if len(settings) == 1:
@@ -40,13 +40,13 @@ def tables(outcome: Outcome) -> list[Table]:
     ]
 
 
-def _table(outcome: Outcome, title: str, columns: list[tuple[str, Setting, str]]) -> Table:
+def _table(outcome: StudyOutcome, title: str, columns: list[tuple[str, Setting, str]]) -> Table:
     cells = [list(_column(outcome, setting, yardstick)) for _, setting, yardstick in columns]
     rows = zip(outcome.plan.variants, *cells, strict=True)
     return Table(title, tuple(head for head, _, _ in columns), tuple(tuple(row) for row in rows))
 
 
-def _column(outcome: Outcome, setting: Setting, yardstick: str) -> Iterator[str]:
+def _column(outcome: StudyOutcome, setting: Setting, yardstick: str) -> Iterator[str]:
     first, *others = outcome.plan.variants
     means = {variant: outcome.mean(variant, setting, yardstick) for variant in (first, *others)}
     form = form_of(mean for mean in means.values() if mean is not None)
@@ -58,14 +58,14 @@ def _column(outcome: Outcome, setting: Setting, yardstick: str) -> Iterator[str]
         yield mean.text(form) + (f" ({signed(gap, form)})" if gap is not None else "")
 
 
-def form_of(means: Iterable[Mean]) -> str:
+def form_of(means: Iterable[MeanInterval]) -> str:
     """Return a format with four digits behind the point, or fewer where numbers are large."""
     largest = max((abs(mean.value) for mean in means), default=0.0)
     digits = 4 if largest < 1 else max(0, 3 - int(math.log10(largest)))
     return f"{{:.{digits}f}}"
 
 
-def signed(mean: Mean, form: str) -> str:
+def signed(mean: MeanInterval, form: str) -> str:
     """Return a difference with its sign and the half width of its interval."""
     return mean.text(form.replace("{:", "{:+z")).replace("± +", "± ")
 
@@ -78,7 +78,7 @@ def of_verdict(verdict: Verdict) -> str:
     return f"{verdict.expectation}{shown}{note}"
 
 
-def failures(outcome: Outcome) -> str:
+def failures(outcome: StudyOutcome) -> str:
     """Return which trainings failed and why the first did, in words; empty if none did."""
     found = outcome.failures
     if not found:

@@ -7,8 +7,8 @@ from typing import Any
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.tracking import Journal, create_run, deliver, finish_run
-from lossworks.tracking.store import Status
-from lossworks_tune.studies.outcome import Outcome
+from lossworks.tracking.store import TrackedStatus
+from lossworks_tune.studies.outcome import StudyOutcome
 from lossworks_tune.studies.plan import Setting, leaves
 from lossworks_tune.studies.spec import StudySpec
 from lossworks_tune.studies.tables import of_verdict
@@ -22,12 +22,12 @@ class VariantRuns:
         folder: Of its run.
     """
 
-    def __init__(self, outcome: Outcome, folder: RunFolder) -> None:
+    def __init__(self, outcome: StudyOutcome, folder: RunFolder) -> None:
         plan = outcome.plan
         self._cells = [(variant, setting) for setting in plan.settings for variant in plan.variants]
         self._folder = folder
 
-    def try_sync(self, outcome: Outcome) -> str:
+    def try_sync(self, outcome: StudyOutcome) -> str:
         """Enter what has ended; return what went wrong, in words, or nothing."""
         try:
             for number, (variant, setting) in enumerate(self._cells):
@@ -40,10 +40,10 @@ class VariantRuns:
             return str(error)
         return ""
 
-    def _has_ended(self, outcome: Outcome, variant: str, setting: Setting) -> bool:
+    def _has_ended(self, outcome: StudyOutcome, variant: str, setting: Setting) -> bool:
         return all((variant, setting.title, seed) in outcome.results for seed in outcome.plan.seeds)
 
-    def _enter(self, outcome: Outcome, variant: str, setting: Setting, folder: Path) -> None:
+    def _enter(self, outcome: StudyOutcome, variant: str, setting: Setting, folder: Path) -> None:
         run_id, tracking = folder / "run-id", outcome.spec.tracking
         if not run_id.is_file():
             partial = run_id.with_suffix(".partial")
@@ -53,12 +53,12 @@ class VariantRuns:
         _write(outcome, variant, setting, journal)
         deliver(tracking, run_id.read_text(encoding="ascii"), journal)
         failures = [why for key, why in outcome.failures.items() if key[:2] == (variant, setting.title)]
-        status: Status = "FAILED" if failures else "FINISHED"
+        status: TrackedStatus = "FAILED" if failures else "FINISHED"
         finish_run(
             tracking, run_id.read_text(encoding="ascii"), status, reason=failures[0] if failures else None
         )
 
-    def _create(self, outcome: Outcome, variant: str, setting: Setting) -> str:
+    def _create(self, outcome: StudyOutcome, variant: str, setting: Setting) -> str:
         seeds = outcome.plan.seeds
         parameters = outcome.plan.training(variant, setting, seeds[0]).spec.flat()
         parameters["seeds" if "seed" not in parameters else "seed"] = list(seeds)
@@ -71,7 +71,7 @@ class VariantRuns:
         )
 
 
-def _write(outcome: Outcome, variant: str, setting: Setting, path: Path) -> None:
+def _write(outcome: StudyOutcome, variant: str, setting: Setting, path: Path) -> None:
     """Write each seed's values, at the seed's place as step, and means and half widths with the last."""
     with Journal.open(path) as journal:
         for place, seed in enumerate(outcome.plan.seeds):
@@ -95,7 +95,7 @@ def parameters(spec: StudySpec) -> dict[str, Any]:
     return {**dict(leaves(values)), **named}
 
 
-def tags(outcome: Outcome) -> dict[str, str]:
+def tags(outcome: StudyOutcome) -> dict[str, str]:
     """Return what a study's run is found by: its entries and its verdicts."""
     found = {f"lossworks.entry.{slug}": "" for slug in outcome.spec.entries}
     for number, verdict in enumerate(outcome.verdicts, 1):

@@ -8,13 +8,13 @@ from typing import Any
 from lossworks.errors import LossworksError, RunError
 from lossworks.trainables import trainable
 from lossworks_tune.cluster import WAITING_CPUS, cluster, room, usable_cpus
-from lossworks_tune.studies.plan import Plan, Training
+from lossworks_tune.studies.plan import StudyPlan, Training
 from lossworks_tune.studies.store import Result
 
 Keep = Callable[[Training, Result], None]
 
 
-def split(plan: Plan, trainings: Sequence[Training]) -> tuple[list[Training], list[Training]]:
+def split(plan: StudyPlan, trainings: Sequence[Training]) -> tuple[list[Training], list[Training]]:
     """Return the trainings that can be packed, and the others."""
     from lossworks_tune.packs import reason_against
 
@@ -23,7 +23,7 @@ def split(plan: Plan, trainings: Sequence[Training]) -> tuple[list[Training], li
     return packed, [one for one in trainings if one.key not in taken]
 
 
-def check(plan: Plan, *, local: bool) -> None:
+def check(plan: StudyPlan, *, local: bool) -> None:
     """Refuse what can't be trained, before anything is entered anywhere.
 
     Args:
@@ -43,7 +43,9 @@ def check(plan: Plan, *, local: bool) -> None:
         room(None, _cpus(plan, others), usable_cpus())
 
 
-def train(plan: Plan, waiting: Sequence[Training], folder: Path, address: str | None, keep: Keep) -> None:
+def train(
+    plan: StudyPlan, waiting: Sequence[Training], folder: Path, address: str | None, keep: Keep
+) -> None:
     """Train what has not ended.
 
     Args:
@@ -74,11 +76,13 @@ def _packed(trainings: Sequence[Training]) -> Iterator[tuple[Training, Result]]:
         yield runs[id(run)][0], Result(report.metrics, report.failure or "")
 
 
-def _cpus(plan: Plan, trainings: Sequence[Training]) -> float:
+def _cpus(plan: StudyPlan, trainings: Sequence[Training]) -> float:
     return max(plan.trainable.cpus(training.spec) for training in trainings)
 
 
-def _by_ray(plan: Plan, trainings: Sequence[Training], folder: Path, address: str | None, keep: Keep) -> None:
+def _by_ray(
+    plan: StudyPlan, trainings: Sequence[Training], folder: Path, address: str | None, keep: Keep
+) -> None:
     """Train each in a process of its own, as many at once as have room."""
     import ray
 

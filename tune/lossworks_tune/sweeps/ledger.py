@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lossworks.tracking import Row, read_all
+from lossworks.tracking import JournalRow, read_all
 
-Status = Literal["running", "finished", "stopped", "failed"]
+TrialStatus = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class End:
         step: Steps taken, over all its seeds.
     """
 
-    status: Status
+    status: TrialStatus
     reason: str
     step: int
 
@@ -93,7 +93,7 @@ class TrialFolder:
             return None
         return End(**json.loads(self.end_file.read_text(encoding="utf-8")))
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[JournalRow]:
         """Return what was reported; steps go on from seed to seed."""
         return read_all(self.journal)
 
@@ -111,9 +111,9 @@ class Trial:
     """
 
     configuration: Configuration
-    status: Status
+    status: TrialStatus
     reason: str
-    rows: list[Row]
+    rows: list[JournalRow]
     finals: list[dict[str, float]]
 
     @classmethod

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lossworks.metrics.intervals import Mean
+from lossworks.metrics.intervals import MeanInterval
 from lossworks_tune.sweeps.dimensions import DimensionSpec
 from lossworks_tune.sweeps.ledger import Trial
 from lossworks_tune.sweeps.space import Space
@@ -108,17 +108,17 @@ class Results:
             return None
         return next(t for t in self.trials if t.configuration.number == found.configuration.number)
 
-    def fresh(self, trial: Trial, metric: str) -> Mean | None:
+    def fresh(self, trial: Trial, metric: str) -> MeanInterval | None:
         """Return a metric's mean over fresh seeds."""
-        return Mean.of(self._fresh_values(trial, metric))
+        return MeanInterval.of(self._fresh_values(trial, metric))
 
-    def gain(self, trial: Trial, over: Trial, metric: str) -> Mean | None:
+    def gain(self, trial: Trial, over: Trial, metric: str) -> MeanInterval | None:
         """Return by how much a trial is above another, seed by seed: on fresh seeds if both had those."""
         pairs = [self._fresh_values(one, metric) for one in (trial, over)]
         if not all(pairs):
             pairs = [one.seeds_values(metric) for one in (trial, over)]
         count = min(map(len, pairs))
-        return Mean.of([a - b for a, b in zip(pairs[0][:count], pairs[1][:count], strict=True)])
+        return MeanInterval.of([a - b for a, b in zip(pairs[0][:count], pairs[1][:count], strict=True)])
 
     def write_csv(self, path: Path) -> None:
         """Write one line a trial: how it ended, its means, and what it trained."""

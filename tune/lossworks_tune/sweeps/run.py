@@ -13,7 +13,7 @@ from lossworks.runs import RunFolder
 from lossworks.specs import read_yaml
 from lossworks.specs.files import located
 from lossworks.tracking import Journal, check_tracking
-from lossworks.tracking.store import Status
+from lossworks.tracking.store import TrackedStatus
 from lossworks_tune.parent_run import close_parent, closing, open_parent
 from lossworks_tune.periodic import repeated
 from lossworks_tune.sweeps.ledger import Trial
@@ -147,7 +147,7 @@ class _Run:
             self._listener.message(f"{complaint}; trials go on and wait in {self._folder.path}")
         self._complaint = complaint
 
-    def _close(self, status: Status, reason: str) -> None:
+    def _close(self, status: TrackedStatus, reason: str) -> None:
         self._files = _finish(self._sweep, self._folder)
         complaint = self._runs.try_sync(self._sweep.results())
         complaint = complaint or close_parent(self._sweep.spec, self._folder, status, self._files, reason)

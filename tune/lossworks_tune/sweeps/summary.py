@@ -12,7 +12,7 @@ from lossworks.reporting import print_summary
 from lossworks.specs.base import KINDS, kind_of
 from lossworks.tracking import redact, tracking_uri
 from lossworks_tune.display import LiveDisplay
-from lossworks_tune.sweeps.ledger import Status, Trial
+from lossworks_tune.sweeps.ledger import Trial, TrialStatus
 from lossworks_tune.sweeps.results import Results
 from lossworks_tune.sweeps.run import SweepListener, SweepResult
 from lossworks_tune.sweeps.spec import SweepSpec
@@ -32,7 +32,7 @@ class SweepDisplay(LiveDisplay, SweepListener):
 
 def _counts(results: Results) -> str:
     found = Counter(trial.status for trial in results.trials)
-    named: tuple[Status, ...] = ("finished", "stopped", "failed", "running")
+    named: tuple[TrialStatus, ...] = ("finished", "stopped", "failed", "running")
     text = ", ".join(f"{found[status]} {status}" for status in named if found[status])
     again = sum(bool(trial.finals) for trial in results.confirmed)
     return text + (f"; {again} on fresh seeds" if again else "")

@@ -5,12 +5,12 @@ from pathlib import Path
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.tracking import create_run, deliver, finish_run
-from lossworks.tracking.store import Status
+from lossworks.tracking.store import TrackedStatus
 from lossworks_tune.sweeps.ledger import Trial, TrialFolder, TrialsFolder
 from lossworks_tune.sweeps.results import Results
 from lossworks_tune.sweeps.sweep import Sweep
 
-_STATUS: dict[str, Status] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_STATUS: dict[str, TrackedStatus] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class TrialRuns:

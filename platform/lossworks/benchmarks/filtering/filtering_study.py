@@ -19,7 +19,7 @@ from lossworks.benchmarks.filtering.filtered_gradients import (
 )
 from lossworks.data import SequenceOrder, TokenizedCorpus, prepare
 from lossworks.data.batch import Batch
-from lossworks.models import LanguageModel, Objective, Outputs, build_model
+from lossworks.models import LanguageModel, ModelObjective, Outputs, build_model
 from lossworks.training.optimizer import build_optimizer, set_lr
 from lossworks.training.schedule import lr_factor
 
@@ -110,7 +110,9 @@ class Study:
                 return self._losses(model)
         raise AssertionError("the last step is always reached")
 
-    def _trained(self, objective: Objective, steps: int, seed: int) -> Iterator[tuple[int, LanguageModel]]:
+    def _trained(
+        self, objective: ModelObjective, steps: int, seed: int
+    ) -> Iterator[tuple[int, LanguageModel]]:
         """Yield the steps done and the model, before the first step and after each."""
         spec = self.spec
         model = build_model(spec.model, vocab_size=self.classes, seed=seed)
@@ -154,7 +156,7 @@ def rare_classes(counts: np.ndarray, share: float) -> Tensor:
     return torch.from_numpy(rare)
 
 
-def objective(method: "FilteringMethod") -> Objective:
+def objective(method: "FilteringMethod") -> ModelObjective:
     """Return the summed loss with a method's gradient."""
     if method.name == "exact":
         return _exact
@@ -182,7 +184,7 @@ def _bf16(outputs: Outputs, batch: Batch) -> Tensor:
     return linear_cross_entropy(e, c, batch["targets"], reduction="sum")  # type: ignore[return-value]
 
 
-def _columns(eps: float, *, repair: bool) -> Objective:
+def _columns(eps: float, *, repair: bool) -> ModelObjective:
     def loss(outputs: Outputs, batch: Batch) -> Tensor:
         e, c, y = outputs.hidden, _weight(outputs), batch["targets"]
         return linear_cross_entropy(  # type: ignore[return-value]
@@ -192,7 +194,7 @@ def _columns(eps: float, *, repair: bool) -> Objective:
     return loss
 
 
-def _tiles(eps: float, *, repair: bool) -> Objective:
+def _tiles(eps: float, *, repair: bool) -> ModelObjective:
     def loss(outputs: Outputs, batch: Batch) -> Tensor:
         e, y = outputs.hidden.flatten(0, -2), batch["targets"].flatten()
         value: Tensor = TileFiltered.apply(e, _weight(outputs), y, eps, repair)

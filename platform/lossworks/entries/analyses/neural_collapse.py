@@ -109,7 +109,7 @@ class ClassMoments:
 
     @property
     def means(self) -> Tensor:
-        """M̄, (K, D).
+        """Return the class means M̄, shape (K, D).
 
         Raises:
             UserError: A class has no example.
@@ -160,7 +160,7 @@ def predict_squared(
 def _smallest(b: float, depth: int) -> float:
     """Return the x ≥ 0 at which 1/(1+x^M) + b·x is least."""
     if depth == 1:
-        return max(0.0, b**-0.5 - 1)
+        return max(0.0, 1 / math.sqrt(b) - 1)
 
     def slope(x: float) -> float:
         return depth * x ** (depth - 1) / (1 + x**depth) ** 2 - b

@@ -63,12 +63,14 @@ class Calibrator(nn.Module):
     def forward(self, logits: Tensor, views: Tensor) -> Tensor:
         """Return a temperature for every row, shape (N,); float32 at least."""
         logits, views = wide(logits), wide(views)
-        return self.layers(self.features(logits, views)).squeeze(1).clamp(*self.bounds)
+        found: Tensor = self.layers(self.features(logits, views)).squeeze(1).clamp(*self.bounds)
+        return found
 
     @torch.no_grad()
     def probabilities(self, logits: Tensor, views: Tensor) -> Tensor:
         """Return the calibrated softmax, shape (N, K); the likeliest class stays the likeliest."""
-        return (wide(logits) / self(logits, views)[:, None]).softmax(1)
+        found: Tensor = (wide(logits) / self(logits, views)[:, None]).softmax(1)
+        return found
 
 
 class CorrectnessAware(Calibration):

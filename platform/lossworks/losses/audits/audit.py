@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lossworks.losses.audits.subject import ROWS, Finding, Subject, judged
+from lossworks.losses.audits.subject import ROWS, AuditFinding, Subject, judged
 from lossworks.losses.problems import Problem
 
 _DIRECTIONS, _STEP = 4, 1e-6
@@ -17,7 +17,7 @@ _REDUCTIONS = ("sum", "mean", "none")
 _NO_VALUE = "it is declared unmonitored: its gradient isn't that of its value"
 
 
-def audit(subject: Subject, *, ranks: bool = True) -> Iterator[Finding]:
+def audit(subject: Subject, *, ranks: bool = True) -> Iterator[AuditFinding]:
     """Yield the findings one by one; a check that raises has failed.
 
     Args:
@@ -32,23 +32,23 @@ def audit(subject: Subject, *, ranks: bool = True) -> Iterator[Finding]:
         yield _tried(two_ranks, "two ranks of unequal share give what one gives", subject)
 
 
-def _tried(check: Callable[[Subject], Finding], name: str, subject: Subject) -> Finding:
+def _tried(check: Callable[[Subject], AuditFinding], name: str, subject: Subject) -> AuditFinding:
     try:
         found = check(subject)
     except Exception as error:  # noqa: BLE001 - a loss of anybody's; the report is to say what it did
-        return Finding(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    return Finding(name, found.passed, found.detail)
+        return AuditFinding(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return AuditFinding(name, found.passed, found.detail)
 
 
-def _finite_differences(subject: Subject) -> Finding:
+def _finite_differences(subject: Subject) -> AuditFinding:
     if "unmonitored" in subject.flags:
-        return Finding("", None, _NO_VALUE)
+        return AuditFinding("", None, _NO_VALUE)
     return judged(_worst_slope(subject, "sum", seed=1), 1e-6, "relative error")
 
 
-def _every_reduction(subject: Subject) -> Finding:
+def _every_reduction(subject: Subject) -> AuditFinding:
     if "unmonitored" in subject.flags:
-        return Finding("", None, _NO_VALUE)
+        return AuditFinding("", None, _NO_VALUE)
     worst = {how: _worst_slope(subject, how, seed=2) for how in _REDUCTIONS}
     how = max(worst, key=lambda name: worst[name] if worst[name] == worst[name] else math.inf)
     return judged(worst[how], 1e-6, f"worst with reduction={how!r}: relative error")
@@ -79,9 +79,9 @@ def _worst_slope(subject: Subject, reduction: str, seed: int) -> float:
     return max(errors) if all(map(math.isfinite, errors)) else math.nan
 
 
-def _unequal_split(subject: Subject) -> Finding:
+def _unequal_split(subject: Subject) -> AuditFinding:
     if subject.indivisible:
-        return Finding("", None, subject.indivisible)
+        return AuditFinding("", None, subject.indivisible)
     problem = subject.problem(rows=ROWS - 1)
     whole = subject.value("sum", problem)
     parts = sum(subject.value("sum", problem.part(rows)) for rows in (slice(0, 2), slice(2, None)))
@@ -89,11 +89,11 @@ def _unequal_split(subject: Subject) -> Finding:
     return judged(worst, 1e-12, "relative difference of the sums")
 
 
-def _ignored(subject: Subject) -> Finding:
+def _ignored(subject: Subject) -> AuditFinding:
     problem = subject.problem()
     index = getattr(subject.build("sum"), "ignore_index", None)
     if index is None:
-        return Finding("", None, "it has no ignore_index")
+        return AuditFinding("", None, "it has no ignore_index")
     # A number that isn't known is NaN; a class is the index.
     unknown = math.nan if problem.target.is_floating_point() else index
     nothing = Problem(
@@ -105,13 +105,13 @@ def _ignored(subject: Subject) -> Finding:
         value = subject.value(reduction, nothing)
         (gradient,) = torch.autograd.grad(value, nothing.prediction, materialize_grads=True)
         if value.item() != 0 or gradient.abs().max().item() != 0:
-            return Finding(
+            return AuditFinding(
                 "", False, f"reduction={reduction!r} gives {value.item():g} for nothing but ignored"
             )
-    return Finding("", True, "zero loss and gradient where everything is ignored")
+    return AuditFinding("", True, "zero loss and gradient where everything is ignored")
 
 
-def _extreme(subject: Subject) -> Finding:
+def _extreme(subject: Subject) -> AuditFinding:
     problem = subject.problem()
     signs = torch.sign(problem.prediction)
     for scale in (0.0, 1e4, -1e4):
@@ -120,11 +120,11 @@ def _extreme(subject: Subject) -> Finding:
         (gradient,) = torch.autograd.grad(value, prediction, materialize_grads=True)
         for what, tensor in (("loss", value), ("gradient", gradient)):
             if not tensor.isfinite().all():
-                return Finding("", False, f"the {what} is not finite where predictions are {scale:+g}")
-    return Finding("", True, "finite in float32 at 0 and at ±1e4")
+                return AuditFinding("", False, f"the {what} is not finite where predictions are {scale:+g}")
+    return AuditFinding("", True, "finite in float32 at 0 and at ±1e4")
 
 
-def _low_precision(subject: Subject) -> Finding:
+def _low_precision(subject: Subject) -> AuditFinding:
     """Judge by what rounding the true losses to the dtype costs, of the same rounded predictions."""
     worst = 0.0
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -137,7 +137,7 @@ def _low_precision(subject: Subject) -> Finding:
     return judged(worst, 64.0, "error in units of the dtype's rounding")
 
 
-_CHECKS: tuple[tuple[Callable[[Subject], Finding], str], ...] = (
+_CHECKS: tuple[tuple[Callable[[Subject], AuditFinding], str], ...] = (
     (_finite_differences, "gradient equals finite differences in float64"),
     (_every_reduction, "a random upstream gradient, for every reduction"),
     (_unequal_split, "unequal parts of a batch add up to the whole"),

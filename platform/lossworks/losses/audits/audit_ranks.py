@@ -11,16 +11,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from lossworks.losses.audits.subject import Finding, Subject, judged, subject_of
+from lossworks.losses.audits.subject import AuditFinding, Subject, judged, subject_of
 
 _GRADIENT = "gradient.pt"
 _ROWS, _FIRST = 10, 4  # of which the first rank gets so many: whole bags, which are of two
 
 
-def two_ranks(subject: Subject) -> Finding:
+def two_ranks(subject: Subject) -> AuditFinding:
     """Train one step's gradient of a small model on one process and, in unequal shares, on two."""
     if subject.indivisible:
-        return Finding("", None, subject.indivisible)
+        return AuditFinding("", None, subject.indivisible)
     alone = _gradient(subject, slice(None), distributed=False)
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, subject.name, subject.hyperparameters)

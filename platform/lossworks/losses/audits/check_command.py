@@ -12,7 +12,7 @@ from lossworks.cli import Command
 from lossworks.errors import UserError
 
 if TYPE_CHECKING:
-    from lossworks.losses.audits.subject import Finding
+    from lossworks.losses.audits.subject import AuditFinding
 
 _MARKS = {True: "[green]passed[/]", False: "[red]failed[/]", None: "[dim]–[/]"}
 
@@ -46,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _audit_one(arguments: argparse.Namespace) -> "list[Finding]":
+def _audit_one(arguments: argparse.Namespace) -> "list[AuditFinding]":
     """Audit a loss and print each check with its figure."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -60,7 +60,7 @@ def _audit_one(arguments: argparse.Namespace) -> "list[Finding]":
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"audit of {arguments.loss}", title_justify="left")
     for name in ("check", "", "figure"):
         table.add_column(name)
-    findings: list[Finding] = []
+    findings: list[AuditFinding] = []
     with Console(stderr=True).status("auditing"):
         for finding in audit(subject, ranks=not arguments.one_process):
             findings.append(finding)
@@ -69,7 +69,7 @@ def _audit_one(arguments: argparse.Namespace) -> "list[Finding]":
     return findings
 
 
-def _audit_all(arguments: argparse.Namespace) -> "dict[str, list[Finding]]":
+def _audit_all(arguments: argparse.Namespace) -> "dict[str, list[AuditFinding]]":
     """Audit the catalogue and print a line a loss, with what failed below."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -80,7 +80,7 @@ def _audit_all(arguments: argparse.Namespace) -> "dict[str, list[Finding]]":
     from lossworks.losses.audits.audit import audit
     from lossworks.losses.audits.subject import subject_of
 
-    findings: dict[str, list[Finding]] = {}
+    findings: dict[str, list[AuditFinding]] = {}
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="audit of the catalogue", title_justify="left")
     slugs = list(declarations("losses"))
     table.add_column("loss", no_wrap=True, min_width=max(map(len, slugs)))

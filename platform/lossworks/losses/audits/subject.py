@@ -13,7 +13,7 @@ ROWS = 11  # of a problem
 
 
 @dataclass(frozen=True)
-class Finding:
+class AuditFinding:
     """One check of an audit.
 
     Attributes:
@@ -90,6 +90,6 @@ def subject_of(name: str, hyperparameters: dict[str, Any]) -> Subject:
     )
 
 
-def judged(worst: float, limit: float, what: str) -> Finding:
+def judged(worst: float, limit: float, what: str) -> AuditFinding:
     """Return a finding that passes if a figure is within its limit; NaN is not."""
-    return Finding("", worst <= limit, f"{what} {worst:.1e}, allowed {limit:.0e}")
+    return AuditFinding("", worst <= limit, f"{what} {worst:.1e}, allowed {limit:.0e}")

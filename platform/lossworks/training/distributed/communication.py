@@ -42,7 +42,8 @@ def _average(clock: PhaseClock, bucket: dist.GradBucket) -> torch.futures.Future
     future = dist.all_reduce(scaled, async_op=True).get_future()
     if bucket.is_last():
         clock.turn("communication")
-    return future.then(_first)
+    averaged: torch.futures.Future[Tensor] = future.then(_first)
+    return averaged
 
 
 def _first(done: torch.futures.Future[list[Tensor]]) -> Tensor:

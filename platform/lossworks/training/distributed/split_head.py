@@ -54,4 +54,5 @@ def _replace(model: nn.Module, parameter: Tensor, mesh: DeviceMesh) -> nn.Parame
     # Every rank has the whole tensor, so it is cut and not sent around.
     part = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
     setattr(module, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
-    return getattr(module, name)
+    found: nn.Parameter = getattr(module, name)
+    return found

@@ -18,7 +18,9 @@ class _Watch(TorchDispatchMode):
         self.peak = 0
         self._seen: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run the operator and count the storages it made."""
         inputs = {
             storage_key(leaf.untyped_storage())

@@ -13,12 +13,12 @@ from ray.tune.schedulers import TrialScheduler
 
 from lossworks.errors import UserError
 from lossworks.tracking import Journal
-from lossworks.training.packed import PackedRun, Report
+from lossworks.training.packed import PackedReport, PackedRun
 from lossworks_tune.packs import advanced, groups, trained
 from lossworks_tune.sweeps.engines.packed_state import Past, save
 from lossworks_tune.sweeps.engines.scheduling import TIME, Controller, build_scheduler, source_of
 from lossworks_tune.sweeps.engines.stopping import Leader
-from lossworks_tune.sweeps.ledger import Configuration, End, Status, Trial, TrialFolder
+from lossworks_tune.sweeps.ledger import Configuration, End, Trial, TrialFolder, TrialStatus
 from lossworks_tune.sweeps.proposals import Proposals
 from lossworks_tune.sweeps.spec import SweepSpec
 from lossworks_tune.sweeps.sweep import Sweep
@@ -110,7 +110,7 @@ class PackedSweep:
         for number, of in waiting.items():
             self._keep_confirmed(number, [reports[id(run)] for run in of])
 
-    def _keep_confirmed(self, number: int, reports: list[Report]) -> None:
+    def _keep_confirmed(self, number: int, reports: list[PackedReport]) -> None:
         folder = self._sweep.confirmed.of(number)
         failure = next((report.failure for report in reports if report.failure), None)
         with Journal.open(folder.journal) as journal:
@@ -177,7 +177,7 @@ class PackedSweep:
                 if member.scheduled is not None:
                     member.scheduled.set_status(RayTrial.RUNNING)
 
-    def _reports(self, group: Sequence[_Member]) -> Iterator[tuple[_Member, Report]]:
+    def _reports(self, group: Sequence[_Member]) -> Iterator[tuple[_Member, PackedReport]]:
         """Yield what members of a group report next, in order of their numbers."""
         if self._round <= self._past.round:
             for member in group:
@@ -192,7 +192,7 @@ class PackedSweep:
         """Return a member's steps over all its seeds."""
         return member.seed * self._steps + member.run.step
 
-    def _take(self, member: _Member, report: Report) -> None:
+    def _take(self, member: _Member, report: PackedReport) -> None:
         """Keep a report and do what follows from it."""
         if report.failure is not None:
             seed = self._spec.seeds[member.seed]
@@ -250,7 +250,7 @@ class PackedSweep:
             member.run = PackedRun(spec, theirs.step, theirs.tensors)
 
     def _end(
-        self, member: _Member, status: Status, reason: str, values: Mapping[str, float] | None = None
+        self, member: _Member, status: TrialStatus, reason: str, values: Mapping[str, float] | None = None
     ) -> None:
         member.folder.finish(End(status, reason, self._step(member)))
         self._live.remove(member)

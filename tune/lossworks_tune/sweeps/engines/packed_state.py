@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lossworks.errors import RunError
 from lossworks.tensors import load_tensors, metadata_of, write_tensors
-from lossworks.training.packed import Report
+from lossworks.training.packed import PackedReport
 from lossworks_tune.sweeps.ledger import TrialFolder
 from lossworks_tune.sweeps.sweep import Sweep
 
@@ -59,11 +59,11 @@ class Past:
             return cls(int(file.stem), float(told["elapsed"]), closed, tensors, rows)
         return cls()
 
-    def report(self, folder: TrialFolder, step: int, of_seed: int) -> Report:
+    def report(self, folder: TrialFolder, step: int, of_seed: int) -> PackedReport:
         """Return what a trial reported at a step over all its seeds."""
         metrics = self.rows[folder.path.name].get(step)
         if metrics is not None:
-            return Report(of_seed, metrics)
+            return PackedReport(of_seed, metrics)
         end = folder.end
         reason = end.reason.partition(": ")[2] if end else "its results are lost"
-        return Report(of_seed, {}, reason)
+        return PackedReport(of_seed, {}, reason)

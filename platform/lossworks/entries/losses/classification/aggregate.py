@@ -128,7 +128,8 @@ def linear_solution(features: Tensor, responses: Tensor, bag_size: int, rho: flo
     means = responses.reshape(-1, bag_size).mean(1)
     m = len(bags)
     gram = (1 - rho) * bags.t() @ bags / m + rho * x.t() @ x / n
-    return torch.linalg.lstsq(gram, bags.t() @ means / m).solution
+    found: Tensor = torch.linalg.lstsq(gram, bags.t() @ means / m).solution
+    return found
 
 
 def best_bag_size(

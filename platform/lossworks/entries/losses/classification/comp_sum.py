@@ -55,7 +55,7 @@ class CompSum(RowLoss):
 
     @property
     def per_row(self) -> tuple[str, ...]:
-        """τ."""
+        """The name of the power τ."""
         return ("tau",)
 
     def phi(self, target: Tensor, logsumexp: Tensor, classes: int) -> Tensor:  # noqa: ARG002

@@ -42,7 +42,7 @@ class CrossEntropy(RowLoss):
 
     @property
     def per_row(self) -> tuple[str, ...]:
-        """α."""
+        """The name of the smoothing α."""
         return ("label_smoothing",)
 
     @property
@@ -140,7 +140,7 @@ class LogZ(CrossEntropy):
 
     @property
     def per_row(self) -> tuple[str, ...]:
-        """α and ζ."""
+        """The names of the smoothing α and the coefficient ζ."""
         return (*super().per_row, "coefficient")
 
     @property

@@ -13,7 +13,7 @@ from lossworks.catalogue.declaration import Case, Paper, choice, number, switch
 from lossworks.errors import UserError
 from lossworks.head import Gathered
 from lossworks.losses.interface import Context, RowLoss
-from lossworks.losses.rows import Rows, wide
+from lossworks.losses.rows import LogitRows, wide
 
 _LEAST = 1e-6  # of 1 − p, whose power has an infinite derivative at 0
 
@@ -155,7 +155,7 @@ class _OfExamples(PlainDice, RowLoss):
         soft = self.soft((target - logsumexp).clamp(max=0))
         return self.ratio(soft, self.size(soft), torch.ones_like(soft))
 
-    def values(self, rows: Rows, context: Context) -> Tensor:
+    def values(self, rows: LogitRows, context: Context) -> Tensor:
         """See :meth:`RowLoss.values`."""
         if not self.needs_logits:
             return super().values(rows, context)

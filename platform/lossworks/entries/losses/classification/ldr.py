@@ -9,7 +9,7 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Case, Paper, choice, integer, number
 from lossworks.head import ExpectedLogit, LogSumExp, Target
 from lossworks.losses.interface import Context, RowLoss, flat
-from lossworks.losses.rows import Rows
+from lossworks.losses.rows import LogitRows
 
 _PAPER = Paper(
     "Label Distributionally Robust Losses for Multi-class Classification", "Zhu, Ying, Yang", 2023, "ICML"
@@ -44,17 +44,17 @@ class LDR(RowLoss):
 
     @property
     def per_row(self) -> tuple[str, ...]:
-        """λ and c."""
+        """The names of the temperature λ and the margin c."""
         return ("temperature", "margin")
 
     @property
     def lse_temperature(self) -> float:
-        """λ."""
+        """The temperature λ of the logsumexp."""
         return self.temperature
 
     @property
     def target_offset(self) -> float:
-        """−c."""
+        """The margin with its sign turned, −c, which is added to the label's logit."""
         return -self.margin
 
     @property
@@ -106,7 +106,7 @@ class AdaptiveLDR(RowLoss):
 
     @property
     def per_row(self) -> tuple[str, ...]:
-        """λ0, c and α."""
+        """The names of λ0, of the margin c and of α."""
         return ("temperature", "margin", "alpha")
 
     @property
@@ -118,7 +118,7 @@ class AdaptiveLDR(RowLoss):
         """Divide by the row's mean, where that is the normalisation."""
         return _divided_by_mean(logits, self.normalisation)
 
-    def values(self, rows: Rows, context: Context) -> Tensor:  # noqa: ARG002
+    def values(self, rows: LogitRows, context: Context) -> Tensor:  # noqa: ARG002
         """See :meth:`RowLoss.values`."""
         log_classes = math.log(rows.classes)
         temperature = self._fixed_point(rows, log_classes)
@@ -127,7 +127,7 @@ class AdaptiveLDR(RowLoss):
         return lse - target - temperature * log_classes - penalty * (temperature - self.temperature).square()
 
     @torch.no_grad()
-    def _fixed_point(self, rows: Rows, log_classes: float) -> Tensor:
+    def _fixed_point(self, rows: LogitRows, log_classes: float) -> Tensor:
         """Return λ, shaped like the targets."""
         temperature = torch.zeros_like(rows(Target())[0]) + self.temperature
         for _ in range(self.steps if log_classes else 0):

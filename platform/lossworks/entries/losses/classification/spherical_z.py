@@ -6,7 +6,7 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Paper, number
 from lossworks.head import Mean, Target, Variance
 from lossworks.losses.interface import Context, RowLoss
-from lossworks.losses.rows import Rows
+from lossworks.losses.rows import LogitRows
 
 _TINY = 1e-12
 
@@ -43,7 +43,7 @@ class SphericalZ(RowLoss):
         """Slope and place."""
         return ("a", "b")
 
-    def values(self, rows: Rows, context: Context) -> Tensor:  # noqa: ARG002
+    def values(self, rows: LogitRows, context: Context) -> Tensor:  # noqa: ARG002
         """See :meth:`RowLoss.values`."""
         target, mean, variance = rows(Target(), Mean(), Variance())
         return spherical_z(target, mean, variance, self.a, self.b)

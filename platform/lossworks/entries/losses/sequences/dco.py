@@ -12,7 +12,7 @@ from lossworks.errors import UserError
 from lossworks.head import LogSumExp, Target
 from lossworks.losses.interface import Context, RowLoss
 from lossworks.losses.problems import Problem, of_sequences, steps
-from lossworks.losses.rows import Rows
+from lossworks.losses.rows import LogitRows
 from lossworks.models.interface import Outputs
 
 _PAPER = Paper(
@@ -85,7 +85,7 @@ class DCO(RowLoss):
         """No: a sequence's weight is known when all its tokens are."""
         return False
 
-    def values(self, rows: Rows, context: Context) -> Tensor:
+    def values(self, rows: LogitRows, context: Context) -> Tensor:
         """See :meth:`RowLoss.values`."""
         target, lse = rows(Target(), LogSumExp())
         log_p = _per_sequence(target - lse, context.segments)
@@ -94,7 +94,7 @@ class DCO(RowLoss):
             log_p = log_p / tokens.clamp(min=1)
         return coverage_loss(log_p, self.samples).to(lse.dtype)
 
-    def valid(self, rows: Rows, context: Context) -> Tensor:
+    def valid(self, rows: LogitRows, context: Context) -> Tensor:
         """Return which sequences have a token that counts."""
         return _per_sequence(rows.valid.to(torch.float32), context.segments) > 0
 
