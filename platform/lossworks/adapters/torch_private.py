@@ -19,6 +19,7 @@ __all__ = [
     "memory_format_enum",
     "process_group",
     "storage_key",
+    "transformed",
     "tree_leaves",
 ]
 
@@ -26,6 +27,17 @@ __all__ = [
 def add_scaled(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float) -> None:
     """Add to each tensor, in place, another one times a factor."""
     torch._foreach_add_(list(tensors), list(others), alpha=factor)
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Return whether a tensor is inside a transform of ``torch.func``, such as ``vmap`` or ``grad``.
+
+    While torch compiles it is not asked: its tracer does not know this function.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    given = (tensor for tensor in tensors if tensor is not None)
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in given)
 
 
 def fused_adamw(

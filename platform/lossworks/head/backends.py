@@ -56,6 +56,8 @@ def get(impl: str, problem: LinearProblem) -> Backend:
     Raises:
         UserError: Triton is asked for where there is no GPU (nor its interpreter), or for what it can't do.
     """
+    if not len(problem.e):
+        impl = "cpu"  # no row, no work: plain torch runs on any device, and kernels don't start for nothing
     if impl == "auto":
         usable = problem.e.is_cuda and problem.probabilities is None and problem.e.dtype.itemsize <= 4
         impl = "triton" if usable else "cpu"

@@ -19,6 +19,7 @@ from lossworks.head.core.arguments import (
     check_targets,
     operands,
     shifted,
+    usable_impl,
 )
 from lossworks.head.core.dense_reference import reference_sums
 from lossworks.head.core.row_formulas import CrossEntropyFormula, negative_log_likelihood_with_gradient
@@ -82,8 +83,9 @@ def linear_cross_entropy(
         shift: Row t is paired with target t + shift along the last axis of ``targets``; 0 ≤ shift < its size.
         return_lse: Also return the logsumexps, shaped like the losses, 0 in ignored rows, differentiable.
         label_smoothing: α in [0, 1].
-        class_weight: w, shape (V,), ≥ 0. No gradient.
-        token_weight: r, shaped like ``targets`` (before the shift it belongs to the row). No gradient.
+        class_weight: w, shape (V,), of any sign. No gradient.
+        token_weight: r, of any sign, such as advantages, shaped like ``targets`` (before the shift it belongs
+            to the row). Rows that weigh 0 are ignored, whatever they hold. No gradient.
         z_loss: λ ≥ 0.
         temperature: τ > 0.
         filter_eps: Leave probabilities below it out of the gradient's products, where that saves time; None
@@ -97,7 +99,8 @@ def linear_cross_entropy(
         accumulate: ``"input"`` lets Triton add up ∂E and ∂C in the inputs' dtype, which costs accuracy
             (the CPU path always adds up in float32 or wider).
         impl: ``"cpu"`` is plain torch (on any device), ``"triton"`` the GPU's kernels, ``"reference"`` builds
-            the logits, ``"auto"`` chooses.
+            the logits, ``"auto"`` chooses; inside transforms of ``torch.func``, such as gradients of single
+            examples, the logits.
         vocab_parallel: A process group over whose ranks the rows of ``c`` are spread, in order, or a
             :class:`VocabParallel` that names more; all ranks pass the same E and targets. Not with class
             weights or soft targets.
@@ -121,6 +124,7 @@ def linear_cross_entropy(
         >>> round(linear_cross_entropy(e, c, y).item(), 4)  # ln 8
         2.0794
     """
+    impl = usable_impl(impl, e, c, targets, bias)
     options = Options(
         softcap, ignore_index, temperature, filter_eps, filter_repair, accumulate, impl, buffer_share
     )
@@ -139,7 +143,10 @@ def linear_cross_entropy(
         head, targets, token_weight = _shift(head, e.shape, targets, token_weight, shift, soft=soft)
     shape = targets.shape[:-1] if soft else targets.shape
     flat, probabilities = split_targets(targets, class_weight, ignore_index)
-    rule = weighted_rows(
+    if token_weight is not None and not return_lse:
+        # Whatever a row holds that weighs nothing, NaN included, and it costs nothing.
+        flat = flat.masked_fill(token_weight.detach().reshape(-1) == 0, ignore_index)
+    rule, scale = weighted_rows(
         head,
         flat,
         probabilities,
@@ -152,6 +159,7 @@ def linear_cross_entropy(
     )
     if options.impl != "reference" and reduction != "none" and not return_lse:
         total, mass = _fused(head, options, flat, probabilities, rule)
+        total = total if scale is None else total * scale
         if not return_mass:
             return total
         return total, total.new_zeros(shape) if options.eps is None else mass.reshape(shape)
@@ -159,6 +167,7 @@ def linear_cross_entropy(
         raise UserError("return_mass needs reduction mean or sum, no return_lse, and no impl='reference'")
     losses, lse = _per_row(head, options, flat, probabilities, rule)
     result = losses.reshape(shape) if reduction == "none" else losses.sum()
+    result = result if scale is None else result * scale
     return (result, lse.reshape(shape)) if return_lse else result
 
 

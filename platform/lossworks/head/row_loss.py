@@ -52,7 +52,8 @@ def linear_row_loss(
         temperature: τ > 0.
         target_offset: Added to :math:`z_{i,y_i}` before anything else is taken: a margin; shape (...),
             without a gradient, or None.
-        token_weight: Factors of the losses, shape (...), without a gradient, or None.
+        token_weight: Factors of the losses, of any sign, shape (...), without a gradient, or None. Rows that
+            weigh 0 are left out, whatever they hold.
         impl: ``"auto"``, ``"cpu"`` or ``"triton"``.
         buffer_share: Largest work buffer as a share of the logits.
 
@@ -60,7 +61,7 @@ def linear_row_loss(
         The sum, a float32 scalar (float64 for float64 inputs).
 
     Raises:
-        UserError: Something does not fit together.
+        UserError: Something does not fit together, or φ returns another shape than (T,).
 
     Example:
         >>> e, c, y = torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])
@@ -78,13 +79,16 @@ def linear_row_loss(
     for name, column in (("target_offset", target_offset), ("token_weight", token_weight)):
         if column is not None and column.shape != targets.shape:
             raise UserError(f"{name} {tuple(column.shape)} must be {tuple(targets.shape)}, one a row")
+    flat = targets.reshape(-1)
+    if token_weight is not None:
+        flat = flat.masked_fill(token_weight.detach().reshape(-1) == 0, ignore_index)
     grad = torch.is_grad_enabled()
     wanted = tuple(grad and x is not None and x.requires_grad for x in (head.e, head.c, head.bias))
     result: Tensor = _Folded.apply(
         head.e,
         head.c,
         head.bias,
-        targets.reshape(-1),
+        flat,
         _column(target_offset),
         _column(token_weight),
         loss,
@@ -114,21 +118,44 @@ class _Folded(torch.autograd.Function):
         head: Operands,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor:
-        rows = ValidRows(e, c, targets, bias, options.softcap, options.ignore_index, None, offset)
-        how = Pass(head.dtype, Softmax(options.temperature), share=options.buffer_share)
-        with torch.autocast(e.device.type, enabled=False):
-            backend = backends.get(options.impl, rows.problem)
-            rule = differentiated(loss, options.temperature, rows.keep(weight))
-            result = backend.fused(rows.problem, how, rule, wanted)
-            ctx.gradients = rows.gradients(result.gradients, reduce_e=False)
+        total, ctx.gradients = _total(e, c, bias, targets, offset, weight, loss, options, head, wanted)
+        ctx.rest = (targets, offset, weight, loss, options, head, wanted)
         ctx.save_for_backward(e, c, bias)
-        return result.losses.sum()
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad
+        inputs, gradients = ctx.saved_tensors, ctx.gradients
+        ctx.gradients = None  # given away: as large as C, they must not stay while the loss has a name
+        if gradients is None:
+            _, gradients = _total(*inputs, *ctx.rest)
         scaled = [
-            g * upstream[0].to(g.dtype) if n else None for g, n in zip(ctx.gradients, need, strict=False)
+            g.mul_(upstream[0]).to(x.dtype) if need else None
+            for g, x, need in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
         ]
         return *scaled, *(None,) * 7
+
+
+def _total(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    offset: Tensor | None,
+    weight: Tensor | None,
+    loss: RowFormula,
+    options: Options,
+    head: Operands,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return the summed loss and its gradients by E, C and the bias, empty where they are not wanted."""
+    rows = ValidRows(e, c, targets, bias, options.softcap, options.ignore_index, None, offset)
+    narrow = torch.float16 in (e.dtype, c.dtype)
+    how = Pass(head.dtype, Softmax(options.temperature), share=options.buffer_share, wide_results=narrow)
+    with torch.autocast(e.device.type, enabled=False):
+        backend = backends.get(options.impl, rows.problem)
+        rule = differentiated(loss, options.temperature, rows.keep(weight), slopes=any(wanted))
+        result = backend.fused(rows.problem, how, rule, wanted)
+        gradients = rows.gradients(result.gradients, reduce_e=False, wide=True)
+    return result.losses.sum(), gradients

@@ -12,7 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.core.arguments import Implementation, Options, check_parallel, check_targets, operands
+from lossworks.head.core.arguments import (
+    Implementation,
+    Options,
+    check_parallel,
+    check_targets,
+    operands,
+    usable_impl,
+)
 from lossworks.head.core.dense_reference import dense_logits, scaled_logits
 from lossworks.head.core.valid_rows import check_range
 from lossworks.head.core.vocab_parallel import VocabParallel
@@ -78,6 +85,7 @@ def linear_row_statistics(
         >>> [round(value, 4) for value in (lse - target).tolist()]  # ln 5
         [1.6094, 1.6094]
     """
+    impl = usable_impl(impl, e, c, targets, bias)
     options = Options(softcap, ignore_index, impl=impl, buffer_share=buffer_share)
     head = operands(e, c, bias, vocab_parallel)
     check_parallel(head.group, impl)

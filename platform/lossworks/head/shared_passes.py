@@ -54,7 +54,9 @@ class SharedPasses:
 
     def all(self) -> list[Tensor]:
         """Return the statistics in order, each of shape (N,) or (N, K), 0 in ignored rows."""
-        values = [self._one(statistic) for statistic in self._statistics]
+        # What is not made in a pass is computed as it is there: of operands rounded once, in float32.
+        with torch.autocast(self._head.e.device.type, enabled=False):
+            values = [self._one(statistic) for statistic in self._statistics]
         return [
             value.masked_fill(self._ignored if value.dim() == 1 else self._ignored[:, None], 0)
             for value in values
@@ -166,8 +168,8 @@ class SharedPasses:
         return next(iter(self._passes.values()))
 
     def _plain(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        e, c, bias = self._head.e, self._head.c, self._head.bias
-        return e.to(self._wide), c.to(self._wide), None if bias is None else bias.to(self._wide)
+        e, c = (x.to(self._head.dtype).to(self._wide) for x in (self._head.e, self._head.c))
+        return e, c, None if self._head.bias is None else self._head.bias.to(self._wide)
 
     def _teacher(self, teacher: TeacherExpectedLogit) -> Tensor:
         from lossworks.head.autograd.distillation import teacher_expected_logit
@@ -188,7 +190,8 @@ class SharedPasses:
         index = classes.reshape(len(self._targets), classes.shape[-1])
         check_range(index.reshape(-1), classes=len(self._head.c), ignore_index=-(2**62))
         e, c, bias = self._head.e, self._head.c, self._head.bias
-        z = torch.bmm(F.embedding(index, c).to(self._wide), e.to(self._wide)[:, :, None]).squeeze(2)
+        picked = F.embedding(index, c).to(self._head.dtype).to(self._wide)
+        z = torch.bmm(picked, e.to(self._head.dtype).to(self._wide)[:, :, None]).squeeze(2)
         z = z if bias is None else z + bias.to(self._wide)[index]
         cap = self._options.softcap
         return z if cap is None else cap * (z / cap).tanh()

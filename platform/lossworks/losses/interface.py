@@ -17,7 +17,14 @@ from lossworks.catalogue.entry import Entry
 from lossworks.data.batch import IGNORE_INDEX, NAMES, Batch
 from lossworks.errors import UserError, nearest
 from lossworks.head import LogSumExp, Target, VocabParallel, linear_row_loss
-from lossworks.head.core.arguments import Implementation, Reduction, all_classes, check_choice, operands
+from lossworks.head.core.arguments import (
+    Implementation,
+    Reduction,
+    all_classes,
+    check_choice,
+    operands,
+    usable_impl,
+)
 from lossworks.head.core.dense_reference import dense_logits
 from lossworks.losses.problems import Problem, of_classes
 from lossworks.losses.rows import DenseRows, LinearRows, LogitRows, wide
@@ -195,7 +202,7 @@ class Loss(Entry, nn.Module):
         """Return the losses of valid elements, weighted and reduced; ``values`` and ``valid`` are (...)."""
         weight = self.weights(valid, context, values)
         # Chosen and not multiplied: a formula may be infinite in a row that counts for nothing.
-        return self.reduce(torch.where(weight > 0, values, 0) * weight, weight)
+        return self.reduce(torch.where(weight != 0, values, 0) * weight, weight)
 
     def require_shape(self, what: str, given: Tensor, like: Tensor) -> None:
         """Refuse a tensor of another shape by name.
@@ -327,7 +334,7 @@ class RowLoss(Loss):
         Raises:
             UserError: Something doesn't fit together, or the logits are needed and ``impl`` builds none.
         """
-        context = self.context(given)
+        context, impl = self.context(given), usable_impl(impl, e, c, targets, bias)
         if impl == "reference" or (self.needs_logits and impl == "auto" and vocab_parallel is None):
             logits = dense_logits(e.reshape(-1, e.shape[-1]), c, bias, softcap)
             return self.forward(logits.reshape(*targets.shape, -1), targets, **given)
@@ -422,6 +429,6 @@ def active(value: Tensor | float) -> bool:
 
 
 def _divided(total: Tensor, divisors: Tensor) -> Tensor:
-    """Return a sum over the sum of divisors; 0 where that is 0, as the sum is then."""
+    """Return a sum over the sum of divisors, which may be negative; 0 where that is 0."""
     divisor = divisors.sum()
-    return total / torch.where(divisor > 0, divisor, 1)
+    return torch.where(divisor != 0, total / torch.where(divisor != 0, divisor, 1), 0.0 * total)

@@ -15,6 +15,7 @@ from lossworks.adapters.torch_private import (
     memory_format_enum,
     process_group,
     storage_key,
+    transformed,
     tree_leaves,
 )
 
@@ -45,6 +46,21 @@ def test_the_fused_step_is_that_of_the_documented_optimiser():
     torch.testing.assert_close(
         ours, theirs.detach(), msg="torch._fused_adamw_ is no longer torch.optim.AdamW"
     )
+
+
+def test_tensors_inside_transforms_are_known():
+    """torch._C._functorch: kernels would be called with tensors that hold no values."""
+    seen = []
+
+    def look(x):
+        seen.append(transformed(None, x))
+        return x.sum()
+
+    look(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2, 3))
+    torch.func.grad(look)(torch.ones(2))
+
+    assert seen == [False, True, True], "torch no longer tells the tensors of its transforms"
 
 
 def test_a_group_is_found_by_its_name(tmp_path):

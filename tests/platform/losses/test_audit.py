@@ -75,7 +75,7 @@ def test_a_failed_audit_has_exit_status_1(capsys):
         (["dcp"], "dcp: no such loss; did you mean dco?"),
         (["neural-collapse"], "neural-collapse: is no loss; `lossworks analyses neural-collapse` says what"),
         (["ldr", "temperature=-1"], "ldr: temperature=-1 must be a number above 0"),
-        (["ldr", "temperature"], "override 'temperature': write it as hyperparameter=value"),
+        (["ldr", "temperature"], "'temperature': write it as name=value"),
         (["no.such.module:Loss"], "no.such.module:Loss: can't be imported"),
         ([f"{faulty.__name__}:NOT_A_CLASS"], "is no class"),
         ([f"{faulty.__name__}:Naif"], "Naif: no such class in lossworks_testing.faulty; did you mean Naive?"),

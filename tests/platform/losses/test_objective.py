@@ -186,7 +186,7 @@ def test_one_loss_takes_the_place_of_a_sum_as_a_whole():
             ["ldr", {"name": "comp-sum", "impl": "cpu"}],
             "plus: impl=cpu of comp-sum must be that of ldr, auto",
         ),
-        (["ldr", "dco"], "loss.name=dco can't train task=classification"),
+        (["ldr", "dco-step"], "loss.name=dco-step can't train task=classification"),
         (
             ["cross-entropy", "neural-collapse"],
             "is one of the analyses, not of the losses; name it in analyses: [neural-collapse]",

@@ -15,7 +15,7 @@ from lossworks.head import backends
 from lossworks.head.autograd.once_differentiable import once_differentiable
 from lossworks.head.core.problem import Filter, Softmax
 from lossworks.head.core.row_formulas import CrossEntropyFormula
-from lossworks.head.core.valid_rows import ValidRows
+from lossworks.head.core.valid_rows import ValidRows, stored
 from lossworks.head.cpu.backend import Pass
 
 
@@ -69,11 +69,12 @@ def fuse(
         share=share,
         plan_classes=rows.plan_classes,
         accumulate=accumulate,
+        wide_results=torch.float16 in (e.dtype, c.dtype),
     )
     with torch.autocast(e.device.type, enabled=False):
         backend = backends.get(impl, rows.problem)
         result = backend.fused(rows.problem, how, rule, (wanted[0], wanted[1], wanted[2]), rows.combine)
-        gradients = rows.gradients(result.gradients, reduce_e=reduce_e)
+        gradients = rows.gradients(result.gradients, reduce_e=reduce_e, wide=True)
     return result.losses.sum(), *gradients, rows.total_mass(result.mass)
 
 
@@ -87,19 +88,20 @@ def _(
     eps, wanted = rest[10], rest[14]
     wide = torch.promote_types(e.dtype, torch.float32)
     mass = e.new_empty(0 if eps is None else e.shape[0], dtype=wide)
-    return e.new_empty((), dtype=wide), *empty_gradients(e, c, bias, wanted), mass
+    return e.new_empty((), dtype=wide), *empty_gradients(e, c, bias, wanted, wide=True), mass
 
 
 def empty_gradients(
-    e: Tensor, c: Tensor, bias: Tensor | None, wanted: list[bool]
+    e: Tensor, c: Tensor, bias: Tensor | None, wanted: list[bool], *, wide: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return room for the gradients of E (N, D), C (V, D) and the bias (V,); empty where not wanted."""
-    of_bias = torch.empty_like(bias) if wanted[2] and bias is not None else e.new_empty(0)
-    return (
-        e.new_empty(e.shape) if wanted[0] else e.new_empty(0),
-        c.new_empty(c.shape) if wanted[1] else c.new_empty(0),
-        of_bias,
-    )
+
+    def room(x: Tensor | None, asked: bool) -> Tensor:
+        if x is None or not asked:
+            return e.new_empty(0)
+        return x.new_empty(x.shape, dtype=stored(x.dtype) if wide else x.dtype)
+
+    return room(e, wanted[0]), room(c, wanted[1]), room(bias, wanted[2])
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -117,6 +119,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         call = fused_cross_entropy if torch.compiler.is_compiling() else fuse
         loss, *gradients, mass = call(e, c, targets, bias, *rest)
         ctx.compiled = torch.compiler.is_compiling()
+        ctx.dtypes = [e.dtype, c.dtype, e.dtype if bias is None else bias.dtype]
         if ctx.compiled:
             ctx.save_for_backward(*gradients)
         else:
@@ -137,7 +140,10 @@ class FusedCrossEntropy(torch.autograd.Function):
             scaled = _fused_again(ctx) if gradients is None else gradients
             if bool(g != 1):
                 scaled = [value.mul_(g) for value in scaled]
-        wanted = [value if need else None for value, need in zip(scaled, ctx.needs_input_grad, strict=False)]
+        wanted = [
+            value.to(dtype) if need else None
+            for value, dtype, need in zip(scaled, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        ]
         return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lossworks.adapters.torch_private import transformed
 from lossworks.errors import UserError
 from lossworks.head.core.vocab_parallel import Shard, VocabParallel, agree
 
@@ -35,8 +36,8 @@ class Options:
     def __post_init__(self) -> None:
         check_choice("impl", self.impl, IMPLEMENTATIONS)
         check_choice("accumulate", self.accumulate, ("fp32", "input"))
-        if self.softcap is not None and not self.softcap > 0:
-            raise UserError(f"softcap={self.softcap} must be positive, or None for no cap")
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise UserError(f"softcap={self.softcap} must be positive and finite, or None for no cap")
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"temperature={self.temperature} must be positive")
         if not 0 < self.buffer_share <= 1:
@@ -124,6 +125,21 @@ def _check(e: Tensor, c: Tensor, bias: Tensor | None, *, parallel: bool) -> None
     for name, tensor in (("c", c), ("bias", bias)):
         if tensor is not None and tensor.device != e.device:
             raise UserError(f"{name} is on {tensor.device}, but e is on {e.device}; move one of them")
+
+
+def usable_impl(impl: Implementation, *tensors: Tensor | None) -> Implementation:
+    """Return how a head can be computed: inside transforms of ``torch.func`` with its logits.
+
+    They are those of one example under ``vmap``, as gradients of single examples need them.
+
+    Raises:
+        UserError: Kernels are asked for there.
+    """
+    if not transformed(*tensors):
+        return impl
+    if impl in ("cpu", "triton"):
+        raise UserError(f"impl={impl!r} is not for torch.func's transforms; use auto or reference")
+    return "reference"
 
 
 def check_parallel(group: str | None, impl: str) -> None:

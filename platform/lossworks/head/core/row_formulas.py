@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lossworks.errors import UserError
 from lossworks.head.core.problem import Coefficients, RowSums
 
 
@@ -108,18 +109,37 @@ def negative_log_likelihood_with_gradient(
 
 
 def differentiated(
-    loss: Callable[[Tensor, Tensor], Tensor], temperature: float, weight: Tensor | None = None
+    loss: Callable[[Tensor, Tensor], Tensor],
+    temperature: float,
+    weight: Tensor | None = None,
+    *,
+    slopes: bool = True,
 ) -> Callable[[RowSums, slice], tuple[Tensor, Coefficients]]:
     """Turn a differentiable loss of (target, τ·logsumexp), both (T,), into a rule.
 
     Its coefficients are its partial derivatives, one number per row, so no row may look at another. Losses
-    are multiplied by ``weight`` (N,), if there is one.
+    are multiplied by ``weight`` (N,), if there is one. Without ``slopes`` nothing is differentiated, as under
+    ``torch.inference_mode``, which forbids it.
+
+    Raises:
+        UserError: By the rule: the loss returns another shape.
     """
 
+    def values(target: Tensor, lse: Tensor, rows: slice) -> Tensor:
+        losses = loss(target, lse)
+        if losses.shape != target.shape:
+            raise UserError(
+                f"the loss returns {tuple(losses.shape)} for {tuple(target.shape)} rows; it must return one "
+                "number a row"
+            )
+        return losses if weight is None else weight[rows] * losses
+
     def rule(sums: RowSums, rows: slice) -> tuple[Tensor, Coefficients]:
+        if not slopes:
+            return values(sums.target, sums.logsumexp * temperature, rows), Coefficients()
         with torch.enable_grad():
             lse, target = (x.detach().requires_grad_() for x in (sums.logsumexp * temperature, sums.target))
-            losses = loss(target, lse) if weight is None else weight[rows] * loss(target, lse)
+            losses = values(target, lse, rows)
             by_lse, by_target = torch.autograd.grad(
                 losses.sum(), (lse, target), allow_unused=True, materialize_grads=True
             )

@@ -29,8 +29,11 @@ def weighted_rows(
     z_loss: float,
     mean: bool,
     options: Options,
-) -> CrossEntropyFormula:
+) -> tuple[CrossEntropyFormula, Tensor | None]:
     """Bring everything that weighs a row together, the mean's divisor included; ignored rows weigh 0.
+
+    Of float16 the mean's divisor stays apart: 1/N times a probability is below the smallest float16, and a
+    gradient scaler, which would lift it, comes too late.
 
     Args:
         head: E, C and bias.
@@ -42,6 +45,9 @@ def weighted_rows(
         z_loss: λ, the weight of the squared logsumexp.
         mean: Whether to divide by the sum of the targets' weights.
         options: What the caller chose.
+
+    Returns:
+        The formula, and what the sum is to be multiplied by, or None for 1.
     """
     wide = torch.promote_types(head.e.dtype, torch.float32)
     valid = targets != options.ignore_index
@@ -54,16 +60,18 @@ def weighted_rows(
         if probabilities is None:
             # Clamped, since targets out of range are refused later, by name.
             nll_weight = row * class_weight[torch.where(valid, targets, 0).clamp(0, len(class_weight) - 1)]
+    scale = None
     if mean:
         divisor = nll_weight.sum()
-        scale = torch.where(divisor > 0, 1 / divisor, 0)
-        row, nll_weight = row * scale, nll_weight * scale
+        scale = torch.where(divisor != 0, 1 / divisor, 0)  # of weights of both signs, below 0 as well
+        if head.e.dtype != torch.float16:
+            row, nll_weight, scale = row * scale, nll_weight * scale, None
     lse_weight = total_weight = None
     if smoothing:
         classes = all_classes(head)
         total_weight = row * (smoothing / classes)
         lse_weight = total_weight * (classes if class_weight is None else class_weight.sum())
-    return CrossEntropyFormula(
+    formula = CrossEntropyFormula(
         nll_weight * (1 - smoothing),
         lse_weight,
         total_weight,
@@ -72,3 +80,4 @@ def weighted_rows(
         class_weight if smoothing else None,
         options.temperature,
     )
+    return formula, scale

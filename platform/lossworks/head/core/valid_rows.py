@@ -5,6 +5,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from lossworks.adapters.torch_private import transformed
 from lossworks.errors import UserError
 from lossworks.head.core.problem import Gradients, LinearProblem, RowSums
 from lossworks.head.core.vocab_parallel import Shard
@@ -97,18 +98,36 @@ class ValidRows:
             self._shard.sum(mass)
         return self.spread(mass)
 
-    def gradients(self, found: Gradients, *, reduce_e: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients in the inputs' shapes and dtypes, empty for None."""
+    def gradients(
+        self, found: Gradients, *, reduce_e: bool, wide: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients in the inputs' shapes, empty for None.
+
+        Args:
+            found: The gradients of rows that count.
+            reduce_e: Whether ∂E is summed over the ranks.
+            wide: Whether they wait for a factor, see :func:`stored`; otherwise they have the inputs' dtypes.
+        """
         e, c, bias = found
         if e is not None and self._shard is not None and reduce_e:
             self._shard.sum(e)
         if e is not None and self._valid is not None:
             e = e.new_zeros(self._e.shape).index_copy_(0, self._valid, e)
-        return (
-            self._e.new_empty(0) if e is None else e.to(self._e.dtype),
-            self._c.new_empty(0) if c is None else c.to(self._c.dtype),
-            self._e.new_empty(0) if bias is None or self._bias is None else bias.to(self._bias.dtype),
-        )
+        pairs = ((e, self._e), (c, self._c), (None if self._bias is None else bias, self._bias))
+        kept = [
+            self._e.new_empty(0) if g is None or x is None else g.to(stored(x.dtype) if wide else x.dtype)
+            for g, x in pairs
+        ]
+        return kept[0], kept[1], kept[2]
+
+
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients wait for what they will be multiplied by.
+
+    float16 waits as float32: a sum over many rows is beyond its largest number, and a mean's entries are
+    below its smallest; what a gradient scaler brings back must not be lost before.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def check_range(targets: Tensor, *, classes: int, ignore_index: int) -> None:
@@ -119,7 +138,7 @@ def check_range(targets: Tensor, *, classes: int, ignore_index: int) -> None:
     Raises:
         UserError: The first offending position and its value.
     """
-    if targets.is_meta:
+    if targets.is_meta or transformed(targets):  # which hold no values to look at
         return
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
     if bool(bad.any()):

@@ -51,6 +51,8 @@ class Pass:
             choose alike; None for those of C.
         accumulate: ``"fp32"``, or ``"input"`` for gradients added up in the inputs' dtype, where that is
             offered: not here.
+        wide_results: Whether gradients stay float32 where the inputs are narrower, since what they will be
+            multiplied by is not known yet.
     """
 
     dtype: torch.dtype
@@ -62,6 +64,7 @@ class Pass:
     share: float = 0.05
     plan_classes: int | None = None
     accumulate: str = "fp32"
+    wide_results: bool = False
 
     def plan(self, logits: Logits, *, keep: bool, filtered: bool) -> TileSizes:
         """Choose the tiles of a pass over logits."""
@@ -130,7 +133,7 @@ def gradients(
     """
     logits = Logits(problem, how.dtype)
     plan = how.plan(logits, keep=False, filtered=how.filtering is not None)
-    slopes = Slopes(logits, how.softmax, wanted, how.filtering, in_blocks=True)
+    slopes = Slopes(logits, how.softmax, wanted, how.filtering, in_blocks=not how.wide_results)
     buffer = logits.buffer(plan.rows, plan.classes)
     chunks = slices(len(logits), plan.rows)
     parts = [(rows, sums.part(rows), coefficients.part(rows)) for rows in chunks]

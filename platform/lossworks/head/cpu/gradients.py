@@ -146,7 +146,7 @@ class Slopes:
             slant = parts.expected / per_row(self._softmax.temperature, rows)
             flat = parts.expected - slant * sums.expected
             flat = flat if parts.softmax is None else flat + parts.softmax
-            g *= torch.addcmul(flat * inverse, z, slant * inverse)
+            g *= torch.addcmul(flat * inverse, self._logits.bounded(z), slant * inverse)
         else:
             g *= inverse * (0.0 if parts.softmax is None else parts.softmax)
         if parts.linear is not None:

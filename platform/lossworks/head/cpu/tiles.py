@@ -74,6 +74,10 @@ class Logits:
             out[hits] += self.problem.target_offset[rows][hits[1]].to(out.dtype)
         return out
 
+    def bounded(self, z: Tensor) -> Tensor:
+        """Return finite logits, for a bias can make some −∞, and 0·∞ is no number."""
+        return z if self._bias is None else z.clamp(min=torch.finfo(z.dtype).min)
+
     def hits(self, block: slice, rows: slice) -> tuple[Tensor, Tensor]:
         """Return where in a tile the targets lie: classes and rows, both (hits,), counted from its corner."""
         within = self.problem.targets[rows] - block.start
@@ -161,7 +165,7 @@ class RunningSums:
         self._sum = self._sum * decay + p.sum(0)
         self._max = largest
         if self._expected is not None:
-            self._expected = self._expected * decay + p.mul_(z).sum(0)
+            self._expected = self._expected * decay + p.mul_(self._logits.bounded(z)).sum(0)
         return largest
 
     def finish(self) -> RowSums:

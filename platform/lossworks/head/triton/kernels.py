@@ -163,7 +163,8 @@ def row_sums_kernel(
             if other is not None:
                 z = _capped(other, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
                 z = _shifted(other, z, _hits(other, rows, classes, valid), rows)
-            expected = expected * decay + tl.sum(weights * z, 1)
+            # Of a class without any probability 0·(−∞) would be no number.
+            expected = expected * decay + tl.sum(tl.where(weights > 0, weights * z, 0.0), 1)
     part = parts_ptr + split.to(tl.int64) * N + lanes
     step = tl.cast(splits, tl.int64) * N
     tl.store(part, largest, mask=lanes < N)

@@ -6,10 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from lossworks.cli import Command
 from lossworks.errors import UserError
+from lossworks.specs.yaml_text import read_settings
 
 if TYPE_CHECKING:
     from lossworks.losses.audits.subject import AuditFinding
@@ -56,7 +55,7 @@ def _audit_one(arguments: argparse.Namespace) -> "list[AuditFinding]":
     from lossworks.losses.audits.audit import audit
     from lossworks.losses.audits.subject import subject_of
 
-    subject = subject_of(arguments.loss, _hyperparameters(arguments.overrides))
+    subject = subject_of(arguments.loss, read_settings(arguments.overrides))
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"audit of {arguments.loss}", title_justify="left")
     for name in ("check", "", "figure"):
         table.add_column(name)
@@ -99,12 +98,9 @@ def _audit_all(arguments: argparse.Namespace) -> "dict[str, list[AuditFinding]]"
     return findings
 
 
-def _hyperparameters(overrides: list[str]) -> dict[str, object]:
-    pairs = [text.partition("=") for text in overrides]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise UserError(f"override {name!r}: write it as hyperparameter=value")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
-
-
-CHECK = Command("audit a loss: gradients, reductions, splits, extremes, precision, ranks", _configure, _run)
+CHECK = Command(
+    "audit a loss: gradients, reductions, splits, extremes, precision, ranks",
+    _configure,
+    _run,
+    group="the catalogue",
+)
