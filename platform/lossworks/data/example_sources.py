@@ -1,8 +1,7 @@
 """Where labelled examples come from: every source gives inputs (N, …), labels (N,) and the classes' names."""
 
-import csv
 import random
-import zipfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lossworks.data.learnt import Learnt
+from lossworks.data.tables import Cells, Features, read_cells
 from lossworks.data.text.readers import hub_call, import_datasets
 from lossworks.errors import UserError
+from lossworks.files import reading, within
 from lossworks.specs import ExamplesSpec
+from lossworks.specs.values import TableSpec
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -25,25 +28,28 @@ class Read(NamedTuple):
         labels: Shape (N,), int64 in [0, K).
         names: Of the K classes.
         owners: Whom each example belongs to, texts of shape (N,), or None if nobody asked.
+        features: How the columns of a table became inputs, of one.
     """
 
     inputs: np.ndarray
     labels: np.ndarray
     names: tuple[str, ...]
     owners: np.ndarray | None = None
+    features: Features | None = None
 
 
-def read_examples(spec: ExamplesSpec, seed: int) -> Read:
+def read_examples(spec: ExamplesSpec, seed: int, learnt: Learnt | None = None) -> Read:
     """Return the examples of a source.
 
     Args:
         spec: Names the source.
         seed: Of sources that are drawn.
+        learnt: What a model has learnt already.
 
     Raises:
         UserError: The source can't be read.
     """
-    found = _read(spec, seed)
+    found = _read(spec, seed, learnt)
     return found if spec.classes is None else _of_classes(found, [str(name) for name in spec.classes])
 
 
@@ -57,18 +63,18 @@ def _of_classes(found: Read, kept: list[str]) -> Read:
     numbers = np.array([kept.index(name) if name in kept else -1 for name in found.names])[found.labels]
     rows = numbers >= 0
     owners = None if found.owners is None else found.owners[rows]
-    return Read(found.inputs[rows], numbers[rows].astype(np.int64), tuple(kept), owners)
+    return Read(found.inputs[rows], numbers[rows].astype(np.int64), tuple(kept), owners, found.features)
 
 
-def _read(spec: ExamplesSpec, seed: int) -> Read:
+def _read(spec: ExamplesSpec, seed: int, learnt: Learnt | None) -> Read:
     kind, _, name = spec.source.partition(":")
     match kind:
-        case "csv":
-            return _csv(existing_file(name), spec.label, spec.owner)
+        case "csv" | "parquet":
+            return _table(existing_file(name), spec, learnt)
         case "npz":
             return _npz(existing_file(name), spec.owner)
         case "imagefolder":
-            return _image_folder(_folder(name), spec.image_size)
+            return _image_folder(_folder(name), spec.image_size, links=spec.follow_links)
         case "hf":
             return _hugging_face(name, spec)
         case "blobs" | "mnist1d":
@@ -83,12 +89,28 @@ def _numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     Raises:
         UserError: There are fewer than two classes, or a label is NaN.
     """
-    names, numbers = np.unique(np.asarray(labels), return_inverse=True)
+    given = np.asarray(labels)
+    if given.dtype.kind == "S":
+        given = np.char.decode(given, "utf-8", "replace")
+    if given.dtype.kind not in "biufU":
+        raise UserError(f"the labels are {given.dtype}; they must be texts, integers or real numbers")
+    names, numbers = np.unique(given, return_inverse=True)
     if names.dtype.kind == "f" and not np.isfinite(names).all():
         raise UserError("a label is NaN or infinite")
     if len(names) < 2:
         raise UserError(f"the labels hold {len(names)} class; two are the least")
-    return numbers.reshape(-1).astype(np.int64), tuple(str(name) for name in names)
+    order = _in_order(names)
+    places = np.argsort(order)
+    return places[numbers.reshape(-1)].astype(np.int64), tuple(str(names[at]) for at in order)
+
+
+def _in_order(names: np.ndarray) -> np.ndarray:
+    """Return the order of sorted names (K,): that of the numbers, where all names are numbers."""
+    try:
+        values = names.astype(np.float64)
+    except ValueError:
+        return np.arange(len(names))
+    return np.argsort(values, kind="stable") if np.isfinite(values).all() else np.arange(len(names))
 
 
 def existing_file(name: str) -> Path:
@@ -157,85 +179,30 @@ def _streams_kept() -> Iterator[None]:
         np.random.set_state(theirs)
 
 
-def _csv(path: Path, label: str, owner: str | None) -> Read:
-    table = read_table(path, label, owner)
-    return Read(table.inputs, *_numbered(table.labels), table.owners)
+def _table(path: Path, spec: ExamplesSpec, learnt: Learnt | None) -> Read:
+    cells = read_cells(path)
+    labels = cells.column(spec.label, "data.label")
+    for row, text in enumerate(labels):
+        if not text:
+            raise UserError(f"{cells.where(row, spec.label)}: is empty")
+    others = [spec.label, *([spec.owner] if spec.owner else [])]
+    features = features_of(cells, others, spec, learnt)
+    owners = np.array(cells.column(spec.owner, "data.owner")) if spec.owner else None
+    return Read(features.encode(cells), *_numbered(labels), owners, features)
 
 
-class ExampleTable(NamedTuple):
-    """A csv file with numeric features.
+def features_of(cells: Cells, others: Sequence[str], spec: TableSpec, learnt: Learnt | None) -> Features:
+    """Return how a table's columns are read: as a model has learnt, or else as they tell.
 
-    Attributes:
-        inputs: Shape (N, F), float64.
-        labels: What stands in the label's column, N texts.
-        lines: The line of each row, for messages.
-        owners: What stands in the owner's column, texts (N,), or None if nobody asked.
+    Args:
+        cells: The table.
+        others: Columns that are no features.
+        spec: What somebody has said of columns.
+        learnt: What a model has learnt already.
     """
-
-    inputs: np.ndarray
-    labels: list[str]
-    lines: list[int]
-    owners: np.ndarray | None = None
-
-
-def read_table(path: Path, label: str, owner: str | None = None) -> ExampleTable:
-    """Return a csv file; every column but label and owner is a feature.
-
-    Raises:
-        UserError: It can't be read, lacks a column, or a feature is no finite number; with line and column.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            columns = next(reader, [])
-            _require_columns(path, columns, label, owner)
-            # The reader's count of lines is right where fields span lines, and where lines are empty.
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: can't be read as csv: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: holds no rows below its header")
-    at = columns.index(label)
-    for line, row in rows:
-        if len(row) != len(columns):
-            raise UserError(f"{path}, line {line}: holds {len(row)} values for {len(columns)} columns")
-        if not row[at].strip():
-            raise UserError(f"{path}, line {line}, column {label}: is empty")
-    others = {at} if owner is None else {at, columns.index(owner)}
-    features = [index for index in range(len(columns)) if index not in others]
-    inputs = [
-        [finite_number(row[index], f"{path}, line {line}, column {columns[index]}") for index in features]
-        for line, row in rows
-    ]
-    owners = None if owner is None else np.array([row[columns.index(owner)] for _, row in rows])
-    return ExampleTable(np.array(inputs), [row[at] for _, row in rows], [line for line, _ in rows], owners)
-
-
-def _require_columns(path: Path, columns: list[str], label: str, owner: str | None) -> None:
-    for field, name in (("label", label), ("owner", owner)):
-        if name is not None and name not in columns:
-            there = ", ".join(columns) or "none"
-            raise UserError(f"{path}: data.{field}={name} is no column; there are {there}")
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise UserError(f"{path}: the header names {', '.join(twice)} more than once")
-    if len(columns) <= len({label, owner or label}):
-        raise UserError(f"{path}: has no feature beside {label}")
-
-
-def finite_number(text: str, where: str) -> float:
-    """Return the number in a text.
-
-    Raises:
-        UserError: It is none, or not finite; naming where it stands.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not np.isfinite(value):
-        raise UserError(f"{where}: {text!r} is no finite number")
-    return value
+    if learnt is not None and learnt.facts.get("columns"):
+        return Features.of_plain(learnt.facts["columns"])
+    return Features.of(cells, others, spec.columns)
 
 
 def read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
@@ -244,17 +211,16 @@ def read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
     Raises:
         UserError: It can't be read, or lacks one.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
+    with reading(f"{path}, as npz"):
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise UserError(f"{path}: holds one array, as npy; {' and '.join(needed)} are needed, as npz")
+        with found as arrays:
             if set(needed) - set(arrays.files):
                 raise UserError(
                     f"{path}: holds {', '.join(arrays.files)}; the arrays {' and '.join(needed)} are needed"
                 )
             return {name: arrays[name] for name in needed}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: can't be read as npz: {error}") from None
 
 
 def _npz(path: Path, owner: str | None) -> Read:
@@ -278,25 +244,38 @@ def _require_arrays(path: Path, inputs: np.ndarray, labels: np.ndarray) -> None:
         raise UserError(f"{path}: x holds NaN or infinity")
 
 
-def _image_folder(path: Path, size: int) -> Read:
-    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in _IMAGES)
+def _image_folder(path: Path, size: int, *, links: bool) -> Read:
+    """Return the images below each class's folder, at any depth; what is hidden is left out."""
+    files = sorted(
+        file
+        for file in path.glob("*/**/*")
+        if file.suffix.lower() in _IMAGES
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and file.is_file()
+        and (links or within(file, path))
+    )
     if not files:
         raise UserError(f"{path}: holds no images in a folder a class ({', '.join(_IMAGES)})")
     inputs = np.stack([_image(file, size) for file in files])
-    return Read(inputs, *_numbered([file.parent.name for file in files]))
+    return Read(inputs, *_numbered([file.relative_to(path).parts[0] for file in files]))
 
 
 def _image(source: Any, size: int) -> np.ndarray:
     """Return an image as (3, size, size) in [0, 1]."""
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError:
         raise UserError("images need the library Pillow: install pillow") from None
-    try:
+    with reading(f"{source}, as an image"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = source if isinstance(source, Image.Image) else Image.open(source)
+        if image.mode.startswith("I"):  # sixteen bits, which Pillow would cut off at 255
+            grey = Image.fromarray(np.asarray(image, dtype=np.float32) / 65535)
+            pixels = np.asarray(grey.resize((size, size)), dtype=np.float32)
+            return np.broadcast_to(pixels, (3, size, size)).copy()
+        if image.mode == "F":
+            raise UserError(f"{source}: holds real numbers, of unknown white; save it with 8 or 16 bits")
         pixels = np.asarray(image.convert("RGB").resize((size, size)), dtype=np.float32)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{source}: can't be read as an image: {error}") from None
     return pixels.transpose(2, 0, 1) / 255
 
 

@@ -5,13 +5,16 @@ Everything is a function of the source, the spec and the seed, so every worker m
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lossworks.data.example_sources import read_examples
+from lossworks.data.learnt import Learnt, digest_of
 from lossworks.data.standardise import Standardisation, to_float32
+from lossworks.data.tables import Features
 from lossworks.errors import UserError
 from lossworks.specs import ExamplesSpec
 
@@ -60,6 +63,8 @@ class ExampleData:
         names: Of the classes, in the order of their numbers.
         owners: Whom each training example belongs to, if the source was asked.
         standardisation: What was done to the inputs, if anything.
+        digest: Of what was read; empty where it is drawn or comes with a library.
+        features: How the columns of a table became inputs, of one.
     """
 
     train: Examples
@@ -67,6 +72,14 @@ class ExampleData:
     names: tuple[str, ...]
     owners: np.ndarray | None = None
     standardisation: Standardisation | None = None
+    digest: str = ""
+    features: Features | None = None
+
+    @property
+    def learnt(self) -> Learnt:
+        """What a model of these data needs ever after."""
+        facts = {"classes": list(self.names), **of_inputs(self.shape, self.standardisation, self.features)}
+        return Learnt(facts, digest=self.digest)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,21 +87,27 @@ class ExampleData:
         return tuple(self.train.inputs.shape[1:])
 
 
-def load_examples(spec: ExamplesSpec, seed: int) -> ExampleData:
+def load_examples(spec: ExamplesSpec, seed: int, learnt: Learnt | None = None) -> ExampleData:
     """Return the examples of a spec.
 
     Args:
         spec: The source and what is done to it.
         seed: Of the split, the noise, the imbalance and the bags.
+        learnt: What a model has learnt already: its classes and scale hold, whatever these data say.
 
     Raises:
-        UserError: The source can't be read, or has too few examples of a class.
+        UserError: The source can't be read, has too few examples of a class, or doesn't fit the model.
     """
-    inputs, labels, names, owners = read_examples(spec, seed)
+    inputs, labels, names, owners, features = read_examples(spec, seed, learnt)
+    digest = digest_of(inputs, labels, names) if spec.from_path else ""
+    if learnt is not None:
+        learnt.require_shape(inputs.shape[1:])
+        labels = learnt.numbers_of(names, "classes")[labels]
+        names = tuple(map(str, learnt.facts["classes"]))
     held_out = _held_out(labels, spec.held_out_fraction, seed, names)
     train = np.flatnonzero(~held_out)
     train = train[_kept(labels[train], spec.imbalance, len(names), seed)]
-    standardise = Standardisation.of(inputs[train]) if spec.standardise else None
+    standardise = scale_of(spec.standardise, inputs[train], learnt)
     x = to_float32(standardise(inputs) if standardise else inputs)
     noisy = with_label_noise(labels[train], spec.label_noise, len(names), seed)
     dealt = in_bags(len(train), spec.bag_size, seed)
@@ -100,7 +119,29 @@ def load_examples(spec: ExamplesSpec, seed: int) -> ExampleData:
         names,
         None if owners is None else owners[train][dealt],
         standardise,
+        digest,
+        features,
     )
+
+
+def of_inputs(
+    shape: tuple[int, ...], scale: Standardisation | None, features: Features | None
+) -> dict[str, Any]:
+    """Return how inputs are read, as facts: their shape, their scale, and the columns that they come from."""
+    return {
+        "shape": list(shape),
+        "standardisation": None if scale is None else scale.plain(),
+        "columns": None if features is None else features.plain(),
+    }
+
+
+def scale_of(wanted: bool, training: np.ndarray, learnt: Learnt | None) -> Standardisation | None:
+    """Return the scale that a model has learnt, or else that of training examples (M, …), if it is wanted."""
+    if learnt is not None:
+        return Standardisation.of_facts(learnt.facts)
+    if not wanted and np.isnan(training).any():
+        raise UserError("data.standardise=false: cells are empty, and the mean that stands in needs true")
+    return Standardisation.of(training) if wanted else None
 
 
 def standardised(inputs: np.ndarray, training: np.ndarray) -> np.ndarray:
@@ -121,6 +162,8 @@ def _held_out(labels: np.ndarray, share: float, seed: int, names: tuple[str, ...
     chosen = np.zeros(len(labels), dtype=bool)
     for label, name in enumerate(names):
         rows = stream.permutation(np.flatnonzero(labels == label))
+        if not len(rows):
+            continue  # of the model's classes, but not among these data
         if len(rows) < 2:
             raise UserError(
                 f"data.source: class {name!r} has one example; two are the least: one is held out"

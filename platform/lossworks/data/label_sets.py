@@ -6,9 +6,11 @@ import numpy as np
 import torch
 
 from lossworks.data.batch import IGNORE_INDEX
-from lossworks.data.example_sources import existing_file, read_arrays, read_table
-from lossworks.data.examples import Examples
+from lossworks.data.example_sources import existing_file, features_of, read_arrays
+from lossworks.data.examples import Examples, of_inputs, scale_of
+from lossworks.data.learnt import Learnt, digest_of
 from lossworks.data.standardise import Standardisation, to_float32
+from lossworks.data.tables import Features, read_cells
 from lossworks.data.values import split
 from lossworks.errors import UserError
 from lossworks.specs.values import LabelSetsSpec
@@ -27,12 +29,22 @@ class LabelSetData:
         held_out: The same.
         names: Of the L labels.
         standardisation: What was done to the inputs, if anything.
+        digest: Of what was read; empty where it is drawn.
+        features: How the columns of a table became inputs, of one.
     """
 
     train: Examples
     held_out: Examples
     names: tuple[str, ...]
     standardisation: Standardisation | None = None
+    digest: str = ""
+    features: Features | None = None
+
+    @property
+    def learnt(self) -> Learnt:
+        """What a model of these data needs ever after."""
+        facts = {"names": list(self.names), **of_inputs(self.shape, self.standardisation, self.features)}
+        return Learnt(facts, digest=self.digest)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,41 +52,56 @@ class LabelSetData:
         return tuple(self.train.inputs.shape[1:])
 
 
-def load_label_sets(spec: LabelSetsSpec, seed: int) -> LabelSetData:
+def load_label_sets(spec: LabelSetsSpec, seed: int, learnt: Learnt | None = None) -> LabelSetData:
     """Return the examples of a spec.
 
     Args:
         spec: The source.
         seed: Of the split, and of sources that are drawn.
+        learnt: What a model has learnt already: its labels and scale hold, whatever these data say.
 
     Raises:
-        UserError: The source can't be read.
+        UserError: The source can't be read, or doesn't fit the model.
     """
-    inputs, labels, names = _read(spec, seed)
+    inputs, labels, names, features = _read(spec, seed, learnt)
+    digest = digest_of(inputs, labels, names) if spec.from_path else ""
+    if learnt is not None:
+        learnt.require_shape(inputs.shape[1:])
+        # One more entry, to which the padding's number leads.
+        numbers = np.append(learnt.numbers_of(names, "names"), IGNORE_INDEX)
+        labels = numbers[np.where(labels < 0, len(names), labels)]
+        names = tuple(map(str, learnt.facts["names"]))
     held_out = split(len(labels), spec.held_out_fraction, seed)
-    scale = Standardisation.of(inputs[~held_out]) if spec.standardise else None
+    scale = scale_of(spec.standardise, inputs[~held_out], learnt)
     x, y = torch.from_numpy(to_float32(scale(inputs) if scale else inputs)), torch.from_numpy(labels)
     chosen = torch.from_numpy(held_out)
     train, test = (Examples(x[part], y[part]) for part in (~chosen, chosen))
-    return LabelSetData(train, test, names, scale)
+    return LabelSetData(train, test, names, scale, digest, features)
 
 
-def _read(spec: LabelSetsSpec, seed: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Return inputs (N, …), labels (N, P) int64 and the labels' names."""
+def _read(
+    spec: LabelSetsSpec, seed: int, learnt: Learnt | None
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], Features | None]:
+    """Return inputs (N, …), labels (N, P) int64, the labels' names, and how a table's columns are read."""
     kind, _, name = spec.source.partition(":")
-    if kind == "csv":
-        return _csv(name, spec)
-    return _arrays(name) if kind == "npz" else _topics(int(name), spec.labels, seed)
+    if kind in ("csv", "parquet"):
+        return _table(name, spec, learnt)
+    return (*(_arrays(name) if kind == "npz" else _topics(int(name), spec.labels, seed)), None)
 
 
-def _csv(name: str, spec: LabelSetsSpec) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    table = read_table(existing_file(name), spec.label)
-    sets = [[part.strip() for part in text.split(spec.separator) if part.strip()] for text in table.labels]
+def _table(
+    name: str, spec: LabelSetsSpec, learnt: Learnt | None
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], Features]:
+    cells = read_cells(existing_file(name))
+    texts = cells.column(spec.label, "data.label")
+    sets = [[part.strip() for part in text.split(spec.separator) if part.strip()] for text in texts]
     names = sorted({part for one in sets for part in one})
     if len(names) < 2:
         raise UserError(f"{name}: column {spec.label} must hold at least two labels, not {len(names)}")
     numbers = {label: number for number, label in enumerate(names)}
-    return table.inputs, padded([[numbers[part] for part in one] for one in sets]), tuple(names)
+    features = features_of(cells, [spec.label], spec, learnt)
+    labels = padded([[numbers[part] for part in one] for one in sets])
+    return features.encode(cells), labels, tuple(names), features
 
 
 def padded(sets: list[list[int]]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Inputs of one scale: mean 0 and deviation 1 over the training examples."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -26,8 +27,12 @@ class Standardisation:
         """Return that of examples (M, F, …)."""
         axes = (0, *range(2, training.ndim))
         wide = training.astype(np.float64)
-        deviation = wide.std(axes)
-        return cls(wide.mean(axes), np.where(deviation > 0, deviation, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of columns that are empty in all these rows: they count as 0
+            mean, deviation = np.nanmean(wide, axes), np.nanstd(wide, axes)
+            # Not by the deviation, which rounding makes 4e-15 where all values are alike.
+            varies = np.nanmax(wide, axes) > np.nanmin(wide, axes)
+        return cls(np.nan_to_num(mean), np.where(varies, deviation, 1))
 
     @classmethod
     def of_plain(cls, values: Mapping[str, Any]) -> Self:
@@ -39,19 +44,25 @@ class Standardisation:
         mean, deviation = (np.array(values[name], dtype=np.float64) for name in ("mean", "deviation"))
         return cls(mean, deviation)
 
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> Self | None:
+        """Return that which facts hold as ``standardisation``, if any."""
+        values = facts["standardisation"]
+        return None if values is None else cls.of_plain(values)
+
     def plain(self) -> dict[str, list[float]]:
         """Return mean and deviation as plain data."""
         return {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """Return examples (N, F, …) brought to that scale.
+        """Return examples (N, F, …) brought to that scale; the mean stands in for NaN, a missing cell.
 
         Returns:
             Shape (N, F, …), float64: in float32 a large mean would round the examples' differences away.
         """
         shape = (1, -1, *[1] * (inputs.ndim - 2))
         scaled: np.ndarray = (inputs - self.mean.reshape(shape)) / self.deviation.reshape(shape)
-        return scaled
+        return np.where(np.isnan(inputs), 0.0, scaled) if np.isnan(scaled).any() else scaled
 
 
 def to_float32(inputs: np.ndarray) -> np.ndarray:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lossworks.data.example_sources import existing_file, finite_number, read_arrays, read_table
-from lossworks.data.examples import Examples, in_bags
+from lossworks.data.example_sources import existing_file, features_of, read_arrays
+from lossworks.data.examples import Examples, in_bags, of_inputs, scale_of
+from lossworks.data.learnt import Learnt, digest_of
 from lossworks.data.standardise import Standardisation, to_float32
+from lossworks.data.tables import Features, read_cells
 from lossworks.errors import UserError
 from lossworks.specs.values import ValuesSpec
 
@@ -26,6 +28,8 @@ class ValueData:
         mean: Of the training targets, in their own unit; 0 where they aren't standardised.
         deviation: Of the training targets; 1 where they aren't standardised.
         standardisation: What was done to the inputs, if anything.
+        digest: Of what was read; empty where it is drawn or comes with a library.
+        features: How the columns of a table became inputs, of one.
     """
 
     train: Examples
@@ -33,6 +37,15 @@ class ValueData:
     mean: float = 0.0
     deviation: float = 1.0
     standardisation: Standardisation | None = None
+    digest: str = ""
+    features: Features | None = None
+
+    @property
+    def learnt(self) -> Learnt:
+        """What a model of these data needs ever after."""
+        target = {"mean": self.mean, "deviation": self.deviation}
+        facts = {"target": target, **of_inputs(self.shape, self.standardisation, self.features)}
+        return Learnt(facts, digest=self.digest)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,28 +53,33 @@ class ValueData:
         return tuple(self.train.inputs.shape[1:])
 
 
-def load_values(spec: ValuesSpec, seed: int) -> ValueData:
+def load_values(spec: ValuesSpec, seed: int, learnt: Learnt | None = None) -> ValueData:
     """Return the examples of a spec.
 
     Args:
         spec: The source and what is done to it.
         seed: Of the split, of outliers, of bags, and of sources that are drawn.
+        learnt: What a model has learnt already: its scales hold, whatever these data say.
 
     Raises:
-        UserError: The source can't be read.
+        UserError: The source can't be read, or doesn't fit the model.
     """
     if spec.of_chain:
         return _chain(int(spec.source.partition(":")[2]), spec, seed)
-    inputs, targets = _read(spec, seed)
+    inputs, targets, features = _read(spec, seed, learnt)
+    if learnt is not None:
+        learnt.require_shape(inputs.shape[1:])
     held_out = split(len(targets), spec.held_out_fraction, seed)
     if (targets == targets[0]).all():
         count, value = len(targets), targets[0]
         raise UserError(f"data.label: all {count} targets are {value:g}; there is nothing to learn")
     train = np.flatnonzero(~held_out)
-    scale = Standardisation.of(inputs[train]) if spec.standardise else None
+    scale = scale_of(spec.standardise, inputs[train], learnt)
     x = to_float32(scale(inputs) if scale else inputs)
     mean, deviation = 0.0, 1.0
-    if spec.standardise_targets:
+    if learnt is not None:
+        mean, deviation = (float(learnt.facts["target"][name]) for name in ("mean", "deviation"))
+    elif spec.standardise_targets:
         mean, deviation = float(targets[train].mean()), float(targets[train].std()) or 1.0
     y = to_float32((targets - mean) / deviation)
     dealt = in_bags(len(train), spec.bag_size, seed)
@@ -73,6 +91,8 @@ def load_values(spec: ValuesSpec, seed: int) -> ValueData:
         mean,
         deviation,
         scale,
+        digest_of(inputs, targets) if spec.from_path else "",
+        features,
     )
 
 
@@ -99,14 +119,24 @@ def with_outliers(targets: np.ndarray, share: float, seed: int) -> np.ndarray:
     return moved.astype(np.float32)
 
 
-def _read(spec: ValuesSpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return inputs (N, …) and targets (N,), float64."""
+def _read(
+    spec: ValuesSpec, seed: int, learnt: Learnt | None
+) -> tuple[np.ndarray, np.ndarray, Features | None]:
+    """Return inputs (N, …) and targets (N,), float64, and how a table's columns became inputs."""
     kind, _, name = spec.source.partition(":")
-    if kind == "csv":
-        table = read_table(existing_file(name), spec.label)
-        where = [f"{name}, line {line}, column {spec.label}" for line in table.lines]
-        values = [finite_number(text, at) for text, at in zip(table.labels, where, strict=True)]
-        return table.inputs, np.array(values)
+    if kind in ("csv", "parquet"):
+        cells = read_cells(existing_file(name))
+        cells.column(spec.label, "data.label")
+        targets = cells.numbers(spec.label)
+        if np.isnan(targets).any():
+            row = int(np.flatnonzero(np.isnan(targets))[0])
+            raise UserError(f"{cells.where(row, spec.label)}: is empty")
+        features = features_of(cells, [spec.label], spec, learnt)
+        return features.encode(cells), targets, features
+    return (*_numbers(kind, name, seed), None)
+
+
+def _numbers(kind: str, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if kind == "npz":
         return _arrays(name)
     if kind == "linear":

@@ -1,10 +1,7 @@
 """What folders of models have in common: they appear complete or not at all, and are checked when read."""
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lossworks.errors import UserError
+from lossworks.files import appearing
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -133,25 +131,3 @@ def fill_model(model: nn.Module, folder: Path) -> None:
     state = read_tensors(folder / WEIGHTS)
     require_fit(model, state, source=str(folder / WEIGHTS))
     model.load_state_dict(state, assign=True)
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that becomes ``folder`` at the end, or vanishes on an error."""
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        _rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _rename(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError as error:  # someone else has filled the folder since it was looked at
-        raise UserError(f"{folder}: can't be put in place: {error.strerror}") from None

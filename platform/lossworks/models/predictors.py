@@ -5,7 +5,7 @@ of the inputs, provenance) and ``model.safetensors``. Classifiers have a format 
 :mod:`lossworks.models.trained_classifier`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def save_predictor(
     shape: tuple[int, ...],
     outputs: int,
     standardisation: Standardisation | None,
+    columns: Sequence[Mapping[str, Any]] | None = None,
     further: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> None:
@@ -102,6 +103,7 @@ def save_predictor(
         shape: Of one example.
         outputs: Of the head.
         standardisation: What was done to the training inputs, if anything.
+        columns: How the columns of a table become an example, as plain data; None if it came from no table.
         further: ``loss`` with its hyperparameters, and ``target`` or ``names``.
         provenance: Where the model comes from; anything JSON can hold.
 
@@ -116,6 +118,7 @@ def save_predictor(
         "shape": shape,
         "outputs": outputs,
         "standardisation": None if standardisation is None else standardisation.plain(),
+        "columns": columns,
         **further,
         "provenance": dict(provenance),
     }

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lossworks.errors import UserError
+from lossworks.files import appearing
 from lossworks.models.folders import (
     CLASSIFIER_FORMAT,
     CONFIG,
     WEIGHTS,
-    appearing,
     config_text,
     read_config,
     read_tensors,

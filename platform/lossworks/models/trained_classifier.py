@@ -4,7 +4,7 @@ A folder holds ``config.json`` (format version, model spec, shape of an example,
 training data's mean and deviation, provenance) and ``model.safetensors``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def save_classifier(
     shape: tuple[int, ...],
     names: tuple[str, ...],
     standardisation: Standardisation | None,
+    columns: Sequence[Mapping[str, Any]] | None = None,
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a trained classifier to ``folder``, which appears complete or not at all.
@@ -80,6 +81,7 @@ def save_classifier(
         shape: Of one example.
         names: Of the classes.
         standardisation: What was done to the training inputs, if anything.
+        columns: How the columns of a table become an example, as plain data; None if it came from no table.
         provenance: Where the model comes from; anything JSON can hold.
 
     Raises:
@@ -93,6 +95,7 @@ def save_classifier(
         "shape": shape,
         "classes": names,
         "standardisation": scale,
+        "columns": columns,
         "provenance": dict(provenance),
     }
     write_model(Path(folder), config, _empty(spec, shape, names), state)

@@ -7,13 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lossworks.errors import UserError, nearest, redact
+from lossworks.errors import UserError, nearest, redact, shortened
 from lossworks.specs.shipped import spec_file
+from lossworks.specs.yaml_text import YamlError, read_value, read_yaml_file
+
+_TOLD = 8  # mistakes of a spec that one message names
+
+
+def _absolute(value: str | None) -> str | None:
+    if value is not None and not value.startswith("/"):
+        raise ValueError(f"must be an absolute path, such as {Path(value).absolute()}")
+    return value
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Storage = Annotated[str | None, AfterValidator(_absolute)]
+"""A folder that other processes and nodes find alike."""
 
 
 @dataclass(frozen=True)
@@ -158,15 +172,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         UserError: What is wrong with the file.
     """
     try:
-        values = yaml.safe_load(spec_file(path).read_text(encoding="utf-8"))
+        values = read_yaml_file(spec_file(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such spec file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    except YamlError as error:
+        raise UserError(f"{path}: {error}") from None
     if values is None:
-        values = {}
+        raise UserError(f"{path}: is empty; a spec is a mapping of keys to values")
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}; a spec is a mapping of keys to values")
     return values
@@ -214,14 +226,26 @@ def _setting(model: type[BaseModel], text: str) -> tuple[str, Any, str]:
         raise UserError(f"override {text!r}: write it as key.path=value")
     _require_known(model, key)
     try:
-        new = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"override {redact(text)!r}: the value is not valid YAML") from None
+        new = read_value(value, as_text=_is_text(model, key))
+    except YamlError as error:
+        raise UserError(f"override {shortened(redact(text))!r}: the value {error}") from None
     group = _group_at(model, key)
     if getattr(group, "list_tail", None) is not None and isinstance(new, list):
         new = _expanded(group, new)
     shorthand = getattr(group, "shorthand", None)
     return key if shorthand is None or isinstance(new, dict) else f"{key}.{shorthand}", new, text
+
+
+def _is_text(model: type[BaseModel], key: str) -> bool:
+    """Return whether the field at a dotted path takes text, and nothing else but null."""
+    group, _, leaf = key.rpartition(".")
+    owner = _group_at(model, group) if group else model
+    field = owner.model_fields.get(leaf) if owner is not None else None
+    if field is None:
+        return False
+    return {*typing.get_args(field.annotation), field.annotation} & {str} != set() and not (
+        {*typing.get_args(field.annotation)} - {str, type(None)}
+    )
 
 
 def _decides(model: type[BaseModel], key: str) -> bool:
@@ -296,7 +320,9 @@ def _require_known(model: type[BaseModel], key: str) -> None:
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
-    guess = nearest(key, known)
+    key = shortened(key)
+    deeper = [path for path in known if path.endswith(f".{key}")]
+    guess = " or ".join(deeper[:3]) or nearest(key, known)
     group = key.rpartition(".")[0]
     beside = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == group]
     hint = f"; did you mean {guess}?" if guess else f"; known keys: {', '.join(beside or known)}"
@@ -316,7 +342,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     """Return one line that names every wrong field."""
     known = list(field_paths(model))
     parts = []
-    for item in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for item in found[:_TOLD]:
         path = ".".join(str(name) for name in item["loc"])
         place = _in_lists(model, item["loc"])
         message = item["msg"].removeprefix("Value error, ")
@@ -329,8 +356,10 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         elif _group_at(model, path) is not None and item["type"] == "value_error":
             parts.append(f"{place}: {message}")
         else:
-            shown = redact(repr(item["input"]))
+            shown = shortened(redact(repr(item["input"])))
             parts.append(f"{place}={shown}: {message[0].lower()}{message[1:]}")
+    if len(found) > _TOLD:
+        parts.append(f"and {len(found) - _TOLD} more")
     return "; ".join(parts)
 
 

@@ -5,31 +5,33 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.specs.base import Spec
+from lossworks.specs.values import TableSpec
 
 BUILT_IN = ("digits", "breast-cancer", "wine", "mnist1d")
-FROM_PATH = ("csv", "npz", "imagefolder")
+FROM_PATH = ("csv", "parquet", "npz", "imagefolder")
 _FORMS = ", ".join([*BUILT_IN, "blobs:N", *(f"{kind}:PATH" for kind in FROM_PATH)]) + " or hf:NAME"
 
 
-class ExamplesSpec(Spec):
+class ExamplesSpec(TableSpec):
     """Labelled examples, how they are split, and what is done to the training labels."""
 
     source: str = Field(
         "digits",
-        description=f"{', '.join(BUILT_IN)}, blobs:N (N points around 10 centres), csv:PATH (numeric "
-        "columns and a label), npz:PATH (arrays x and y), imagefolder:PATH (a folder a class) or hf:NAME "
-        "(the datasets library; needs a network)",
+        description=f"{', '.join(BUILT_IN)}, blobs:N (N points around 10 centres), csv:PATH or "
+        "parquet:PATH (a table with a column of classes), npz:PATH (arrays x and y), imagefolder:PATH (a "
+        "folder a class) or hf:NAME (the datasets library; needs a network)",
     )
-    label: str = Field(
-        "label", min_length=1, description="column with the class, of a csv file or hf data set"
-    )
+    label: str = Field("label", min_length=1, description="column with the class, of a table or hf data set")
     owner: str | None = Field(
         None,
         min_length=1,
         description="column (of npz files: array) with whom an example belongs to, such as a site or "
-        "writer, of a csv or npz file or hf data set; no feature",
+        "writer, of a table, npz file or hf data set; no feature",
     )
     input: str = Field("image", min_length=1, description="column of an hf data set with the input")
+    follow_links: bool = Field(
+        False, description="whether an imagefolder's links to files outside of it are read"
+    )
     image_size: int = Field(32, ge=4, le=1024, description="pixels a side that images are brought to")
     held_out_fraction: float = Field(
         0.25, gt=0.0, lt=1.0, description="share of the examples of each class kept for evaluation"
@@ -51,6 +53,11 @@ class ExamplesSpec(Spec):
     )
 
     @property
+    def from_path(self) -> bool:
+        """Whether the examples are somebody's own, which may change."""
+        return self.source.partition(":")[0] in (*FROM_PATH, "hf")
+
+    @property
     def may_be_binary(self) -> bool:
         """Whether there can be two classes; of sources that must be read first, it is not known here."""
         if self.classes is not None:
@@ -59,7 +66,7 @@ class ExamplesSpec(Spec):
 
     @model_validator(mode="after")
     def _has_owners(self) -> Self:
-        if self.owner is not None and self.source.partition(":")[0] not in ("csv", "npz", "hf"):
+        if self.owner is not None and self.source.partition(":")[0] not in ("csv", "parquet", "npz", "hf"):
             raise ValueError(f"owner={self.owner}: source={self.source} doesn't say whose an example is")
         return self
 

@@ -1,11 +1,13 @@
 """The local files that a spec names, of whatever room: where they stand in it, and how they are replaced."""
 
+import glob
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lossworks.errors import UserError
 from lossworks.specs.base import Spec
 
 S = TypeVar("S", bound=Spec)
@@ -14,7 +16,7 @@ S = TypeVar("S", bound=Spec)
 # them below ``base``, so the places differ between rooms, and the last keys do not.
 _FIELDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("data", "corpus"): ("text:",),
-    ("data", "source"): ("csv:", "npz:", "imagefolder:"),
+    ("data", "source"): ("csv:", "parquet:", "npz:", "imagefolder:"),
     ("data", "tokenizer"): ("",),
     ("model", "source"): ("hf:",),
 }
@@ -48,6 +50,18 @@ def named_files(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> Itera
             for prefix in _FIELDS.get(keys[-2:], ()):
                 if value.startswith(prefix):
                     yield NamedFile(keys, prefix, Path(value.removeprefix(prefix)).expanduser())
+
+
+def require_files(spec: Spec) -> None:
+    """Refuse a spec that names a file or folder which there is not, before anything starts.
+
+    Raises:
+        UserError: Naming the field.
+    """
+    for file in named_files(spec.model_dump(mode="json")):
+        found = glob.has_magic(str(file.path)) or file.path.exists()
+        if not found:
+            raise UserError(f"{file}: no such file or folder")
 
 
 def with_paths(values: Mapping[str, Any], paths: Mapping[tuple[str, ...], str]) -> dict[str, Any]:

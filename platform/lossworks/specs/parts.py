@@ -30,6 +30,7 @@ class DataSpec(Spec):
         ".md, .py, .jsonl, .parquet) or hf:NAME (the datasets library; needs a network)",
     )
     field: str = Field("text", min_length=1, description="field of .jsonl records, column of .parquet files")
+    follow_links: bool = Field(False, description="whether a folder's links to files outside of it are read")
     tokenizer: str | None = Field(
         None, description="path of a tokenizer.json; without it a byte-level BPE is trained on the corpus"
     )

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from lossworks.specs.base import Spec
+from lossworks.specs.base import Seed, Spec, Storage
 from lossworks.specs.parts import (
     AnalysisSpec,
     CheckpointSpec,
@@ -30,7 +30,7 @@ class RunSpec(Spec):
 
     kind: Literal["training"] = Field("training", description="what the spec describes")
     name: str = Field("train", min_length=1, max_length=100, description="name of the run in MLflow")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the parameters, the data order and all noise")
+    seed: Seed = Field(0, description="seed of the parameters, the data order and all noise")
     steps: int = Field(200, ge=1, description="optimiser steps")
     batch_size: int = Field(32, ge=1, description="sequences or examples a step, over all workers")
     micro_batch_size: int | None = Field(
@@ -46,7 +46,7 @@ class RunSpec(Spec):
     activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass")
     compile: bool = Field(False, description="compile the transformer blocks with torch.compile")
     max_failures: int = Field(3, ge=0, description="times that lost workers are replaced before giving up")
-    storage: str | None = Field(
+    storage: Storage = Field(
         None, description="absolute folder of runs, shared by all workers; default: runs/ in the home folder"
     )
     start: str | None = Field(
@@ -117,6 +117,4 @@ class RunSpec(Spec):
             raise ValueError(
                 f"profile.start={self.profile.start} must not be after the last of steps={self.steps}"
             )
-        if self.storage is not None and not self.storage.startswith("/"):
-            raise ValueError(f"storage={self.storage!r} must be an absolute path")
         return self

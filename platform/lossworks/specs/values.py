@@ -1,13 +1,14 @@
 """The parts of specs that say which examples with real targets, or with sets of labels, are read."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.specs.base import Spec
 
-VALUE_SOURCES = ("diabetes", "friedman:N", "linear:N", "chain:N", "csv:PATH", "npz:PATH")
-LABEL_SET_SOURCES = ("topics:N", "csv:PATH", "npz:PATH")
+VALUE_SOURCES = ("diabetes", "friedman:N", "linear:N", "chain:N", "csv:PATH", "parquet:PATH", "npz:PATH")
+FROM_PATH = ("csv", "parquet", "npz")
+LABEL_SET_SOURCES = ("topics:N", "csv:PATH", "parquet:PATH", "npz:PATH")
 
 
 def known_source(value: str, forms: tuple[str, ...]) -> str:
@@ -25,17 +26,27 @@ def known_source(value: str, forms: tuple[str, ...]) -> str:
     raise ValueError(f"must be one of {', '.join(forms)}, with N at least 20")
 
 
-class ValuesSpec(Spec):
+class TableSpec(Spec):
+    """How columns of a table are read."""
+
+    columns: dict[str, Literal["number", "yes-no", "date", "category", "drop"]] = Field(
+        default_factory=dict,
+        description="what columns of a table hold, where their cells don't tell it: number, yes-no, date, "
+        "category (a feature each), or drop to leave one out; `lossworks data SOURCE` shows what is told",
+    )
+
+
+class ValuesSpec(TableSpec):
     """Examples with a real target each, how they are split, and what is done to the training targets."""
 
     source: str = Field(
         "diabetes",
         description="diabetes, friedman:N (N points of Friedman's first function with noise), linear:N (N "
         "points of a linear function of 100 features, with noise as large as the signal), chain:N (N "
-        "transitions of a Markov chain, whose states' values are learnt from rewards), csv:PATH (numeric "
-        "columns and a target) or npz:PATH (arrays x and y)",
+        "transitions of a Markov chain, whose states' values are learnt from rewards), csv:PATH or "
+        "parquet:PATH (a table with a column of targets) or npz:PATH (arrays x and y)",
     )
-    label: str = Field("target", min_length=1, description="column with the target, of a csv file")
+    label: str = Field("target", min_length=1, description="column with the target, of a table")
     held_out_fraction: float = Field(
         0.25, gt=0.0, lt=1.0, description="share of the examples kept for evaluation"
     )
@@ -67,22 +78,27 @@ class ValuesSpec(Spec):
         return self
 
     @property
+    def from_path(self) -> bool:
+        """Whether the examples are somebody's own, which may change."""
+        return self.source.partition(":")[0] in FROM_PATH
+
+    @property
     def of_chain(self) -> bool:
         """Whether targets are rewards, and the next state is part of an example."""
         return self.source.startswith("chain:")
 
 
-class LabelSetsSpec(Spec):
+class LabelSetsSpec(TableSpec):
     """Examples with a set of labels each, and how they are split."""
 
     source: str = Field(
         "topics:2000",
         description="topics:N (N points, each with the five labels that a random map ranks first), csv:PATH "
-        "(numeric columns, and one with labels joined by `separator`) or npz:PATH (arrays x, and y as labels "
-        "(N, P) padded with -1, or as zeros and ones (N, L))",
+        "or parquet:PATH (a table with a column of labels, joined by `separator`) or npz:PATH (arrays x, "
+        "and y as labels (N, P) padded with -1, or as zeros and ones (N, L))",
     )
-    label: str = Field("labels", min_length=1, description="column with the labels, of a csv file")
-    separator: str = Field("|", min_length=1, description="between the labels of a csv file's row")
+    label: str = Field("labels", min_length=1, description="column with the labels, of a table")
+    separator: str = Field("|", min_length=1, description="between the labels of a table's row")
     labels: int = Field(200, ge=10, le=10**7, description="of topics:N: how many labels there are, L")
     held_out_fraction: float = Field(
         0.25, gt=0.0, lt=1.0, description="share of the examples kept for evaluation"
@@ -95,3 +111,8 @@ class LabelSetsSpec(Spec):
     @classmethod
     def _is_known(cls, value: str) -> str:
         return known_source(value, LABEL_SET_SOURCES)
+
+    @property
+    def from_path(self) -> bool:
+        """Whether the examples are somebody's own, which may change."""
+        return self.source.partition(":")[0] in FROM_PATH

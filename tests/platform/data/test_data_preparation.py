@@ -320,7 +320,7 @@ class TestOpening:
     def test_index_is_readable_json(self, corpus):
         index = json.loads((corpus.folder / "index.json").read_text())
 
-        assert index["format"] == 1
+        assert index["format"] == 2
         assert index["tokens"] == corpus.tokens
 
 

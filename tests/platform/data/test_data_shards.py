@@ -12,6 +12,7 @@ from lossworks.data.text.token_shards import (
     Index,
     TokenShardReader,
     TokenShardWriter,
+    digest_of,
     narrowest_dtype,
 )
 from lossworks.errors import UserError
@@ -33,6 +34,7 @@ def write(folder, tokens, dtype="uint16", shard_tokens=7, step=5) -> Index:
         text_bytes=1,
         shards=writer.names,
         files={name: (folder / name).stat().st_size for name in writer.names},
+        digests={name: digest_of(folder / name) for name in writer.names},
     )
     index.write(folder)
     return index
@@ -116,7 +118,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("change", "expected"),
         [
-            ({"format": 99}, "has format 99; must be 1"),
+            ({"format": 99}, "has format 99; must be 2"),
             ({"tokens": 19}, "contradicts itself"),
             ({"dtype": "float64"}, "contradicts itself"),
             ({"shards": ["other.bin"]}, "contradicts itself"),

@@ -106,7 +106,7 @@ class TestLoading:
             load_tokenizer(tmp_path / "none.json")
 
     def test_folder(self, tmp_path):
-        with pytest.raises(UserError, match=r"data\.tokenizer='.*': can't be read"):
+        with pytest.raises(UserError, match=r"data\.tokenizer='.*': is no file"):
             load_tokenizer(tmp_path)
 
     @pytest.mark.parametrize("content", ["", "{", "{}", '{"model": {"type": "BPE"}}'])

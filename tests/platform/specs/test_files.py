@@ -2,10 +2,19 @@
 
 from lossworks.specs.files import located
 from lossworks.tasks import parse_train_spec
+from lossworks_testing.offered import Distillation, offer
+
+
+class ToThree(Distillation):
+    """Reads three companions."""
+
+    slug = "to-three"
+    roles = ("teacher", "reference", "other")
 
 
 def test_local_paths_become_absolute(tmp_path, monkeypatch):
     """Of data, of weights and of companions where there is such a folder; names of runs stay names."""
+    offer(monkeypatch, ToThree)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     spec = parse_train_spec(
@@ -13,6 +22,7 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch):
             "task": "classification",
             "data": {"source": "csv:flowers.csv"},
             "start": "model",
+            "loss": "to-three",
             "roles": {"teacher": "model", "reference": "start", "other": "a-run"},
         }
     )

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.data.text.corpus_files import PLAIN_SUFFIXES, SourceFile, corpus_files, folder_files
+from lossworks.data.text.encodings import OLD, UTF8, encoding_of
 from lossworks.data.text.readers import Piece, hub_call, import_datasets, read_file, read_hub
 from lossworks.errors import UserError
+from lossworks.files import reading
 from lossworks.specs import DataSpec
 
 _BLOCK_BYTES = 2**20
@@ -27,7 +29,7 @@ def documents(spec: DataSpec) -> Iterator[Piece]:
     if spec.corpus.startswith("hf:"):
         pieces = read_hub(spec.corpus.removeprefix("hf:"), spec.field)
     else:
-        pieces = _read_files(corpus_files(spec.corpus), spec.field)
+        pieces = _read_files(corpus_files(spec), spec.field)
     return _not_empty(_limited(pieces, spec.max_bytes), spec)
 
 
@@ -45,12 +47,25 @@ def fingerprint(spec: DataSpec) -> str:
     _add(digest, json.dumps([spec.corpus.partition(":")[0], spec.field, spec.max_bytes]).encode())
     hub_name = spec.corpus.removeprefix("hf:") if spec.corpus.startswith("hf:") else None
     if hub_name is None:
-        _add_files(digest, corpus_files(spec.corpus), spec.max_bytes)
+        _add_files(digest, corpus_files(spec), spec.max_bytes)
     elif Path(hub_name).is_dir():
         _add_files(digest, folder_files(Path(hub_name)), None)
     else:
         _add(digest, json.dumps([hub_name, *_hub_revision(hub_name)]).encode())
     return digest.hexdigest()
+
+
+def other_encodings(spec: DataSpec) -> list[str]:
+    """Return the names of the corpus's files that are not UTF-8, each with the encoding it is read in.
+
+    Raises:
+        UserError: The corpus is missing or can't be read.
+    """
+    if spec.corpus.startswith("hf:") or spec.corpus == "stdlib":
+        return []
+    texts = [file for file in corpus_files(spec) if file.path.suffix.lower() != ".parquet"]
+    found = [(file.name, _encoding(file.path)) for file in texts]
+    return [f"{name} ({encoding})" for name, encoding in found if encoding not in (UTF8, "utf-8-sig")]
 
 
 def utf8_size(text: str) -> int:
@@ -95,12 +110,12 @@ def _not_empty(pieces: Iterator[Piece], spec: DataSpec) -> Iterator[Piece]:
 def _add_files(digest: Any, files: Iterable[SourceFile], max_bytes: int | None) -> None:
     """Add the names and contents of files, as far as ``max_bytes`` of text can reach.
 
-    A file of plain text has no more bytes than its text, as bytes that are not UTF-8 become the three
-    bytes of U+FFFD; records may have more, so their files count as a whole and take nothing off the limit.
+    A file of plain text in UTF-8 or Windows-1252 has no more bytes than its text in UTF-8; records and other
+    encodings may have more, so their files count as a whole and take nothing off the limit.
     """
     left = max_bytes
     for file in files:
-        plain = file.path.suffix.lower() in PLAIN_SUFFIXES
+        plain = file.path.suffix.lower() in PLAIN_SUFFIXES and _encoding(file.path) in (UTF8, OLD)
         _add(digest, file.name.encode("utf-8", errors="surrogateescape"))
         # Four bytes more, because a character cut in two reads differently with what follows it.
         size = _add_content(digest, file.path, left + 4 if plain and left is not None else None)
@@ -110,17 +125,19 @@ def _add_files(digest: Any, files: Iterable[SourceFile], max_bytes: int | None) 
                 return
 
 
+def _encoding(path: Path) -> str:
+    with reading(path):
+        return encoding_of(path)
+
+
 def _add_content(digest: Any, path: Path, limit: int | None) -> int:
     """Add up to ``limit`` bytes of a file and return how many there were."""
     content = hashlib.sha256()
     size = 0
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES if limit is None else min(_BLOCK_BYTES, limit - size)):
-                content.update(block)
-                size += len(block)
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error}") from error
+    with reading(path), path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES if limit is None else min(_BLOCK_BYTES, limit - size)):
+            content.update(block)
+            size += len(block)
     digest.update(content.digest())
     return size
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lossworks.errors import UserError
+from lossworks.files import within
+from lossworks.specs import DataSpec
 
 PLAIN_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = (".jsonl", ".parquet")
@@ -27,7 +29,7 @@ class SourceFile(NamedTuple):
     name: str
 
 
-def corpus_files(corpus: str) -> list[SourceFile]:
+def corpus_files(spec: DataSpec) -> list[SourceFile]:
     """Return the files of a ``stdlib`` or ``text:PATH`` corpus in the order in which they are visited.
 
     The order follows a hash of the relative path, so that a corpus's first and last files are random
@@ -36,7 +38,7 @@ def corpus_files(corpus: str) -> list[SourceFile]:
     Raises:
         UserError: There is no such file or folder, or nothing in it can be read.
     """
-    files = _stdlib_files() if corpus == "stdlib" else _text_files(corpus)
+    files = _stdlib_files() if spec.corpus == "stdlib" else _text_files(spec.corpus, links=spec.follow_links)
     return sorted(files, key=lambda file: (hashlib.sha256(_name_bytes(file)).digest(), file.name))
 
 
@@ -65,12 +67,13 @@ def _stdlib_files() -> list[SourceFile]:
     return _relative(root, paths)
 
 
-def _text_files(corpus: str) -> list[SourceFile]:
+def _text_files(corpus: str, *, links: bool) -> list[SourceFile]:
     path = Path(corpus.removeprefix("text:")).expanduser()
     if path.is_file():
         return _relative(path.parent, _readable(corpus, [path]))
     if path.is_dir():
         paths = [entry for entry in path.rglob("*") if entry.is_file() and _has_known_suffix(entry)]
+        paths = [entry for entry in paths if links or within(entry, path)]
         if not paths:
             raise UserError(f"data.corpus={corpus!r}: the folder holds no file with a suffix {_suffixes()}")
         return _relative(path, paths)

@@ -4,14 +4,13 @@ import functools
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lossworks.data.text.corpus import documents, fingerprint, utf8_size
+from lossworks.data.text.corpus import documents, fingerprint, other_encodings, utf8_size
 from lossworks.data.text.readers import Piece
 from lossworks.data.text.token_shards import (
     BYTES_FILE,
@@ -19,6 +18,7 @@ from lossworks.data.text.token_shards import (
     TOKENIZER_FILE,
     Index,
     TokenShardWriter,
+    digest_of,
     narrowest_dtype,
     write_synced,
 )
@@ -34,6 +34,7 @@ from lossworks.data.text.tokenizer import (
     vocabulary_size,
 )
 from lossworks.errors import UserError
+from lossworks.files import hidden_beside, write_atomically
 from lossworks.home import cache_folder
 from lossworks.specs import DataSpec
 
@@ -81,6 +82,8 @@ def prepare(
         encode = functools.partial(_encode, spec, tokenizer_file, digest, shard_tokens, say)
         _make_folder(folder, encode)
         corpus = TokenizedCorpus.open(folder)
+    if others := other_encodings(spec):
+        say(f"{len(others)} files are not UTF-8 and were read as what they are: {', '.join(others[:3])}")
     say(f"the corpus has {corpus.tokens:,} tokens, {corpus.text_bytes:,} bytes of text, in {folder}")
     return corpus
 
@@ -91,7 +94,7 @@ def _make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     Whatever bears the name already is replaced, unless it is a sound corpus by now, which another process
     has made meanwhile.
     """
-    partial = _beside(folder)
+    partial = hidden_beside(folder)
     partial.mkdir()
     try:
         fill(partial)
@@ -104,7 +107,7 @@ def _make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 def _opened(folder: Path) -> TokenizedCorpus | None:
     """Return the corpus in a folder, or None if there is none or it is damaged."""
     try:
-        return TokenizedCorpus.open(folder)
+        return TokenizedCorpus.open(folder, whole=True)
     except UserError:
         return None
 
@@ -120,7 +123,7 @@ def _tokenizer_file(spec: DataSpec, cache: Path, say: Progress) -> bytes:
         load_tokenizer(path)
     except UserError:
         say(f"training a tokenizer of {spec.vocab_size:,} entries")
-        _write_atomically(path, train_tokenizer(spec).to_str().encode())
+        write_atomically(path, train_tokenizer(spec).to_str().encode())
     return path.read_bytes()
 
 
@@ -149,6 +152,7 @@ def _encode(
         text_bytes=text_bytes,
         shards=writer.names,
         files={path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        digests={path.name: digest_of(path) for path in sorted(folder.iterdir())},
     ).write(folder)
 
 
@@ -202,20 +206,6 @@ def _key(*parts: str) -> str:
     return hashlib.sha256(json.dumps([SHARD_FORMAT, *parts]).encode()).hexdigest()[:32]
 
 
-def _beside(path: Path) -> Path:
-    """Return a new hidden name in the same folder, so that a rename stays on one file system."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = _beside(path)
-    try:
-        write_synced(partial, content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _renamed(source: Path, target: Path) -> bool:
     """Return whether ``source`` could be given the name of ``target``, which nothing may bear yet."""
     try:
@@ -229,7 +219,7 @@ def _renamed(source: Path, target: Path) -> bool:
 
 def _remove(folder: Path) -> None:
     """Remove a folder, under another name first, so that nobody sees it half removed."""
-    doomed = _beside(folder)
+    doomed = hidden_beside(folder)
     try:
         folder.rename(doomed)
     except FileNotFoundError:

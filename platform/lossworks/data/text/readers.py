@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lossworks.data.text.corpus_files import PLAIN_SUFFIXES
+from lossworks.data.text.encodings import encoding_of
 from lossworks.errors import UserError
+from lossworks.files import reading
 from lossworks.home import switch_off_usage_reports
 
 # Characters a piece. Smaller ones cost nothing, and a tokenizer's working memory grows with the piece:
@@ -32,15 +34,13 @@ def read_file(path: Path, field: str) -> Iterator[Piece]:
     Raises:
         UserError: The file can't be read, or a record has no text in ``field``.
     """
-    try:
+    with reading(path):
         if path.suffix.lower() in PLAIN_SUFFIXES:
             yield from _read_plain(path)
         else:
             read_records = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_parquet
             for text in read_records(path, field):
                 yield from cut_document(text)
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error}") from error
 
 
 def read_hub(name: str, field: str) -> Iterator[Piece]:
@@ -87,8 +87,8 @@ def cut_document(text: str | None) -> Iterator[Piece]:
 
 
 def _read_plain(path: Path) -> Iterator[Piece]:
-    # newline="" keeps \r\n; bytes that are not UTF-8 become U+FFFD.
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+    # newline="" keeps \r\n.
+    with path.open(encoding=encoding_of(path), errors="replace", newline="") as file:
         yield from _cut_at_lines(iter(lambda: file.read(PIECE_CHARACTERS), ""))
 
 
@@ -108,7 +108,7 @@ def _cut_at_lines(blocks: Iterable[str]) -> Iterator[Piece]:
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str | None]:
     # newline="\n": a bare \r is white space to JSON, not the end of a record.
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    with path.open(encoding=encoding_of(path), errors="replace", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}, line {number}"
@@ -126,18 +126,13 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[str | None]:
-    import pyarrow as pa
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            _require_text_column(file.schema_arrow, field, path)
-            # Few rows at once: a row may be a whole book.
-            for batch in file.iter_batches(batch_size=64, columns=[field]):
-                yield from batch.column(0).to_pylist()
-    except pa.ArrowInvalid as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: is not a valid parquet file: {reason}") from None
+    with parquet.ParquetFile(path) as file:
+        _require_text_column(file.schema_arrow, field, path)
+        # Few rows at once: a row may be a whole book.
+        for batch in file.iter_batches(batch_size=64, columns=[field]):
+            yield from batch.column(0).to_pylist()
 
 
 def _require_text_column(schema: Any, field: str, path: Path) -> None:

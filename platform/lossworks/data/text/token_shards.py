@@ -4,6 +4,7 @@ A folder holds ``shard-00000.bin`` and so on (raw little-endian token ids), ``to
 ``token_bytes.npy`` and ``index.json``, which is written last.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lossworks.errors import UserError
+from lossworks.files import reading
 
-SHARD_FORMAT = 1
+SHARD_FORMAT = 2
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 BYTES_FILE = "token_bytes.npy"
@@ -38,6 +40,7 @@ class Index(BaseModel):
         text_bytes: UTF-8 bytes of text that the tokens stand for.
         shards: Names of the shard files, in order.
         files: Size in bytes of every file of the folder but the index itself.
+        digests: SHA-256 of each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,13 +55,18 @@ class Index(BaseModel):
     text_bytes: int
     shards: list[str]
     files: dict[str, int]
+    digests: dict[str, str]
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Path, *, whole: bool = False) -> Self:
         """Return the index of a folder whose files are all there and have the sizes they should have.
 
+        Args:
+            folder: What holds it.
+            whole: Read all files, and check that they are what was written.
+
         Raises:
-            UserError: A file is missing, truncated, or not of this format.
+            UserError: A file is missing, truncated, damaged, or not of this format.
         """
         path = folder / INDEX_FILE
         try:
@@ -71,6 +79,8 @@ class Index(BaseModel):
         index._require_known_format(path)
         for name, size in index.files.items():
             _require_size(folder / name, size)
+            if whole and digest_of(folder / name) != index.digests.get(name):
+                raise UserError(f"{folder / name}: isn't what was written; prepare the data again")
         return index
 
     def write(self, folder: Path) -> None:
@@ -94,6 +104,16 @@ class Index(BaseModel):
         known = self.dtype in _DTYPES and set(self.shards) <= set(self.files)
         if not known or sum(self.shard_lengths()) != self.tokens:
             raise UserError(f"{path}: contradicts itself; prepare the data again")
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        UserError: It can't be read.
+    """
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def narrowest_dtype(vocab_size: int) -> str:

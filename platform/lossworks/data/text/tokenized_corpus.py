@@ -41,15 +41,19 @@ class TokenizedCorpus:
         self._reader = TokenShardReader(folder, index)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
+    def open(cls, folder: str | Path, *, whole: bool = False) -> Self:
         """Return the corpus in a folder that ``prepare`` made.
 
+        Args:
+            folder: Of its files.
+            whole: Read all of them, and check that they are what was written.
+
         Raises:
-            UserError: A file is missing, truncated, or not of this format.
+            UserError: A file is missing, truncated, damaged, or not of this format.
         """
         # Absolute, because a worker may run in another folder.
         path = Path(folder).absolute()
-        return cls(path, Index.read(path))
+        return cls(path, Index.read(path, whole=whole))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self).open, (self.folder,))

@@ -63,10 +63,12 @@ def load_tokenizer(path: str | Path, *, setting: str = "data.tokenizer") -> Any:
         UserError: The file is missing or holds no tokenizer.
     """
     tokenizers = _import_tokenizers()
+    file = Path(path).expanduser()
+    if not file.is_file():
+        what = "is no file" if file.exists() else "no such file"
+        raise UserError(f"{setting}='{path}': {what}; must be a tokenizer.json")
     try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(Path(path).expanduser().read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{setting}='{path}': no such file; must be a tokenizer.json") from None
+        tokenizer = tokenizers.Tokenizer.from_buffer(file.read_bytes())
     except OSError as error:
         raise UserError(f"{setting}='{path}': can't be read: {error}") from None
     except ValueError as error:

@@ -1,0 +1,62 @@
+"""In which encoding a file of text is written: told by its first bytes, and by whether it is UTF-8 at all."""
+
+import codecs
+from pathlib import Path
+
+from lossworks.errors import UserError
+
+UTF8 = "utf-8"
+OLD = "cp1252"
+"""What a text that isn't UTF-8 is taken for: the most common of older encodings, which reads any byte."""
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_BLOCK = 2**20
+
+
+def encoding_of(path: Path) -> str:
+    """Return the name of a file's encoding, as ``open`` takes it.
+
+    A mark at the beginning tells it, and is no part of the text; UTF-16 without one is told by its zeros.
+    What is no valid UTF-8 is taken for Windows-1252.
+
+    Raises:
+        UserError: The file holds bytes that no text has.
+        OSError: It can't be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(_BLOCK)
+        for mark, name in _MARKS:
+            if start.startswith(mark):
+                return name
+        if b"\0" in start:
+            return _wide(path, start)
+        decoder = codecs.getincrementaldecoder(UTF8)()
+        block = start
+        while block:
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError:
+                return OLD
+            block = file.read(_BLOCK)
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return OLD
+    return UTF8
+
+
+def _wide(path: Path, start: bytes) -> str:
+    """Return which UTF-16 a text with zeros is, from where they stand."""
+    even, odd = start[::2].count(0), start[1::2].count(0)
+    most = max(len(start) // 2, 1)
+    if odd > 0.7 * most and even < 0.02 * most:
+        return "utf-16-le"
+    if even > 0.7 * most and odd < 0.02 * most:
+        return "utf-16-be"
+    raise UserError(f"{path}: holds zero bytes, which no text has; leave it out, or save it as UTF-8")

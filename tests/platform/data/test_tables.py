@@ -1,0 +1,215 @@
+"""Tables as people have them: what is told of columns, what is refused, and encodings, parts and gaps."""
+
+from datetime import date
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from lossworks.data import load_examples
+from lossworks.data.learnt import Learnt
+from lossworks.data.tables import Features, read_cells
+from lossworks.data.values import load_values
+from lossworks.errors import UserError
+from lossworks.specs import ExamplesSpec
+from lossworks.specs.values import ValuesSpec
+
+MESSY = """Größe;Gewicht;Raucher;Geboren;Stadt;Punkte;Art
+1,72;70,5;ja;03.05.1990;Köln;1.234,5;Katze
+1,80;;nein;12.11.1985;Bonn;980,0;Hund
+1,65;55,25;nein;01.01.2000;Köln;1.001,0;Katze
+1,91;88,0;ja;30.06.1978;;870,0;Hund
+1,75;71,0;ja;15.03.1992;Aachen;910,0;Katze
+1,70;64,0;nein;22.07.1988;Bonn;905,5;Hund
+"""
+
+
+def written(tmp_path, content, name="table.csv", encoding="utf-8"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+    return path
+
+
+def told(path, *others, **wanted):
+    cells = read_cells(path)
+    return Features.of(cells, others, wanted), cells
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16", "utf-16-le", "utf-32"])
+def test_a_german_table_is_read(encoding, tmp_path):
+    """Semicolons, decimal commas, points for thousands, dates, yes and no, gaps; whatever the encoding."""
+    found, cells = told(written(tmp_path, MESSY, encoding=encoding), "Art")
+    kinds = {column.name: (column.kind, column.gaps) for column in found.columns}
+    features = dict(zip([f for c in found.columns for f in c.features], found.encode(cells).T, strict=True))
+
+    assert kinds == {
+        "Größe": ("number", False),
+        "Gewicht": ("number", True),
+        "Raucher": ("yes-no", False),
+        "Geboren": ("date", False),
+        "Stadt": ("category", True),
+        "Punkte": ("number", False),
+    }
+    assert features["Größe"][:2].tolist() == [1.72, 1.80]
+    assert features["Punkte"][0] == 1234.5
+    assert np.isnan(features["Gewicht"][1])
+    assert features["Gewicht is empty"].tolist() == [0, 1, 0, 0, 0, 0]
+    assert features["Raucher"].tolist() == [1, 0, 0, 1, 1, 0]
+    assert features["Geboren"][2] == 10957  # days from 1970 to 2000
+    assert features["Stadt=Köln"].tolist() == [1, 0, 1, 0, 0, 0]
+    assert [features[f"Stadt={name}"][3] for name in ("Aachen", "Bonn", "Köln")] == [0, 0, 0]
+
+
+def rows(change=lambda text: text):
+    return "u,v,label\n" + change("".join(f"{i}.5,{-i},{'ab'[i % 2]}\n" for i in range(12)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        rows(),
+        rows().replace("\n", "\r\n").encode("utf-8-sig"),
+        rows().replace(",", "\t"),
+        rows().replace(",", "|"),
+        rows().replace(",", ", "),
+        rows().rstrip(),
+        rows().replace("u,v,label\n", "u,v,label\n\n") + "\n   \n",
+        rows(lambda text: text.replace("b", "b ")),
+        rows().encode("utf-16"),
+        ",u,v,label\n" + "".join(f"{i},{row}\n" for i, row in enumerate(rows().splitlines()[1:])),
+    ],
+    ids=["plain", "bom-crlf", "tabs", "bars", "spaces", "no-end", "blank-lines", "ends", "utf-16", "index"],
+)
+def test_forms_of_one_table_are_one_table(content, tmp_path):
+    spec = ExamplesSpec(source=f"csv:{written(tmp_path, content)}", standardise=False)
+    data = load_examples(spec, 0)
+    whole = np.concatenate([data.train.inputs.numpy(), data.held_out.inputs.numpy()])
+
+    assert data.names == ("a", "b")
+    assert sorted(whole[:, 0].tolist()) == [i + 0.5 for i in range(12)]
+    assert data.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty; the first line names the columns"),
+        ("u,v,label\n", "holds no rows below its header"),
+        ("u,u,label\n1,2,a\n", "the header names 'u' more than once"),
+        ("label\na\nb\n", "has no feature beside label"),
+        ("u,label\n1,a\n2,b,3\n", "line 3: holds 3 cells for 2 columns"),
+        ("u,kind\n1,a\n2,b\n", "data.label=label is no column; there are u, kind"),
+        ("u,lable\n1,a\n2,b\n", "data.label=label is no column; did you mean lable"),
+        ("u,label\n1,a\n2,\n", "line 3, column label: is empty"),
+        (rows(lambda text: text.replace("3.5", "1e400")), "line 5, column u: '1e400' is no finite number"),
+        (rows(lambda text: text.replace("3.5", "1_000")), "'1_000' is no finite number"),
+        (rows(lambda text: text.replace("3.5", "٣.٥")), "is no finite number"),
+        (rows(lambda text: text.replace("\n", "").replace("b", "a\n")) + "\0", "holds zero bytes"),
+        ("u,label\n" + "1," + "x" * 200_000 + "\n2,b\n", "can't be read"),
+        (
+            "u,e,label\n" + "1,,a\n2,,b\n" * 4,
+            "column 'e' is empty in every row; leave it out with data.",
+        ),
+        (
+            "name,label\n" + "".join(f"person {i},{'ab'[i % 2]}\n" for i in range(40)),
+            "column 'name' holds 40 different texts in 40 rows, such as 'person 0': neither numbers nor",
+        ),
+    ],
+)
+def test_what_is_no_table_is_refused_with_the_way_on(content, message, tmp_path):
+    with pytest.raises(UserError) as refused:
+        load_examples(ExamplesSpec(source=f"csv:{written(tmp_path, content)}"), 0)
+    assert message in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+def test_somebody_may_say_what_a_column_holds(tmp_path):
+    """A postal code is a category, and a name is left out."""
+    text = "zip,name,label\n" + "".join(f"{50 + i % 3},person {i},{'ab'[i % 2]}\n" for i in range(40))
+    path = written(tmp_path, text)
+    spec = ExamplesSpec(source=f"csv:{path}", columns={"zip": "category", "name": "drop"})
+    data = load_examples(spec, 0)
+
+    assert [column["categories"] for column in data.learnt.facts["columns"]] == [["50", "51", "52"]]
+    assert data.shape == (3,)
+    with pytest.raises(UserError, match=r"data.columns=nome is no column; did you mean name"):
+        told(path, "label", nome="drop")
+    with pytest.raises(UserError, match="line 2, column name: 'person 0' is no finite number"):
+        told(path, "label", name="number")
+
+
+def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+    text = "u,label\n" + "".join(f"{i},{i % 12}\n" for i in range(48))
+    found = load_examples(ExamplesSpec(source=f"csv:{written(tmp_path, text)}"), 0).names
+    assert found == tuple(str(number) for number in range(12))
+
+
+def test_a_parquet_table_is_the_same_table(tmp_path):
+    """With its own types: numbers, booleans, dates, dictionaries and nulls."""
+    days = [date(2000, 1, 1 + i % 9) for i in range(12)]
+    table = pa.table(
+        {
+            "n": pa.array([None if i == 3 else i + 0.25 for i in range(12)]),
+            "b": pa.array([i % 3 == 0 for i in range(12)]),
+            "d": pa.array(days),
+            "c": pa.array(["xyz"[i % 3] for i in range(12)]).dictionary_encode(),
+            "label": pa.array(["ab"[i % 2] for i in range(12)]),
+        }
+    )
+    parquet.write_table(table, tmp_path / "t.parquet")
+    found, cells = told(tmp_path / "t.parquet", "label")
+
+    assert [column.kind for column in found.columns] == ["number", "yes-no", "date", "category"]
+    assert found.encode(cells)[0].tolist() == [0.25, 0, 1, 10957, 1, 0, 0]
+    data = load_examples(ExamplesSpec(source=f"parquet:{tmp_path / 't.parquet'}"), 0)
+    assert data.shape == (7,)
+    assert data.train.inputs.isfinite().all()
+
+
+def test_what_was_told_at_first_holds(tmp_path):
+    """A table that is read for a model has that one's columns; unknown categories are none."""
+    first, cells = told(written(tmp_path, MESSY), "Art")
+    other = written(
+        tmp_path,
+        "Stadt;Punkte;Geboren;Raucher;Gewicht;Größe;Neu\nUlm;1;1.1.2000;nein;;1,5;x\nBonn;;2.1.2000;ja;60;1,7;y\n",
+        "other.csv",
+    )
+    known = Features.of_plain(first.plain())
+    found = known.encode(read_cells(other))
+
+    assert known == Features(first.columns)
+    assert found.shape == (2, known.encode(cells).shape[1])
+    assert found[0, 0] == 1.5
+    notes = known.surprises(read_cells(other))
+    assert any("column Stadt: Ulm: no category of the model" in note for note in notes)
+    assert any("column Punkte: has empty cells, unlike in training" in note for note in notes)
+    assert any("columns that the model doesn't read: Neu" in note for note in notes)
+    with pytest.raises(UserError, match="lacks the columns Größe, Gewicht"):
+        known.encode(read_cells(written(tmp_path, "Stadt;Punkte\nUlm;1\n", "few.csv")))
+
+
+def test_gaps_stand_at_the_mean_and_need_a_scale(tmp_path):
+    text = "u,y\n" + "".join(f"{'' if i % 5 == 0 else i},{i}\n" for i in range(40))
+    path = written(tmp_path, text)
+    data = load_values(ValuesSpec(source=f"csv:{path}", label="y"), 0)
+    empty = data.train.inputs[:, 1] > 0
+
+    assert empty.any()
+    assert (data.train.inputs[empty][:, 0] == 0).all()
+    assert data.train.inputs.isfinite().all()
+    with pytest.raises(UserError, match=r"data.standardise=false: cells are empty"):
+        load_values(ValuesSpec(source=f"csv:{path}", label="y", standardise=False), 0)
+    with pytest.raises(UserError, match=r"line 2, column u: is empty"):
+        load_values(ValuesSpec(source=f"csv:{path}", label="u"), 0)
+
+
+@pytest.mark.parametrize("value", [14.62, 100.0, 0.1, 1e-3, 1234.567])
+def test_a_constant_column_is_only_shifted(value, tmp_path):
+    """Rounding gives it a deviation of 4e-15, by which an input that differs by 1e-7 would be torn away."""
+    text = "u,v,label\n" + "".join(f"{value},{i},{'ab'[i % 2]}\n" for i in range(1000))
+    facts = load_examples(ExamplesSpec(source=f"csv:{written(tmp_path, text)}"), 0).learnt.facts
+    scale = Learnt(facts).facts["standardisation"]
+
+    assert scale["deviation"][0] == 1
+    assert scale["mean"][0] == pytest.approx(value)
