@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lossworks.files import write_atomically
 from lossworks.specs.tracking import TrackingSpec
 from lossworks.tracking.client import connect, store_errors
 from lossworks.tracking.journal import JournalRow, read_rows
@@ -111,7 +112,4 @@ def _read_offset(path: Path) -> int:
 
 
 def _write_offset(path: Path, offset: int) -> None:
-    # Replaced in one piece: a process killed in between leaves the old offset, not half a number.
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(str(offset), encoding="ascii")
-    partial.replace(path)
+    write_atomically(path, str(offset))

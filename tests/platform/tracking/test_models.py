@@ -164,7 +164,7 @@ def test_a_classifier_takes_examples_as_they_come(module_home, tmp_path):
     """Probabilities of raw inputs, standardised inside, give the accuracy the run measured."""
     spec = parse_train_spec(tiny(name="wines", tracking={"register": "wines"}))
     folder, notices = trained(spec)
-    raw, labels, names, _ = read_examples(spec.data, spec.seed)
+    raw, labels, names, *_ = read_examples(spec.data, spec.seed)
     data = load_examples(spec.data, spec.seed)
     found = predicted("wines", module_home, raw.astype(np.float32))
     scaled = data.standardisation(raw).astype(np.float32)
@@ -235,11 +235,11 @@ def test_a_model_of_an_unknown_format_is_passed_over(module_home, monkeypatch):
     """One of another package's task: the run is finished, and a notice says why there is no model."""
     from lossworks.tasks.classification import ClassificationTask
 
-    def save(self, to, state, provenance):
+    def save(cls, spec, learnt, to, state, provenance):
         to.mkdir()
         (to / "config.json").write_text(json.dumps({"format": "theirs", "provenance": provenance}))
 
-    monkeypatch.setattr(ClassificationTask, "save", save)
+    monkeypatch.setattr(ClassificationTask, "save", classmethod(save))
     spec = parse_train_spec(tiny(name="theirs", tracking={"model": True}))
     folder, notices = trained(spec)
     run = connect(spec.tracking).get_run(folder.run_id)

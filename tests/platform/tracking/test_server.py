@@ -1,5 +1,6 @@
 """`lossworks server`: users and passwords, what it refuses, and many writers at once."""
 
+import json
 import shutil
 import signal
 import stat
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+import requests
 
 from lossworks.cli import main
 from lossworks.errors import RunError, UserError
@@ -108,6 +110,47 @@ def test_members_write_into_the_experiments_of_others_but_do_not_delete_them(tea
 
     with pytest.raises(Exception, match="Permission denied"):
         client.delete_experiment(client.get_run(run_id).info.experiment_id)
+
+
+OUTSIDE = {
+    "plain": {"artifact_location": "{folder}"},
+    "protobuf's other name": {"artifactLocation": "file://{folder}"},
+    "both names": {"artifact_location": "mlflow-artifacts:/here", "artifactLocation": "{folder}"},
+    "JSON in a string": json.dumps({"artifact_location": "{folder}"}),
+}
+
+
+@pytest.mark.parametrize("body", OUTSIDE.values(), ids=OUTSIDE.keys())
+@pytest.mark.parametrize("way", ["api", "ajax-api"])
+def test_a_member_can_not_choose_where_the_server_writes(team, tmp_path, way, body):
+    """The server would make files there, with its own rights, when the member sends an artifact."""
+    text = json.dumps(body).replace("{folder}", str(tmp_path / "outside"))
+    given = json.loads(text)
+    given = {"name": f"{way} {body}", **given} if isinstance(given, dict) else given
+
+    answer = requests.post(
+        f"{team.uri}/{way}/2.0/mlflow/experiments/create", json=given, auth=(*MEMBER.values(),), timeout=30
+    )
+
+    assert answer.status_code == 400
+    assert "must begin with mlflow-artifacts:, or be left out" in answer.json()["message"]
+
+
+def test_a_member_may_name_a_folder_of_the_server(team):
+    """It lies among the artifacts; and somebody without a password learns nothing of all this."""
+    url = f"{team.uri}/api/2.0/mlflow/experiments/create"
+    body = {"name": "inside", "artifact_location": "mlflow-artifacts:/inside"}
+
+    assert requests.post(url, json={"artifact_location": "/"}, timeout=30).status_code == 401
+    assert requests.post(url, json=body, auth=(*MEMBER.values(),), timeout=30).ok
+
+
+@pytest.mark.parametrize("path", ["config", "providers", "sessions/x/stream"])
+def test_there_is_no_assistant(team, path):
+    """MLflow's own starts programs on the machine of the server, for whoever asks from it."""
+    url = f"{team.uri}/ajax-api/3.0/mlflow/assistant/{path}"
+
+    assert requests.get(url, auth=(*MEMBER.values(),), timeout=30).status_code == 404
 
 
 @pytest.mark.parametrize("password", [None, "wrong"])

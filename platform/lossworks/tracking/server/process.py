@@ -22,10 +22,10 @@ def backend_environment(uri: str) -> dict[str, str]:
 
 
 def serve(arguments: Sequence[str], *, host: str, port: int, environment: Mapping[str, str]) -> None:
-    """Run ``mlflow server`` until Ctrl-C or SIGTERM.
+    """Run ``mlflow server``, with an application of ours, until Ctrl-C or SIGTERM.
 
     Args:
-        arguments: Of ``mlflow server``, besides host and port.
+        arguments: Of ``mlflow server``, besides host and port; ``--app-name`` is one of ours.
         host: Address to listen on.
         port: Port to listen on; 0 for any that is free.
         environment: More variables.
@@ -36,7 +36,8 @@ def serve(arguments: Sequence[str], *, host: str, port: int, environment: Mappin
     """
     port = require_free_port(host, port, named=f"--host {host} --port {port}")
     print(f"MLflow at http://{_shown(host)}:{port} (Ctrl-C ends it)", flush=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "lossworks.tracking.server.application"]
+    command += ["--host", host, "--port", str(port), *arguments]
     # Its background jobs are of no use to someone who looks at runs, and cost five more processes.
     quiet = {**QUIET_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     # In a session of its own Ctrl-C reaches only us: the server would answer it with tracebacks.

@@ -1,0 +1,105 @@
+"""The commands about a person's own files: what is read of them, and what a model says of them."""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from lossworks.cli import Command
+from lossworks.errors import UserError
+
+
+def _configure_data(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "What a column holds is told by its cells. Where that is wrong, a spec says it: "
+        "data.columns.NAME=number, yes-no, date, category, or drop."
+    )
+    parser.add_argument("source", metavar="SOURCE", help="csv:PATH or parquet:PATH")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as label=kind columns.zip=category"
+    )
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lossworks.data.example_sources import existing_file
+    from lossworks.data.tables import Features, read_cells
+    from lossworks.specs import ExamplesSpec
+
+    kind, _, name = arguments.source.partition(":")
+    if kind not in ("csv", "parquet") or not name:
+        raise UserError(f"{arguments.source}: give a table, csv:PATH or parquet:PATH")
+    spec = ExamplesSpec(source=arguments.source).override(arguments.overrides)
+    cells = read_cells(existing_file(name))
+    others = [spec.label] if spec.label in cells.columns else []
+    features = Features.of(cells, [*others, *([spec.owner] if spec.owner else [])], spec.columns)
+    read = {column.name: column for column in features.columns}
+    names = ("column", "read as", "features", "empty", "different", "such as")
+    table = Table(*names, box=None, header_style="bold")
+    for title, texts in cells.columns.items():
+        column = read.get(title)
+        role = column.kind if column else "label" if title in others else features.dropped.get(title, "owner")
+        known = [text for text in texts if text]
+        table.add_row(
+            Text(title or "(no name)"),
+            role if column or title in others else f"left out: {role}",
+            str(len(column.features) if column else 0),
+            str(len(texts) - len(known)),
+            str(len(set(known))),
+            Text(", ".join(list(dict.fromkeys(known))[:3])),
+        )
+    console = Console()
+    console.print(f"{name}: {len(cells)} rows, {sum(len(c.features) for c in features.columns)} features")
+    console.print(table)
+    if not others:
+        console.print(f"no column is called {spec.label}: say which is the label with data.label=COLUMN")
+    return 0
+
+
+def _configure_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN|DIR", help="a run, or a folder that `lossworks export` made")
+    parser.add_argument("file", metavar="INPUT", help="a table as the model was trained on, npz, or text")
+    parser.add_argument("--to", metavar="OUTPUT", help="CSV file to write; default: the terminal")
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from lossworks.training.export import predict_file
+
+    found = predict_file(arguments.model, Path(arguments.file))
+    for note in found.notes:
+        print(f"lossworks: {note}", file=sys.stderr)
+    # A column of the file that has a prediction's name keeps its own.
+    own = {
+        f"predicted {name}" if name in found.given else name: values for name, values in found.columns.items()
+    }
+    columns = {**found.given, **own}
+    if arguments.to is None:
+        _write(sys.stdout, columns)
+        return 0
+    to = Path(arguments.to)
+    if not to.parent.is_dir():
+        raise UserError(f"--to {to}: there is no folder {to.parent}")
+    with to.open("w", newline="", encoding="utf-8") as file:
+        _write(file, columns)
+    print(f"{to}: {len(next(iter(columns.values()), []))} rows, {', '.join(list(own)[:4])}")
+    return 0
+
+
+def _write(file: TextIO, columns: dict[str, Sequence[Any]]) -> None:
+    writer = csv.writer(file)
+    writer.writerow(columns)
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in row])
+
+
+DATA = Command(
+    "show what is read of a table, column by column", _configure_data, _data, group="your own data"
+)
+PREDICT = Command(
+    "write what a trained model says of a file", _configure_predict, _predict, group="your own data"
+)
