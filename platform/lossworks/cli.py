@@ -5,20 +5,31 @@ modules that hold commands import little at their top, so that ``lossworks --hel
 """
 
 import argparse
+import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn, get_args
 
 from lossworks import __version__
-from lossworks.errors import LossworksError, UserError, nearest
-from lossworks.home import prepare_process
+from lossworks.errors import LossworksError, UserError, nearest, printable, shortened
+from lossworks.home import home, prepare_process
 
 _GROUP = "lossworks.commands"
+_EXTRAS = {"ray": "jobs", "optuna": "tune", "flwr": "federated"}
+"""Which part of Lossworks brings a library that is not always there."""
+
+
+Group = Literal[
+    "train and search", "your own data", "what was trained", "the catalogue", "machines and servers"
+]
 
 
 @dataclass(frozen=True)
@@ -29,24 +40,33 @@ class Command:
         help: What it does, in one line.
         configure: Adds its arguments to a parser.
         run: Takes the parsed arguments and returns the exit status.
+        group: Below which heading ``lossworks --help`` lists it.
     """
 
     help: str
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    group: Group = "what was trained"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a run that failed, 2 for bad input."""
     debug = bool(os.environ.get("LOSSWORKS_DEBUG"))
     prepare_process()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± must not end hours of work
     try:
-        parsed = _parser().parse_args(arguments)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        commands = {point.name: point.load() for point in entry_points(group=_GROUP)}
+        if given and not given[0].startswith("-"):
+            require_one(given[0], sorted(commands), "command")
+        parsed = _parser(commands).parse_args(given)
         return int(parsed.run(parsed))
     except LossworksError as error:
         if debug:
             raise
-        print(f"lossworks: error: {error}", file=sys.stderr)
+        print(f"lossworks: error: {printable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("lossworks: stopped", file=sys.stderr)
@@ -55,23 +75,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output, such as `head`, has gone; that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:  # whatever nobody foresaw is a line for a person, and a file for us
+        if debug:
+            raise
+        missing = _missing_extra(error)
+        print(f"lossworks: error: {printable(missing or _unforeseen(error))}", file=sys.stderr)
+        return 2 if missing else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _missing_extra(error: Exception) -> str:
+    """Return what to install where a library is missing that a part of Lossworks brings, or nothing."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return ""
+    extra = _EXTRAS.get(error.name.partition(".")[0])
+    return f"this needs {error.name}: pip install 'lossworks[{extra}]'" if extra else ""
+
+
+def _unforeseen(error: Exception) -> str:
+    """Return one line about an error that nothing foresaw, and keep its traceback in a file."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    text = f"this is a mistake of Lossworks, not yours: {shortened(line, 300)}"
+    try:
+        folder = home() / "errors"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+    except (OSError, LossworksError):
+        return f"{text}; LOSSWORKS_DEBUG=1 shows where"
+    return f"{text}; what led to it is in {file}. Runs keep their checkpoints: --resume goes on with them"
+
+
+def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lossworks",
-        description="Train, tune and federate with losses you can trust.",
-        epilog="`lossworks COMMAND --help` says more. Files are kept in $LOSSWORKS_HOME, or ~/.lossworks. "
+        usage="lossworks [-h] [--version] COMMAND ...",
+        description=f"Train, tune and federate with losses you can trust.\n\n{_listed(commands)}",
+        epilog="`lossworks COMMAND --help` says more. Files are kept in $LOSSWORKS_HOME, or ~/.lossworks.\n"
         "LOSSWORKS_DEBUG=1 shows tracebacks.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lossworks {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_CommandParser)
-    for point in sorted(entry_points(group=_GROUP), key=lambda point: point.name):
-        command: Command = point.load()
-        child = commands.add_parser(point.name, help=command.help, description=command.help)
+    children = parser.add_subparsers(
+        metavar="COMMAND", required=True, help=argparse.SUPPRESS, parser_class=_CommandParser
+    )
+    for name, command in sorted(commands.items()):
+        # Its help comes from the list above; without one argparse lists nothing.
+        child = children.add_parser(name, prog=f"lossworks {name}", description=command.help)
         command.configure(child)
         child.set_defaults(run=command.run)
     return parser
+
+
+def _listed(commands: Mapping[str, Command]) -> str:
+    """Return all commands below the headings of their groups, none wider than a narrow terminal."""
+    width = max(map(len, commands))
+    lines = []
+    for group in get_args(Group):
+        lines += ["", f"{group}:"]
+        for name in sorted(name for name, command in commands.items() if command.group == group):
+            indent = " " * (width + 4)
+            lines += textwrap.wrap(
+                commands[name].help, 78, initial_indent=f"  {name:{width}}  ", subsequent_indent=indent
+            )
+    return "\n".join(lines[1:])
 
 
 class _Parser(argparse.ArgumentParser):

@@ -55,6 +55,19 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """Return a text of a message, cut where it is long."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def printable(text: str) -> str:
+    """Return a text in which characters that would steer a terminal are written as escapes."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+        for char in text.encode("utf-8", "backslashreplace").decode()
+    )
+
+
 def redact(text: str) -> str:
     """Return a text with ``user:password@`` in every address replaced by ``***@``."""
     # A slash ends the part before the host, but people write passwords into http addresses as they are.

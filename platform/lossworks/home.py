@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lossworks.adapters.ray_private import connected, read_mode_again, read_token_again
+from lossworks.errors import UserError
 
 # Libraries read these once, when they are imported; a value the user set himself stays.
 QUIET_ENVIRONMENT = {
@@ -85,21 +86,29 @@ def home() -> Path:
     """Return the absolute folder of runs, caches and the embedded MLflow store.
 
     It is ``$LOSSWORKS_HOME``, or ``~/.lossworks``. The folder is created.
+
+    Raises:
+        UserError: It can't be made.
     """
-    folder = home_path()
-    folder.mkdir(parents=True, exist_ok=True)
+    return _made(home_path())
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"LOSSWORKS_HOME={home_path()}: {folder} can't be made: {error.strerror}; set it to a folder "
+            "that can be written"
+        ) from None
     return folder
 
 
 def cache_folder() -> Path:
     """Return the folder of what can be made again: tokenizers and token shards."""
-    folder = home() / "cache"
-    folder.mkdir(exist_ok=True)
-    return folder
+    return _made(home() / "cache")
 
 
 def runs_folder() -> Path:
     """Return the folder that holds one folder per run."""
-    folder = home() / "runs"
-    folder.mkdir(exist_ok=True)
-    return folder
+    return _made(home() / "runs")

@@ -1,5 +1,6 @@
 """Whether a server answers at an address, and whether one can listen there."""
 
+import os
 import socket
 from urllib.parse import urlsplit
 
@@ -50,3 +51,19 @@ def require_free_port(host: str, port: int, *, named: str) -> int:
             return int(probe.getsockname()[1])
     except OSError as error:
         raise UserError(f"{named}: can't be listened on: {error.strerror}") from None
+
+
+def require_answer(address: str | None) -> None:
+    """Refuse an address that nothing listens at; Ray itself would try for minutes.
+
+    Args:
+        address: As ``--address`` has it; None for ``$RAY_ADDRESS``, if there is one.
+
+    Raises:
+        UserError: No connection within some seconds.
+    """
+    named = address or os.environ.get("RAY_ADDRESS")
+    server = host_and_port(named) if named else None  # "auto" and "local" are Ray's own words
+    if server is not None and (reason := silence(*server)):
+        where = f"--address {address}" if address else f"RAY_ADDRESS={named}"
+        raise UserError(f"{where}: no Ray cluster answers there: {reason}")

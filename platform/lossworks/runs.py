@@ -4,17 +4,20 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from lossworks.errors import UserError, nearest
+from lossworks.files import write_atomically
 from lossworks.home import runs_folder
 from lossworks.specs import RunSpec, read_yaml
 from lossworks.tasks import read_train_spec
 
+_BRIEF, _BRIEFLY_S = "briefly\n", 30.0
 JOB_VARIABLE = "LOSSWORKS_JOB"
 """Names the folder of the submitted job that this process runs; the run that it begins is noted there."""
 
@@ -59,6 +62,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def learnt(self) -> Path:
+        """Return the folder of what the run has learnt from its data besides weights."""
+        return self.path / "learnt"
 
     @property
     def outcome_file(self) -> Path:
@@ -109,23 +117,53 @@ class RunFolder:
         with contextlib.suppress(OSError), self.notices.open("a", encoding="utf-8") as file:
             file.write(f"{' '.join(text.split())}\n")
 
+    def store(self, spec: Stored) -> None:
+        """Keep the spec that the run is started with."""
+        write_atomically(self.spec_file, spec.to_yaml())
+
     def spec(self) -> RunSpec:
         """Return the spec the run was last started with."""
         return read_train_spec(self.spec_file)
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, *, briefly: bool = False) -> Iterator[None]:
         """Keep other processes from working on the run; two would write over each other.
+
+        Args:
+            briefly: It is given back within seconds, which others wait for.
 
         Raises:
             UserError: Another process does.
         """
-        with (self.path / "lock").open("w") as file:
+        with self._lock.open("a+") as file:
+            deadline = time.monotonic() + _BRIEFLY_S
+            while not _locked(file):
+                file.seek(0)
+                if file.read() not in ("", _BRIEF) or time.monotonic() > deadline:
+                    raise UserError(f"run {self.run_id}: another process is working on it")
+                time.sleep(0.1)
+            file.truncate(0)
+            file.write(_BRIEF if briefly else f"{os.getpid()}\n")
+            file.flush()
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"run {self.run_id}: another process is working on it") from None
-            yield
+                yield
+            finally:
+                file.truncate(0)
+
+    def was_lost(self) -> bool:
+        """Return whether a process that held the run was killed, and none has held it since."""
+        try:
+            with self._lock.open("r+") as file:
+                if not file.read():
+                    return False
+                return _locked(file)
+        except OSError:  # gone
+            return False
+
+    @property
+    def _lock(self) -> Path:
+        """The file that whoever works on the run holds, with its process's number as long as it does."""
+        return self.path / "lock"
 
     @staticmethod
     def check_storage(spec: Stored) -> None:
@@ -147,7 +185,7 @@ class RunFolder:
         """Make the folder of a new run and store its spec."""
         folder = cls((Path(spec.storage) if spec.storage else runs_folder()) / run_id)
         folder.path.mkdir(parents=True)
-        folder.spec_file.write_text(spec.to_yaml())
+        folder.store(spec)
         if job := os.environ.get(JOB_VARIABLE):
             note_run(Path(job), folder)
         return folder
@@ -179,9 +217,7 @@ class RunFolder:
 
 def note_run(job: Path, folder: RunFolder) -> None:
     """Note in the folder of a submitted job which run is the job's."""
-    partial = job / ".run"
-    partial.write_text(str(folder.path), encoding="utf-8")
-    partial.replace(job / "run")
+    write_atomically(job / "run", str(folder.path))
 
 
 def run_of(job: Path) -> RunFolder | None:
@@ -201,3 +237,12 @@ def _name(folder: RunFolder) -> str:
         return str(read_yaml(folder.spec_file).get("name", ""))
     except UserError:
         return ""
+
+
+def _locked(file: IO[str]) -> bool:
+    """Return whether a file is held now by this process alone."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from urllib.error import HTTPError
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_runs_are_found_by_path_id_and_name(run):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_page_of_mlflow_opens_and_ends_quietly(run, tmp_path, number):
-    """`lossworks ui` serves the embedded store on loopback; a signal ends it and its server, no traceback."""
+    """`lossworks ui` serves the embedded store on loopback, without MLflow's assistant; signals end it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -142,6 +143,8 @@ def test_the_page_of_mlflow_opens_and_ends_quietly(run, tmp_path, number):
                 page = answer.read()
         except OSError:
             time.sleep(0.2)
+    with pytest.raises(HTTPError, match="404"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/ajax-api/3.0/mlflow/assistant/providers", timeout=5)
     server.send_signal(number)
 
     assert server.wait(30) == 0

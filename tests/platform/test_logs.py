@@ -13,8 +13,8 @@ import pytest
 
 from lossworks import logs
 from lossworks.cli import main
+from lossworks.commands.logs import LogReader
 from lossworks.logs import EVENTS, fields, writing_logs
-from lossworks.logs_command import LogReader
 from lossworks.runs import RunFolder
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import run_training

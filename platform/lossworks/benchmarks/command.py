@@ -102,4 +102,6 @@ def _require_folder(path: Path) -> None:
         raise UserError(f"{path}: is no file in an existing folder")
 
 
-BENCH = Command("measure speed and memory side by side with the alternatives", _configure, _run)
+BENCH = Command(
+    "measure speed and memory side by side with the alternatives", _configure, _run, group="the catalogue"
+)

@@ -9,6 +9,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import UserError
+from lossworks.files import write_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,10 +42,7 @@ class BenchmarkRow:
 def write_rows(rows: Sequence[BenchmarkRow], path: Path) -> None:
     """Write ``{"machine": {...}, "rows": [...]}``, the shape that all benchmarks share."""
     text = json.dumps({"machine": _machine(), "rows": [_as_dict(row) for row in rows]}, indent=1)
-    # Never half a file, since it is written while the benchmark goes on.
-    part = path.with_name(f"{path.name}.partial")
-    part.write_text(f"{text}\n", encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, f"{text}\n")  # never half a file: the benchmark goes on meanwhile
 
 
 @cache

@@ -66,14 +66,21 @@ def _run_losses(arguments: argparse.Namespace) -> int:
     return status
 
 
-LOSSES = Command("the catalogue of losses: a table, or one of them in full", _configure_losses, _run_losses)
+LOSSES = Command(
+    "the catalogue of losses: a table, or one of them in full",
+    _configure_losses,
+    _run_losses,
+    group="the catalogue",
+)
 METHODS = Command(
     "training procedures of the catalogue: a table, or one of them in full",
     _configured("methods"),
     _printing("methods"),
+    group="the catalogue",
 )
 ANALYSES = Command(
     "analyses of something trained: a table, or one of them in full",
     _configured("analyses"),
     _printing("analyses"),
+    group="the catalogue",
 )

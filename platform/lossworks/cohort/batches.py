@@ -64,6 +64,8 @@ def plan_batches(
     for index, own in enumerate(rows):
         if not len(own):
             raise UserError(f"member {index}: has no examples to train on")
+    # No batch holds more than all of a member's examples, and room for more would only take memory.
+    batch_size = min(batch_size, max(map(len, rows), default=batch_size))
     steps = np.array([math.ceil(len(own) / batch_size) * epochs for own in rows], dtype=np.int64)
     order = np.argsort(-steps, kind="stable")
     total = int(steps.max(initial=0))

@@ -28,6 +28,11 @@ class MeanInterval:
             half = float(t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
         return cls(float(found.mean()), half, len(found))
 
+    @property
+    def includes_zero(self) -> bool:
+        """Return whether 0 is inside the interval, or no interval is known: a difference is a tie then."""
+        return self.half_width is None or abs(self.value) <= self.half_width
+
     def text(self, form: str = "{:.4f}") -> str:
         """Return mean ± half width."""
         shown = form.format(self.value)

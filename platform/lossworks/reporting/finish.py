@@ -27,7 +27,7 @@ def draw_report(folder: RunFolder, guess: float | None = None) -> Path:
 
     spec = folder.spec()  # first, since it refuses runs of other rooms
     rows: list[JournalRow] = read_all(folder.journal)
-    outcome = Outcome.read(folder.outcome_file) if folder.outcome_file.is_file() else None
+    outcome = Outcome.stored(folder.outcome_file)
     plain = spec.loss.titles == ("cross-entropy",)
     kind = task_of(spec)
     row = kind.unit.removesuffix("s")
@@ -70,9 +70,8 @@ def draw_flame(folder: RunFolder) -> Path | None:
 
 def draw_analyses(folder: RunFolder) -> list[Path]:
     """Draw what analyses measured with each evaluation, from the run's journal and outcome."""
-    if not folder.outcome_file.is_file():
-        return []
-    pictured = Outcome.read(folder.outcome_file).pictured
+    outcome = Outcome.stored(folder.outcome_file)
+    pictured = outcome.pictured if outcome else {}
     curves = curves_of(folder)
     drawn = []
     for analysis in folder.spec().analyses:
@@ -155,7 +154,7 @@ def sync_run(folder: RunFolder, notify: Callable[[str], None]) -> int:
         RunError: The tracking store still can't be reached.
     """
     delivered = deliver(folder.spec().tracking, folder.run_id, folder.journal)
-    outcome = Outcome.read(folder.outcome_file) if folder.outcome_file.is_file() else None
+    outcome = Outcome.stored(folder.outcome_file)
     status = TRACKED_STATUS[outcome.status] if outcome else "KILLED"
     reason = outcome.reason if outcome else None
     finish_run_folder(folder, None, status=status, reason=reason, notify=notify)

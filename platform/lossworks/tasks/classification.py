@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
@@ -12,12 +13,14 @@ from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import declaration
 from lossworks.data import load_examples
 from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.data.learnt import Learnt
+from lossworks.data.standardise import Standardisation
 from lossworks.errors import UserError
 from lossworks.metrics import ClassSums, class_sums
-from lossworks.models import Outputs, save_classifier
+from lossworks.models import Outputs, load_classifier, save_classifier
 from lossworks.specs import ClassifierModelSpec, ExamplesSpec, RunSpec
-from lossworks.tasks.examples import ExamplesTask, require_small, require_whole_bags
-from lossworks.tasks.interface import Mode, Prepared, Say
+from lossworks.tasks.examples import ExamplesTask, read_inputs, require_small, require_whole_bags
+from lossworks.tasks.interface import Mode, Predictions, Prepared, Say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,10 +78,10 @@ class ClassificationTask(ExamplesTask):
         {"eval/accuracy": "accuracy", "eval/ece": "calibration error"},
     )
 
-    def __init__(self, spec: ClassifierSpec) -> None:
+    def __init__(self, spec: ClassifierSpec, learnt: Learnt | None = None) -> None:
         super().__init__(spec)
         self.run = spec
-        self.data = load_examples(spec.data, spec.seed)
+        self.data = load_examples(spec.data, spec.seed, learnt)
         self.train, self.held_out = self.data.train, self.data.held_out
         self.shape = self.data.shape
         self.outputs = len(self.data.names)
@@ -90,12 +93,16 @@ class ClassificationTask(ExamplesTask):
                 )
 
     @classmethod
-    def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:
+    def prepare(cls, spec: RunSpec, say: Say | None = None, learnt: Learnt | None = None) -> Prepared:
         """See :meth:`Task.prepare`."""
-        del say
-        task = cls(cast("ClassifierSpec", spec))
-        task.build_model()
-        return Prepared(guess=math.log(len(task.data.names)))
+        found = super().prepare(spec, say, learnt)
+        classes = found.learnt.facts["classes"] if found.learnt is not None else ()
+        return replace(found, guess=math.log(len(classes)))
+
+    @property
+    def learnt(self) -> Learnt:
+        """See :attr:`Task.learnt`."""
+        return self.data.learnt
 
     @classmethod
     def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
@@ -155,15 +162,33 @@ class ClassificationTask(ExamplesTask):
         """See :meth:`Task.class_names`."""
         return self.data.names
 
-    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    @classmethod
+    def predict(cls, folder: Path, file: Path) -> Predictions:
+        """Return the class of each row, and the probability of every class; see :meth:`Task.predict`."""
+        found = load_classifier(folder)
+        inputs, given, notes = read_inputs(folder, file)
+        p = found.probabilities(inputs)
+        columns: dict[str, Sequence[Any]] = {"class": [found.names[at] for at in p.argmax(1)]}
+        columns |= {f"p({name})": p[:, at].tolist() for at, name in enumerate(found.names)}
+        return Predictions(columns, given, notes)
+
+    @classmethod
+    def save(
+        cls,
+        spec: RunSpec,
+        learnt: Learnt,
+        to: Path,
+        state: Mapping[str, Tensor],
+        provenance: Mapping[str, Any],
+    ) -> None:
         """Write weights, configuration, class names and scale of the inputs; see :meth:`Task.save`."""
-        data = self.data
         save_classifier(
             to,
-            spec=self.run.model,
+            spec=cast("ClassifierSpec", spec).model,
             state=state,
-            shape=data.shape,
-            names=data.names,
-            standardisation=data.standardisation,
+            shape=tuple(learnt.facts["shape"]),
+            names=tuple(learnt.facts["classes"]),
+            standardisation=Standardisation.of_facts(learnt.facts),
+            columns=learnt.facts.get("columns"),
             provenance=provenance,
         )

@@ -3,12 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
+from typing import TYPE_CHECKING
 
 from lossworks.cli import Command
 from lossworks.errors import UserError
+from lossworks.specs.yaml_text import read_settings
 
 if TYPE_CHECKING:
     from lossworks.tasks.analyses import Finding
@@ -80,7 +79,9 @@ def _print_task(task: "type[Task]") -> None:
             console.print(f"  {path}")
 
 
-TASKS = Command("the kinds of training: what each takes and measures", _configure, _run)
+TASKS = Command(
+    "the kinds of training: what each takes and measures", _configure, _run, group="the catalogue"
+)
 
 
 def _configure_analyse(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +101,7 @@ def _run_analyse(arguments: argparse.Namespace) -> int:
     from lossworks.training.analysing import analyse
 
     names = [text for text in arguments.what if "=" not in text]
-    settings = dict(_setting(text) for text in arguments.what if "=" in text)
+    settings = read_settings([text for text in arguments.what if "=" in text])
     if not names:
         raise UserError(f"analyse {arguments.analysis}: name at least one run")
     folders = [RunFolder.find(name) for name in names]
@@ -111,14 +112,6 @@ def _run_analyse(arguments: argparse.Namespace) -> int:
     if done.complaint:
         print(f"lossworks: {done.complaint}", file=sys.stderr)
     return 0
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"{text!r}: the value is not valid YAML") from None
 
 
 def _show(name: str, finding: "Finding") -> None:

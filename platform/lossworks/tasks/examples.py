@@ -1,12 +1,17 @@
 """What tasks share whose data are examples in memory and whose model is a small one with a head."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from lossworks.data import BagOrder, Order
+from lossworks.data.example_sources import read_arrays
+from lossworks.data.tables import Features, read_cells
+from lossworks.errors import UserError
 from lossworks.models import Classifier, HeadedModel, build_classifier
+from lossworks.models.folders import CONFIG, read_config
 from lossworks.models.operations import count_step_flops
 from lossworks.specs import ClassifierModelSpec, RunSpec
 from lossworks.tasks.interface import Task
@@ -34,6 +39,27 @@ def require_whole_bags(spec: RunSpec, bag_size: int) -> None:
         size = getattr(spec, name)
         if size is not None and size % bag_size:
             raise ValueError(f"{name}={size} must be a multiple of data.bag_size={bag_size}: bags stay whole")
+
+
+def read_inputs(folder: Path, file: Path) -> tuple[np.ndarray, dict[str, list[str]], list[str]]:
+    """Return a file's inputs as an exported model takes them, its own columns, and what to know of it.
+
+    Args:
+        folder: Of the model.
+        file: A table, if the model was trained on one, or an npz file with the array ``x``.
+
+    Raises:
+        UserError: The file can't be read, or lacks something.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: {'is no file' if file.exists() else 'no such file'}")
+    if file.suffix.lower() == ".npz":
+        return read_arrays(file, ["x"])["x"], {}, []
+    columns = read_config(folder / CONFIG).get("columns")
+    if not columns:
+        raise UserError(f"{file}: the model in {folder} was trained on arrays; give an npz file with x")
+    cells, features = read_cells(file), Features.of_plain(columns)
+    return features.encode(cells), dict(cells.columns), features.surprises(cells)
 
 
 class ExamplesTask(Task):

@@ -14,6 +14,7 @@ from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import create, declaration, declarations, entry_class
 from lossworks.data import Order, SequenceOrder
 from lossworks.data.batch import Batch
+from lossworks.data.learnt import Learnt
 from lossworks.errors import UserError
 from lossworks.losses.objective import Objective
 from lossworks.models import HeadedModel, Outputs
@@ -62,10 +63,27 @@ class Prepared:
     Attributes:
         folder: Of what workers open, such as tokens; None if each reads the data for itself.
         guess: The loss of a uniform guess under cross-entropy, which the report marks; None if there is none.
+        learnt: What the run keeps of its data beside its checkpoints; None of a task that learns nothing.
     """
 
     folder: Path | None = None
     guess: float | None = None
+    learnt: Learnt | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a trained model says of a file.
+
+    Attributes:
+        columns: Of the output, by name, a value for each row of the file.
+        given: The file's own columns, which the output repeats in front.
+        notes: What a person should know of it, in a sentence each.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    given: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 Measure = Callable[[Outputs, Batch], Tensor]
@@ -87,6 +105,7 @@ class Task(ABC):
         provides: Names that its batches hold; see :mod:`lossworks.data.batch`.
         yardsticks: What it measures besides the trained loss, by tracked name, and which direction is better.
         shown: For tables and summaries: label, tracked name and format of each figure.
+        prepares_long: Whether ``prepare`` may take minutes, so that Ray starts meanwhile.
         classifies: Whether its targets are classes and its outputs logits, one class a row.
         panels: What the report draws over the steps: a heading, and one or two labels by tracked name; None
             for the learning rate and the head's memory.
@@ -100,29 +119,37 @@ class Task(ABC):
     provides: ClassVar[tuple[str, ...]] = ("inputs", "targets")
     yardsticks: ClassVar[Mapping[str, Mode]]
     shown: ClassVar[Sequence[tuple[str, str, str]]] = ()
+    prepares_long: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
     panels: ClassVar[tuple[str, Mapping[str, str]] | None] = None
 
     train: ExampleRows
     held_out: ExampleRows
 
-    def __init__(self, spec: RunSpec) -> None:
+    def __init__(self, spec: RunSpec, learnt: Learnt | None = None) -> None:
+        del learnt
         self.spec_of_run = spec
         self.objective = Objective(spec.loss)
 
     @classmethod
-    def open(cls, spec: RunSpec, folder: Path | None) -> "Task":
+    def open(cls, spec: RunSpec, folder: Path | None, learnt: Learnt | None = None) -> "Task":
         """Return the task of a spec, with its data.
 
         Args:
             spec: The run.
             folder: What ``prepare`` made for it.
+            learnt: What the model has learnt from data before, which holds whatever its data say now.
 
         Raises:
-            UserError: The data can't be used.
+            UserError: The data can't be used, or don't fit what was learnt.
         """
         del folder
-        return cls(spec)
+        return cls(spec, learnt)
+
+    @property
+    def learnt(self) -> Learnt:
+        """What the model needs ever after of the data, besides weights; nothing unless a task says so."""
+        return Learnt({})
 
     @classmethod
     def require_classifier(cls, what: str) -> None:
@@ -138,19 +165,21 @@ class Task(ABC):
             raise UserError(f"{what} classifiers, not task={cls.slug}")
 
     @classmethod
-    def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:
+    def prepare(cls, spec: RunSpec, say: Say | None = None, learnt: Learnt | None = None) -> Prepared:
         """Read the data once, before workers do, and check that model and data fit.
 
         Args:
             spec: The run.
             say: Called with what is going on.
+            learnt: What the model has learnt from data before.
 
         Raises:
             UserError: The data can't be used, or the model doesn't fit them.
         """
         del say
-        cls.open(spec, None).build_model()
-        return Prepared()
+        task = cls.open(spec, None, learnt)
+        task.build_model()
+        return Prepared(learnt=task.learnt)
 
     @classmethod
     def measured_by(cls, spec: RunSpec) -> dict[str, Mode]:
@@ -335,29 +364,54 @@ class Task(ABC):
 
     @classmethod
     def reopen(
-        cls, spec: RunSpec, folder: Path, fill: Callable[[HeadedModel], None]
+        cls, spec: RunSpec, folder: Path, learnt: Learnt, fill: Callable[[HeadedModel], None]
     ) -> "tuple[Task, HeadedModel]":
         """Return the task of an exported model, with the data of a spec, and the model in eval mode.
 
         Args:
             spec: The run that the model is from, perhaps with other data.
             folder: What ``save`` wrote.
+            learnt: What it holds besides weights.
             fill: Puts the folder's weights into a model.
 
         Raises:
             UserError: The folder or the data can't be read, or they don't fit each other.
         """
         del folder
-        task = cls.open(spec, None)
+        task = cls.open(spec, None, learnt)
         model = task.build_model()
         fill(model)
         return task, model.eval()
 
-    @abstractmethod
-    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
-        """Write a trained model as a folder that can be used without the run.
+    @classmethod
+    def predict(cls, folder: Path, file: Path) -> Predictions:
+        """Return what an exported model says of a file; a task that can't does nothing.
 
         Args:
+            folder: What ``save`` wrote.
+            file: Of a kind that the model can read.
+
+        Raises:
+            UserError: The file can't be read, or the task predicts nothing of files.
+        """
+        del file
+        raise UserError(f"{folder}: a model of task={cls.slug} predicts nothing of files")
+
+    @classmethod
+    @abstractmethod
+    def save(
+        cls,
+        spec: RunSpec,
+        learnt: Learnt,
+        to: Path,
+        state: Mapping[str, Tensor],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        """Write a trained model as a folder that can be used without the run; no data are read.
+
+        Args:
+            spec: The run.
+            learnt: What it has learnt besides weights.
             to: Absent or empty.
             state: The model's unsharded ``state_dict()``, without losses.
             provenance: Where it comes from; anything JSON can hold.

@@ -14,10 +14,15 @@ from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import declaration
 from lossworks.data import TokenizedCorpus, prepare
 from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.data.learnt import Learnt
+from lossworks.data.text.readers import read_file
+from lossworks.errors import UserError
 from lossworks.losses.objective import Objective
 from lossworks.models import HeadedModel, LanguageModel, Outputs, build_model, load_model, save_model
+from lossworks.models.pretrained import TOKENIZER, read_provenance
+from lossworks.models.scoring import TextScorer
 from lossworks.specs import DataSpec, LossSpec, ModelSpec, RunSpec
-from lossworks.tasks.interface import Mode, Prepared, Say, Task, as_sums
+from lossworks.tasks.interface import Mode, Predictions, Prepared, Say, Task, as_sums
 
 
 class TrainSpec(RunSpec):
@@ -84,6 +89,7 @@ class LanguageTask(Task):
     spec: ClassVar[type[RunSpec]] = TrainSpec
     kinds = ("row", "sequence")
     provides = ("inputs", "targets", "segments")
+    prepares_long = True
     yardsticks: ClassVar[Mapping[str, Mode]] = {
         "eval/cross_entropy": "min",
         "eval/bits_per_byte": "min",
@@ -108,31 +114,34 @@ class LanguageTask(Task):
             self.train, self.held_out = (part.with_steps(lines) for part in (self.train, self.held_out))
 
     @classmethod
-    def open(cls, spec: RunSpec, folder: Path | None) -> "LanguageTask":
+    def open(cls, spec: RunSpec, folder: Path | None, learnt: Learnt | None = None) -> "LanguageTask":
         """See :meth:`Task.open`; without a folder the text is tokenised here."""
         run = cast("TrainSpec", spec)
-        corpus = prepare(run.text()) if folder is None else TokenizedCorpus.open(folder)
+        corpus = prepare(_text(run, learnt)) if folder is None else TokenizedCorpus.open(folder)
         return cls(run, corpus)
 
+    @property
+    def learnt(self) -> Learnt:
+        """See :attr:`Task.learnt`."""
+        return _learnt(self.corpus)
+
     @classmethod
-    def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:
+    def prepare(cls, spec: RunSpec, say: Say | None = None, learnt: Learnt | None = None) -> Prepared:
         """Tokenise the text; see :meth:`Task.prepare`."""
-        text = cast("TrainSpec", spec).text()
+        run = cast("TrainSpec", spec)
+        text = _text(run, learnt)
         corpus = prepare(text, on_progress=say)
         corpus.split(text)
-        return Prepared(corpus.folder, math.log(corpus.vocab_size))
+        return Prepared(corpus.folder, math.log(corpus.vocab_size), _learnt(corpus))
 
     @classmethod
     def reopen(
-        cls, spec: RunSpec, folder: Path, fill: Callable[[HeadedModel], None]
+        cls, spec: RunSpec, folder: Path, learnt: Learnt, fill: Callable[[HeadedModel], None]
     ) -> "tuple[Task, HeadedModel]":
         """See :meth:`Task.reopen`; the text is tokenised with the model's own tokenizer."""
         del fill
         model, _ = load_model(folder)
-        run = cast("TrainSpec", spec)
-        data = run.data.model_copy(update={"tokenizer": str((folder / "tokenizer.json").absolute())})
-        own = run.model_copy(update={"data": data})
-        return cls(own, prepare(data)), model
+        return cls.open(spec, None, learnt), model
 
     @classmethod
     def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
@@ -193,16 +202,56 @@ class LanguageTask(Task):
         share = math.ceil(run.batch_size / ranks)
         return min(run.micro_batch_size or run.batch_size, share) * run.data.sequence_length
 
-    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    @classmethod
+    def predict(cls, folder: Path, file: Path) -> Predictions:
+        """Return how well each document of a file is predicted; see :meth:`Task.predict`."""
+        if not file.is_file():
+            raise UserError(f"{file}: {'is no file' if file.exists() else 'no such file'}")
+        scorer, texts = TextScorer.load(folder), [""]
+        field = read_provenance(folder).get("data", {}).get("field", "text")
+        for piece in read_file(file, field):
+            texts[-1] += piece.text
+            if piece.ends_document:
+                texts.append("")
+        scores = [scorer.score(text) for text in texts if text]
+        columns: dict[str, Sequence[Any]] = {
+            "document": list(range(1, len(scores) + 1)),
+            "nats per token": [score.loss for score in scores],
+            "bits per byte": [score.bits_per_byte for score in scores],
+        }
+        return Predictions(columns)
+
+    @classmethod
+    def save(
+        cls,
+        spec: RunSpec,
+        learnt: Learnt,
+        to: Path,
+        state: Mapping[str, Tensor],
+        provenance: Mapping[str, Any],
+    ) -> None:
         """Write weights, configuration and tokenizer; see :meth:`Task.save`."""
         save_model(
             to,
-            spec=self.run.model,
+            spec=cast("TrainSpec", spec).model,
             state=state,
-            vocab_size=self.corpus.vocab_size,
-            tokenizer_path=self.corpus.tokenizer_path,
+            vocab_size=int(learnt.facts["vocab_size"]),
+            tokenizer_path=learnt.files[TOKENIZER],
             provenance=provenance,
         )
+
+
+def _text(spec: TrainSpec, learnt: Learnt | None) -> DataSpec:
+    """Return the data with the tokenizer settled: a model that has learnt with one keeps it."""
+    text = spec.text()
+    if learnt is None:
+        return text
+    return text.model_copy(update={"tokenizer": str(learnt.files[TOKENIZER].absolute())})
+
+
+def _learnt(corpus: TokenizedCorpus) -> Learnt:
+    files = {TOKENIZER: corpus.tokenizer_path}
+    return Learnt({"vocab_size": corpus.vocab_size}, files, corpus.fingerprint)
 
 
 def count_tokens(targets: Tensor, token_bytes: Tensor) -> tuple[int, float]:

@@ -4,19 +4,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
+import numpy as np
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.label_sets import load_label_sets
+from lossworks.data.learnt import Learnt
+from lossworks.data.standardise import Standardisation
 from lossworks.losses.multi_label import MultiLabelLoss
 from lossworks.metrics.ranking import ranking_metrics, ranking_sums
 from lossworks.models import Outputs
-from lossworks.models.predictors import save_predictor
+from lossworks.models.predictors import load_predictor, save_predictor
 from lossworks.specs import ClassifierModelSpec, LossSpec, RunSpec
 from lossworks.specs.values import LabelSetsSpec
-from lossworks.tasks.examples import ExamplesTask, require_small
-from lossworks.tasks.interface import Mode
+from lossworks.tasks.examples import ExamplesTask, read_inputs, require_small
+from lossworks.tasks.interface import Mode, Predictions
 
 _DEEPEST = 5
 
@@ -68,10 +71,10 @@ class MultiLabelTask(ExamplesTask):
         {"eval/precision_at_1": "at 1", "eval/precision_at_5": "at 5"},
     )
 
-    def __init__(self, spec: MultiLabelSpec) -> None:
+    def __init__(self, spec: MultiLabelSpec, learnt: Learnt | None = None) -> None:
         super().__init__(spec)
         self.run = spec
-        self.data = load_label_sets(spec.data, spec.seed)
+        self.data = load_label_sets(spec.data, spec.seed, learnt)
         self.train, self.held_out = self.data.train, self.data.held_out
         self.shape = self.data.shape
         self.outputs = len(self.data.names)
@@ -100,19 +103,46 @@ class MultiLabelTask(ExamplesTask):
         """Return the yardsticks."""
         return {f"eval/{name}": value for name, value in ranking_metrics(sums).items()}, {}
 
-    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    @property
+    def learnt(self) -> Learnt:
+        """See :attr:`Task.learnt`."""
+        return self.data.learnt
+
+    @classmethod
+    def predict(cls, folder: Path, file: Path) -> Predictions:
+        """Return the best five labels of each row with their scores; see :meth:`Task.predict`."""
+        found = load_predictor(folder)
+        inputs, given, notes = read_inputs(folder, file)
+        scores = found.predict(inputs)
+        best = np.argsort(-scores, axis=1)[:, :_DEEPEST]
+        columns: dict[str, Sequence[Any]] = {}
+        for place in range(best.shape[1]):
+            columns[f"label {place + 1}"] = [found.names[at] for at in best[:, place]]
+            columns[f"score {place + 1}"] = np.take_along_axis(scores, best[:, [place]], 1)[:, 0].tolist()
+        return Predictions(columns, given, notes)
+
+    @classmethod
+    def save(
+        cls,
+        spec: RunSpec,
+        learnt: Learnt,
+        to: Path,
+        state: Mapping[str, Tensor],
+        provenance: Mapping[str, Any],
+    ) -> None:
         """Write weights, configuration, loss and names of the labels; see :meth:`Task.save`."""
         save_predictor(
             to,
             reading="labels",
-            spec=self.run.model,
+            spec=cast("MultiLabelSpec", spec).model,
             state=state,
-            shape=self.shape,
-            outputs=len(self.data.names),
-            standardisation=self.data.standardisation,
+            shape=tuple(learnt.facts["shape"]),
+            outputs=len(learnt.facts["names"]),
+            standardisation=Standardisation.of_facts(learnt.facts),
+            columns=learnt.facts.get("columns"),
             further={
-                "loss": {"name": self.run.loss.name, **self.run.loss.hyperparameters},
-                "names": list(self.data.names),
+                "loss": {"name": spec.loss.name, **spec.loss.hyperparameters},
+                "names": learnt.facts["names"],
             },
             provenance=provenance,
         )

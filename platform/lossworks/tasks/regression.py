@@ -1,6 +1,7 @@
 """Training of regressions: a number for each example, by a plain head, by bins, or by quantiles."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -11,16 +12,18 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import declaration
 from lossworks.data.batch import Batch
+from lossworks.data.learnt import Learnt
+from lossworks.data.standardise import Standardisation
 from lossworks.data.values import load_values
 from lossworks.errors import UserError
 from lossworks.losses.value_head import ValueLoss
 from lossworks.metrics.regression import value_metrics, value_sums
 from lossworks.models import Outputs
-from lossworks.models.predictors import save_predictor
+from lossworks.models.predictors import load_predictor, save_predictor
 from lossworks.specs import ClassifierModelSpec, LossSpec, RunSpec
 from lossworks.specs.values import ValuesSpec
-from lossworks.tasks.examples import ExamplesTask, require_small, require_whole_bags
-from lossworks.tasks.interface import Mode
+from lossworks.tasks.examples import ExamplesTask, read_inputs, require_small, require_whole_bags
+from lossworks.tasks.interface import Mode, Predictions
 
 _TARGET = "target"  # the role that bootstraps values
 
@@ -72,10 +75,10 @@ class RegressionTask(ExamplesTask):
         {"eval/rmse": "root mean squared error", "eval/mae": "mean absolute error"},
     )
 
-    def __init__(self, spec: RegressionSpec) -> None:
+    def __init__(self, spec: RegressionSpec, learnt: Learnt | None = None) -> None:
         super().__init__(spec)
         self.run = spec
-        self.data = load_values(spec.data, spec.seed)
+        self.data = load_values(spec.data, spec.seed, learnt)
         self.train, self.held_out = self.data.train, self.data.held_out
         self.shape = self.data.shape
         widths = {self._width(loss) for loss in self.objective.terms}
@@ -83,6 +86,12 @@ class RegressionTask(ExamplesTask):
             raise UserError(f"loss: terms of a sum need one head; these need {sorted(widths)} outputs")
         self.outputs = widths.pop()
         self._needs = {name for term in spec.loss.terms for name in declaration(term.name).requires}
+
+    @property
+    def learnt(self) -> Learnt:
+        """See :attr:`Task.learnt`."""
+        found = self.data.learnt
+        return replace(found, facts={**found.facts, "outputs": self.outputs})
 
     @staticmethod
     def _width(loss: object) -> int:
@@ -162,19 +171,34 @@ class RegressionTask(ExamplesTask):
         found = value_metrics(sums, self.data.deviation)
         return {f"eval/{name}": value for name, value in found.items()}, {}
 
-    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    @classmethod
+    def predict(cls, folder: Path, file: Path) -> Predictions:
+        """Return the value of each row; see :meth:`Task.predict`."""
+        inputs, given, notes = read_inputs(folder, file)
+        return Predictions({"value": load_predictor(folder).predict(inputs).tolist()}, given, notes)
+
+    @classmethod
+    def save(
+        cls,
+        spec: RunSpec,
+        learnt: Learnt,
+        to: Path,
+        state: Mapping[str, Tensor],
+        provenance: Mapping[str, Any],
+    ) -> None:
         """Write weights, configuration, loss and scales; see :meth:`Task.save`."""
         save_predictor(
             to,
             reading="values",
-            spec=self.run.model,
+            spec=cast("RegressionSpec", spec).model,
             state=state,
-            shape=self.shape,
-            outputs=self.outputs,
-            standardisation=self.data.standardisation,
+            shape=tuple(learnt.facts["shape"]),
+            outputs=int(learnt.facts["outputs"]),
+            standardisation=Standardisation.of_facts(learnt.facts),
+            columns=learnt.facts.get("columns"),
             further={
-                "loss": {"name": self.run.loss.name, **self.run.loss.hyperparameters},
-                "target": {"mean": self.data.mean, "deviation": self.data.deviation},
+                "loss": {"name": spec.loss.name, **spec.loss.hyperparameters},
+                "target": learnt.facts["target"],
             },
             provenance=provenance,
         )

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.examples import Examples
+from lossworks.data.learnt import Learnt
 from lossworks.errors import UserError
 from lossworks.models import HeadedModel, Outputs
 from lossworks.models.folders import write_model
@@ -155,8 +156,8 @@ class SentencesTask(Task):
         {"eval/pair_precision": "pairs of words", "eval/word_accuracy": "words at their place"},
     )
 
-    def __init__(self, spec: SentencesSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: SentencesSpec, learnt: Learnt | None = None) -> None:
+        super().__init__(spec, learnt)
         self.run = spec
         clean = clean_sentences(spec.data, spec.seed)
         numbers = torch.arange(len(clean)).repeat(spec.data.copies)
@@ -164,9 +165,9 @@ class SentencesTask(Task):
         self.held_out = Examples(torch.arange(len(clean)), clean)
 
     @classmethod
-    def prepare(cls, spec: RunSpec, say: Say | None = None) -> Prepared:
+    def prepare(cls, spec: RunSpec, say: Say | None = None, learnt: Learnt | None = None) -> Prepared:
         """See :meth:`Task.prepare`."""
-        del say
+        del say, learnt
         return Prepared(guess=float(np.log(cast("SentencesSpec", spec).data.words)))
 
     def build_model(self, model: Mapping[str, Any] | None = None) -> SentencesModel:
@@ -202,11 +203,21 @@ class SentencesTask(Task):
             "eval/cross_entropy": nats / max(words, 1.0),
         }, {}
 
-    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    @classmethod
+    def save(
+        cls,
+        spec: RunSpec,
+        learnt: Learnt,
+        to: Path,
+        state: Mapping[str, Tensor],
+        provenance: Mapping[str, Any],
+    ) -> None:
         """Write weights and configuration; see :meth:`Task.save`."""
-        run = self.run.model_dump(mode="json", include={"model", "data"})
+        del learnt
+        own = cast("SentencesSpec", spec)
+        run = own.model_dump(mode="json", include={"model", "data"})
         config = {"format": FORMAT, "format_version": FORMAT_VERSION, **run, "provenance": dict(provenance)}
-        write_model(to, config, self.build_model(), state)
+        write_model(to, config, SentencesModel(own.model, own.data, own.seed), state)
 
 
 def in_sentence(words: Tensor, clean: Tensor) -> Tensor:

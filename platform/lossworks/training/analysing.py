@@ -14,7 +14,7 @@ from lossworks.tasks.analyses import Analysis, Finding, RunCurves
 from lossworks.tasks.registry import task_of
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import analysed
-from lossworks.training.start import begin_from, trained_weights
+from lossworks.training.start import begin_from, learnt_by, trained_weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def of_model(analysis: Analysis, folder: RunFolder) -> Finding:
     spec = folder.spec()
     kind = task_of(spec)
     analysis.check(kind, spec)
-    task = kind.open(spec, None)
+    task = kind.open(spec, None, learnt_by(folder))
     model = task.build_model()
     begin_from(trained_weights(str(folder.path), "run"), model)
     return analysed(

@@ -1,26 +1,35 @@
 """A trained model out of a run's checkpoint, and its held-out loss afterwards."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from lossworks import __version__
 from lossworks.errors import UserError
 from lossworks.models import HeadedModel, read_provenance
+from lossworks.models.folders import CONFIG
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
-from lossworks.tasks.interface import Evaluation
+from lossworks.tasks.interface import Evaluation, Predictions
 from lossworks.tasks.registry import parse_train_spec, task_of
 from lossworks.training.checkpoints.checkpoint import tensors_in
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import evaluate
-from lossworks.training.start import ATTACHED, begin_from, choose_checkpoint, trained_weights
+from lossworks.training.start import (
+    ATTACHED,
+    begin_from,
+    choose_checkpoint,
+    learnt_by,
+    learnt_in,
+    trained_weights,
+)
 
 
 def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
     """Write a run's model as safetensors with config and tokenizer, and return the step it is from.
 
     Args:
-        folder: The run; of a classifier there is no tokenizer.
+        folder: The run. Of one that has kept nothing of its data, its data are read again.
         to: Folder to make.
         best: Take the checkpoint with the least held-out loss; otherwise the newest.
 
@@ -39,7 +48,9 @@ def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
     }
     state = tensors_in(checkpoint.folder, "model.")
     own = {name: value for name, value in state.items() if not name.startswith(ATTACHED)}
-    task_of(spec).open(spec, None).save(to, own, provenance)
+    kind = task_of(spec)
+    learnt = learnt_by(folder) or kind.open(spec, None).learnt
+    kind.save(spec, learnt, to, own, provenance)
     return checkpoint.step
 
 
@@ -62,8 +73,27 @@ def evaluate_folder(folder: Path, *, overrides: Sequence[str] = (), limit: int |
     def fill(model: HeadedModel) -> None:
         begin_from(trained_weights(str(folder), "model"), model)
 
-    task, model = task_of(spec).reopen(spec, folder, fill)
+    task, model = task_of(spec).reopen(spec, folder, learnt_in(folder), fill)
     return evaluate(model, task, World.current(), limit=limit, micro_batch_size=None, bf16=False)
+
+
+def predict_file(model: str, file: Path) -> Predictions:
+    """Return what a trained model says of a file.
+
+    Args:
+        model: A folder of ``export_run``, or a run's id, beginning of an id, name or folder.
+        file: Of a kind that the model's task reads.
+
+    Raises:
+        UserError: There is no such model, or the file can't be read.
+    """
+    folder = Path(model).expanduser()
+    if (folder / CONFIG).is_file():
+        return task_of(exported_spec(folder)).predict(folder, file)
+    with tempfile.TemporaryDirectory() as temporary:
+        exported = Path(temporary) / "model"
+        export_run(RunFolder.find(model), exported)
+        return task_of(exported_spec(exported)).predict(exported, file)
 
 
 def exported_spec(folder: Path) -> RunSpec:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lossworks.data.learnt import Learnt
 from lossworks.specs import RunSpec
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
 
@@ -26,6 +27,7 @@ class Job:
     Attributes:
         spec: The run.
         prepared: Folder that the task made for all workers, such as tokens; None if it made none.
+        learnt: What the run has learnt from its data before; None where that is read off them now.
         checkpoints: Where the run's checkpoints are, on storage that all ranks share.
         record: Called by rank 0 with a step and its metrics; must not block.
         notify: Called by rank 0 with a sentence that a person should see.
@@ -43,4 +45,5 @@ class Job:
     watch: Record = _watch_nothing
     profile: Path | None = None
     results: Path | None = None
+    learnt: Learnt | None = None
     stop_requested: Callable[[], bool] = lambda: False

@@ -36,7 +36,7 @@ from lossworks.training.measure.phases import PHASES, PhaseClock, shares
 from lossworks.training.measure.profiling import StepProfiler
 from lossworks.training.measure.speed import Speed
 from lossworks.training.measure.telemetry import Telemetry
-from lossworks.training.optimizer import OBJECTIVE, build_optimizer, set_lr
+from lossworks.training.optimizer import OBJECTIVE, as_set, build_optimizer, set_lr
 from lossworks.training.outcome import Outcome, RunStatus
 from lossworks.training.roles import Roles
 from lossworks.training.schedule import lr_factor
@@ -70,7 +70,7 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         spec = job.spec
         self.job, self.spec, self.world = job, spec, World.current()
-        self.task = task_of(spec).open(spec, job.prepared)
+        self.task = task_of(spec).open(spec, job.prepared, job.learnt)
         self.order = self.task.order()
         model = self.task.build_model()
         if spec.start is not None:
@@ -357,7 +357,8 @@ class Trainer:
             checkpoint, complaints = self.world.agree(found)
             if checkpoint is not None:
                 further = self._further()
-                self.job.checkpoints.load(checkpoint, self.model, self.optimizer, further)
+                with as_set(self.optimizer):
+                    self.job.checkpoints.load(checkpoint, self.model, self.optimizer, further)
                 for method in self.methods:
                     method.load_state(further.get("methods", {}).get(method.slug, {}))
         if checkpoint is not None:

@@ -1,5 +1,8 @@
 """AdamW with decoupled weight decay on matrices only."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -30,6 +33,16 @@ def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.AdamW:
         eps=spec.eps,
         fused=True,
     )
+
+
+@contextmanager
+def as_set(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Keep the settings of an optimiser while its state is restored: the spec of today has them."""
+    names = ("lr", "betas", "eps", "weight_decay")
+    before = [{name: group[name] for name in names} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, before, strict=True):
+        group.update(settings)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -1,10 +1,11 @@
 """How a run ended, as plain data that survives the way to the driver."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from lossworks.files import write_atomically
 
 RunStatus = Literal["finished", "stopped", "diverged", "failed", "storage"]
 
@@ -41,14 +42,20 @@ class Outcome:
 
     def write(self, path: Path) -> None:
         """Write the outcome as JSON, atomically."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        os.replace(partial, path)  # noqa: PTH105  (Path.replace reads like str.replace)
+        write_atomically(path, json.dumps(asdict(self), indent=1))
 
     @classmethod
-    def read(cls, path: Path) -> "Outcome":
+    def stored(cls, path: Path) -> "Outcome | None":
+        """Return the outcome in a JSON file, or None if there is none or it is damaged."""
+        try:
+            return cls._read(path)
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    @classmethod
+    def _read(cls, path: Path) -> "Outcome":
         """Return the outcome in a JSON file; what an older Lossworks kept under other names is moved."""
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         older = {"reliability": values.pop("reliability", {}), "neural-collapse": values.pop("collapse", {})}
         values["pictured"] = values.get("pictured", {}) | {name: of for name, of in older.items() if of}
         return cls(**values)

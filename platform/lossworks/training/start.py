@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lossworks.data.learnt import Learnt
 from lossworks.errors import UserError
 from lossworks.models import HeadedModel
 from lossworks.models.folders import CONFIG, WEIGHTS, read_config, read_tensors
+from lossworks.models.pretrained import CONFIG_BESIDE_TRANSFORMERS, TOKENIZER
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Task
@@ -29,12 +31,14 @@ class TrainedWeights:
         model: The model's part of the spec they were trained with, as plain data.
         state: Tensors by name, without those of losses.
         task: Slug of the task, where that is known.
+        learnt: What its data have taught besides; None where that was not kept.
     """
 
     source: str
     model: dict[str, Any]
     state: dict[str, Tensor]
     task: str | None = None
+    learnt: Learnt | None = None
 
 
 def choose_checkpoint(folder: RunFolder, *, best: bool = True) -> Checkpoint:
@@ -66,9 +70,8 @@ def trained_weights(name: str, field: str) -> TrainedWeights:
     path = Path(name).expanduser()
     if (path / WEIGHTS).is_file():
         config = read_config(path / CONFIG)
-        return TrainedWeights(
-            f"{field}={name}", dict(config.get("model") or {}), read_tensors(path / WEIGHTS)
-        )
+        model, state = dict(config.get("model") or {}), read_tensors(path / WEIGHTS)
+        return TrainedWeights(f"{field}={name}", model, state, learnt=learnt_in(path))
     try:
         folder = RunFolder.find(name)
     except UserError as error:
@@ -77,7 +80,28 @@ def trained_weights(name: str, field: str) -> TrainedWeights:
     state = tensors_in(choose_checkpoint(folder).folder, "model.")
     own = {key: value for key, value in state.items() if not key.startswith(ATTACHED)}
     model = spec.model_dump(mode="json").get("model", {})
-    return TrainedWeights(f"{field}={name}", model, own, task_of(spec).slug)
+    return TrainedWeights(f"{field}={name}", model, own, task_of(spec).slug, learnt_by(folder))
+
+
+def learnt_by(folder: RunFolder) -> Learnt | None:
+    """Return what a run has kept of its data, or None of a run that has kept nothing.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    return Learnt.read(folder.learnt, f"run {folder.run_id}")
+
+
+def learnt_in(folder: Path) -> Learnt:
+    """Return what an exported model holds besides its weights.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    beside = folder / CONFIG_BESIDE_TRANSFORMERS
+    config = read_config(beside if beside.is_file() else folder / CONFIG)
+    tokenizer = folder / TOKENIZER
+    return Learnt(config, {TOKENIZER: tokenizer} if tokenizer.is_file() else {}, source=str(folder))
 
 
 def begin_from(weights: TrainedWeights, model: nn.Module) -> None:
@@ -121,12 +145,30 @@ def companion_of(name: str, field: str, task: Task) -> HeadedModel:
         weights = trained_weights(name, field)
         if weights.task not in (None, task.slug):
             raise UserError(f"{weights.source}: was trained as task={weights.task}, not {task.slug}")
+        if weights.learnt is not None:
+            _require_same_reading(weights, task)
         found = task.build_model(weights.model)
         begin_from(weights, found)
     own, theirs = (len(model.head().weight) for model in (task.build_model(), found))
     if own != theirs:
         raise UserError(f"{field}={name}: has {theirs} outputs; the model has {own}")
     return found
+
+
+def _require_same_reading(weights: TrainedWeights, task: Task) -> None:
+    """Refuse a companion that reads inputs or classes in another way than the model.
+
+    Raises:
+        UserError: Saying what differs.
+    """
+    theirs, own = cast("Learnt", weights.learnt), task.learnt
+    for name in ("classes", "names"):
+        if name in own.facts and list(theirs.facts.get(name, [])) != list(own.facts[name]):
+            raise UserError(f"{weights.source}: its {name} differ from the model's, or come in another order")
+    for name, file in own.files.items():
+        other = theirs.files.get(name)
+        if other is not None and other.read_bytes() != file.read_bytes():
+            raise UserError(f"{weights.source}: reads with another {name} than the model; use one for both")
 
 
 def check_companions(spec: RunSpec, task: Task) -> None:

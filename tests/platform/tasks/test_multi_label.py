@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused():
     """Losses of one class, and forms of sources."""
     with pytest.raises(UserError, match=r"loss.name=ldr can't train task=multi-label"):
         parse_train_spec(labelled("ldr"))
-    with pytest.raises(UserError, match="must be one of topics:N, csv:PATH, npz:PATH"):
+    with pytest.raises(UserError, match="must be one of topics:N, csv:PATH, parquet:PATH, npz:PATH"):
         parse_train_spec(labelled(data={"source": "digits"}))
     with pytest.raises(UserError, match=r"data.labels=5: input should be greater than or equal to 10"):
         parse_train_spec(labelled(data={"labels": 5}))

@@ -129,7 +129,10 @@ def test_the_task_chooses_the_spec(tmp_path):
     [
         ({"task": "clasification"}, "must be one of classification, language-model"),
         ({"task": ["classification"]}, "task=['classification'] must be one of"),
-        ({"loss": "dco"}, "loss.name=dco can't train task=classification as it is here; what can: aldr-kl"),
+        (
+            {"loss": "dco-step"},
+            "loss.name=dco-step can't train task=classification as it is here; what can: aldr-kl",
+        ),
         ({"sharding": {"kind": "fsdp", "vocab_parallel": True}}, "is for the large heads"),
         ({"data": {"corpus": "stdlib"}}, "data.corpus: unknown key"),
         ({"data": {"label_noise": 2}}, "data.label_noise=2"),

@@ -9,6 +9,7 @@ from lossworks.data import TokenizedCorpus, prepare
 from lossworks.runs import RunFolder
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.registry import task_of
 from lossworks.tracking import Journal
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
@@ -89,6 +90,9 @@ def run_in_folder(values: dict[str, Any], run_id: str = "run") -> RunFolder:
     """Train in this process and leave a run's folder in the home folder, as a driver does; no text."""
     spec = parse_train_spec(values)
     folder = RunFolder.create(spec, run_id)
+    learnt = task_of(spec).prepare(spec).learnt
+    if learnt is not None:
+        learnt.write(folder.learnt)
     with Journal.open(folder.journal) as journal:
         store = CheckpointStore(folder.checkpoints, keep=spec.checkpoint.keep)
         outcome = train(Job(spec, None, store, journal.write, results=folder.results))

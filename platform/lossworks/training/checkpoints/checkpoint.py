@@ -176,8 +176,8 @@ class CheckpointStore:
 
     def best(self) -> Checkpoint | None:
         """Return the checkpoint with the least held-out loss, without checking its files."""
-        known = [read_checkpoint(folder) for folder in self._folders()]
-        finite = [item for item in known if math.isfinite(item.held_out_loss)]
+        known = [_readable(folder) for folder in self._folders()]
+        finite = [item for item in known if item is not None and math.isfinite(item.held_out_loss)]
         return min(finite, key=lambda item: item.held_out_loss, default=None)
 
     def _folders(self) -> list[Path]:
@@ -241,11 +241,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest["step"], manifest["position"], loss)
 
 
+def _readable(folder: Path) -> Checkpoint | None:
+    """Return a checkpoint, or None if its manifest is damaged: then it is passed over."""
+    try:
+        return read_checkpoint(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None if all are as they were written."""
     try:
         files: Mapping[str, Mapping[str, Any]] = json.loads((folder / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        read_checkpoint(folder)
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{_MANIFEST} can't be read"
     for name, expected in files.items():
         path = folder / name

@@ -14,6 +14,7 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Paper
 from lossworks.data.batch import Batch
 from lossworks.data.examples import Examples
+from lossworks.data.learnt import Learnt
 from lossworks.losses import Context
 from lossworks.losses.value_head import ValueLoss
 from lossworks.models import Classifier, Outputs, build_classifier, save_predictor
@@ -73,8 +74,8 @@ class CountsTask(Task):
     yardsticks: ClassVar[Mapping[str, Mode]] = {"eval/count_error": "min"}
     shown: ClassVar[Sequence[tuple[str, str, str]]] = (("held-out error", "eval/count_error", "{:.3f}"),)
 
-    def __init__(self, spec: CountsSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: CountsSpec, learnt: Learnt | None = None) -> None:
+        super().__init__(spec, learnt)
         self.run = spec
         generator = torch.Generator().manual_seed(spec.seed)
         x = torch.randn(spec.data.examples, _INPUTS, generator=generator)
@@ -103,15 +104,24 @@ class CountsTask(Task):
         total, count = sums.tolist()
         return {"eval/count_error": total / max(count, 1.0)}, {}
 
-    def save(self, to: Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    @classmethod
+    def save(
+        cls,
+        spec: RunSpec,
+        learnt: Learnt,
+        to: Path,
+        state: Mapping[str, Tensor],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        del learnt
         save_predictor(
             to,
             reading="values",
-            spec=self.run.model,
+            spec=spec.model,
             state=state,
             shape=(_INPUTS,),
             outputs=1,
             standardisation=None,
-            further={"loss": {"name": self.run.loss.name}},
+            further={"loss": {"name": spec.loss.name}},
             provenance=provenance,
         )
