@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossworks.errors import RunError
+from lossworks.lost_runs import watched
 from lossworks.runs import RunFolder
 from lossworks.specs.files import located
 from lossworks_federated.reporting.comparison import Comparison, compare
@@ -71,7 +72,7 @@ def federate(
     # Data, split and models are made once before anything is entered anywhere, to see that they can be.
     Session.check(spec)
     session = open_session(spec, resume, watcher)
-    with session.folder.hold():
+    with session.folder.hold(), watched(session.folder):
         try:
             _run(session, grid)
         finally:

@@ -74,4 +74,6 @@ def _resolve(arguments: argparse.Namespace) -> tuple["FederationSpec", "RunFolde
     return FederationSpec.read(arguments.spec, arguments.overrides), None
 
 
-FEDERATE = Command("compare federated strategies over clients with unlike data", _configure, _run)
+FEDERATE = Command(
+    "compare federated strategies over clients with unlike data", _configure, _run, group="train and search"
+)

@@ -1,8 +1,8 @@
 """Parts of a federation's spec, and the part of it that clients are told."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lossworks.specs import ClassifierModelSpec, ExamplesSpec, LossSpec, Spec
 
@@ -45,6 +45,10 @@ class LocalSpec(Spec):
     weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="of the optimiser")
 
 
+FAULTS = ("drop_out", "straggle", "nan", "shape", "empty", "sign_flip", "scale")
+"""What can go wrong with a reply, in the order in which it is drawn."""
+
+
 class FaultSpec(Spec):
     """Faults put into clients' replies, to see what a federation makes of them; shares of replies."""
 
@@ -57,6 +61,26 @@ class FaultSpec(Spec):
     scale: float = Field(0.0, ge=0.0, le=1.0, description="share that return w⁰ + 100·(w − w⁰)")
     nan_clients: tuple[int, ...] = Field((), description="clients, by number, that always return NaN")
     sign_flip_clients: tuple[int, ...] = Field((), description="clients that always return w⁰ − (w − w⁰)")
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Self:
+        shares = {name: getattr(self, name) for name in FAULTS}
+        total = sum(shares.values())
+        if total > 1 + 1e-9:
+            some = ", ".join(f"{name}={share:g}" for name, share in shares.items() if share)
+            raise ValueError(f"{some} add up to {total:g}; a reply has one fault at most, so 1 is the most")
+        return self
+
+    def require_clients(self, clients: int) -> None:
+        """Refuse faults of clients that there are not.
+
+        Raises:
+            ValueError: Naming the field.
+        """
+        for name in ("nan_clients", "sign_flip_clients"):
+            for client in getattr(self, name):
+                if not 0 <= client < clients:
+                    raise ValueError(f"faults.{name}: there is no client {client}, of 0 to {clients - 1}")
 
 
 class GuardSpec(Spec):

@@ -14,6 +14,7 @@ from pydantic import (
 
 from lossworks.adapters.pydantic_private import fill_in, replace_extra
 from lossworks.specs import ClassifierModelSpec, ExamplesSpec, LossSpec, Spec, TrackingSpec
+from lossworks.specs.base import Seed, Storage
 from lossworks_federated.privacy import require_compatible
 from lossworks_federated.spec_parts import (
     FaultSpec,
@@ -108,7 +109,7 @@ class FederationSpec(Spec):
         min_length=1,
         description="strategies to compare: slugs or mappings",
     )
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         (0,), min_length=1, description="seeds; each has its own split, initial parameters and orders"
     )
     rounds: int = Field(30, ge=1, le=1_000_000, description="rounds of training")
@@ -118,9 +119,7 @@ class FederationSpec(Spec):
         None, gt=0.0, description="seconds that a round waits for replies; null for Flower's hour"
     )
     checkpoint_every: int = Field(1, ge=1, description="rounds between saved states")
-    storage: str | None = Field(
-        None, description="absolute folder of runs; default: runs/ in the home folder"
-    )
+    storage: Storage = Field(None, description="absolute folder of runs; default: runs/ in the home folder")
     data: ExamplesSpec = ExamplesSpec()
     split: SplitSpec = SplitSpec()
     model: ClassifierModelSpec = ClassifierModelSpec(width=64)
@@ -146,6 +145,7 @@ class FederationSpec(Spec):
             raise ValueError(f"min_replies={self.min_replies}: more than the clients of a round")
         if self.faults.straggle and self.engine == "flower" and self.deadline_s is None:
             raise ValueError("faults.straggle with engine=flower needs a deadline_s that they outlast")
+        self.faults.require_clients(self.split.clients)
         titles = [strategy.title for strategy in self.strategies]
         for title in titles:
             if titles.count(title) > 1:

@@ -71,6 +71,18 @@ def test_simple_updates():
     assert principal_update(torch.randn(3, 1)).shape == (1,)
 
 
+def test_a_small_direction_counts_where_large_ones_cancel():
+    """Two clients that oppose each other add nothing: what is left of float32 updates is the small rest."""
+    g = torch.zeros(3, 50)
+    g[0, 0], g[1, 0], g[2, 1] = 100.0, -100.0, 0.05
+
+    found = principal_update(g, rho=1.0).double()
+    wanted = torch.from_numpy(step_by_step(g.double().numpy(), 1.0))
+
+    assert float(found.norm()) > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_float32_is_near_float64(scale):
     """At the size of a layer, however large the updates are."""

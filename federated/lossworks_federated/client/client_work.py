@@ -3,7 +3,6 @@
 M clients of one instruction; w⁰ is the model they are sent.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from lossworks_federated.client.local_rules import Together
 from lossworks_federated.records import CONFIG, MODEL, member_from
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import LocalSpec
-from lossworks_federated.strategies.catalogue import part_of
+from lossworks_federated.strategies.catalogue import parts_told
 from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
 
 _EXAMPLES_AT_ONCE = 2**17  # of clients whose losses are measured together
@@ -101,7 +100,7 @@ def _train_at_once(
     server_round = int(config["server-round"])  # type: ignore[arg-type]
     epochs = int(config.get("epochs", task.local.epochs))  # type: ignore[arg-type]
     origin = member_from(content.array_records[MODEL])
-    parts = [part_of(entry) for entry in json.loads(str(config["parts"]))]
+    parts = parts_told(config)
     batches = setup.batches([client.partition for client in clients], server_round, epochs)
     moment = _moment(config, server_round, folder)
     kept = _recalled(parts, clients, origin, moment)
@@ -157,7 +156,7 @@ def evaluate_clients(
     config = content.config_records[CONFIG]
     server_round = int(config["server-round"])  # type: ignore[arg-type]
     origin = member_from(content.array_records[MODEL])
-    parts = [part_of(entry) for entry in json.loads(str(config["parts"]))]
+    parts = parts_told(config)
     kept = _recalled(parts, clients, origin, _moment(config, server_round + 1, folder))
     own: Stack = {}
     for part in parts:

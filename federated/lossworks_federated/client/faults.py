@@ -5,11 +5,10 @@ from collections.abc import Callable
 import numpy as np
 
 from lossworks.cohort import Member
-from lossworks_federated.spec_parts import FaultSpec
+from lossworks_federated.spec_parts import FAULTS, FaultSpec
 
 _STREAM = 77
 _SCALE = 100.0
-FAULTS = ("drop_out", "straggle", "nan", "shape", "empty", "sign_flip", "scale")
 
 
 def fault_of(faults: FaultSpec, seed: int, server_round: int, client: int) -> str | None:

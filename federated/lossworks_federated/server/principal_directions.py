@@ -22,9 +22,9 @@ def principal_update(updates: Tensor, rho: float = 0.8, *, rescale: UpdateRescal
 
         update = Σ_{j≤k} (s_j/Σ s) · u_j · (1/m) Σ_i ‖g_i‖ sign(e_ij).
 
-    Nothing of it depends on the signs of eigenvectors. Directions whose s_j is rounding (at most 1e-6 of the
-    sum in float32, 1e-12 in float64) are left out, as are clients with a zero update or without a component
-    along a direction; updates that are all zero give zero.
+    Nothing of it depends on the signs of eigenvectors. Directions whose s_j is rounding, at most 4·m·ε of the
+    sum with float64's ε, are left out, as are clients with a zero update or without a
+    component along a direction; updates that are all zero give zero.
 
     The more the clients disagree the shorter is the result; never is it longer than the updates on average.
     ``rescale="norm"``, which is ours, gives it the norm of the mean update.
@@ -45,7 +45,8 @@ def principal_update(updates: Tensor, rho: float = 0.8, *, rescale: UpdateRescal
     total = values.sum()
     if total == 0:
         return torch.zeros_like(updates[0])
-    tiny = 1e-6 if updates.dtype == torch.float32 else 1e-12
+    # What is left of nothing: products of P entries are rounded, and summed over m clients.
+    tiny = 4 * m * torch.finfo(products.dtype).eps
     kept = torch.arange(m) < max(1, int(rho * m + 1e-9))
     kept &= values > tiny * total
     s, e = values[kept], vectors[:, kept]
@@ -63,9 +64,9 @@ def principal_update(updates: Tensor, rho: float = 0.8, *, rescale: UpdateRescal
 
 
 def _gram(g: Tensor) -> Tensor:
-    """Return G·Gᵀ (m, m), its sums in float64."""
+    """Return G·Gᵀ (m, m) in float64, so that a small disagreement isn't lost beside a large mean."""
     total = g.new_zeros(len(g), len(g), dtype=torch.float64)
     for start in range(0, g.shape[1], _AT_ONCE):
-        part = g[:, start : start + _AT_ONCE]
-        total += (part @ part.t()).double()
+        part = g[:, start : start + _AT_ONCE].double()
+        total += part @ part.t()
     return total

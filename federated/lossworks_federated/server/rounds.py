@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import Strategy
 
 from lossworks.cohort import Member
 from lossworks.errors import LossworksError, RunError
+from lossworks.files import write_atomically
 from lossworks.tensors import load_tensors, write_tensors
 from lossworks.tracking import Journal
 from lossworks_federated.engines.counted_grid import CountedGrid
@@ -98,9 +99,7 @@ class FederationOutcome:
 
     def write(self, path: Path) -> None:
         """Write it as JSON, in one piece."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, json.dumps(asdict(self), indent=1))
 
 
 class Rounds:

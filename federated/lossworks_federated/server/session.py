@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossworks.errors import LossworksError, RunError
+from lossworks.files import write_atomically
 from lossworks.runs import RunFolder
 from lossworks_federated.server.rounds import FederationOutcome, RoundFiles, Rounds
 from lossworks_federated.shared_setup import SharedSetup, make_setup
@@ -150,8 +151,8 @@ class Session:
             tags={"lossworks.strategy": child.strategy.name},
             parent=self.folder.run_id,
         )
-        marker.write_text(child_id)
-        (child.files.path / "spec.yaml").write_text(alone.to_yaml())
+        write_atomically(child.files.path / "spec.yaml", alone.to_yaml())
+        write_atomically(marker, child_id)
         return child_id
 
     def _finish(self, child: Child, child_id: str) -> None:

@@ -5,13 +5,14 @@ lossworks_federated.strategies.catalogue``; a test keeps them current. Other pac
 entry points of the group ``lossworks.strategies``.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import Catalogue
-from lossworks.errors import UserError
+from lossworks.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from lossworks_federated.strategies.interface import Federated
@@ -24,6 +25,14 @@ CLIENT_PART, AVERAGES, EXCHANGES, PLAIN_SGD = "client-part", "averages", "exchan
 It has a part in clients, which other strategies can add; the next model is w⁰ plus the mean update, weighted
 by examples; further arrays than parameters go between clients and server; clients take plain SGD steps.
 """
+_KNOWN = frozenset(
+    (
+        *("parts", "task", "federation", "checkpoint-every", "server-round", "epochs", "terms"),
+        *("clipping_norm", "norm_bit"),  # of Flower's mods for privacy, which read them before a client does
+    )
+)
+_ASKED_BY_FLOWER = {"proximal-mu": ("fedprox", "mu")}
+"""What Flower's own strategies put into instructions: the method that it asks for, and its hyperparameter."""
 _HEAD = """# Strategies of federated learning
 
 Written from the declarations by `python -m lossworks_federated.strategies.catalogue`; `lossworks federate
@@ -114,6 +123,26 @@ def part_of(entry: Mapping[str, Any]) -> "Part":
     if kind.part is None:
         raise UserError(f"{name}: has no client part")
     return kind.part(check_settings(name, rest))
+
+
+def parts_told(config: Mapping[str, Any]) -> "list[Part]":
+    """Return the client parts that an instruction asks for, of our strategies or of Flower's own.
+
+    Raises:
+        RunError: It holds something that no client here knows, and would leave undone.
+    """
+    described = json.loads(str(config.get("parts", "[]")))
+    names = [entry.get("name") for entry in described]
+    for key, (slug, hyperparameter) in _ASKED_BY_FLOWER.items():
+        if key in config and slug not in names:
+            described.append({"name": slug, hyperparameter: float(config[key])})
+    unknown = sorted(set(config) - _KNOWN - set(_ASKED_BY_FLOWER))
+    if unknown:
+        raise RunError(
+            f"the instruction holds {unknown[0]}={config[unknown[0]]!r}, which a client of Lossworks "
+            f"does not know and would ignore; it knows {', '.join(sorted(_KNOWN | set(_ASKED_BY_FLOWER)))}"
+        )
+    return [part_of(entry) for entry in described]
 
 
 def page_text(present: Sequence[Declaration]) -> str:

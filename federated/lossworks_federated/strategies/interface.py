@@ -292,7 +292,24 @@ class Reproducible(FlowerFedAvg):
                 if not reply.has_error():
                     answer: Any = reply.content[CONFIG]
                     self._partitions[reply.metadata.src_node_id] = int(answer["partition-id"])
+            self._take_in_strangers([node for node in new if node not in self._partitions])
         return sorted((self._partitions[node], node) for node in present if node in self._partitions)
+
+    def _take_in_strangers(self, nodes: Sequence[int]) -> None:
+        """Number nodes of another app, which don't answer which partition is theirs, behind those that do.
+
+        Raises:
+            RunError: The strategy has a part in clients, which such an app has not.
+        """
+        if nodes and self.parts:
+            slugs = ", ".join(part.slug for part in self.parts)
+            raise RunError(
+                f"{len(nodes)} nodes run another ClientApp than lossworks_federated.client.client_app, and "
+                f"would leave undone what {slugs} does in clients; use a strategy without a part in clients, "
+                "such as fedavg, or our ClientApp"
+            )
+        first = max(self._partitions.values(), default=-1) + 1
+        self._partitions.update({node: first + place for place, node in enumerate(sorted(nodes))})
 
     def drawn(self, nodes: Nodes, count: int | None, server_round: int, purpose: int = _TRAIN) -> Nodes:
         """Return the clients drawn for a round, sorted; all if ``count`` is None or more than there are."""
