@@ -11,6 +11,7 @@ from lossworks_testing.training import run_training
 from lossworks_tune import packs
 from lossworks_tune.sweeps.engines import packed as engine
 from lossworks_tune.sweeps.engines.packed import PackedSweep
+from lossworks_tune.sweeps.summary import gains
 
 KINDS = ["none", "asha", "hyperband", "median", "pbt", "pb2"]
 POPULATIONS = ("pbt", "pb2")
@@ -162,6 +163,54 @@ def test_no_configuration_is_begun_after_the_time_is_over(tmp_path):
 
     assert 0 < len(found.trials) <= 2
     assert all(trial.status == "finished" for trial in found.trials)
+
+
+def test_a_sweep_that_ended_by_its_time_goes_on_with_more(tmp_path):
+    """What had ended stays as it was, and the rest is what the sweep would have been."""
+    short = tiny_sweep(trials=6, at_once=2, time_s=1e-9)
+    before = seen(packed(short, tmp_path / "sweep"))
+    whole = tiny_sweep(trials=6, at_once=2, time_s=None)
+    after = seen(packed(whole, tmp_path / "sweep"))
+
+    assert after[: len(before)] == before
+    assert len(before) < len(after) == 3 + 6
+    assert after == seen(packed(whole, tmp_path / "at-once"))
+
+
+def test_a_seed_that_failed_is_a_configuration_that_failed(tmp_path, monkeypatch):
+    """Its other fresh seeds make it no winner; where all fail there is none, and the table says so."""
+    spec = tiny_sweep(trials=4, confirm={"top": 2, "seeds": [50, 51, 52]})
+    advance = packs.advance
+
+    def failing(slugs):
+        def found(runs, steps):
+            return [
+                PackedReport(4, {}, "the loss became NaN or infinite at step 4")
+                if run.spec.seed == 51 and run.spec.loss.name in slugs
+                else report
+                for run, report in zip(runs, advance(runs, steps), strict=True)
+            ]
+
+        return found
+
+    def confirmed(path, slugs):
+        monkeypatch.setattr(packs, "advance", failing(slugs))
+        engine = PackedSweep(sweep_at(spec, path))
+        engine.run()
+        engine.confirm(results(spec, path).to_confirm())
+        return results(spec, path)
+
+    some = confirmed(tmp_path / "some", ("comp-sum",))
+    lost = [trial for trial in some.confirmed if trial.configuration.loss == "comp-sum"]
+    assert lost
+    assert all(trial.status == "failed" and len(trial.finals) == 2 for trial in lost)
+    assert all(trial.reason.startswith("seed 51: the loss became NaN") for trial in lost)
+    assert some.winner is None or some.winner.configuration.loss == "ldr"
+    assert all(some.fresh(trial, "eval/accuracy") is None for trial in lost)
+    none = confirmed(tmp_path / "none", ("comp-sum", "ldr"))
+    assert none.confirmed
+    assert none.winner is None
+    assert gains(none) == [("winner", "none: every configuration failed on fresh seeds")]
 
 
 def test_packs_refill(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Pictures of a sweep, of results made by hand."""
+"""Pictures and words of a sweep, of results made by hand."""
 
 import math
 import struct
@@ -17,6 +17,7 @@ from lossworks_tune.sweeps.ledger import Configuration, Trial, TrialStatus
 from lossworks_tune.sweeps.pictures import draw_all
 from lossworks_tune.sweeps.results import Results
 from lossworks_tune.sweeps.spec import SweepSpec
+from lossworks_tune.sweeps.summary import gains
 
 STEPS, EVERY = 100, 50
 
@@ -187,3 +188,30 @@ def test_far_worse_values_hide_no_others() -> None:
     assert span(values, "max") == (0.80, 0.86)
     assert span(values, "min") == (0.1, 0.86)
     assert span([0.5, 0.5, 0.5, 0.4], "max") == (0.4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "named", "said"),
+    [
+        ((0.1, 0.11, 0.09), "winner", "eval/accuracy +0.1000 ± 0.0248 (cross-entropy, defaults)"),
+        ((0.1, -0.1, 0.03), "best mean, in a tie with the baseline", "a tie (cross-entropy, defaults)"),
+        ((0.1,), "best mean, in a tie with the baseline", "of one seed, which chance can make"),
+    ],
+)
+def test_a_tie_is_called_a_tie(ahead, named, said):
+    """What chance can make of the seeds is no victory."""
+    seeds = list(range(len(ahead)))
+    spec = spec_of(seeds=seeds, confirm={"top": 1, "seeds": [50 + seed for seed in seeds]})
+
+    def trial(number, slug, values, anchor):
+        finals = [{"eval/accuracy": value, "eval/ece": 0.1} for value in values]
+        return Trial(Configuration(number, {"loss.name": slug}, {}, anchor), "finished", "", [], finals)
+
+    base = trial(0, "cross-entropy", [0.8] * len(ahead), "cross-entropy, defaults")
+    other = trial(1, "ldr", [0.8 + one for one in ahead], "ldr, defaults")
+    found = Results(spec, spec.make_space(), STEPS, (base, other), (base, other))
+
+    lines = gains(found)
+
+    assert lines[0] == (named, "ldr, defaults")
+    assert said in dict(lines)["over the baseline"]

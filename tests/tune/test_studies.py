@@ -47,9 +47,7 @@ def test_what_limits_a_study_is_said_before_it_trains():
     one = tiny_study(compare={"ldr": {"loss": "ldr"}, "dice": {"loss": "dice"}}, seeds=1).make_plan()
     apart = {"a": {"loss": "comp-sum"}, "b": {"loss": "cross-entropy", "optimizer.lr": 0.5}}
 
-    assert several.notes == [
-        "comp-sum is cross-entropy with these hyperparameters: they differ by rounding"
-    ]
+    assert several.notes == ["comp-sum is cross-entropy with these hyperparameters: they differ by rounding"]
     assert one.notes == ["one seed gives no interval, so that nothing is told apart; use seeds=5"]
     assert tiny_study(compare=apart, seeds=2).make_plan().notes == []
 

@@ -1,5 +1,6 @@
 """Whole sweeps: in MLflow, killed and gone on with, from the command line, and by Ray Tune."""
 
+import copy
 import csv
 import json
 import os
@@ -15,7 +16,9 @@ from lossworks.cli import main
 from lossworks.errors import UserError
 from lossworks.tasks import read_train_spec
 from lossworks.tracking import read_all
-from lossworks_testing.sweeps import packed, results, seen, tiny_sweep
+from lossworks_testing.sweeps import packed, results, seen, sweep_at, tiny_sweep
+from lossworks_tune.sweeps.engines.ray_source import Source
+from lossworks_tune.sweeps.proposals import Proposals
 from lossworks_tune.sweeps.results import Results
 from lossworks_tune.sweeps.run import engine_of, sweep
 from lossworks_tune.sweeps.spec import SweepSpec
@@ -176,6 +179,22 @@ def test_all_that_fails_fails_the_run_with_the_reason(at_home, monkeypatch):
         ({"base": {"task": "classification", "model": {"dropout": 0.5}}, "engine": "packed"}, "", "dropout"),
         ({"base": {}, "losses": ["ldr"], "engine": "packed"}, "", "language models fill a worker each"),
         ({"engine": "ray", "scheduler": "pbt"}, "", "copies parameters"),
+        ({"space": {"model.dropout": [0.0, 0.5]}}, "ray", None),
+        (
+            {"space": {"model.dropout": [0.0, 0.5]}, "engine": "packed"},
+            "",
+            "engine=packed: space.model.dropout: model.dropout=0.5 draws random numbers",
+        ),
+        (
+            {"space": {"precision": ["fp32", "bf16"]}, "engine": "packed"},
+            "",
+            "space.precision: precision=bf16",
+        ),
+        (
+            {"space": {"optimizer.lr": {"log": [1e-3, 1]}, "model.width": [4, 8]}, "scheduler": "pbt"},
+            "",
+            "space.model.width: scheduler.kind=pbt hands trained parameters",
+        ),
     ],
 )
 def test_the_engine_is_the_one_that_can(changes, engine, why):
@@ -186,6 +205,31 @@ def test_the_engine_is_the_one_that_can(changes, engine, why):
     else:
         with pytest.raises(UserError, match=why):
             engine_of(spec, spec.make_space())
+
+
+@pytest.mark.parametrize("search", ["random", "grid", "tpe"])
+def test_what_ray_tune_asks_travels_between_processes(search, tmp_path):
+    """Whatever the search, behind configurations that have been begun as well."""
+    spec = tiny_sweep(search=search, engine="ray")
+    source = Source(spec, sweep_at(spec, tmp_path).trials, [], Proposals(spec, spec.make_space()))
+    first = source.suggest("a")
+    again = copy.deepcopy(source)
+
+    assert again.suggest("b") == source.suggest("b") != first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", ["random", "grid", "tpe"])
+@pytest.mark.parametrize("scheduler", ["none", "asha", "hyperband", "median"])
+@pytest.mark.parametrize("engine", ["packed", "ray"])
+def test_every_pair_of_search_and_scheduler_ends(engine, scheduler, search, at_home, cluster):
+    """By both engines, with all configurations at their ends or stopped."""
+    changes = {"search": {"kind": search, "points": 2}, "scheduler": {"kind": scheduler, "grace_steps": 4}}
+    spec = tiny_sweep(losses=["comp-sum"], trials=2, engine=engine, at_once=2, confirm={"top": 0}, **changes)
+    found = sweep(spec).results
+
+    assert len(found.trials) == 2 + (4 if search == "grid" else 2)
+    assert {trial.status for trial in found.trials} <= {"finished", "stopped"}
 
 
 def test_ray_tune_gives_what_packed_trials_give(at_home, cluster, tmp_path):

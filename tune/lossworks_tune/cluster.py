@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from lossworks.errors import UserError
 from lossworks.home import ray_variables
+from lossworks.ports import require_answer
 
 WAITING_CPUS = 0.01
 """CPUs of a process that waits for the workers it has started; Ray takes no 0."""
@@ -52,6 +53,7 @@ def cluster(address: str | None) -> Iterator[float]:
     if ray.is_initialized():
         yield ray.available_resources().get("CPU", 0.0)
         return
+    require_answer(address)
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     usable = usable_cpus()
     alone = address is None and "RAY_ADDRESS" not in os.environ

@@ -64,4 +64,6 @@ def _resolve(arguments: argparse.Namespace) -> "tuple[SweepSpec, RunFolder | Non
     return asked, folder
 
 
-TUNE = Command("search losses and their hyperparameters, many trials at once", _configure, _run)
+TUNE = Command(
+    "search losses and their hyperparameters, many trials at once", _configure, _run, group="train and search"
+)

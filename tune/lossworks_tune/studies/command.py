@@ -151,4 +151,9 @@ def _seeds(text: str) -> str:
     return text if len(numbers) == 1 else f"[{text}]"
 
 
-STUDY = Command("compare variants over seeds, and judge what was expected of them", _configure, _run)
+STUDY = Command(
+    "compare variants over seeds, and judge what was expected of them",
+    _configure,
+    _run,
+    group="train and search",
+)

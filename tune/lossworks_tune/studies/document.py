@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.errors import UserError
+from lossworks.files import write_atomically
 from lossworks.metrics.intervals import MeanInterval
 from lossworks_tune.studies.outcome import StudyOutcome
 from lossworks_tune.studies.spec import StudySpec
@@ -35,7 +36,7 @@ def document(outcome: StudyOutcome) -> dict[str, Any]:
 def write(outcome: StudyOutcome, path: Path) -> Path:
     """Write a study's document."""
     text = json.dumps(document(outcome), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_atomically(path, text + "\n")
     return path
 
 

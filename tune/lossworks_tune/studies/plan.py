@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import yaml
-
 from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError
 from lossworks.specs.base import apply_overrides
@@ -123,7 +121,7 @@ class StudyPlan:
         """
         fields = dict(leaves(self._compare[variant])) | dict(setting.fields)
         where = f"compare.{variant}" + (f" with {setting.title}" if setting.title else "")
-        overrides = [f"{name}={yaml.safe_dump(value)}" for name, value in fields.items()]
+        overrides = [f"{name}={json.dumps(value)}" for name, value in fields.items()]
         own = self._base.model_dump(mode="json", exclude_unset=True)
         try:
             values = apply_overrides(type(self._base), own, overrides)
@@ -217,7 +215,9 @@ def _plain(loss: Any) -> Any:
     if loss.plus:
         return values
     entry = declaration(loss.name)
-    name, hyperparameters = entry.alias(entry.check(loss.hyperparameters)) or (loss.name, loss.hyperparameters)
+    own = (loss.name, loss.hyperparameters)
+    # Two losses may each name the other; the one that comes first in the alphabet stands for both.
+    name, hyperparameters = min((own, entry.alias(entry.check(own[1])) or own), key=lambda pair: pair[0])
     return [name, declaration(name).check(hyperparameters), values.get("impl")]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lossworks.errors import RunError
+from lossworks.lost_runs import watched
 from lossworks.runs import RunFolder
 from lossworks.specs import read_yaml
 from lossworks.specs.files import located
@@ -76,7 +77,7 @@ def study(
     plan = spec.make_plan()
     check(plan, local=address is None and "RAY_ADDRESS" not in os.environ)
     folder = open_parent(spec, "study", parameters(spec), resume)
-    with folder.hold():
+    with folder.hold(), watched(folder):
         return _Run(spec, plan, folder, listener or StudyListener()).run(address)
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from lossworks.catalogue.registry import declaration
 from lossworks.cli import require_one
 from lossworks.specs import Spec, TrackingSpec
-from lossworks.specs.base import apply_overrides
+from lossworks.specs.base import Seed, Storage, apply_overrides
 from lossworks.trainables import OWN_VALUES
 from lossworks_tune.bases import read_base, require_yardstick
 from lossworks_tune.studies.plan import StudyPlan, leaves, nested
@@ -34,14 +34,6 @@ class ExpectationSpec(Spec):
         ge=0.0,
         description="better by more than so much, in the yardstick's unit; equal up to so much",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _on(cls, values: Any) -> Any:
-        # YAML 1.1 reads the bare word as true.
-        if isinstance(values, Mapping) and True in values:
-            return {"on" if name is True else name: value for name, value in values.items()}
-        return values
 
     @field_validator("where", mode="before")
     @classmethod
@@ -97,16 +89,14 @@ class StudySpec(Spec):
         description="further fields with the values at which all variants are compared: "
         "{data.label_noise: [0, 0.6]}",
     )
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         (0, 1, 2, 3, 4), min_length=1, description="seeds, the same for all variants; 5 is short for 0 to 4"
     )
     yardsticks: tuple[str, ...] = Field(
         (), description="metrics that are reported; default: all of the task but the loss's own value"
     )
     expect: tuple[ExpectationSpec, ...] = Field((), description="what is expected of the variants")
-    storage: str | None = Field(
-        None, description="absolute folder of runs; default: runs/ in the home folder"
-    )
+    storage: Storage = Field(None, description="absolute folder of runs; default: runs/ in the home folder")
     tracking: TrackingSpec = TrackingSpec()
 
     @field_validator("compare", mode="before")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.errors import RunError
+from lossworks.files import write_atomically
 from lossworks.runs import RunFolder
 from lossworks.tracking import Journal, create_run, deliver, finish_run
 from lossworks.tracking.store import TrackedStatus
@@ -46,9 +47,7 @@ class VariantRuns:
     def _enter(self, outcome: StudyOutcome, variant: str, setting: Setting, folder: Path) -> None:
         run_id, tracking = folder / "run-id", outcome.spec.tracking
         if not run_id.is_file():
-            partial = run_id.with_suffix(".partial")
-            partial.write_text(self._create(outcome, variant, setting), encoding="ascii")
-            partial.replace(run_id)
+            write_atomically(run_id, self._create(outcome, variant, setting))
         journal = folder / "metrics.jsonl"
         _write(outcome, variant, setting, journal)
         deliver(tracking, run_id.read_text(encoding="ascii"), journal)

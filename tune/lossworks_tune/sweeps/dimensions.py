@@ -59,6 +59,14 @@ class DimensionSpec(Spec):
         """Return values between which all others lie, or all choices."""
         return self.choice if self.choice is not None else self.range
 
+    @property
+    def tried(self) -> tuple[Any, ...]:
+        """The same with a number between: a field of integers takes both ends of [16, 64], and no 34.3."""
+        if self.choice is not None or self.whole:
+            return self.ends
+        low, high = map(float, self.range)
+        return (*self.ends, low + 0.381966 * (high - low))
+
     @classmethod
     def declared(cls, space: Mapping[str, Any]) -> "DimensionSpec":
         """Return what :meth:`lossworks.losses.Declaration.search_space` says of one hyperparameter."""

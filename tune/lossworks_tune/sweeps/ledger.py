@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lossworks.files import write_atomically
 from lossworks.tracking import JournalRow, read_all
 
 TrialStatus = Literal["running", "finished", "stopped", "failed"]
@@ -193,6 +194,4 @@ def shown(value: Any) -> str:
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(values), encoding="utf-8")
-    partial.replace(file)
+    write_atomically(file, json.dumps(values))

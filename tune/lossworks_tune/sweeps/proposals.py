@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from lossworks_tune.sweeps.ledger import Configuration, Trial
@@ -29,7 +29,8 @@ class Proposals:
     def __init__(self, spec: SweepSpec, space: Space, begun: list[Trial] | None = None) -> None:
         self._spec, self._space = spec, space
         self._anchors = space.anchors()
-        self._grid = self._of_grid() if spec.search.kind == "grid" else None
+        # A list and no generator, which could not travel to another process.
+        self._grid = list(space.grid(spec.search.points)) if spec.search.kind == "grid" else None
         self._number = 0
         self._asked: dict[int, optuna.Trial] = {}
         self._study = _study(spec, len(begun or ()))
@@ -72,9 +73,10 @@ class Proposals:
 
     def _drawn(self, number: int) -> Configuration | None:
         if self._grid is not None:
-            parameters: Mapping[str, Any] | None = next(self._grid, None)
-            if parameters is None:
+            place = number - len(self._anchors)
+            if place >= len(self._grid):
                 return None
+            parameters = self._grid[place]
             return Configuration(number, self._space.fields(parameters), dict(parameters))
         if number >= len(self._anchors) + self._spec.trials:
             return None
@@ -85,16 +87,11 @@ class Proposals:
         self._asked[number] = trial
         return Configuration(number, self._space.fields(trial.params), dict(trial.params))
 
-    def _of_grid(self) -> Iterator[dict[str, Any]]:
-        return self._space.grid(self._spec.search.points)
-
     def _go_on_behind(self, begun: list[Trial]) -> None:
         from optuna.trial import create_trial
 
         self._number = len(begun)
         if self._grid is not None:
-            for _ in range(len(begun) - len(self._anchors)):
-                next(self._grid, None)
             return
         for trial in begun:
             values = [trial.value(metric) for metric in self._spec.objectives]

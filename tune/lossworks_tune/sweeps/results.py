@@ -95,10 +95,14 @@ class Results:
 
     @cached_property
     def winner(self) -> Trial | None:
-        """The best on fresh seeds; without any, the best of the search. With two objectives, in the first."""
+        """The best on fresh seeds; where none were asked for, the best of the search.
+
+        None where every confirmation has failed: the search's seeds alone make no winner then. With two
+        objectives, the best in the first.
+        """
         metric = self.metrics[0]
-        again = [trial for trial in self.confirmed if trial.finals]
-        found = self.ranked[0] if self.ranked else None
+        again = [trial for trial in self.confirmed if trial.status == "finished" and trial.finals]
+        found = self.ranked[0] if self.ranked and not self.confirmed else None
         if again:
             found = again[0]
             for trial in again[1:]:
@@ -141,9 +145,14 @@ class Results:
                 )
 
     def _fresh_values(self, trial: Trial, metric: str) -> list[float]:
+        again = self.again(trial)
+        # A configuration that failed on one seed has failed: the mean of the others flatters it.
+        return again.seeds_values(metric) if again is not None and again.status == "finished" else []
+
+    def again(self, trial: Trial) -> Trial | None:
+        """Return what became of a trial on fresh seeds, or None if it was not trained on them."""
         number = trial.configuration.number
-        again = (t for t in self.confirmed if t.configuration.number == number)
-        return next((t.seeds_values(metric) for t in again), [])
+        return next((t for t in self.confirmed if t.configuration.number == number), None)
 
     def _dominates(self, one: Trial, other: Trial) -> bool:
         pairs = [(metric, one.value(metric), other.value(metric)) for metric in self.metrics]

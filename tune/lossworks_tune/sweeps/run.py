@@ -9,6 +9,8 @@ from typing import Protocol
 import yaml
 
 from lossworks.errors import RunError, UserError
+from lossworks.files import write_atomically
+from lossworks.lost_runs import watched
 from lossworks.runs import RunFolder
 from lossworks.specs import read_yaml
 from lossworks.specs.files import located
@@ -96,7 +98,7 @@ def sweep(
 
         require_local_room(spec, space)
     folder = open_parent(spec, "sweep", spec.flat(), resume)
-    with folder.hold():
+    with folder.hold(), watched(folder):
         running = Sweep(spec, space, folder.path)
         return _Run(running, folder, listener or SweepListener()).run(_make(name, running, address))
 
@@ -165,6 +167,8 @@ def engine_of(spec: SweepSpec, space: Space) -> str:
     if spec.engine == "packed" and why:
         raise UserError(f"engine=packed: {why}; use engine=ray")
     name = "ray" if spec.engine == "ray" or why else "packed"
+    if name == "packed" and spec.scheduler.of_populations:
+        _require_handed_on(spec, space)
     if name == "ray" and spec.scheduler.of_populations:
         copies = "copies parameters between trainings, which engine=packed does"
         raise UserError(f"scheduler.kind={spec.scheduler.kind} {copies}" + (f", but {why}" if why else ""))
@@ -174,8 +178,28 @@ def engine_of(spec: SweepSpec, space: Space) -> str:
 def _not_packed(spec: SweepSpec, space: Space) -> str | None:
     from lossworks_tune.packs import reason_against
 
-    trainings = (space.training(fields, spec.seeds[0]) for _, fields in space.anchors())
-    return next((why for training in trainings if (why := reason_against(space.task, training))), None)
+    for name, fields in space.corners():
+        if why := reason_against(space.task, space.training(fields, spec.seeds[0])):
+            return f"space.{name}: {why}" if name in space.general else why
+    return None
+
+
+def _require_handed_on(spec: SweepSpec, space: Space) -> None:
+    """Refuse a population in which parameters of one configuration would not be those of another.
+
+    Raises:
+        UserError: Naming the field of the space.
+    """
+    from lossworks.training.packed import alike
+
+    first = alike(space.training(space.anchors()[0][1], spec.seeds[0]))
+    for name, fields in space.corners():
+        if alike(space.training(fields, spec.seeds[0])) != first:
+            raise UserError(
+                f"space.{name}: scheduler.kind={spec.scheduler.kind} hands trained parameters from one "
+                f"configuration to another, and {name} changes their shapes or what they are trained on; "
+                "leave it out of the space, or take another scheduler"
+            )
 
 
 def _make(name: str, sweep: Sweep, address: str | None) -> Engine:
@@ -230,7 +254,7 @@ def _write_best(results: Results, winner: Trial, path: Path) -> Path:
     training = results.space.training(winner.configuration.fields, results.spec.seeds[0])
     head = f"# The best of {len(results.trials)} configurations: {winner.configuration.title}\n"
     values = yaml.safe_dump(training.model_dump(mode="json"), sort_keys=False)
-    path.write_text(head + values, encoding="utf-8")
+    write_atomically(path, head + values)
     return path
 
 

@@ -23,6 +23,25 @@ if TYPE_CHECKING:
 Fields = dict[str, Any]
 LOSS = "loss"
 
+_OF_LOSSES = (
+    "losses and their hyperparameters are the sweep's own field: "
+    "losses: [cross-entropy, {name: ldr, temperature: {log: [0.1, 10]}}]"
+)
+_LENGTH = (
+    "all configurations of a sweep are trained and measured alike; compare lengths by a study: "
+    "over: {steps: [100, 200]}"
+)
+_CHANGES_NOTHING = "changes nothing of what is trained"
+_NOT_SEARCHED = {
+    **dict.fromkeys(("seed", "seeds"), "seeds are the sweep's own field, seeds"),
+    LOSS: _OF_LOSSES,
+    **dict.fromkeys(("steps", "rounds", "evaluation", "measure"), _LENGTH),
+    **dict.fromkeys(("name", "kind", "tracking", "storage", "checkpoint", "profile"), _CHANGES_NOTHING),
+    **dict.fromkeys(("telemetry", "checkpoint_every", "resources_per_worker"), _CHANGES_NOTHING),
+    "task": "a sweep trains one task",
+}
+"""Why groups of fields are none that a search can vary."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -157,30 +176,35 @@ class Space:
         """
         return self.trainable.parse(self.values(fields, seed), "base")
 
+    def corners(self) -> Iterator[tuple[str, Fields]]:
+        """Yield configurations with the ends of one dimension each, and a value between, and its name."""
+        for candidate in self.candidates:
+            usual = self._of_loss(candidate, {})
+            yield "", usual
+            for name, dimension in candidate.searched.items():
+                for value in dimension.tried:
+                    yield f"{candidate.slug}.{name}", usual | {f"loss.{name}": value}
+            for name, dimension in self.general.items():
+                for value in dimension.tried:
+                    yield name, usual | {name: value}
+
     def check(self) -> None:
         """Refuse what the base's class refuses: at the ends of every dimension, one at a time.
 
         Raises:
-            UserError: A field is unknown, or a value is refused.
+            UserError: A field is unknown, is none that a search can vary, or a value is refused.
         """
         known = set(field_paths(type(self.base)))
         for name in self.general:
-            if name in ("seed", "seeds"):
-                raise UserError(f"space.{name}: seeds are the sweep's own field, seeds")
+            group = name.partition(".")[0]
+            if group in _NOT_SEARCHED:
+                raise UserError(f"space.{name}: {_NOT_SEARCHED[group]}")
             if name not in known:
                 guess = nearest(name, known)
                 hint = f"; did you mean {guess}?" if guess else ""
                 raise UserError(f"space.{name}: is no field of the base{hint}")
-        for candidate in self.candidates:
-            usual = self._of_loss(candidate, {})
-            self.training(usual, 0)
-            for name, dimension in candidate.searched.items():
-                for value in dimension.ends:
-                    self.training(usual | {f"loss.{name}": value}, 0)
-        first = self._of_loss(self.candidates[0], {})
-        for name, dimension in self.general.items():
-            for value in dimension.ends:
-                self.training(first | {name: value}, 0)
+        for _, fields in self.corners():
+            self.training(fields, 0)
 
     def _own_loss(self) -> dict[str, Any]:
         given = self._values.get("loss", {})

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from lossworks.errors import UserError
 from lossworks.specs import Spec, TrackingSpec
-from lossworks.specs.base import apply_overrides
+from lossworks.specs.base import Seed, Storage, apply_overrides
 from lossworks.trainables import OWN_VALUES, Direction
 from lossworks_tune.bases import read_base, require_yardstick
 from lossworks_tune.sweeps.dimensions import DimensionSpec
@@ -58,7 +58,7 @@ class ConfirmSpec(Spec):
     """The best configurations trained again on fresh seeds, before a winner is named."""
 
     top: int = Field(3, ge=0, le=1000, description="how many; 0 for none")
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         (1000, 1001, 1002, 1003, 1004), min_length=1, description="seeds that the search has not seen"
     )
 
@@ -103,7 +103,7 @@ class SweepSpec(Spec):
         None, gt=0.0, description="seconds after which no further configuration is begun; null for no limit"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the search itself")
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         (0,), min_length=1, description="seeds of each configuration's trainings, one after the other"
     )
     wilcoxon: float = Field(
@@ -122,9 +122,7 @@ class SweepSpec(Spec):
     at_once: int | None = Field(
         None, ge=1, description="configurations at work; default: 64 packed, on Ray as many as have room"
     )
-    storage: str | None = Field(
-        None, description="absolute folder of runs; default: runs/ in the home folder"
-    )
+    storage: Storage = Field(None, description="absolute folder of runs; default: runs/ in the home folder")
     tracking: TrackingSpec = TrackingSpec()
 
     def make_space(self) -> Space:

@@ -34,8 +34,9 @@ def _counts(results: Results) -> str:
     found = Counter(trial.status for trial in results.trials)
     named: tuple[TrialStatus, ...] = ("finished", "stopped", "failed", "running")
     text = ", ".join(f"{found[status]} {status}" for status in named if found[status])
-    again = sum(bool(trial.finals) for trial in results.confirmed)
-    return text + (f"; {again} on fresh seeds" if again else "")
+    again = Counter(trial.status for trial in results.confirmed)
+    text += f"; {again['finished']} on fresh seeds" if again["finished"] else ""
+    return text + (f"; {again['failed']} failed on fresh seeds" if again["failed"] else "")
 
 
 def _line(results: Results, trial: Trial) -> str:
@@ -60,16 +61,22 @@ def table(results: Results, *, title: str, count: int) -> Table:
         for metric in results.metrics:
             cells.append(f"{trial.value(metric):.4f}")
             if results.confirmed:
-                fresh = results.fresh(trial, metric)
-                cells.append(fresh.text() if fresh is not None else "")
+                cells.append(_on_fresh_seeds(results, trial, metric))
         mark = "bold" if results.confirmed and trial is results.winner else ""
         found.add_row(str(place), Text(trial.configuration.title, mark), *cells)
     return found
 
 
+def _on_fresh_seeds(results: Results, trial: Trial, metric: str) -> str:
+    fresh, again = results.fresh(trial, metric), results.again(trial)
+    if fresh is not None:
+        return fresh.text()
+    return "failed" if again is not None and again.status == "failed" else ""
+
+
 def best_first(results: Results, trials: Sequence[Trial]) -> list[Trial]:
     """Return trials in the order to show them: those on fresh seeds by these, then the others."""
-    again = {trial.configuration.number for trial in results.confirmed if trial.finals}
+    again = {trial.configuration.number for trial in results.confirmed if trial.status == "finished"}
     metric = results.metrics[0]
     sign = -1 if results.spec.objectives[metric] == "max" else 1
 
@@ -91,6 +98,11 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
     failed = [trial for trial in results.trials if trial.status == "failed"]
     if failed:
         lines.append(("failed", f"{len(failed)}, the first because {failed[0].reason}"))
+    lost = [trial for trial in results.confirmed if trial.status == "failed"]
+    if lost:
+        names = f"{len(lost)} of {len(results.confirmed)}"
+        why = f"{lost[0].configuration.title}: {lost[0].reason}"
+        lines.append(("failed on fresh seeds", f"{names}, and so can't win; the first: {why}"))
     lines.append(("folder", str(result.folder.path)))
     uri = tracking_uri(spec.tracking)
     commands = [("see the runs in MLflow", redact(uri) if uri.startswith("http") else f"{program()} ui")]
@@ -101,11 +113,15 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
 
 
 def gains(results: Results) -> list[tuple[str, str]]:
-    """Return who won and by how much, in words."""
+    """Return who won and by how much, in words; a difference that chance could make is called a tie."""
     winner = results.winner
     if winner is None:
-        return []
+        return [("winner", "none: every configuration failed on fresh seeds")] if results.confirmed else []
     named = "best in the first objective" if len(results.metrics) == 2 else "winner"
+    baseline = results.baseline
+    if baseline is not None and baseline.configuration.number != winner.configuration.number:
+        ahead = results.gain(winner, baseline, results.metrics[0])
+        named = "best mean, in a tie with the baseline" if ahead and ahead.includes_zero else named
     if not results.confirmed:
         named += " of the search (not confirmed on fresh seeds)"
     lines = [(named, winner.configuration.title)]
@@ -121,6 +137,9 @@ def gains(results: Results) -> list[tuple[str, str]]:
         for metric in results.metrics:
             gain = results.gain(winner, other, metric)
             if gain is not None:
-                text = f"{metric} {gain.text('{:+.4f}').replace('± +', '± ')} ({other.configuration.title})"
+                number = gain.text("{:+.4f}").replace("± +", "± ")
+                tie = ", a tie" if gain.includes_zero and gain.count > 1 else ""
+                tie = ", of one seed, which chance can make" if gain.count == 1 else tie
+                text = f"{metric} {number}{tie} ({other.configuration.title})"
                 lines.append((what, text))
     return lines

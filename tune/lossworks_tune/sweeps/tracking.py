@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lossworks.errors import RunError
+from lossworks.files import write_atomically
 from lossworks.runs import RunFolder
 from lossworks.tracking import create_run, deliver, finish_run
 from lossworks.tracking.store import TrackedStatus
@@ -59,9 +60,7 @@ class TrialRuns:
             return
         tracking = self._sweep.spec.tracking
         if not folder.run_id_file.is_file():
-            partial = folder.run_id_file.with_suffix(".partial")
-            partial.write_text(self._create(trial, kind, seeds), encoding="ascii")
-            partial.replace(folder.run_id_file)
+            write_atomically(folder.run_id_file, self._create(trial, kind, seeds))
         run_id = folder.run_id_file.read_text(encoding="ascii")
         deliver(tracking, run_id, folder.journal)
         if trial.status != "running":

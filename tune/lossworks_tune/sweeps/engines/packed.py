@@ -14,7 +14,7 @@ from ray.tune.schedulers import TrialScheduler
 from lossworks.errors import UserError
 from lossworks.tracking import Journal
 from lossworks.training.packed import PackedReport, PackedRun
-from lossworks_tune.packs import advanced, groups, trained
+from lossworks_tune.packs import advanced, groups, reason_against, trained
 from lossworks_tune.sweeps.engines.packed_state import Past, save
 from lossworks_tune.sweeps.engines.scheduling import TIME, Controller, build_scheduler, source_of
 from lossworks_tune.sweeps.engines.stopping import Leader
@@ -112,7 +112,14 @@ class PackedSweep:
 
     def _keep_confirmed(self, number: int, reports: list[PackedReport]) -> None:
         folder = self._sweep.confirmed.of(number)
-        failure = next((report.failure for report in reports if report.failure), None)
+        failure = next(
+            (
+                f"seed {seed}: {report.failure}"
+                for seed, report in zip(self._spec.confirm.seeds, reports, strict=True)
+                if report.failure
+            ),
+            None,
+        )
         with Journal.open(folder.journal) as journal:
             for place, report in enumerate(reports):
                 if report.failure is None:
@@ -128,8 +135,9 @@ class PackedSweep:
         ):
             self._closed_at = self._past.closed_at
         late = self._spec.time_s is not None and self._round > 0 and self._elapsed() > self._spec.time_s
-        if self._closed_at is None and late and self._round >= self._past.round:
-            self._closed_at = self._round
+        if self._round >= self._past.round:  # no more of the past to do over
+            # A sweep that ended by its time and is given more begins further configurations.
+            self._closed_at = (self._closed_at or self._round) if late else None
         while self._closed_at is None and len(self._live) < at_once(self._spec):
             configuration = self._proposals.next()
             if configuration is None:
@@ -143,7 +151,10 @@ class PackedSweep:
         folder = self._sweep.trials.of(configuration.number)
         folder.begin(configuration)
         try:
-            run = PackedRun.start(self._space.training(configuration.fields, self._spec.seeds[0]))
+            training = self._space.training(configuration.fields, self._spec.seeds[0])
+            if why := reason_against(self._space.task, training):
+                raise UserError(f"engine=packed: {why}")
+            run = PackedRun.start(training)
         except UserError as error:  # ends of ranges are checked before; combinations may still be refused
             folder.finish(End("failed", str(error), 0))
             self._proposals.tell(configuration.number, None, whole=False)
@@ -241,12 +252,15 @@ class PackedSweep:
             if source is None or source not in by_name or member.scheduled is None:
                 continue
             fields = self._space.fields(member.scheduled.config)
+            try:
+                spec = self._space.training(fields, self._spec.seeds[member.seed])
+            except UserError:
+                continue  # a change that a spec written by hand would not be allowed either
             own = member.configuration
             changed = Configuration(own.number, fields, dict(member.scheduled.config), own.anchor)
             member.configuration = changed
             member.folder.begin(changed)
             theirs = by_name[source].run
-            spec = self._space.training(fields, self._spec.seeds[member.seed])
             member.run = PackedRun(spec, theirs.step, theirs.tensors)
 
     def _end(
