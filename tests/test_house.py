@@ -6,9 +6,12 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
+from lossworks.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
@@ -238,6 +241,17 @@ def test_help_imports_nothing_heavy(arguments):
 
     assert output.splitlines()[-1] == "heavy: []"
     assert "usage: lossworks" in output
+
+
+def test_help_names_every_command_once_in_narrow_lines(capsys):
+    """Below the heading of its group, so that a newcomer finds what there is for his purpose."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out.splitlines()
+
+    names = [line.split()[0] for line in shown if re.match(r"  [a-z]", line)]
+    assert sorted(names) == sorted(point.name for point in entry_points(group="lossworks.commands"))
+    assert max(map(len, shown)) <= 100
 
 
 def test_importing_changes_nothing_in_the_process():

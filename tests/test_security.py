@@ -147,8 +147,10 @@ def test_a_spec_can_not_run_code(command, kind, home, marker, tmp_path, capsys):
 
     assert main([command, str(tmp_path / "spec.yaml")]) == 2
     in_file = capsys.readouterr().err
-    assert main([command, str(tmp_path / "good.yaml"), f"name={tag}"]) == 2
+    seed = "seed=" if command == "train" else "seeds="
+    assert main([command, str(tmp_path / "good.yaml"), seed + tag]) == 2
     in_override = capsys.readouterr().err
+    assert main([command, str(tmp_path / "good.yaml"), f"name={tag * 9}"]) == 2  # it is a text, and too long
 
     assert "is not valid YAML" in in_file
     assert "the value is not valid YAML" in in_override
@@ -245,7 +247,7 @@ def test_code_in_an_array_file_does_not_run(tmp_path, marker):
     file = tmp_path / "planted.npz"
     np.savez(file, x=np.array([Planted(marker)], dtype=object), y=np.zeros(1))
 
-    with pytest.raises(UserError, match=r"planted\.npz: can't be read as npz"):
+    with pytest.raises(UserError, match=r"planted\.npz, as npz: can't be read: .*allow_pickle=False"):
         example_sources._npz(file, None)
     assert not marker.exists()
     with np.load(file, allow_pickle=True) as arrays:

@@ -30,6 +30,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--address", help="Ray cluster to join, HOST:PORT or auto; default: $RAY_ADDRESS, or a new one here"
     )
     parser.add_argument(
+        "--changed-data",
+        action="store_true",
+        help="with --resume: go on although the data are others now; classes, scales and tokenizer stay",
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="profile 3 steps; see profile.steps and profile.start"
     )
     parser.add_argument("--print-spec", action="store_true", help="print the whole resolved spec and end")
@@ -48,7 +53,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
     before = time.time() - started
     with TrainProgress(spec.steps, first_step=_steps_done(resume)) as progress:
-        result = train(spec, address=arguments.address, resume=resume, progress=progress)
+        result = train(
+            spec,
+            address=arguments.address,
+            resume=resume,
+            changed_data=arguments.changed_data,
+            progress=progress,
+        )
     print_run(spec, result, seconds_before=before)
     return 0 if result.outcome.status == "finished" else 130
 
@@ -73,6 +84,8 @@ def _resolve(arguments: argparse.Namespace) -> tuple[RunSpec, RunFolder | None]:
     if arguments.profile:
         overrides.insert(0, "profile=3")  # the user's own profile.steps comes later, and wins
     name = arguments.resume or arguments.from_run
+    if arguments.changed_data and not arguments.resume:
+        raise UserError("--changed-data: is for --resume; a new run reads its data as they are")
     if file is None and name is None:
         raise UserError("SPEC is missing: give a YAML file such as jobs/specs/demo.yaml, or --resume RUN")
     if file is not None and name is not None:
@@ -83,4 +96,6 @@ def _resolve(arguments: argparse.Namespace) -> tuple[RunSpec, RunFolder | None]:
     return read_train_spec(folder.spec_file, overrides), folder if arguments.resume else None
 
 
-TRAIN = Command("train a model sharded over Ray workers, tracked in MLflow", _configure, _run)
+TRAIN = Command(
+    "train a model sharded over Ray workers, tracked in MLflow", _configure, _run, group="train and search"
+)

@@ -38,6 +38,7 @@ def refused(arguments, capsys, monkeypatch):
     ("override", "message"),
     [
         ("modle.layers=2", "did you mean model.layers?"),
+        ("lr=0.1", "lr: unknown key; did you mean optimizer.lr?"),
         ("model.layers=0", "model.layers=0: input should be greater than or equal to 1"),
         ("optimizer.lr=fast", "optimizer.lr='fast'"),
         ("model.heads=3", "width=256 must be a multiple of heads=3"),
@@ -75,7 +76,7 @@ def test_an_empty_corpus_is_refused(file, tmp_path, capsys, monkeypatch):
         (["train"], "SPEC is missing"),
         (["train", "nowhere.yaml"], "no such spec file"),
         (["train", "--resume", "nothing"], "run nothing: not found"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "trian: no such command; did you mean train?"),
         (["export", "nothing", "--to", "x"], "run nothing: not found"),
         (["evaluate", "/nowhere"], "/nowhere"),
         (["report", "nothing"], "run nothing: not found"),
@@ -107,14 +108,14 @@ def test_an_address_without_a_cluster_is_refused_within_seconds(file, capsys):
     [
         ("task=regresion", "task='regresion' must be one of classification"),
         ("data.source=/nowhere", "must be one of digits"),
-        ("data.source=csv:/nowhere.csv", "data.source: /nowhere.csv: no such file"),
+        ("data.source=csv:/nowhere.csv", "data.source=csv:/nowhere.csv: no such file or folder"),
         ("data.sourse=wine", "did you mean data.source?"),
         ("data.bag_size=5", "batch_size=64 must be a multiple of data.bag_size=5"),
         ("data.imbalance=0.5", "data.imbalance=0.5: input should be greater than or equal to 1"),
         ("data={source: wine}", "model.kind=cnn reads signals and images; examples of 13 features need mlp"),
         ("model.kind=vit", "model.kind='vit'"),
         ("activation_checkpointing=true", "activation_checkpointing=true is for language models"),
-        ("loss=dco", "loss.name=dco can't train task=classification"),
+        ("loss=dco-step", "loss.name=dco-step can't train task=classification"),
     ],
 )
 def test_a_wrong_classifier_is_refused_in_one_line(override, message, home, capsys, monkeypatch):

@@ -164,7 +164,7 @@ def test_a_job_that_can_not_work_returns_its_exit_status(nodes, here, file):
     status, printed = cli("submit", *missing, "--address", nodes.jobs, home=here)
 
     assert status == 2
-    assert "lossworks: error: data.corpus='text:/nowhere.txt'" in printed
+    assert "lossworks: error: data.corpus=text:/nowhere.txt: no such file" in printed
     assert "Traceback" not in printed
     assert "FAILED" in cli("jobs", "list", "--address", nodes.jobs, home=here)[1]
 

@@ -152,9 +152,11 @@ def test_too_many_lost_workers_fail_the_run_and_a_resume_saves_it(finished, home
     )
 
 
-def lossworks(*arguments, home, address):
-    """Start the command as a user would, on the tests' Ray instance."""
-    environment = {**os.environ, "LOSSWORKS_HOME": str(home), "RAY_ADDRESS": address}
+def lossworks(*arguments, home, address=None):
+    """Start the command as a user would, on the tests' Ray instance or with one of its own."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    variables = {**os.environ, "RAY_ADDRESS": address} if address else variables
+    environment = {**variables, "LOSSWORKS_HOME": str(home)}
     return subprocess.Popen(
         [sys.executable, "-c", "import sys; from lossworks.cli import main; sys.exit(main())", *arguments],
         env=environment,
@@ -198,6 +200,23 @@ def test_an_interrupted_command_is_resumed_to_the_same_end(finished, home, clust
     assert again.returncode == 0, text
     assert curve(folder) == curve(finished.folder)
     assert tracked(folder.spec(), folder.run_id).info.status == "FINISHED"
+
+
+@SLOW
+@pytest.mark.parametrize("server", ["raylet/raylet", "gcs_server"])
+def test_a_run_whose_node_is_lost_ends_with_the_way_on(spec, tmp_path, server):
+    """Ray then ends the driver, which can say nothing more: its last line and MLflow's status are there."""
+    file, home = tmp_path / "spec.yaml", tmp_path / "home"
+    file.write_text(spec.to_yaml())
+    process = lossworks("train", str(file), "steps=100000", home=home)
+    until(lambda: list(home.glob("runs/*/metrics.jsonl")), "a run")
+    descendants_of(process.pid, server)[0].kill()
+    output, _ = process.communicate(timeout=180)
+    folder = RunFolder(next(home.glob("runs/*")))
+
+    assert process.returncode == 1
+    assert output.splitlines()[-1].endswith(f"train --resume {folder.run_id}")
+    assert not folder.was_lost()
 
 
 @SLOW
@@ -360,7 +379,7 @@ def test_a_classifier_trains_through_the_same_command(cluster, home, tmp_path, c
     assert run.data.params["loss.tau"] == "1.5"
     assert run.data.metrics["eval/accuracy"] > 0.6
     assert run.data.metrics["eval/cross_entropy"] > 0
-    assert sum(Outcome.read(folder.outcome_file).pictured["reliability"]["examples"]) == 450
+    assert sum(Outcome.stored(folder.outcome_file).pictured["reliability"]["examples"]) == 450
     assert folder.report.is_file()
     assert main(["export", folder.run_id, "--to", str(tmp_path / "model")]) == 0
     assert len(load_classifier(tmp_path / "model").names) == 10

@@ -61,4 +61,6 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-CLUSTER = Command("start Ray nodes with a job server on this machine", _configure, _run)
+CLUSTER = Command(
+    "start Ray nodes with a job server on this machine", _configure, _run, group="machines and servers"
+)

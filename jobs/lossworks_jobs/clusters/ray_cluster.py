@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from lossworks.errors import UserError
 from lossworks.home import ray_variables
-from lossworks.ports import host_and_port, silence
+from lossworks.ports import require_answer
 from lossworks.signals import hangups_ignored
 from lossworks.specs import RunSpec
 from lossworks_jobs.clusters.local_nodes import use_token
@@ -45,8 +45,8 @@ def cluster(spec: RunSpec, address: str | None) -> Iterator[None]:
 def _start(address: str | None) -> None:
     import ray
 
+    require_answer(address)
     if address is not None:
-        _require_answer(address)
         use_token(address)
     elif "RAY_ADDRESS" not in os.environ:
         # What runs here may be another run's own, which lets nobody in and ends with it.
@@ -64,17 +64,6 @@ def _start(address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--address {address}: no Ray cluster answers there: {first_line}") from None
-
-
-def _require_answer(address: str) -> None:
-    """Refuse an address that nothing listens at; Ray itself would try for more than a minute.
-
-    Raises:
-        UserError: No connection within some seconds.
-    """
-    server = host_and_port(address)  # "auto" and "local" are Ray's own words
-    if server is not None and (reason := silence(*server)):
-        raise UserError(f"--address {address}: no Ray cluster answers there: {reason}")
 
 
 def threads(spec: RunSpec) -> int:

@@ -102,4 +102,6 @@ def _table(checks: Sequence[Check]):  # type: ignore[no-untyped-def]
     return table
 
 
-DOCTOR = Command("check this machine, its installation and its servers", _configure, _run)
+DOCTOR = Command(
+    "check this machine, its installation and its servers", _configure, _run, group="machines and servers"
+)

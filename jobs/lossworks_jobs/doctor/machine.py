@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from lossworks.home import QUIET_ENVIRONMENT, home, home_path
+from lossworks.home import QUIET_ENVIRONMENT, home_path
 from lossworks_jobs.doctor.check import Area, Check
 
 _AREA = Area("machine")
@@ -87,11 +87,13 @@ def disks() -> list[Check]:
 
 def home_folder() -> Check:
     """Check that the home folder exists, or can be made, and takes files."""
+    folder = home_path()
     try:
-        with tempfile.TemporaryFile(dir=home()):
-            return _AREA.ok("home folder", str(home()))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return _AREA.ok("home folder", str(folder))
     except OSError as error:
-        found = f"{home_path()} can't be written: {error.strerror}"
+        found = f"{folder} can't be written: {error.strerror}"
         return _AREA.wrong("home folder", found, "Set LOSSWORKS_HOME to a folder of yours.")
 
 

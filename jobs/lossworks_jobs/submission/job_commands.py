@@ -230,5 +230,12 @@ def _took(job: "JobDetails") -> str:
     return f"{seconds / 60:.0f} min" if seconds > 300 else f"{seconds:.0f} s"
 
 
-SUBMIT = Command("send a spec to a Ray cluster and follow it there", _configure_submit, _submit)
-JOBS = Command("list, look at and stop the jobs of a Ray cluster", _configure_jobs, _jobs)
+SUBMIT = Command(
+    "send a spec to a Ray cluster and follow it there",
+    _configure_submit,
+    _submit,
+    group="machines and servers",
+)
+JOBS = Command(
+    "list, look at and stop the jobs of a Ray cluster", _configure_jobs, _jobs, group="machines and servers"
+)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lossworks.cli import program
 from lossworks.errors import RunError, UserError
 from lossworks.logs import EVENTS, fields, writing_logs
+from lossworks.lost_runs import watched
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.training.outcome import Outcome
@@ -69,7 +70,7 @@ class Driver:
         from lossworks.reporting.finish import TRACKED_STATUS
 
         folder = self._open(resume)
-        with folder.hold(), writing_logs(folder.logs, run=folder.run_id, who="driver"):
+        with folder.hold(), watched(folder), writing_logs(folder.logs, run=folder.run_id, who="driver"):
             EVENTS.info("started", extra=fields(name=self.spec.name, resumed=resume is not None))
             status, reason = "FAILED", "the driver failed"
             try:
@@ -98,7 +99,10 @@ class Driver:
         spec = self.spec
         if resume is None:
             run_id = create_run(spec.tracking, name=spec.name, parameters=spec.flat(), tags={})
-            return RunFolder.create(spec, run_id)
+            folder = RunFolder.create(spec, run_id)
+            if self.prepared.learnt is not None:
+                self.prepared.learnt.write(folder.learnt)
+            return folder
         open_run(spec.tracking, resume.run_id)
         return resume
 
@@ -107,7 +111,7 @@ class Driver:
         from lossworks.tracking import Follower
 
         spec = self.spec
-        folder.spec_file.write_text(spec.to_yaml())
+        folder.store(spec)
         folder.stop_file.unlink(missing_ok=True)
         folder.outcome_file.unlink(missing_ok=True)
         waiting = _Waiting(folder, spec, self._say)

@@ -94,11 +94,12 @@ def read_outcome(folder: RunFolder) -> Outcome:
     Raises:
         RunError: They left nothing.
     """
-    if not folder.outcome_file.is_file():
+    found = Outcome.stored(folder.outcome_file)
+    if found is None:
         raise RunError(
             f"run {folder.run_id}: the workers ended without an outcome; see {folder.path / 'ray'}"
         )
-    return Outcome.read(folder.outcome_file)
+    return found
 
 
 def last_line(error: BaseException) -> str:

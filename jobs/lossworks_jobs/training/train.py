@@ -6,15 +6,17 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from lossworks.errors import UserError
+from lossworks.ports import require_answer
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
-from lossworks.specs.files import located
+from lossworks.specs.files import located, require_files
 from lossworks.tasks.registry import task_of
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.clusters.ray_cluster import cluster, require_local_resources
 from lossworks_jobs.training.driver import Driver, RunResult
 
 if TYPE_CHECKING:
+    from lossworks.data.learnt import Learnt
     from lossworks.reporting import TrainProgress
     from lossworks.tasks.interface import Prepared
 
@@ -28,6 +30,7 @@ def train(
     *,
     address: str | None = None,
     resume: RunFolder | None = None,
+    changed_data: bool = False,
     progress: "TrainProgress | None" = None,
 ) -> RunResult:
     """Train as ``spec`` says and return how it ended; MLflow has the run's right status whatever happens.
@@ -36,6 +39,7 @@ def train(
         spec: The run.
         address: A Ray cluster to join; without it that of ``$RAY_ADDRESS``, or a new one here.
         resume: Go on with this run from its newest whole checkpoint.
+        changed_data: Go on although the run's data are others now; its classes, scales and tokenizer stay.
         progress: Shown while the run goes on.
 
     Raises:
@@ -47,16 +51,20 @@ def train(
 
     started = time.time()
     spec = located(spec)
+    require_files(spec)
     if address is None and "RAY_ADDRESS" not in os.environ:
         require_local_resources(spec)
+    else:
+        require_answer(address)
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     if resume is not None:
         _require_resumable(spec, resume)
     with ThreadPoolExecutor(1) as pool:
-        prepared = pool.submit(_prepare, spec, progress)
-        # Bad or cached text shows within moments: look first. Otherwise Ray starts meanwhile.
-        wait([prepared], timeout=2.0)
+        prepared = pool.submit(_prepare, spec, resume, changed_data, progress)
+        # What is read at once is read before Ray starts, so that a mistake in it is all there is to see. Text
+        # is another matter: bad or cached text shows within moments; otherwise Ray starts meanwhile.
+        wait([prepared], timeout=2.0 if task_of(spec).prepares_long else None)
         if prepared.done():
             prepared.result()
         opened = pool.submit(_open_store, spec)
@@ -68,15 +76,40 @@ def train(
             return Driver(spec, found, started, progress).run(resume)
 
 
-def _prepare(spec: RunSpec, progress: "TrainProgress | None") -> "Prepared":
-    """Read the data and check that everything that the spec names fits together."""
-    from lossworks.training.start import check_companions
+def _prepare(
+    spec: RunSpec, resume: RunFolder | None, changed_data: bool, progress: "TrainProgress | None"
+) -> "Prepared":
+    """Read the data and check that everything that the spec names fits together.
 
-    kind = task_of(spec)
-    found = kind.prepare(spec, progress.message if progress else None)
+    Classes, scales and tokenizer are those of the run that goes on, or that the new one begins from.
+    """
+    from lossworks.training.start import check_companions, learnt_by, trained_weights
+
+    kind, learnt = task_of(spec), None
+    if resume is not None:
+        learnt = learnt_by(resume)
+    elif spec.start is not None:
+        learnt = trained_weights(spec.start, "start").learnt
+    found = kind.prepare(spec, progress.message if progress else None, learnt)
+    if resume is not None and learnt is not None and found.learnt is not None:
+        _require_same_data(learnt, found.learnt, changed_data)
     if spec.start is not None or spec.roles:
-        check_companions(spec, kind.open(spec, found.folder))
+        check_companions(spec, kind.open(spec, found.folder, learnt))
     return found
+
+
+def _require_same_data(kept: "Learnt", found: "Learnt", changed_data: bool) -> None:
+    """Refuse to go on with other data, unless somebody knows.
+
+    Raises:
+        UserError: Saying so.
+    """
+    if kept.digest != found.digest and not changed_data:
+        raise UserError(
+            f"data: are not what they were when {kept.source} began (digest {found.digest[:12]}, not "
+            f"{kept.digest[:12]}); bring them back, or go on knowingly with --changed-data, or begin a new "
+            "run from its weights: start=RUN"
+        )
 
 
 def _open_store(spec: RunSpec) -> None:
@@ -101,9 +134,8 @@ def _require_resumable(spec: RunSpec, folder: RunFolder) -> None:
                 f"{name}={value}: the checkpoints of run {folder.run_id} were made with {stored.get(name)}; "
                 f"leave it, or begin a new run from its weights: start={folder.run_id}"
             )
-    if folder.outcome_file.is_file():
-        outcome = Outcome.read(folder.outcome_file)
-        if outcome.status == "finished" and outcome.step >= spec.steps:
-            raise UserError(
-                f"run {folder.run_id}: has finished its {outcome.step} steps; give a larger steps= to go on"
-            )
+    outcome = Outcome.stored(folder.outcome_file)
+    if outcome is not None and outcome.status == "finished" and outcome.step >= spec.steps:
+        raise UserError(
+            f"run {folder.run_id}: has finished its {outcome.step} steps; give a larger steps= to go on"
+        )

@@ -39,10 +39,12 @@ def _train(spec: RunSpec, path: Path, report: StepReport) -> None:
 
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
-    folder.spec_file.write_text(spec.to_yaml())
-    prepared = task_of(spec).prepare(spec).folder
+    folder.store(spec)
+    prepared = task_of(spec).prepare(spec)
+    if prepared.learnt is not None and not folder.learnt.exists():
+        prepared.learnt.write(folder.learnt)
     folder.outcome_file.unlink(missing_ok=True)
-    for row in rows_while(folder.journal, lambda: fit(spec, folder, prepared)):
+    for row in rows_while(folder.journal, lambda: fit(spec, folder, prepared.folder)):
         # Checkpoints are evaluated, too; schedulers count on what comes at the spec's own pace.
         if row["step"] % spec.evaluation.every == 0 or row["step"] == spec.steps:
             report(row["step"], row["metrics"])

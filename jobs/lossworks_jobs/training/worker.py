@@ -58,6 +58,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
     from lossworks.training.job import Job
     from lossworks.training.loop import train
     from lossworks.training.outcome import Outcome, RunStatus
+    from lossworks.training.start import learnt_by
     from lossworks_jobs.training.prometheus import Exporter
 
     spec = parse_train_spec(config["spec"])
@@ -86,6 +87,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
                 watch=lambda _, metrics: exporter.watch(metrics),
                 profile=folder.profile,
                 results=folder.results,
+                learnt=learnt_by(folder),
                 stop_requested=folder.stop_file.exists,
             )
         )
