@@ -19,7 +19,7 @@ from lossworks_jobs.training.stopping import run_until_done
 
 if TYPE_CHECKING:
     from lossworks.reporting import TrainProgress
-    from lossworks.tasks.interface import Prepared
+    from lossworks.tasks.interface import Prepared, Simplest
     from lossworks.tracking import JournalRow
 
 _ROOM_AFTER_S = 20.0  # workers that have room start within less, mostly
@@ -33,12 +33,14 @@ class RunResult:
         folder: Its folder, named after its id in MLflow.
         outcome: How it ended.
         notices: Sentences that a person should see.
+        simplest: What the model must be better than; None if the task knows none.
         first_step_s: Seconds from the call of ``train`` to the end of the first step; None if there was none.
     """
 
     folder: RunFolder
     outcome: Outcome
     notices: tuple[str, ...]
+    simplest: "Simplest | None"
     first_step_s: float | None
 
 
@@ -90,7 +92,7 @@ class Driver:
             raise RunError(f"run {folder.run_id}: {outcome.reason}")
         if outcome.status == "failed":
             raise UserError(f"run {folder.run_id}: {outcome.reason}")
-        return RunResult(folder, outcome, tuple(self.notices), self.first_step_s)
+        return RunResult(folder, outcome, tuple(self.notices), self.prepared.simplest, self.first_step_s)
 
     def _open(self, resume: RunFolder | None) -> RunFolder:
         """Return the folder of a new run, or of the one to go on with, entered in MLflow."""

@@ -1,10 +1,12 @@
 """What a person reads at the end of a training run."""
 
 import shlex
+from collections.abc import Mapping
 
 from lossworks.cli import program
 from lossworks.reporting import print_summary
 from lossworks.specs import RunSpec, TrackingSpec
+from lossworks.tasks.interface import Mode, Simplest
 from lossworks.tasks.methods import descended
 from lossworks.tasks.registry import task_of
 from lossworks.tracking import redact, tracking_uri
@@ -21,7 +23,11 @@ def print_run(spec: RunSpec, result: RunResult, *, seconds_before: float = 0.0) 
     """
     outcome, folder = result.outcome, result.folder
     title = f"{spec.name} {outcome.status} after {outcome.step} steps"
-    facts = _figures(spec, outcome.metrics) + _memory(outcome.head_memory) + _time(outcome.seconds)
+    facts = (
+        figures(spec, outcome.metrics, result.simplest)
+        + _memory(outcome.head_memory)
+        + _time(outcome.seconds)
+    )
     if result.first_step_s is not None:
         facts.append(("first step done after", f"{seconds_before + result.first_step_s:.1f} s"))
     facts += [("checkpoint", outcome.best or outcome.checkpoint or "none"), ("picture", str(folder.report))]
@@ -35,7 +41,8 @@ def print_run(spec: RunSpec, result: RunResult, *, seconds_before: float = 0.0) 
     print_summary(title, facts, commands)
 
 
-def _figures(spec: RunSpec, metrics: dict[str, float]) -> list[tuple[str, str]]:
+def figures(spec: RunSpec, metrics: dict[str, float], simplest: Simplest | None) -> list[tuple[str, str]]:
+    """Return a run's last figures in words, each beside what an answer gets that looks at no input."""
     kind = task_of(spec)
     row = kind.unit.removesuffix("s")
     article = "an" if row[0] in "aeiou" else "a"
@@ -54,11 +61,33 @@ def _figures(spec: RunSpec, metrics: dict[str, float]) -> list[tuple[str, str]]:
         ("MFU of the last step", "train/mfu", "{:.3g} of the maker's peak"),
         ("MFU of the last step", "train/mfu_of_measured_peak", "{:.3g} of the measured peak"),
     ]
-    figures = [(label, text.format(metrics[name])) for label, name, text in known if name in metrics]
+    beside = simplest.yardsticks if simplest else {}
+    lines = []
+    for label, name, text in known:
+        if name in metrics:
+            shown = text.format(metrics[name])
+            if simplest and name in beside:
+                shown += f" ({simplest.title}: {text.split(' ')[0].format(beside[name])})"
+            lines.append((label, shown))
+    if simplest and (worse := _no_better(kind.yardsticks, metrics, beside)):
+        lines.append(("learnt of the inputs", f"nothing: {worse} no better than {simplest.title}"))
     named = {name for _, name, _ in known}
     others = [name for name in metrics if name.startswith("eval/") and name not in named]
     further = [name for name in metrics if not name.startswith(("train/", "eval/", "time/", "telemetry/"))]
-    return figures + [(name.removeprefix("eval/"), f"{metrics[name]:.4g}") for name in (*others, *further)]
+    return lines + [(name.removeprefix("eval/"), f"{metrics[name]:.4g}") for name in (*others, *further)]
+
+
+def _no_better(
+    yardsticks: Mapping[str, Mode], metrics: Mapping[str, float], beside: Mapping[str, float]
+) -> str:
+    """Return the yardsticks that show nothing learnt, if none shows something."""
+    both = [name for name in yardsticks if name in metrics and name in beside]
+    better = [
+        name
+        for name in both
+        if (metrics[name] > beside[name] if yardsticks[name] == "max" else metrics[name] < beside[name])
+    ]
+    return "" if better else ", ".join(name.removeprefix("eval/") for name in both)
 
 
 def _memory(head_memory: dict[str, float]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from lossworks.metrics import ClassSums, class_sums
 from lossworks.models import Outputs, load_classifier, save_classifier
 from lossworks.specs import ClassifierModelSpec, ExamplesSpec, RunSpec
 from lossworks.tasks.examples import ExamplesTask, read_inputs, require_small, require_whole_bags
-from lossworks.tasks.interface import Mode, Predictions, Prepared, Say
+from lossworks.tasks.interface import Mode, Predictions, Prepared, Say, Simplest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,6 +129,14 @@ class ClassificationTask(ExamplesTask):
         if entry.kind == "margin":
             return f"{entry.slug} is for two classes: set data.classes=[A, B]"
         return f"{entry.slug} is for bags: set data.bag_size" if entry.kind == "bag" else ""
+
+    def simplest(self) -> Simplest:
+        """Return what the classes' shares in the training examples get, taken for probabilities."""
+        train, held_out = self.all_targets()
+        counts = torch.bincount(train[train != IGNORE_INDEX], minlength=self.outputs) + 1.0
+        shares = (counts / counts.sum()).log().expand(len(held_out), -1)
+        sums = class_sums(shares, held_out, IGNORE_INDEX).values
+        return Simplest("the classes' shares alone", self.figures(sums)[0])
 
     @property
     def bag_size(self) -> int:

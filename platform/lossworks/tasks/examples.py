@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
+from torch import Tensor
 
 from lossworks.data import BagOrder, Order
 from lossworks.data.example_sources import read_arrays
@@ -92,6 +93,12 @@ class ExamplesTask(Task):
         """Return an order of whole bags, or of examples where there are no bags."""
         spec = self.spec_of_run
         return BagOrder(len(self.train), self.bag_size, spec.batch_size, spec.seed)
+
+    def all_targets(self) -> tuple[Tensor, Tensor]:
+        """Return the targets of all training examples, and of all held-out ones."""
+        train = self.train.batch(np.arange(len(self.train)))
+        held_out = self.held_out.batch(np.arange(len(self.held_out)))
+        return train["targets"], held_out["targets"]
 
     def build_model(self, model: Mapping[str, Any] | None = None) -> Classifier:
         """See :meth:`Task.build_model`."""

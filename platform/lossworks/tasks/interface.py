@@ -57,6 +57,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Simplest:
+    """What an answer gets that looks at no input: a model that is no better has learnt nothing of its inputs.
+
+    Attributes:
+        title: The answer, in words.
+        yardsticks: What it gets on held-out data, by tracked name.
+    """
+
+    title: str
+    yardsticks: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What the driver makes once, for all workers.
 
@@ -64,11 +77,13 @@ class Prepared:
         folder: Of what workers open, such as tokens; None if each reads the data for itself.
         guess: The loss of a uniform guess under cross-entropy, which the report marks; None if there is none.
         learnt: What the run keeps of its data beside its checkpoints; None of a task that learns nothing.
+        simplest: What a model must be better than; None if the task knows none.
     """
 
     folder: Path | None = None
     guess: float | None = None
     learnt: Learnt | None = None
+    simplest: Simplest | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +194,11 @@ class Task(ABC):
         del say
         task = cls.open(spec, None, learnt)
         task.build_model()
-        return Prepared(learnt=task.learnt)
+        return Prepared(learnt=task.learnt, simplest=task.simplest())
+
+    def simplest(self) -> Simplest | None:
+        """Return what an answer gets that looks at no input, or None if the task knows none."""
+        return None
 
     @classmethod
     def measured_by(cls, spec: RunSpec) -> dict[str, Mode]:

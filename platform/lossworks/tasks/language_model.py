@@ -22,7 +22,9 @@ from lossworks.models import HeadedModel, LanguageModel, Outputs, build_model, l
 from lossworks.models.pretrained import TOKENIZER, read_provenance
 from lossworks.models.scoring import TextScorer
 from lossworks.specs import DataSpec, LossSpec, ModelSpec, RunSpec
-from lossworks.tasks.interface import Mode, Predictions, Prepared, Say, Task, as_sums
+from lossworks.tasks.interface import ExampleRows, Mode, Predictions, Prepared, Say, Simplest, Task, as_sums
+
+_SAMPLED_ROWS = 4096
 
 
 class TrainSpec(RunSpec):
@@ -131,8 +133,8 @@ class LanguageTask(Task):
         run = cast("TrainSpec", spec)
         text = _text(run, learnt)
         corpus = prepare(text, on_progress=say)
-        corpus.split(text)
-        return Prepared(corpus.folder, math.log(corpus.vocab_size), _learnt(corpus))
+        simplest = cls(run.model_copy(update={"data": text}), corpus).simplest()
+        return Prepared(corpus.folder, math.log(corpus.vocab_size), _learnt(corpus), simplest)
 
     @classmethod
     def reopen(
@@ -158,6 +160,14 @@ class LanguageTask(Task):
         """See :meth:`Task.build_model`."""
         spec = self.run.model if model is None else ModelSpec.parse(model, source="model")
         return build_model(spec, vocab_size=self.corpus.vocab_size, seed=self.run.seed)
+
+    def simplest(self) -> Simplest:
+        """Return what the tokens' shares get, taken for probabilities; of long texts those of a sample."""
+        train, held_out = (_sampled_targets(part) for part in (self.train, self.held_out))
+        counts = torch.bincount(train[train != IGNORE_INDEX], minlength=self.corpus.vocab_size) + 1.0
+        nats = -(counts / counts.sum()).log()[held_out[held_out != IGNORE_INDEX]].double().sum()
+        sums = as_sums(nats, *self.counts({"targets": held_out}), like=nats)
+        return Simplest("the tokens' shares alone", self.figures(sums)[0])
 
     def counts(self, batch: Batch) -> tuple[float, float]:
         """Return how many tokens count, and how many bytes of text they stand for."""
@@ -239,6 +249,12 @@ class LanguageTask(Task):
             tokenizer_path=learnt.files[TOKENIZER],
             provenance=provenance,
         )
+
+
+def _sampled_targets(rows: ExampleRows) -> Tensor:
+    """Return the targets of rows that are spread evenly, all of them where there are few."""
+    places = np.unique(np.linspace(0, len(rows) - 1, _SAMPLED_ROWS).astype(np.int64))
+    return rows.batch(places)["targets"]
 
 
 def _text(spec: TrainSpec, learnt: Learnt | None) -> DataSpec:

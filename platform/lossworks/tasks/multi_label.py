@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from lossworks.models.predictors import load_predictor, save_predictor
 from lossworks.specs import ClassifierModelSpec, LossSpec, RunSpec
 from lossworks.specs.values import LabelSetsSpec
 from lossworks.tasks.examples import ExamplesTask, read_inputs, require_small
-from lossworks.tasks.interface import Mode, Predictions
+from lossworks.tasks.interface import Mode, Predictions, Simplest
 
 _DEEPEST = 5
 
@@ -102,6 +103,14 @@ class MultiLabelTask(ExamplesTask):
     def figures(self, sums: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
         """Return the yardsticks."""
         return {f"eval/{name}": value for name, value in ranking_metrics(sums).items()}, {}
+
+    def simplest(self) -> Simplest:
+        """Return what the commonest labels of the training examples get, said of every example."""
+        train, held_out = self.all_targets()
+        counts = torch.bincount(train[train != IGNORE_INDEX], minlength=self.outputs)
+        best = counts.sort(descending=True, stable=True).indices[:_DEEPEST]
+        sums = ranking_sums(best.expand(len(held_out), -1), held_out, IGNORE_INDEX)
+        return Simplest("the commonest labels alone", self.figures(sums)[0])
 
     @property
     def learnt(self) -> Learnt:

@@ -23,7 +23,7 @@ from lossworks.models.predictors import load_predictor, save_predictor
 from lossworks.specs import ClassifierModelSpec, LossSpec, RunSpec
 from lossworks.specs.values import ValuesSpec
 from lossworks.tasks.examples import ExamplesTask, read_inputs, require_small, require_whole_bags
-from lossworks.tasks.interface import Mode, Predictions
+from lossworks.tasks.interface import Mode, Predictions, Simplest
 
 _TARGET = "target"  # the role that bootstraps values
 
@@ -125,6 +125,14 @@ class RegressionTask(ExamplesTask):
     def shaping(cls, spec: RunSpec) -> str:
         """Return the loss, whose hyperparameters decide the head's width and how it is read."""
         return spec.loss.model_dump_json()
+
+    def simplest(self) -> Simplest | None:
+        """Return what the mean of the training targets gets; of a chain the rewards' mean is no value."""
+        if self.run.data.of_chain:
+            return None
+        train, held_out = self.all_targets()
+        sums = value_sums(train.nanmean().expand_as(held_out), held_out)
+        return Simplest("the mean alone", self.figures(sums)[0])
 
     @property
     def bag_size(self) -> int:
