@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lossworks.errors import UserError, nearest, redact, shortened
-from lossworks.specs.shipped import spec_file
+from lossworks.specs.shipped import shipped_specs, spec_file
 from lossworks.specs.yaml_text import YamlError, read_value, read_yaml_file
 
 _TOLD = 8  # mistakes of a spec that one message names
@@ -174,7 +174,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = read_yaml_file(spec_file(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such spec file") from None
+        guess = nearest(Path(path).stem, [file.stem for file in shipped_specs().values()])
+        hint = f"; did you mean {guess}? `lossworks specs` lists those that come along" if guess else ""
+        raise UserError(f"{path}: no such spec file{hint}") from None
     except YamlError as error:
         raise UserError(f"{path}: {error}") from None
     if values is None:
