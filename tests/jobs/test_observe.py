@@ -6,6 +6,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from lossworks.cli import main
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
 from lossworks.training.measure.phases import PHASES
-from lossworks_jobs.training.prometheus import EXPORTED, MEMORY
+from lossworks_jobs.training.prometheus import EXPORTED, MEMORY, Exporter
 from lossworks_jobs.training.train import train
 
 pytestmark = pytest.mark.timeout(240)
@@ -89,26 +90,91 @@ class Watcher(threading.Thread):
         return everything and ("ray_lossworks_peak_memory_bytes", "1", None, None) in self.found
 
 
+CHANGES = ["name=watched", "profile=1", "evaluation.every=20", "checkpoint.every=20"]
+
+
 @pytest.fixture(scope="module")
 def observed(cluster, spec, session_home):
-    """A run with a profile, and what was scraped while it went on."""
+    """A run with a profile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOSSWORKS_HOME", str(session_home))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield train(spec.override([*CHANGES, "steps=50"]))
+
+
+class Recorded:
+    """Stands for a metric of Ray, whose values come out at the endpoint when Ray's agents have time.
+
+    Attributes:
+        made: All metrics, by name.
+        values: What was set, added or observed, with the tags of the call.
+    """
+
+    made: ClassVar[dict[str, "Recorded"]] = {}
+
+    def __init__(self, name, description, *arguments):
+        self.values, self.tags, self.known = [], {}, arguments[-1]
+        assert description
+        self.made[name] = self
+
+    def set_default_tags(self, tags):
+        assert sorted(tags) == sorted(self.known)
+        self.tags = tags
+        return self
+
+    def take(self, value, tags=None):
+        self.values.append((value, tags))
+
+    set = inc = observe = take
+
+
+def test_a_runs_figures_are_exported(observed, monkeypatch):
+    """Every metric there is gets the journal's values, with the run's id, name and rank."""
+    monkeypatch.setattr("ray.util.metrics.Gauge", Recorded)
+    monkeypatch.setattr("ray.util.metrics.Counter", Recorded)
+    monkeypatch.setattr("ray.util.metrics.Histogram", Recorded)
+    monkeypatch.setattr(Recorded, "made", {})
+    rows = [row["metrics"] for row in read_all(observed.folder.journal)]
+    exporter = Exporter(run=observed.folder.run_id, name="watched", rank=0)
+    for row in rows:
+        exporter.record(row)
+        exporter.watch({"train/peak_memory_bytes": 7.0})
+
+    found = {name: [value for value, _ in metric.values] for name, metric in Recorded.made.items()}
+    silent = {name for name, values in found.items() if not values}
+    assert {f"ray_{name}" for name in silent} == ELSEWHERE
+    assert found["lossworks_steps"] == [1.0] * 50
+    assert found["lossworks_train_loss"] == [row["train/loss"] for row in rows]
+    assert found["lossworks_held_out_loss"] == [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert found["lossworks_step_seconds"] == [row["train/step_seconds"] for row in rows]
+    assert found["lossworks_peak_memory_bytes"] == [7.0] * 50
+    assert {tags["phase"] for _, tags in Recorded.made["lossworks_time_share"].values} == set(PHASES)
+    own = {"run": observed.folder.run_id, "name": "watched", "rank": "0"}
+    assert all(own.items() <= metric.tags.items() for metric in Recorded.made.values())
+    Exporter(run="another", name="watched", rank=1)
+    assert Recorded.made["lossworks_peak_memory_bytes"].tags["rank"] == "1"
+
+
+@pytest.fixture(scope="module")
+def scraped(cluster, spec, session_home):
+    """A run, and what was scraped while it went on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOSSWORKS_HOME", str(session_home))
         patch.delenv("RAY_ADDRESS", raising=False)
         watcher = Watcher(session_home / "runs")
         watcher.start()
-        changes = ["name=watched", "profile=1", "evaluation.every=20", "checkpoint.every=20", "steps=100000"]
         try:
-            result = train(spec.override(changes))
+            result = train(spec.override([*CHANGES, "steps=100000"]))
         finally:
             watcher.over.set()
             watcher.join(20)
         yield result, watcher
 
 
-def test_a_runs_figures_are_at_rays_metrics_endpoint(observed):
+@pytest.mark.slow  # how soon the page is there is up to Ray's agents, and to what else the machine does
+def test_a_runs_figures_are_at_rays_metrics_endpoint(scraped):
     """Every metric there is, with the run's id, name and rank, and values that the journal has, too."""
-    result, watcher = observed
+    result, watcher = scraped
     found = watcher.found
     rows = [row["metrics"] for row in read_all(result.folder.journal)]
     lead = ("0", None, None)
@@ -132,8 +198,7 @@ def test_logs_and_profile_are_in_the_run_and_in_mlflow(observed, capsys):
     """A file for each rank and the driver; the profile with its pictures; all stored as artifacts."""
     from ray._private.worker import global_worker
 
-    result, _ = observed
-    folder, client = result.folder, connect(result.folder.spec().tracking)
+    folder, client = observed.folder, connect(observed.folder.spec().tracking)
     logs = {file.path for file in client.list_artifacts(folder.run_id, "logs")}
     profile = {file.path for file in client.list_artifacts(folder.run_id, "profile")}
     lines = [json.loads(line) for line in (folder.logs / "rank-1.jsonl").read_text().splitlines()]
@@ -143,8 +208,6 @@ def test_logs_and_profile_are_in_the_run_and_in_mlflow(observed, capsys):
     assert {line["rank"] for line in lines} == {1}
     said = [line["message"] for line in lines]
     assert said[:3] == ["started", "evaluated", "checkpoint written"]
-    # In this order, or the other way round where the checkpoint was due at that very step.
-    assert set(said[-3:-1]) == {"stop requested", "checkpoint written"}
     assert said[-1] == "ended"
     assert main(["logs", str(folder.path), "--rank", "0"]) == 0
     assert "rank 0: started name=watched world_size=2 device=cpu" in capsys.readouterr().out
@@ -154,9 +217,8 @@ def test_logs_and_profile_are_in_the_run_and_in_mlflow(observed, capsys):
 
 def test_the_time_of_a_run_on_ray_includes_communication(observed):
     """Two workers exchange gradients; the seconds of all phases are those of the run."""
-    result, _ = observed
-    seconds = result.outcome.seconds
-    steps = sum(row["metrics"]["train/step_seconds"] for row in read_all(result.folder.journal))
+    seconds = observed.outcome.seconds
+    steps = sum(row["metrics"]["train/step_seconds"] for row in read_all(observed.folder.journal))
 
     assert seconds["communication"] > 0
     assert sum(seconds.values()) > steps
