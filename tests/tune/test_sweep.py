@@ -112,7 +112,7 @@ def test_a_killed_sweep_goes_on_to_the_same_result(at_home, tmp_path, capsys):
     assert main(["tune", "--resume", str(folder)]) == 0
 
     assert seen(results(spec, folder)) == seen(expected)
-    assert "winner" in capsys.readouterr().out
+    assert "over the baseline" in capsys.readouterr().out
     assert all((folder / "trials" / name / "end.json").read_text() == end for name, end in kept.items())
     assert len(list(folder.glob("trials/*/tracked"))) == 63
 
