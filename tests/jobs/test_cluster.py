@@ -158,6 +158,7 @@ def test_a_second_job_waits_for_room(nodes, here, file, tmp_path):
     assert len(curve(run_of(here / "jobs" / waiting))) == 60
 
 
+@SLOW
 def test_a_job_that_can_not_work_returns_its_exit_status(nodes, here, file):
     """A mistake that only the cluster can see is told in one line, with the command line's status for it."""
     missing = [str(file), "data.corpus=text:/nowhere.txt", "--no-upload"]

@@ -333,6 +333,7 @@ def test_an_exported_model_evaluates_to_the_runs_own_loss(finished, home, tmp_pa
     )
 
 
+@SLOW
 def test_a_split_head_trains_and_is_exported(spec, cluster, home, tmp_path):
     """sharding.vocab_parallel=true on two Ray workers; the export evaluates to the run's own loss."""
     split = ["sharding=fsdp", "sharding.vocab_parallel=true", "model.tied=false"]

@@ -132,14 +132,28 @@ def test_text_is_scored_by_document(folder, capsys, monkeypatch):
     assert len(lines) == 3
 
 
+def test_rows_without_a_label_are_seen_before_training_is_refused(folder, capsys):
+    """Fields are named as in a spec, as errors name them."""
+    (folder / "a.csv").write_text("x,y\n1,a\n2,\n3,b\n")
+
+    assert main(["data", "csv:a.csv", "data.label=y"]) == 0
+    assert "y: 1 rows have no label, and no training takes those" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["predict", "nothing", "x.csv"], "run nothing: not found"),
         (["data", "x.csv"], "x.csv: give a table, csv:PATH or parquet:PATH"),
         (["data", "csv:x.csv"], "data.source: x.csv: no such file"),
+        (
+            ["data", "csv:messung.csv", "data.label=Kauff"],
+            "data.label=Kauff is no column; did you mean Kauf?",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, message, folder, capsys):
+    """Also where another column could not be read either: what was typed comes first."""
+    write_messy(folder / "messung.csv")
     assert main(arguments) == 2
     assert message in capsys.readouterr().err

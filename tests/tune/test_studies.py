@@ -168,6 +168,7 @@ def lines_of(results):
     return [line for line in results.read_bytes().split(b"\n") if line.endswith(b"}")]
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_repeats_nothing(home, tmp_path, capsys):
     """SIGKILL between any two instructions: what had ended stays as it was, and the rest is as without."""
     noises = [round(0.05 * at, 2) for at in range(12)]

@@ -229,7 +229,8 @@ class Declaration:
         known = {parameter.name: parameter for parameter in self.hyperparameters}
         for name in values:
             if name not in known:
-                guess = nearest(name, known)
+                # What a term of a sum has besides hyperparameters is known to whoever mistypes it.
+                guess = nearest(name, [*known, "weight"])
                 hint = f"did you mean {guess}?" if guess else f"known: {', '.join(known) or 'none'}"
                 raise UserError(f"{self.slug}: no hyperparameter {name}; {hint}")
         return {

@@ -18,7 +18,7 @@ def _configure_data(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("source", metavar="SOURCE", help="csv:PATH or parquet:PATH")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as label=kind columns.zip=category"
+        "overrides", nargs="*", metavar="key=value", help="such as data.label=kind data.columns.zip=category"
     )
 
 
@@ -34,9 +34,13 @@ def _data(arguments: argparse.Namespace) -> int:
     kind, _, name = arguments.source.partition(":")
     if kind not in ("csv", "parquet") or not name:
         raise UserError(f"{arguments.source}: give a table, csv:PATH or parquet:PATH")
-    spec = ExamplesSpec(source=arguments.source).override(arguments.overrides)
+    # Here as in a spec, where they are below data; errors name them as there.
+    overrides = [override.removeprefix("data.") for override in arguments.overrides]
+    spec = ExamplesSpec(source=arguments.source).override(overrides)
     cells = read_cells(existing_file(name))
     others = [spec.label] if spec.label in cells.columns else []
+    if not others and "label" in spec.model_fields_set:
+        cells.column(spec.label, "data.label")  # which names the columns that there are
     features = Features.of(cells, [*others, *([spec.owner] if spec.owner else [])], spec.columns)
     read = {column.name: column for column in features.columns}
     names = ("column", "read as", "features", "empty", "different", "such as")
@@ -56,6 +60,13 @@ def _data(arguments: argparse.Namespace) -> int:
     console = Console()
     console.print(f"{name}: {len(cells)} rows, {sum(len(c.features) for c in features.columns)} features")
     console.print(table)
+    unlabelled = cells.columns[spec.label].count("") if others else 0
+    if unlabelled:
+        console.print(
+            f"{spec.label}: {unlabelled} rows have no label, and no training takes those: take them out, "
+            "or fill the cells",
+            style="yellow",
+        )
     if not others:
         console.print(f"no column is called {spec.label}: say which is the label with data.label=COLUMN")
     return 0

@@ -29,6 +29,14 @@ STYLE: Any = {
 }
 
 
+def step_axis(axes: "Axes") -> None:
+    """Count steps along the lower edge, in whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
 def not_measured(axes: "Axes") -> None:
     """Say so in an empty picture."""
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=GREY)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lossworks.reporting.phase_strip import draw_phases
-from lossworks.reporting.picture_style import BLUE, DARK, GREY, ORANGE, STYLE, not_measured
+from lossworks.reporting.picture_style import BLUE, DARK, GREY, ORANGE, STYLE, not_measured, step_axis
 from lossworks.reporting.series import Series, series, smooth
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def _draw_loss(axes: "Axes", rows: Sequence[Mapping[str, Any]], guess: float | N
         axes.plot(*held_out, color=ORANGE, marker=marker, markersize=6, label="held-out")
     if guess is not None:
         _mark_level(axes, guess, f"uniform guess, ln {math.exp(guess):,.0f} = {guess:.2f}")
-    axes.set(xlabel="step", ylabel=unit)
+    step_axis(axes)
+    axes.set(ylabel=unit)
     axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.88))
 
 
@@ -106,7 +107,8 @@ def _draw_rate(axes: "Axes", points: Series | None) -> None:
         not_measured(axes)
         return
     axes.plot(*points, color=BLUE)
-    axes.set(xlabel="step", ylabel="learning rate")
+    step_axis(axes)
+    axes.set(ylabel="learning rate")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
@@ -122,7 +124,8 @@ def _draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]], unit: str) -> N
     _draw_smoothed(axes, points, f"{unit}/s")
     median = float(np.median(points[1]))
     _mark_level(axes, median, f"median {median:,.0f}")
-    axes.set(xlabel="step", ylabel=f"{unit} per second")
+    step_axis(axes)
+    axes.set(ylabel=f"{unit} per second")
     axes.set_ylim(0, 1.3 * float(np.max(points[1])) or 1.0)  # room for the legend above the curve
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.legend(loc="upper right", ncols=3)
@@ -146,7 +149,7 @@ def draw_yardsticks(
         if points is not None:
             axes.plot(*points, color=colour, marker="o" if points[0].size <= 50 else "", label=label)
             axes.annotate(
-                f"{points[1][-1]:.3f}",
+                f"{points[1][-1]:.3f}" if abs(points[1][-1]) < 10 else f"{points[1][-1]:,.4g}",
                 (points[0][-1], points[1][-1]),
                 xytext=(0, 8),
                 textcoords="offset points",
@@ -155,7 +158,8 @@ def draw_yardsticks(
                 fontweight="bold",
             )
             highest = max(highest, float(np.max(points[1])))
-    axes.set(xlabel="step", ylim=(0, 1.08 * highest))
+    step_axis(axes)
+    axes.set(ylim=(0, 1.15 * highest))
     if axes.lines:
         axes.legend(loc="center right")
     else:

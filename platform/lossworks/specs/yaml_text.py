@@ -73,7 +73,8 @@ def read_text(text: str) -> Any:
     except YamlError:
         raise
     except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise YamlError(f"is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+        said = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
+        raise YamlError(f"is not valid YAML: {said[:300]}") from None
 
 
 def read_yaml_file(path: Path) -> Any:

@@ -63,6 +63,7 @@ class MultiLabelTask(ExamplesTask):
     }
     shown: ClassVar[Sequence[tuple[str, str, str]]] = (
         ("held-out precision at 1", "eval/precision_at_1", "{:.4f}"),
+        ("held-out precision at 3", "eval/precision_at_3", "{:.4f}"),
         ("held-out precision at 5", "eval/precision_at_5", "{:.4f}"),
         ("held-out recall at 5", "eval/recall_at_5", "{:.4f}"),
         ("held-out nDCG at 5", "eval/ndcg_at_5", "{:.4f}"),

@@ -163,6 +163,10 @@ def test_a_spec_takes_the_hyperparameters_of_its_loss():
     [
         ("loss.name=ldx", "loss: ldx: no such loss; did you mean ldr?"),
         ("loss.label_smothing=0.1", "no hyperparameter label_smothing; did you mean label_smoothing?"),
+        (
+            "loss=[{name: cross-entropy}, {name: log-z, wieght: 1}]",
+            "hyperparameter wieght; did you mean weight?",
+        ),
         ("loss.label_smoothing=2", "label_smoothing=2 must be a number at least 0 and at most 1"),
         (
             "loss.name=eisl",

@@ -133,8 +133,11 @@ def _draw_variant(
         axes.text(0.02, place, "no value", transform=axes.get_yaxis_transform(), color=_GREY, va="center")
         return
     values = list(outcome.values(variant, [setting], yardstick).values())
-    axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.3, markersize=5, markeredgewidth=0)
     style: dict[str, Any] = {"fmt": "s", "markersize": 7, "capsize": 4, "elinewidth": 2}
+    # A little below the bar, which would hide them.
+    axes.plot(
+        values, [place + 0.22] * len(values), "o", color=colour, alpha=0.5, markersize=4, markeredgewidth=0
+    )
     axes.errorbar(mean.value, place, xerr=mean.half_width or 0.0, color=colour, **style)
 
 
@@ -145,4 +148,5 @@ def _lines(outcome: StudyOutcome) -> list[tuple[str, str]]:
     head = f"Squares: mean over {seeds} seed{'s' * (seeds > 1)} with {interval}. Dots: single seeds. Dotted: "
     said = [(_COLOURS[v.word], f"{v.word}: {of_verdict(v)}") for v in outcome.verdicts]
     more = [(_DARK, f"and {len(said) - _MOST_VERDICTS} more")] if len(said) > _MOST_VERDICTS else []
-    return [(_DARK, f"{head}the mean of {outcome.plan.variants[0]}."), *said[:_MOST_VERDICTS], *more]
+    notes = [(_DARK, note) for note in outcome.plan.notes]
+    return [(_DARK, f"{head}the mean of {outcome.plan.variants[0]}."), *notes, *said[:_MOST_VERDICTS], *more]

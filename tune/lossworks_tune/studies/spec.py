@@ -116,7 +116,11 @@ class StudySpec(Spec):
     @field_validator("seeds", mode="before")
     @classmethod
     def _counted(cls, value: Any) -> Any:
-        return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        if value < 1:
+            raise ValueError(f"seeds={value}: give how many, at least 1, or a list of seeds")
+        return tuple(range(value))
 
     def make_plan(self) -> StudyPlan:
         """Return what is trained.
