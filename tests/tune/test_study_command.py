@@ -93,7 +93,7 @@ def test_the_command_refuses_in_one_line(arguments, message, home, capsys):
         ({"over": {"data.label_noise": [0, 0]}}, "a value is there twice"),
         ({"over": {"data.label_noise": [0, 2]}}, "with data.label_noise=2.*less than or equal to 1"),
         ({"over": {"loss.name": ["ldr", "dice"]}}, "over.loss.name: compare.cross-entropy sets it, too"),
-        ({"seeds": 0}, "seeds"),
+        ({"seeds": 0}, "seeds=0: give how many, at least 1"),
         ({"seeds": [0, 0]}, "the same seed twice"),
         ({"yardsticks": ["eval/acuracy"]}, "yardsticks=eval/acuracy.*did you mean eval/accuracy"),
         (

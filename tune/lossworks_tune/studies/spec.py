@@ -119,7 +119,7 @@ class StudySpec(Spec):
         if isinstance(value, bool) or not isinstance(value, int):
             return value
         if value < 1:
-            raise ValueError(f"seeds={value}: give how many, at least 1, or a list of seeds")
+            raise ValueError("give how many, at least 1, or a list of seeds")
         return tuple(range(value))
 
     def make_plan(self) -> StudyPlan:
