@@ -220,8 +220,12 @@ class Declaration:
     example: str = ""
     package: str = OWN
 
-    def check(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def check(self, values: Mapping[str, Any], beside: Iterable[str] = ()) -> dict[str, Any]:
         """Return all hyperparameters: ``values``, and defaults for the others.
+
+        Args:
+            values: By name.
+            beside: What stands beside hyperparameters where they were given, which a mistyped name may mean.
 
         Raises:
             UserError: A name is unknown or a value out of range.
@@ -229,8 +233,7 @@ class Declaration:
         known = {parameter.name: parameter for parameter in self.hyperparameters}
         for name in values:
             if name not in known:
-                # What a term of a sum has besides hyperparameters is known to whoever mistypes it.
-                guess = nearest(name, [*known, "weight"])
+                guess = nearest(name, [*known, *beside])
                 hint = f"did you mean {guess}?" if guess else f"known: {', '.join(known) or 'none'}"
                 raise UserError(f"{self.slug}: no hyperparameter {name}; {hint}")
         return {

@@ -127,3 +127,12 @@ class BagOrder:
     def largest_share(self, workers: int) -> int:
         """Return the most rows of a batch that any of ``workers`` gets."""
         return self._bags.largest_share(workers) * self._bag_size
+
+
+def spaced(limit: int | None, rows: int) -> np.ndarray:
+    """Return which of so many rows are read, int64: at most ``limit``, or all.
+
+    They are evenly spaced, or a small limit would read one document only.
+    """
+    total = min(limit or rows, rows)
+    return np.arange(total) * rows // total

@@ -105,21 +105,9 @@ def _column(values: Tensor | None) -> Tensor | None:
 
 class _Folded(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        e: Tensor,
-        c: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        offset: Tensor | None,
-        weight: Tensor | None,
-        loss: RowFormula,
-        options: Options,
-        head: Operands,
-        wanted: tuple[bool, bool, bool],
-    ) -> Tensor:
-        total, ctx.gradients = _total(e, c, bias, targets, offset, weight, loss, options, head, wanted)
-        ctx.rest = (targets, offset, weight, loss, options, head, wanted)
+    def forward(ctx: Any, e: Tensor, c: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        total, ctx.gradients = _total(e, c, bias, *rest)
+        ctx.rest = rest
         ctx.save_for_backward(e, c, bias)
         return total
 
@@ -134,7 +122,7 @@ class _Folded(torch.autograd.Function):
             g.mul_(upstream[0]).to(x.dtype) if need else None
             for g, x, need in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
         ]
-        return *scaled, *(None,) * 7
+        return *scaled, *(None for _ in ctx.rest)
 
 
 def _total(

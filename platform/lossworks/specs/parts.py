@@ -177,7 +177,7 @@ class EntrySpec(Spec):
                 f"{field}: [{self.name}]"
             )
         entry = declaration(self.name, self.section)
-        resolved = entry.check(self.model_extra or {})
+        resolved = entry.check(self.model_extra or {}, beside=type(self).model_fields)
         replace_extra(self, resolved)
         return self
 

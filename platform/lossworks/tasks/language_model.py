@@ -15,6 +15,7 @@ from lossworks.catalogue.registry import declaration
 from lossworks.data import TokenizedCorpus, prepare
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.learnt import Learnt
+from lossworks.data.order import spaced
 from lossworks.data.text.readers import read_file
 from lossworks.errors import UserError
 from lossworks.losses.objective import Objective
@@ -125,16 +126,16 @@ class LanguageTask(Task):
     @property
     def learnt(self) -> Learnt:
         """See :attr:`Task.learnt`."""
-        return _learnt(self.corpus)
+        files = {TOKENIZER: self.corpus.tokenizer_path}
+        return Learnt({"vocab_size": self.corpus.vocab_size}, files, self.corpus.fingerprint)
 
     @classmethod
     def prepare(cls, spec: RunSpec, say: Say | None = None, learnt: Learnt | None = None) -> Prepared:
         """Tokenise the text; see :meth:`Task.prepare`."""
         run = cast("TrainSpec", spec)
-        text = _text(run, learnt)
-        corpus = prepare(text, on_progress=say)
-        simplest = cls(run.model_copy(update={"data": text}), corpus).simplest()
-        return Prepared(corpus.folder, math.log(corpus.vocab_size), _learnt(corpus), simplest)
+        task = cls(run, prepare(_text(run, learnt), on_progress=say))
+        guess = math.log(task.corpus.vocab_size)
+        return Prepared(task.corpus.folder, guess, task.learnt, task.simplest())
 
     @classmethod
     def reopen(
@@ -253,8 +254,7 @@ class LanguageTask(Task):
 
 def _sampled_targets(rows: ExampleRows) -> Tensor:
     """Return the targets of rows that are spread evenly, all of them where there are few."""
-    places = np.unique(np.linspace(0, len(rows) - 1, _SAMPLED_ROWS).astype(np.int64))
-    return rows.batch(places)["targets"]
+    return rows.batch(spaced(_SAMPLED_ROWS, len(rows)))["targets"]
 
 
 def _text(spec: TrainSpec, learnt: Learnt | None) -> DataSpec:
@@ -263,11 +263,6 @@ def _text(spec: TrainSpec, learnt: Learnt | None) -> DataSpec:
     if learnt is None:
         return text
     return text.model_copy(update={"tokenizer": str(learnt.files[TOKENIZER].absolute())})
-
-
-def _learnt(corpus: TokenizedCorpus) -> Learnt:
-    files = {TOKENIZER: corpus.tokenizer_path}
-    return Learnt({"vocab_size": corpus.vocab_size}, files, corpus.fingerprint)
 
 
 def count_tokens(targets: Tensor, token_bytes: Tensor) -> tuple[int, float]:

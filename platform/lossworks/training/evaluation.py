@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lossworks.data.batch import Batch, on
+from lossworks.data.order import spaced
 from lossworks.models import Outputs
 from lossworks.tasks.analyses import Analysis, Finding, Probe
 from lossworks.tasks.interface import Evaluation, ExampleRows, Measure, Sums, Task
@@ -85,15 +86,6 @@ def _summing(
         return summed(model, measure, data, rows, world, size=size, bf16=bf16, roles=roles)
 
     return over
-
-
-def spaced(limit: int | None, rows: int) -> np.ndarray:
-    """Return which of so many rows are read, int64: at most ``limit``, or all.
-
-    They are evenly spaced, or a small limit would read one document only.
-    """
-    total = min(limit or rows, rows)
-    return np.arange(total) * rows // total
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import Tensor
 from lossworks.catalogue.registry import declaration
 from lossworks.cohort import AdamWSettings, Member, ScheduledAdamW, StackedModel, stack
 from lossworks.data import Order
+from lossworks.data.order import spaced
 from lossworks.losses import RowLoss
 from lossworks.losses.interface import of_members
 from lossworks.losses.objective import Objective
@@ -27,7 +28,6 @@ from lossworks.models import Outputs
 from lossworks.specs import OptimizerSpec, RunSpec, ScheduleSpec
 from lossworks.tasks.interface import Task
 from lossworks.tasks.registry import parse_train_spec, task_of
-from lossworks.training.evaluation import spaced
 from lossworks.training.schedule import lr_factor
 
 _MAY_DIFFER = ("name", "seed", "loss", "optimizer", "schedule", "tracking", "storage", "checkpoint")
