@@ -127,7 +127,7 @@ def draw_federation(session: Session) -> list[Path]:
     pictures = []
     if comparison.entries:
         path = session.folder.path / "comparison.png"
-        pictures.append(draw_comparison(comparison, path, title=session.spec.name))
+        pictures += draw_comparison(comparison, path, title=session.spec.name)
     for seed in session.spec.seeds:
         child = next(child for child in session.children if child.seed == seed)
         if child.files.journal.is_file():

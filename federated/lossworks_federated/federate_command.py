@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from lossworks.cli import Command
 from lossworks.errors import UserError
+from lossworks.specs.fields import add_spec_options, show_spec
 
 if TYPE_CHECKING:
     from lossworks.runs import RunFolder
@@ -23,7 +24,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="key.path=value", help="fields that replace the spec's"
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with a run from its last saved rounds")
-    parser.add_argument("--print-spec", action="store_true", help="print the whole resolved spec and end")
+    add_spec_options(parser)
     parser.add_argument(
         "--strategies", nargs="?", const="", metavar="NAME", help="list strategies, or print one in full"
     )
@@ -34,8 +35,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _print_strategies(arguments.strategies)
         return 0
     spec, resume = _resolve(arguments)
-    if arguments.print_spec:
-        print(spec.to_yaml(), end="")
+    if show_spec(spec, arguments):
         return 0
     from lossworks_federated.federate import federate
     from lossworks_federated.reporting.federation_summary import FederationDisplay, print_federation

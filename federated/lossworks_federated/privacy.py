@@ -4,15 +4,24 @@ The noise comes from numpy's global stream, unseeded, as it must be where it pro
 privacy don't repeat.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flwr.app import Context, Message
+
 from lossworks.errors import UserError
+from lossworks_federated.flower_private import failed
+from lossworks_federated.records import shapes_of
 from lossworks_federated.spec_parts import PrivacySpec
 from lossworks_federated.strategies.catalogue import strategies
 
 if TYPE_CHECKING:
+    from flwr.app import ArrayRecord, MetricRecord
     from flwr.serverapp.strategy import Strategy
+
+    from lossworks_federated.strategies.interface import Federated
+
+ClientCall = Callable[[Message, Context], Message]
 
 
 def client_mods(privacy: PrivacySpec) -> list[Any]:
@@ -21,29 +30,62 @@ def client_mods(privacy: PrivacySpec) -> list[Any]:
         from flwr.clientapp.mod import LocalDpMod
 
         # One client's update changes by at most two clipping norms when its data change.
-        return [LocalDpMod(privacy.clipping_norm, 2 * privacy.clipping_norm, privacy.epsilon, privacy.delta)]
+        blur = LocalDpMod(privacy.clipping_norm, 2 * privacy.clipping_norm, privacy.epsilon, privacy.delta)
+        return [_of_whole_replies(blur)]
     if privacy.kind == "central":
         from flwr.clientapp.mod import fixedclipping_mod
 
-        return [fixedclipping_mod]
+        return [_of_whole_replies(fixedclipping_mod)]
     return []
 
 
-def with_privacy(strategy: "Strategy", privacy: PrivacySpec, clients: int) -> "Strategy":
+def _of_whole_replies(mod: Any) -> Any:
+    """Return a mod that is asked only about replies of the model's shapes, since Flower's can't take others.
+
+    A reply that holds no arrays has nothing to protect and goes on as it is; one with arrays of other names
+    or shapes can't be clipped, so it is never sent, and an error is sent in its place.
+    """
+
+    def checked(message: Message, context: Context, call_next: ClientCall) -> Message:
+        reply = call_next(message, context)
+        if reply.has_error() or not any(len(record) for record in reply.content.array_records.values()):
+            return reply
+        if shapes_of(reply.content) != shapes_of(message.content):
+            return failed(message, "arrays of other names or shapes than were sent can't be clipped")
+        clipped: Message = mod(message, context, lambda _message, _context: reply)
+        return clipped
+
+    return checked
+
+
+def with_privacy(strategy: "Federated", privacy: PrivacySpec) -> "Strategy":
     """Return a strategy that adds the server's noise, if there is any to add.
+
+    A mean Σ p_i g_i of updates of norm at most C changes by at most C·max p_i when one client's update is
+    taken out, so the noise's standard deviation is z·C·max p_i, with the shares p_i of the clients whose
+    replies are used. Flower's own z·C/m is for equal shares of all m that were asked, and it gives a round up
+    when one of them has failed.
 
     Args:
         strategy: Whose mean update gets noise.
-        privacy: How much.
-        clients: How many are asked in a round.
+        privacy: How much: C and z.
     """
     if privacy.kind != "central":
         return strategy
     from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
 
-    return DifferentialPrivacyClientSideFixedClipping(
-        strategy, privacy.noise_multiplier, privacy.clipping_norm, clients
-    )
+    class CentralNoise(DifferentialPrivacyClientSideFixedClipping):
+        def aggregate_train(
+            self, server_round: int, replies: "Iterable[Message]"
+        ) -> "tuple[ArrayRecord | None, MetricRecord | None]":
+            aggregated, metrics = strategy.aggregate_train(server_round, replies)
+            if not aggregated:
+                return aggregated, metrics
+            examples = strategy.received.examples
+            self.num_sampled_clients = float(examples.sum() / examples.max())  # type: ignore[assignment]
+            return self._add_noise_to_aggregated_arrays(aggregated), metrics
+
+    return CentralNoise(strategy, privacy.noise_multiplier, privacy.clipping_norm, 1)
 
 
 def require_compatible(strategy: str, others: Sequence[str], privacy: PrivacySpec) -> None:

@@ -77,6 +77,14 @@ def payload_bytes(content: RecordDict) -> int:
     )
 
 
+def shapes_of(content: RecordDict) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of all arrays in a message, by record and name."""
+    return {
+        record: {name: tuple(array.shape) for name, array in arrays.items()}
+        for record, arrays in content.array_records.items()
+    }
+
+
 def flattened(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return tensors by group and name as tensors by ``group/name``."""
     return {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}

@@ -9,6 +9,7 @@ from lossworks.cli import Command
 from lossworks.errors import UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
+from lossworks.specs.fields import add_spec_options, show_spec
 from lossworks.tasks import read_train_spec
 
 _EPILOG = """\
@@ -37,15 +38,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="profile 3 steps; see profile.steps and profile.start"
     )
-    parser.add_argument("--print-spec", action="store_true", help="print the whole resolved spec and end")
+    add_spec_options(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     # The start of the process, so that the time to the first step counts the imports, too.
     started = psutil.Process().create_time()
     spec, resume = _resolve(arguments)
-    if arguments.print_spec:
-        print(spec.to_yaml(), end="")
+    if show_spec(spec, arguments):
         return 0
     from lossworks.reporting import TrainProgress
     from lossworks_jobs.training.run_summary import print_run

@@ -9,28 +9,52 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lossworks.head import (
+        ExpectedLogit,
+        Gathered,
         LinearCrossEntropy,
+        LogSumExp,
+        Mean,
+        SumOfSquares,
+        Target,
+        TeacherExpectedLogit,
+        Variance,
+        VocabParallel,
         linear_cross_entropy,
         linear_log_probabilities,
         linear_row_loss,
         linear_row_statistics,
         linear_top_k,
     )
+    from lossworks.models.patching import patch
 
 __version__ = "0.1.0"
 __all__ = [
+    "ExpectedLogit",
+    "Gathered",
     "LinearCrossEntropy",
+    "LogSumExp",
+    "Mean",
+    "SumOfSquares",
+    "Target",
+    "TeacherExpectedLogit",
+    "Variance",
+    "VocabParallel",
     "__version__",
     "linear_cross_entropy",
     "linear_log_probabilities",
     "linear_row_loss",
     "linear_row_statistics",
     "linear_top_k",
+    "patch",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a function of the head, and torch with it, on first use."""
+    """Import what is asked for, and torch with it, on first use."""
+    if name == "patch":
+        from lossworks.models.patching import patch
+
+        return patch
     if name in __all__:
         from lossworks import head
 

@@ -5,6 +5,7 @@ modules that hold commands import little at their top, so that ``lossworks --hel
 """
 
 import argparse
+import errno
 import io
 import os
 import shutil
@@ -16,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from lossworks import __version__
 from lossworks.errors import LossworksError, UserError, nearest, printable, shortened
 from lossworks.home import home, prepare_process
 
 _GROUP = "lossworks.commands"
-_EXTRAS = {"ray": "jobs", "optuna": "tune", "flwr": "federated"}
+_EXTRAS = {"ray": "jobs", "optuna": "tune", "flwr": "federated", "transformers": "hf", "datasets": "hf"}
 """Which part of Lossworks brings a library that is not always there."""
 
 
@@ -58,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without ± must not end hours of work
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
-        commands = {point.name: point.load() for point in entry_points(group=_GROUP)}
+        known = commands()
         if given and not given[0].startswith("-"):
-            require_one(given[0], sorted(commands), "command")
-        parsed = _parser(commands).parse_args(given)
+            require_one(given[0], sorted(known), "command")
+        parsed = parser_of(known).parse_args(given)
         return int(parsed.run(parsed))
     except LossworksError as error:
         if debug:
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         missing = _missing_extra(error)
-        print(f"lossworks: error: {printable(missing or _unforeseen(error))}", file=sys.stderr)
+        text = missing or _refused_by_storage(error) or _unforeseen(error)
+        print(f"lossworks: error: {printable(text)}", file=sys.stderr)
         return 2 if missing else 1
 
 
@@ -89,6 +91,19 @@ def _missing_extra(error: Exception) -> str:
         return ""
     extra = _EXTRAS.get(error.name.partition(".")[0])
     return f"this needs {error.name}: pip install 'lossworks[{extra}]'" if extra else ""
+
+
+def _refused_by_storage(error: BaseException | None) -> str:
+    """Return what a disk says that is full, or takes nothing, if that led to an error; else nothing."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            where = error.filename or home()
+            return (
+                f"{where}: {error.strerror}; what was saved before stays. Make room, or set LOSSWORKS_HOME "
+                "to another disk; --resume goes on with a run"
+            )
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _unforeseen(error: Exception) -> str:
@@ -105,7 +120,18 @@ def _unforeseen(error: Exception) -> str:
     return f"{text}; what led to it is in {file}. Runs keep their checkpoints: --resume goes on with them"
 
 
-def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+def commands() -> dict[str, Command]:
+    """Return the commands of all rooms that are installed, by name."""
+    return {point.name: point.load() for point in entry_points(group=_GROUP)}
+
+
+def parser_of(commands: Mapping[str, Command], *, listed: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line.
+
+    Args:
+        commands: By name.
+        listed: Whether argparse lists them, too; for people they are in the description, by groups.
+    """
     parser = _Parser(
         prog="lossworks",
         usage="lossworks [-h] [--version] COMMAND ...",
@@ -115,12 +141,13 @@ def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lossworks {__version__}")
+    shown = None if listed else argparse.SUPPRESS
     children = parser.add_subparsers(
-        metavar="COMMAND", required=True, help=argparse.SUPPRESS, parser_class=_CommandParser
+        metavar="COMMAND", required=True, help=shown, parser_class=_CommandParser
     )
     for name, command in sorted(commands.items()):
-        # Its help comes from the list above; without one argparse lists nothing.
-        child = children.add_parser(name, prog=f"lossworks {name}", description=command.help)
+        own: dict[str, Any] = {"help": command.help} if listed else {}  # without one argparse lists nothing
+        child = children.add_parser(name, prog=f"lossworks {name}", description=command.help, **own)
         command.configure(child)
         child.set_defaults(run=command.run)
     return parser

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lossworks.errors import UserError
 from lossworks.specs import Spec
 from lossworks.specs.base import kind_of
+
+if TYPE_CHECKING:
+    from lossworks.tasks.interface import Simplest
 
 _GROUP = "lossworks.trainables"
 _TRAINING = "training"
@@ -41,6 +44,8 @@ class Trainable:
         starts_workers: Whether these are taken by workers that it starts, and not by its own process.
         train: Trains in a folder, from where an earlier call in it stopped, and reports on the way. It is
             called in a process of a running Ray cluster.
+        simplest: Returns what an answer gets on a spec's held-out data that looks at no input; None if that
+            is not known. It may read the data.
     """
 
     parse: Callable[[Mapping[str, Any], str], Spec]
@@ -50,6 +55,7 @@ class Trainable:
     yardsticks: Callable[[Any], Mapping[str, Direction]]
     train: Callable[[Any, Path, StepReport], None]
     starts_workers: bool = False
+    simplest: "Callable[[Any], Simplest | None]" = lambda _: None
 
 
 def task_of(values: Mapping[str, Any]) -> str:

@@ -20,9 +20,11 @@ from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
 from lossworks_federated.client.client_memory import Moment, keep, recall
 from lossworks_federated.client.faults import FAULTS, fault_of
+from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.federate import federate
 from lossworks_federated.server.measures import drift, spread
 from lossworks_federated.server.rounds import FederationOutcome, RoundFiles
+from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import FaultSpec
 from lossworks_federated.specs import FederationSpec
 from lossworks_federated.strategies.catalogue import strategies as catalogue
@@ -259,7 +261,88 @@ def test_central_privacy_adds_the_servers_noise(tmp_path: Path) -> None:
     quiet = trained(tiny(rounds=1, privacy=privacy), tmp_path / "quiet")
     noisy = trained(tiny(rounds=1, privacy={**privacy, "noise_multiplier": 1.2}), tmp_path / "noisy")
     noise = torch.cat([(noisy[name] - quiet[name]).flatten() for name in quiet])
-    assert float(noise.std()) == pytest.approx(1.2 * 0.5 / 6, rel=0.15)
+    sizes = [len(rows) for rows in setup_of(tiny()).split.train]
+    assert max(sizes) > 1.5 * sum(sizes) / 6  # the one with the largest share must be hidden, too
+    assert float(noise.std()) == pytest.approx(1.2 * 0.5 * max(sizes) / sum(sizes), rel=0.15)
+
+
+def test_central_noise_is_that_of_the_clients_that_answered(tmp_path: Path) -> None:
+    """Of fewer clients each has a larger share, and hiding it takes more noise."""
+    privacy = {"kind": "central", "clipping_norm": 0.5, "noise_multiplier": 1.2}
+    spec = tiny(rounds=1, privacy=privacy, faults={"drop_out": 0.5}, seeds=[4])
+    noisy_rounds = rounds_of(spec, tmp_path / "noisy")
+    noisy_rounds.run()
+    received = noisy_rounds.strategy.received
+    quiet_privacy = {**privacy, "noise_multiplier": 0.0}
+    quiet = trained(
+        tiny(rounds=1, privacy=quiet_privacy, faults={"drop_out": 0.5}, seeds=[4]), tmp_path / "quiet"
+    )
+    noisy = load_tensors(tmp_path / "noisy" / "child" / "model.safetensors")
+    noise = torch.cat([(noisy[name] - quiet[name]).flatten() for name in quiet])
+
+    assert 0 < len(received.partitions) < 6
+    share = float(received.examples.max() / received.examples.sum())
+    assert float(noise.std()) == pytest.approx(1.2 * 0.5 * share, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["central", "local"])
+@pytest.mark.parametrize(
+    ("fault", "counted"),
+    [
+        ("drop_out", "failed"),
+        ("straggle", "late"),
+        ("empty", "empty"),
+        ("shape", "failed"),
+        ("nan", "nonfinite"),
+    ],
+)
+def test_privacy_and_faulty_clients_go_together(kind: str, fault: str, counted: str, tmp_path: Path) -> None:
+    """What a faulty client sends is left out for what it is; nothing unclipped is used, and nothing ends."""
+    spec = tiny(rounds=2, privacy={"kind": kind}, faults={fault: 0.4})
+    outcome = rounds_of(spec, tmp_path).run()
+    rows = [row["metrics"] for row in read_all(tmp_path / "child" / "metrics.jsonl") if row["step"]]
+
+    assert outcome.status == "finished"
+    assert sum(row[f"round/{counted}"] for row in rows) > 0
+    for row in rows:
+        others = sum(value for name, value in row.items() if name.startswith("round/")) - row["round/asked"]
+        assert others == row["round/asked"]  # each reply is used, or counted once
+
+
+def test_a_round_without_a_usable_reply_says_so_under_privacy(tmp_path: Path) -> None:
+    spec = tiny(rounds=2, privacy={"kind": "central"}, faults={"drop_out": 1.0})
+    with pytest.raises(RunError, match=r"round 1: 0 usable replies of 6.*an error in place of a reply"):
+        rounds_of(spec, tmp_path).run()
+
+
+def test_figures_that_were_recorded_before_a_kill_are_in_the_outcome(tmp_path: Path) -> None:
+    """The last state is saved, and the process is gone before the outcome is written."""
+    spec = tiny(rounds=3)
+    whole = rounds_of(spec, tmp_path).run()
+    (tmp_path / "child" / "outcome.json").unlink()
+    again = rounds_of(spec, tmp_path).run()
+
+    assert again.rounds == 3
+    assert again.metrics == whole.metrics
+
+
+def test_what_clients_keep_stays_in_memory_up_to_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is read again from disk, and nothing changes."""
+    spec = tiny("scaffold", rounds=3)
+    whole = trained(spec, tmp_path / "whole")
+    one = sum(value.nbytes for value in setup_of(spec).initial.values())
+    monkeypatch.setattr("lossworks_federated.engines.cohort_grid._KEPT_IN_MEMORY", 2 * one)
+    grids: list[CohortGrid] = []
+
+    def grid(setup: SharedSetup) -> CohortGrid:
+        grids.append(CohortGrid(setup, tmp_path / "part" / "clients"))
+        return grids[0]
+
+    part = trained(spec, tmp_path / "part", grid)
+    assert difference(whole, part) == 0
+    assert len(grids[0]._contexts) == 2
 
 
 @pytest.mark.parametrize(
@@ -313,7 +396,7 @@ def test_a_comparison_is_tracked_as_parent_and_children(at_home: Path) -> None:
         files = {item.path for item in client.list_artifacts(run.info.run_id)}
         assert {"model.safetensors", "outcome.json", "spec.yaml"} <= files
     files = {item.path for item in client.list_artifacts(parent.info.run_id)}
-    pictures = {"comparison.png", "split-seed0.png", "split-seed1.png"}
+    pictures = {"comparison.png", "comparison.svg", "split-seed0.png", "split-seed1.png"}
     assert pictures | {"comparison.csv", "spec.yaml"} <= files
     assert {path.name for path in result.pictures} == pictures
     mean = result.comparison.mean("fedavg", "accuracy")

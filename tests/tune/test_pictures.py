@@ -17,7 +17,7 @@ from lossworks_tune.sweeps.ledger import Configuration, Trial, TrialStatus
 from lossworks_tune.sweeps.pictures import draw_all
 from lossworks_tune.sweeps.results import Results
 from lossworks_tune.sweeps.spec import SweepSpec
-from lossworks_tune.sweeps.summary import gains
+from lossworks_tune.sweeps.summary import beside_the_simplest, gains
 
 STEPS, EVERY = 100, 50
 
@@ -84,14 +84,16 @@ def drawn(results: Results, path: Path) -> list[str]:
     """Return the names of what is drawn, which is looked at as far as a program can."""
     files = draw_all(results, path)
     assert sorted(files) == sorted(path.iterdir())
-    for file in files:
+    pictures = [file for file in files if file.suffix == ".png"]
+    for file in pictures:
+        assert file.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
         content = file.read_bytes()
         width, height = struct.unpack(">II", content[16:24])
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
         assert 1600 <= width <= 2000
         assert 400 <= height <= 2000
         assert len(content) > 12_000  # an empty one has 8 kB
-    return [file.stem for file in files]
+    return [file.stem for file in pictures]
 
 
 # Which are drawn
@@ -215,3 +217,17 @@ def test_a_tie_is_called_a_tie(ahead, named, said):
 
     assert lines[0] == (named, "ldr, defaults")
     assert said in dict(lines)["over the baseline"]
+
+
+@pytest.mark.parametrize(("accuracy", "better"), [(0.9, True), (0.05, False)])
+def test_the_winner_stands_beside_the_simplest_answer(accuracy, better):
+    """Two configurations at the share of the largest class have learnt nothing, whoever is ahead."""
+    spec = spec_of(seeds=[0], confirm={"top": 1, "seeds": [50]})
+    finals = [{"eval/accuracy": accuracy, "eval/ece": 0.1}]
+    trial = Trial(Configuration(0, {"loss.name": "ldr"}, {}, "ldr, defaults"), "finished", "", [], finals)
+    lines = beside_the_simplest(Results(spec, spec.make_space(), STEPS, (trial,), (trial,)))
+
+    title, text = lines[0]
+    assert title
+    assert text.startswith("eval/accuracy 0.")
+    assert text.endswith("the best above is no better") is not better

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from lossworks.cli import Command
 from lossworks.errors import UserError
+from lossworks.specs.fields import add_spec_options, show_spec
 
 if TYPE_CHECKING:
     from lossworks.runs import RunFolder
@@ -24,13 +25,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with a sweep that was interrupted")
     parser.add_argument("--address", help="Ray cluster to join, for engine=ray; default: a new one here")
-    parser.add_argument("--print-spec", action="store_true", help="print the whole resolved spec and end")
+    add_spec_options(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     spec, resume = _resolve(arguments)
-    if arguments.print_spec:
-        print(spec.to_yaml(), end="")
+    if show_spec(spec, arguments):
         return 0
     from lossworks_tune.sweeps.run import sweep
     from lossworks_tune.sweeps.summary import SweepDisplay, show

@@ -36,14 +36,20 @@ def groups(items: Iterable[Item], run_of: Callable[[Item], PackedRun]) -> Iterat
         yield from (group[start : start + many] for start in range(0, len(group), many))
 
 
-def advanced(runs: Sequence[PackedRun]) -> list[tuple[PackedRun, PackedReport]]:
+def advanced(
+    runs: Sequence[PackedRun], on_step: Callable[[int], None] = lambda _: None
+) -> list[tuple[PackedRun, PackedReport]]:
     """Train runs of one group to their next report, and return it with each run.
 
     Where they fail together, for instance for want of memory, each is tried alone, to find which one fails.
+
+    Args:
+        runs: Of one group.
+        on_step: Called after each step with how many have been taken.
     """
     steps = runs[0].until_report
     try:
-        return list(zip(runs, advance(runs, steps), strict=True))
+        return list(zip(runs, advance(runs, steps, on_step), strict=True))
     except (RuntimeError, MemoryError, UserError) as error:
         if len(runs) == 1:
             lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -59,6 +59,16 @@ def keep(context: Context, kept: dict[str, Member], moment: Moment, *, local: bo
         _write(folder, kept, moment)
 
 
+def bytes_kept(context: Context) -> int:
+    """Return the size of what a client keeps in memory."""
+    return sum(
+        value.numel() * value.element_size()
+        for name, record in context.state.array_records.items()
+        if name.startswith(_KEPT)
+        for value in member_from(record).values()
+    )
+
+
 def _mark(context: Context, moment: Moment, server_round: int) -> None:
     context.state[_ROUND] = ConfigRecord({"round": server_round, "federation": moment.federation})
 

@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from lossworks_federated.client.client_app import DROPPED_OUT, as_records
+from lossworks_federated.client.client_memory import bytes_kept
 from lossworks_federated.client.client_work import Client, Reply, evaluate_clients, train_clients
 from lossworks_federated.flower_private import Run, failed, identify, make_run, name_message
 from lossworks_federated.privacy import client_mods
@@ -16,6 +17,8 @@ from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import PrivacySpec
 
 _RUN = 1
+_KEPT_IN_MEMORY = 2**29
+"""Bytes of what clients keep that stay in memory where it is on disk as well; the rest is read again."""
 
 
 class CohortGrid(Grid):
@@ -37,6 +40,7 @@ class CohortGrid(Grid):
         self._setup, self._folder = setup, state_folder
         self._mods = client_mods(privacy or PrivacySpec())
         self._contexts: dict[int, Context] = {}
+        self._kept: dict[int, int] = {}
         self._run = make_run(_RUN)
         self._sent = 0
         self._waiting: dict[str, Message] = {}
@@ -106,6 +110,7 @@ class CohortGrid(Grid):
             replies = train_clients(self._setup, content, clients, folder=self._folder, local=True)
         else:
             replies = evaluate_clients(self._setup, content, clients, folder=self._folder)
+        self._spare_memory(clients)
         return [
             answer
             for message, client, reply in zip(group, clients, replies, strict=True)
@@ -125,6 +130,20 @@ class CohortGrid(Grid):
         for mod in reversed(self._mods if message.metadata.message_type == MessageType.TRAIN else []):
             answer = _around(mod, answer)
         return answer(message, client.context)
+
+    def _spare_memory(self, clients: list[Client]) -> None:
+        """Let go of what clients keep and is on disk, if it takes too much room: the longest unused first."""
+        if self._folder is None:
+            return
+        for client in clients:
+            self._contexts[client.partition] = self._contexts.pop(client.partition)
+            self._kept[client.partition] = bytes_kept(client.context)
+        over = sum(self._kept.values()) - _KEPT_IN_MEMORY
+        for partition in list(self._contexts):
+            if over <= 0:
+                return
+            over -= self._kept.pop(partition, 0)
+            del self._contexts[partition]
 
     def _client(self, node: int) -> Client:
         partition = self.partitions[node]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lossworks.reporting.picture_style import BLUE, ORANGE, STYLE, not_measured
+from lossworks.reporting.picture_style import BLUE, ORANGE, STYLE, not_measured, save_picture
 from lossworks_federated.reporting.comparison import ComparedStrategy, Comparison
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ _TERMS = {"local": "terms/local", "shift": "terms/shift", "aggregation": "terms/
 _TERM_COLOURS = (BLUE, ORANGE, "#6b8f3a")
 
 
-def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> Path:
-    """Draw a comparison as a PNG of 2000 × 1100 pixels: means over seeds, with all seeds in between.
+def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> list[Path]:
+    """Draw a comparison as PNG, 2000 × 1100 pixels, and SVG: means over seeds, with all seeds in between.
 
     Args:
         comparison: At least one entry.
@@ -47,8 +47,7 @@ def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> Path:
         _draw_terms(terms, comparison)
         handles, labels = rounds.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
-        figure.savefig(path, format="png")
-    return path
+        return save_picture(figure, path)
 
 
 def _colours(comparison: Comparison) -> dict[str, tuple[float, ...]]:

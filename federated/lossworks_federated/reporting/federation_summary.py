@@ -81,7 +81,7 @@ def print_federation(spec: FederationSpec, result: FederationResult, *, where: s
     if not console.is_terminal:
         console = Console(width=_WIDTH_OF_FILES)
     console.print(_table(result.comparison, len(spec.seeds)))
-    lines = [("pictures", ", ".join(str(path) for path in result.pictures))]
+    lines = [("pictures", ", ".join(str(path) for path in result.pictures if path.suffix == ".png"))]
     lines += [("failed", f"{title}: {reason}") for title, reason in result.failed]
     uri = tracking_uri(spec.tracking)
     look = redact(uri) if uri.startswith("http") else f"{program()} ui"

@@ -14,7 +14,7 @@ from lossworks.cohort import Member
 from lossworks.errors import LossworksError, RunError
 from lossworks.files import write_atomically
 from lossworks.tensors import load_tensors, write_tensors
-from lossworks.tracking import Journal
+from lossworks.tracking import Journal, read_all
 from lossworks_federated.engines.counted_grid import CountedGrid
 from lossworks_federated.privacy import with_privacy
 from lossworks_federated.records import array_record, flattened, grouped, member_from
@@ -52,6 +52,13 @@ class RoundFiles:
         write_tensors(file, flattened(groups), totals=json.dumps(totals))
         for old in sorted(self._states.glob("*.safetensors"))[:-_SAVED]:
             old.unlink()
+
+    def metrics_until(self, server_round: int) -> dict[str, float]:
+        """Return the last value of every figure that was recorded up to a round."""
+        if not self.journal.is_file():
+            return {}
+        rows = [row for row in read_all(self.journal) if 0 < row["step"] <= server_round]
+        return {name: value for row in rows for name, value in row["metrics"].items()}
 
     def rounds_done(self) -> int:
         """Return the round of the newest state, 0 if there is none."""
@@ -119,8 +126,7 @@ class Rounds:
         self._spec, self._setup, self._files = spec, setup, files
         self._grid = CountedGrid(grid)
         self.strategy = build_strategy(spec, chosen, setup.task, files.path.name)
-        asked = min(spec.clients_per_round or spec.split.clients, spec.split.clients)
-        self._outer: Strategy = with_privacy(self.strategy, spec.privacy, asked)
+        self._outer: Strategy = with_privacy(self.strategy, spec.privacy)
         self._timeout = spec.deadline_s or _HOUR
 
     def run(self) -> FederationOutcome:
@@ -132,7 +138,7 @@ class Rounds:
         """
         done, model = self._begin()
         status, reason = "stopped", "interrupted"
-        metrics: dict[str, float] = {}
+        metrics = self._files.metrics_until(done)
         try:
             with Journal.open(self._files.journal) as journal:
                 if done == 0:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.tasks.registry import parse_train_spec, task_of
 from lossworks.trainables import Direction, StepReport, Trainable
+
+if TYPE_CHECKING:
+    from lossworks.tasks.interface import Simplest
 
 _OWN: dict[str, Direction] = {"eval/loss": "min", "train/loss": "min"}
 
@@ -53,6 +56,10 @@ def _train(spec: RunSpec, path: Path, report: StepReport) -> None:
         raise RunError(outcome.reason)
 
 
+def _simplest(spec: RunSpec) -> "Simplest | None":
+    return task_of(spec).prepare(spec).simplest
+
+
 TRAINABLE = Trainable(
     parse=_parse,
     seeded=_seeded,
@@ -61,4 +68,5 @@ TRAINABLE = Trainable(
     yardsticks=_yardsticks,
     train=_train,
     starts_workers=True,
+    simplest=_simplest,
 )

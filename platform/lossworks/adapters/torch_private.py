@@ -1,14 +1,15 @@
-"""torch besides its documented interface: kernels for many tensors at once, groups by name, storages."""
+"""torch besides its documented interface: kernels for many tensors at once, groups, storages, subclasses."""
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "TorchDispatchMode",
@@ -17,11 +18,16 @@ __all__ = [
     "fused_adamw",
     "keeps_statistics",
     "memory_format_enum",
+    "of_shape_alone",
+    "past_torch_function",
     "process_group",
     "storage_key",
     "transformed",
     "tree_leaves",
+    "tree_map_only",
 ]
+
+Subclass = TypeVar("Subclass", bound=Tensor)
 
 
 def add_scaled(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float) -> None:
@@ -80,6 +86,18 @@ def fused_adamw(
         amsgrad=False,
         maximize=False,
     )
+
+
+def of_shape_alone(
+    kind: type[Subclass], shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
+) -> Subclass:
+    """Return a tensor of a subclass that has a shape and no values."""
+    return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
+
+
+def past_torch_function() -> AbstractContextManager[Any]:
+    """Return a context in which functions take tensors of subclasses as they take others."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def process_group(name: str) -> dist.ProcessGroup:

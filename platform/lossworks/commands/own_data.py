@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 
 from lossworks.cli import Command
 from lossworks.errors import UserError
+from lossworks.files import write_atomically
 
 
 def _configure_data(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +97,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     to = Path(arguments.to)
     if not to.parent.is_dir():
         raise UserError(f"--to {to}: there is no folder {to.parent}")
-    with to.open("w", newline="", encoding="utf-8") as file:
-        _write(file, columns)
+    text = io.StringIO(newline="")
+    _write(text, columns)
+    if to.exists() and not to.is_file():  # such as a pipe, in whose place no file may come
+        to.write_text(text.getvalue(), encoding="utf-8", newline="")
+    else:
+        write_atomically(to, text.getvalue())
     print(f"{to}: {len(next(iter(columns.values()), []))} rows, {', '.join(list(own)[:4])}")
     return 0
 

@@ -1,4 +1,4 @@
-"""The commands about runs that need nothing but the library: export, evaluate, report, sync, ui."""
+"""The commands about runs that need nothing but the library: export, evaluate, compare, report, sync, ui."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _configure_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", help="folder that `lossworks export` made")
+    parser.add_argument("model", metavar="RUN|DIR", help="a run, or a folder that `lossworks export` made")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="evaluate on other data")
     parser.add_argument("--sequences", type=int, metavar="N", help="held-out rows to read; default all")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
@@ -38,17 +38,70 @@ def _configure_evaluate(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from lossworks.reporting import print_summary
     from lossworks.tasks.registry import task_of
-    from lossworks.training.export import evaluate_folder, exported_spec
+    from lossworks.training.export import evaluate_folder, exported, exported_spec
 
     if arguments.sequences is not None and arguments.sequences < 1:
         raise UserError(f"--sequences {arguments.sequences}: must be at least 1")
-    result = evaluate_folder(Path(arguments.folder), overrides=arguments.overrides, limit=arguments.sequences)
-    shown = task_of(exported_spec(Path(arguments.folder))).shown
+    with exported(arguments.model) as folder:
+        result = evaluate_folder(folder, overrides=arguments.overrides, limit=arguments.sequences)
+        shown = task_of(exported_spec(folder)).shown
     metrics = result.metrics()
     figures = [(label, text.format(metrics[name])) for label, name, text in shown if name in metrics]
-    print_summary(f"{arguments.folder} on held-out data", [("loss", f"{result.loss:.4f}"), *figures])
+    print_summary(f"{arguments.model} on held-out data", [("loss", f"{result.loss:.4f}"), *figures])
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result.metrics(), indent=1))
+    return 0
+
+
+def _configure_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_names",
+        metavar="RUN",
+        nargs="+",
+        help="ids, beginnings of ids, names, or folders of two to eight runs of one task",
+    )
+    parser.add_argument(
+        "--to",
+        default="comparison.png",
+        metavar="FILE",
+        help="picture to write, .png, and .svg beside it (default: %(default)s)",
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lossworks.reporting.run_comparison import Comparison
+
+    comparison = Comparison.of(arguments.run_names)
+    picture = comparison.draw(Path(arguments.to))
+    letters = [chr(ord("A") + place) for place in range(len(comparison.runs))]
+    console = Console()
+    for letter, run in zip(letters, comparison.runs, strict=True):
+        console.print(Text(f"{letter}  {run.title}  {' + '.join(run.spec.loss.titles)}"), soft_wrap=True)
+    yardsticks = Table("", *letters, box=None, header_style="bold")
+    for label, name, text, mode in comparison.yardsticks():
+        best = comparison.best(name, mode)
+        values = [run.metrics.get(name) for run in comparison.runs]
+        cells = ["-" if value is None else text.split(" ")[0].format(value) for value in values]
+        yardsticks.add_row(
+            label, *(Text(f"{cell} *", "bold") if at in best else Text(cell) for at, cell in enumerate(cells))
+        )
+    console.print(Text("\nthe last figures; * marks the best of a line"))
+    console.print(yardsticks)
+    differences = comparison.differences()
+    console.print(Text("\nwhat differs in the specs" if differences else "\nthe specs don't differ"))
+    table = Table("", *letters, box=None, header_style="bold")
+    for name, texts in differences:
+        table.add_row(Text(name), *(Text(text, overflow="fold") for text in texts))
+    if differences:
+        console.print(table)
+    console.print()
+    for note in comparison.notes():
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    console.print(Text(f"picture: {picture}"), soft_wrap=True)
     return 0
 
 
@@ -107,7 +160,10 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 
 EXPORT = Command("write a run's model as safetensors, config and tokenizer", _configure_export, _export)
-EVALUATE = Command("measure an exported model on held-out data", _configure_evaluate, _evaluate)
+EVALUATE = Command("measure a run or an exported model on held-out data", _configure_evaluate, _evaluate)
+COMPARE = Command(
+    "set runs side by side: figures, curves, and what differs in their specs", _configure_compare, _compare
+)
 REPORT = Command("draw a run's report.png again", _configure_run, _report)
 SYNC = Command("deliver what a tracking server missed while it was away", _configure_run, _sync)
 UI = Command("open MLflow's pages on the embedded store", _configure_ui, _ui)

@@ -114,7 +114,8 @@ def finish_run_folder(
     """
     artifacts = [folder.spec_file]
     if folder.journal.is_file():
-        artifacts.append(draw_report(folder, guess))
+        report = draw_report(folder, guess)
+        artifacts += [report, report.with_suffix(".svg")]
         artifacts += [path for draw in (draw_telemetry, draw_flame) if (path := draw(folder)) is not None]
         artifacts += draw_analyses(folder)
     artifacts += [path for path in (folder.outcome_file, folder.logs, folder.results) if path.exists()]

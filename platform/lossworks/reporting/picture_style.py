@@ -1,12 +1,15 @@
 """How all pictures look: fonts, colours, frames, and what stands in an empty one."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, DARK = "#2563a8", "#d9541e", "#9aa3ad", "#2b2f36"
 STYLE: Any = {
+    "svg.hashsalt": "lossworks",  # the same picture has the same bytes
     "font.size": 13,
     "axes.titlesize": 15,
     "axes.titleweight": "bold",
@@ -27,6 +30,14 @@ STYLE: Any = {
     "legend.framealpha": 0.85,
     "lines.linewidth": 2.0,
 }
+
+
+def save_picture(figure: "Figure", path: Path) -> list[Path]:
+    """Write a figure as PNG, and beside it as SVG, which stays sharp at any size; return both files."""
+    files = [path, path.with_suffix(".svg")]
+    figure.savefig(files[0], format="png")
+    figure.savefig(files[1], format="svg", metadata={"Date": None})
+    return files
 
 
 def step_axis(axes: "Axes") -> None:

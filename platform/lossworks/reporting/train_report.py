@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lossworks.reporting.phase_strip import draw_phases
-from lossworks.reporting.picture_style import BLUE, DARK, GREY, ORANGE, STYLE, not_measured, step_axis
+from lossworks.reporting.picture_style import (
+    BLUE,
+    DARK,
+    GREY,
+    ORANGE,
+    STYLE,
+    not_measured,
+    save_picture,
+    step_axis,
+)
 from lossworks.reporting.series import Series, series, smooth
 
 if TYPE_CHECKING:
@@ -33,7 +42,7 @@ def train_report(
     pictured: Mapping[str, Any] | None = None,
     seconds: Mapping[str, float] | None = None,
 ) -> Path:
-    """Draw the report of a run as a PNG of 1600 × 1000 pixels.
+    """Draw the report of a run as a PNG of 1600 × 1000 pixels, and as SVG beside it.
 
     Series that were not measured are named as such; values that are not finite are left out.
 
@@ -71,7 +80,7 @@ def train_report(
             draw_yardsticks(second, rows, *task.panels)
             _draw_last(last, rows, task, pictured or {})
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        save_picture(figure, path)
     return path
 
 

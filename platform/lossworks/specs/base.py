@@ -1,5 +1,6 @@
 """Frozen, checked records read from YAML with ``key.path=value`` overrides."""
 
+import re
 import sys
 import types
 import typing
@@ -10,7 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from lossworks.errors import UserError, nearest, redact, shortened
 from lossworks.specs.shipped import shipped_specs, spec_file
@@ -92,6 +103,15 @@ class Spec(BaseModel):
     open_to: ClassVar[str | None] = None
     list_tail: ClassVar[str | None] = None
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the schema with what is short for the whole group."""
+        whole = handler.resolve_ref_schema(handler(core))
+        short = [whole["properties"][cls.shorthand]] if cls.shorthand else []
+        if cls.list_tail:
+            short.append({"type": "array", "items": {}, "minItems": 1})
+        return {"anyOf": [whole, *short]} if short else whole
+
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, values: Any) -> Any:
@@ -155,6 +175,10 @@ class Spec(BaseModel):
         """
         values = self.model_dump(mode="json", exclude_unset=True)
         return self.parse(apply_overrides(type(self), values, overrides))
+
+    def further_fields(self) -> list[tuple[str, str, str]]:
+        """Return name, meaning and allowed values of fields that the class itself has not."""
+        return []
 
     def to_yaml(self) -> str:
         """Return the whole resolved spec as YAML; ``parse`` of it gives the same spec."""
@@ -359,10 +383,19 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
             parts.append(f"{place}: {message}")
         else:
             shown = shortened(redact(repr(item["input"])))
-            parts.append(f"{place}={shown}: {message[0].lower()}{message[1:]}")
+            guess = _nearest_choice(item)
+            hint = f"; did you mean {guess}?" if guess else ""
+            parts.append(f"{place}={shown}: {message[0].lower()}{message[1:]}{hint}")
     if len(found) > _TOLD:
         parts.append(f"and {len(found) - _TOLD} more")
     return "; ".join(parts)
+
+
+def _nearest_choice(item: Any) -> str | None:
+    """Return which of a field's few values was meant, of a mistake that pydantic found."""
+    if item["type"] != "literal_error" or not isinstance(item["input"], str):
+        return None
+    return nearest(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
 
 
 def _in_lists(model: type[BaseModel], place: Sequence[str | int]) -> str:

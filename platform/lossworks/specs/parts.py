@@ -166,6 +166,11 @@ class EntrySpec(Spec):
         """The entry's hyperparameters, defaults included."""
         return dict(self.model_extra or {})
 
+    def further_fields(self) -> list[tuple[str, str, str]]:
+        """See :meth:`Spec.further_fields`: the entry's hyperparameters."""
+        entry = declaration(self.name, self.section)
+        return [(own.name, own.meaning, own.allowed) for own in entry.hyperparameters]
+
     @model_validator(mode="after")
     def _fill_in(self) -> Self:
         """Check the hyperparameters and give the others their defaults, which are stored with a run."""

@@ -1,7 +1,8 @@
 """A trained model out of a run's checkpoint, and its held-out loss afterwards."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lossworks import __version__
@@ -87,13 +88,27 @@ def predict_file(model: str, file: Path) -> Predictions:
     Raises:
         UserError: There is no such model, or the file can't be read.
     """
+    with exported(model) as folder:
+        return task_of(exported_spec(folder)).predict(folder, file)
+
+
+@contextmanager
+def exported(model: str) -> Iterator[Path]:
+    """Yield the folder of an exported model: the one that is named, or one of a run for as long as it takes.
+
+    Args:
+        model: A folder of ``export_run``, or a run's id, beginning of an id, name or folder.
+
+    Raises:
+        UserError: There is no such model.
+    """
     folder = Path(model).expanduser()
     if (folder / CONFIG).is_file():
-        return task_of(exported_spec(folder)).predict(folder, file)
+        yield folder
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        exported = Path(temporary) / "model"
-        export_run(RunFolder.find(model), exported)
-        return task_of(exported_spec(exported)).predict(exported, file)
+        export_run(RunFolder.find(model), Path(temporary) / "model")
+        yield Path(temporary) / "model"
 
 
 def exported_spec(folder: Path) -> RunSpec:

@@ -7,7 +7,7 @@ stand at different steps. B rows a step, K outputs.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
@@ -159,7 +159,9 @@ class PackedReport:
     failure: str | None = None
 
 
-def advance(runs: Sequence[PackedRun], steps: int) -> list[PackedReport]:
+def advance(
+    runs: Sequence[PackedRun], steps: int, on_step: Callable[[int], None] = lambda _: None
+) -> list[PackedReport]:
     """Take steps with all runs at once and evaluate them; what they keep is moved on.
 
     A run that becomes non-finite disturbs no other, and is reported as failed.
@@ -167,6 +169,7 @@ def advance(runs: Sequence[PackedRun], steps: int) -> list[PackedReport]:
     Args:
         runs: At least one, alike; see :func:`alike`.
         steps: How many, at least one; no run may have fewer left.
+        on_step: Called after each with how many have been taken.
     """
     objectives = [_objective_of(run) for run in runs]
     order = sorted(range(len(runs)), key=lambda index: _sharing(objectives[index]))
@@ -175,7 +178,7 @@ def advance(runs: Sequence[PackedRun], steps: int) -> list[PackedReport]:
     # take many times as long for.
     torch.set_flush_denormal(True)
     try:
-        reports = pack.advance(steps)
+        reports = pack.advance(steps, on_step)
     finally:
         torch.set_flush_denormal(False)
     return [reports[order.index(index)] for index in range(len(runs))]
@@ -261,7 +264,7 @@ class _Pack:
         clips = [run.spec.optimizer.clip_norm for run in runs]
         self._clip = torch.tensor([math.inf if clip is None else clip for clip in clips])
 
-    def advance(self, steps: int) -> list[PackedReport]:
+    def advance(self, steps: int, on_step: Callable[[int], None]) -> list[PackedReport]:
         data, rows = self._batches(steps)
         count = len(self._runs)
         losses, norms = torch.zeros(steps, count), torch.zeros(steps, count)
@@ -277,6 +280,7 @@ class _Pack:
             with torch.no_grad():
                 norms[step] = self._clipped(gradients)
                 self._adamw.step(gradients)
+            on_step(step + 1)
         for index, (run, own) in enumerate(zip(self._runs, self._objectives, strict=True)):
             run.step += steps
             stacks = {"params": self._params, "first": self._first, "second": self._second}

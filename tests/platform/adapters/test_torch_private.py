@@ -13,10 +13,13 @@ from lossworks.adapters.torch_private import (
     fused_adamw,
     keeps_statistics,
     memory_format_enum,
+    of_shape_alone,
+    past_torch_function,
     process_group,
     storage_key,
     transformed,
     tree_leaves,
+    tree_map_only,
 )
 
 
@@ -46,6 +49,33 @@ def test_the_fused_step_is_that_of_the_documented_optimiser():
     torch.testing.assert_close(
         ours, theirs.detach(), msg="torch._fused_adamw_ is no longer torch.optim.AdamW"
     )
+
+
+def test_a_subclass_may_have_a_shape_and_no_values():
+    """Tensor._make_wrapper_subclass and what it asks of the class: logits would be formed, or be empty."""
+    asked = []
+
+    class Ones(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            asked.append("function")
+            with past_torch_function():
+                return func(*args, **(kwargs or {}))
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            asked.append("dispatch")
+            args = tree_map_only(cls, lambda own: torch.ones(own.shape), args)
+            return func(*args, **(kwargs or {}))
+
+    own = of_shape_alone(Ones, (2, 3), dtype=torch.float32, device=torch.device("cpu"))
+
+    assert own.shape == (2, 3)
+    assert own.dtype == torch.float32
+    assert "dispatch" not in asked
+    asked.clear()
+    torch.testing.assert_close(torch.add(own, 1.0), torch.full((2, 3), 2.0))
+    assert asked == ["function", "dispatch"]
 
 
 def test_tensors_inside_transforms_are_known():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from lossworks import linear_cross_entropy, linear_row_loss, linear_row_statistics
 from lossworks.errors import UserError
+from lossworks.head.cpu.tiles import product_dtype
 from lossworks.losses import create
 
 WEIGHTS = {
@@ -160,7 +161,7 @@ def test_a_gradient_scaler_finds_what_it_scales(autocast, rows):
 
 @pytest.mark.parametrize("name", ["target", "logsumexp", "mean", "sum-of-squares", "variance", "expected"])
 def test_statistics_are_float32_under_autocast(name):
-    """And those of operands rounded once, whichever way they are computed."""
+    """And those of operands rounded once; matrix units of bfloat16 round logits, too, as in plain torch."""
     g = torch.Generator().manual_seed(0)
     e, c = torch.randn(16, 64, generator=g), torch.randn(50, 64, generator=g)
     y = torch.randint(0, 50, (16,), generator=g)
@@ -169,7 +170,8 @@ def test_statistics_are_float32_under_autocast(name):
     (want,) = linear_row_statistics(e.bfloat16().double(), c.bfloat16().double(), y, statistics=(name,))
 
     assert own.dtype == torch.float32
-    torch.testing.assert_close(own.double(), want, rtol=1e-4, atol=1e-4)
+    tolerance = 1e-4 if product_dtype(torch.bfloat16, "cpu") == torch.float32 else 2**-7
+    torch.testing.assert_close(own.double(), want, rtol=tolerance, atol=tolerance)
 
 
 def test_log_probabilities_under_autocast_are_below_zero():

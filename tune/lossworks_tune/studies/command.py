@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lossworks.cli import Command
 from lossworks.errors import LossworksError, RunError, UserError
+from lossworks.specs.fields import add_spec_options, show_spec
 
 if TYPE_CHECKING:
     from lossworks.runs import RunFolder
@@ -32,7 +33,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", metavar="N", help="how many seeds, or which: 0,1,2")
     parser.add_argument("--resume", metavar="RUN", help="go on with a study that was interrupted")
     parser.add_argument("--address", help="Ray cluster to join, where trainings can't be packed")
-    parser.add_argument("--print-spec", action="store_true", help="print the whole resolved spec and end")
+    add_spec_options(parser)
     parser.add_argument(
         "--record", action="store_true", help="keep the results beside the study, and write docs/evidence.md"
     )
@@ -56,8 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print_studies()
         return 0
     spec, resume = _resolve(arguments)
-    if arguments.print_spec:
-        print(spec.to_yaml(), end="")
+    if show_spec(spec, arguments):
         return 0
     if arguments.record:
         _require_recordable(arguments)

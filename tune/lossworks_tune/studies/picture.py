@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lossworks.reporting.picture_style import STYLE
+from lossworks.reporting.picture_style import STYLE, save_picture
 from lossworks_tune.studies.outcome import StudyOutcome
 from lossworks_tune.studies.plan import Setting
 from lossworks_tune.studies.tables import of_verdict
@@ -43,14 +43,11 @@ def draw(outcome: StudyOutcome, path: Path) -> list[Path]:
     yardsticks = [name for name in outcome.yardsticks if _has_values(outcome, name)]
     if not yardsticks:
         return []
-    with rc_context(STYLE | {"svg.hashsalt": "lossworks"}):
+    with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 1), dpi=100, layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # type: ignore[union-attr,call-arg]
         _draw(figure, outcome, yardsticks)
-        files = [path.with_suffix(".png"), path.with_suffix(".svg")]
-        figure.savefig(files[0], format="png")
-        figure.savefig(files[1], format="svg", metadata={"Date": None})
-    return files
+        return save_picture(figure, path.with_suffix(".png"))
 
 
 def _has_values(outcome: StudyOutcome, yardstick: str) -> bool:

@@ -137,10 +137,7 @@ class StudyPlan:
             UserError: A field is unknown or set twice, a value is refused, or two variants are the same.
         """
         for name, values in self._over.items():
-            if not values:
-                raise UserError(f"over.{name}: has no values; give the list of those to compare at")
-            if len({shown(value) for value in values}) < len(values):
-                raise UserError(f"over.{name}={list(values)}: a value is there twice")
+            self._check_setting(name, values)
         for variant, name in itertools.product(self.variants, self._over):
             if any(field == name for field, _ in leaves(self._compare[variant])):
                 raise UserError(f"over.{name}: compare.{variant} sets it, too; only one of them can")
@@ -154,6 +151,16 @@ class StudyPlan:
                 if digest in seen:
                     raise UserError(f"compare: {seen[digest]} and {variant} train the same")
                 seen[digest] = variant
+
+    def _check_setting(self, name: str, values: Sequence[Any]) -> None:
+        if not values:
+            raise UserError(f"over.{name}: has no values; give the list of those to compare at")
+        if len({shown(value) for value in values}) < len(values):
+            raise UserError(f"over.{name}={list(values)}: a value is there twice")
+        try:
+            apply_overrides(type(self._base), {}, [f"{name}={json.dumps(values[0])}"])
+        except UserError as error:
+            raise UserError(f"over.{name}: {error}") from None
 
     @property
     def notes(self) -> list[str]:

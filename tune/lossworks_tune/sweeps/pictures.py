@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lossworks.reporting.picture_style import STYLE
+from lossworks.reporting.picture_style import STYLE, save_picture
 from lossworks.reporting.series import Series, series
 from lossworks_tune.sweeps.importance import (
     Mark,
@@ -45,7 +45,7 @@ _ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameo
 
 
 def draw_all(results: Results, path: Path) -> list[Path]:
-    """Draw a sweep as PNGs, 1800 or 2000 pixels wide.
+    """Draw a sweep as PNGs, 1800 or 2000 pixels wide, and each as SVG beside it.
 
     Args:
         results: Of a sweep, which need not have ended.
@@ -64,8 +64,7 @@ def draw_all(results: Results, path: Path) -> list[Path]:
             figure = Figure(figsize=(18, 10), dpi=100, layout="constrained", facecolor="white")
             figure.get_layout_engine().set(w_pad=0.2, h_pad=0.12)  # type: ignore[union-attr,call-arg]
             if draw(figure, results):
-                drawn.append(path / f"{name}.png")
-                figure.savefig(drawn[-1], format="png")
+                drawn += save_picture(figure, path / f"{name}.png")
     return drawn
 
 
@@ -89,10 +88,12 @@ def draw_hyperparameters(figure: "Figure", results: Results) -> bool:
         set_scale(axes, results.dimensions[name])
         own = [mark for mark in marks if name in mark.values]
         x = [position(results.dimensions[name], mark.values[name], mark.trial) for mark in own]
-        y = np.clip([mark.objective for mark in own], *padded(limits))
+        whole_y = np.array([mark.objective for mark in own])
+        y = whole_y.clip(*padded(limits))
         bars = [mark.deviation if limits[0] <= mark.objective <= limits[1] else 0 for mark in own]
         axes.errorbar(x, y, bars, fmt="none", ecolor=_GREY, elinewidth=1)
         _scatter(axes, results, own, x, y)
+        _mark_beyond(axes, x, y, whole_y)
         axes.set(ylim=padded(padded(limits)), ylabel="" if index % columns else _axis(results, metric))
     for axes in panels[len(names) :]:
         axes.remove()
@@ -210,6 +211,7 @@ def draw_front(figure: "Figure", results: Results) -> bool:
     head(figure, results, f"{second} against {first}", int((near != points).any(axis=0).sum()))
     axes = figure.subplots()
     _scatter(axes, results, marks, *near)
+    _mark_beyond(axes, near[0], near[1], points[1])
     front = points[:, best][:, np.argsort(points[0, best])]
     corner = "steps-pre" if modes[first] == "max" else "steps-post"
     axes.plot(*front, drawstyle=corner, color=_DARK, zorder=1, label="Pareto front")
@@ -265,6 +267,14 @@ def _scatter(axes: "Axes", results: Results, marks: Sequence[Mark], x: Any, y: A
         for loss, colour in palette(results).items():
             own = [(mark.kind, mark.trial.configuration.loss) == (kind, loss) for mark in marks]
             axes.plot(np.array(x)[own], np.array(y)[own], color=colour, linestyle="", **style)
+
+
+def _mark_beyond(axes: "Axes", x: Any, y: Any, meant: Any) -> None:
+    """Point with an arrowhead to where points would be that are drawn at the edge."""
+    for marker, own in (("$\\downarrow$", meant < y), ("$\\uparrow$", meant > y)):
+        if own.any():
+            places = np.array(x)[own], np.array(y)[own]
+            axes.plot(*places, color=_DARK, linestyle="", marker=marker, markersize=13, zorder=5)
 
 
 def _legend(figure: "Figure", results: Results, trials: Iterable[Trial], kinds: Iterable[str] = ()) -> None:

@@ -27,7 +27,13 @@ from lossworks_tune.sweeps.tracking import TrialRuns
 
 
 class Engine(Protocol):
-    """What trains configurations; see :class:`lossworks_tune.sweeps.engines.packed.PackedSweep`."""
+    """What trains configurations; see :class:`lossworks_tune.sweeps.engines.packed.PackedSweep`.
+
+    Attributes:
+        doing: What it is at between reports, in words; empty if trials tell.
+    """
+
+    doing: str
 
     def run(self) -> None:
         """Train all configurations to their ends."""
@@ -116,6 +122,7 @@ class _Run:
         self._sweep, self._folder, self._listener = sweep, folder, listener
         self._runs = TrialRuns(sweep, folder)
         self._phase, self._complaint = "starting", ""
+        self._engine: Engine | None = None
         self._files: list[Path] = []
 
     def run(self, engine: Engine) -> SweepResult:
@@ -135,15 +142,22 @@ class _Run:
         return SweepResult(self._folder, results, pictures, best)
 
     def _train(self, engine: Engine) -> None:
-        self._phase = "searching"
+        self._phase, self._engine = "searching", engine
+        if os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1):
+            self._listener.message(
+                "this machine is busy with other work: where training is slow, OMP_NUM_THREADS=1 before the "
+                "command keeps its threads from waiting for each other"
+            )
         engine.run()
         self._phase = "confirming on fresh seeds"
+        engine.doing = ""
         engine.confirm(self._sweep.results().to_confirm())
 
     def _look(self) -> None:
         """Let the trials be seen and bring them to MLflow; a store that is away is named once."""
         results = self._sweep.results()
-        self._listener.update(results, self._phase)
+        doing = self._engine.doing if self._engine else ""
+        self._listener.update(results, f"{self._phase}, {doing}" if doing else self._phase)
         complaint = self._runs.try_sync(results)
         if complaint and not self._complaint:
             self._listener.message(f"{complaint}; trials go on and wait in {self._folder.path}")

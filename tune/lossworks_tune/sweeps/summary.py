@@ -11,6 +11,7 @@ from lossworks.cli import program
 from lossworks.reporting import print_summary
 from lossworks.specs.base import KINDS, kind_of
 from lossworks.tracking import redact, tracking_uri
+from lossworks.trainables import task_of, trainable
 from lossworks_tune.display import LiveDisplay
 from lossworks_tune.sweeps.ledger import Trial, TrialStatus
 from lossworks_tune.sweeps.results import Results
@@ -94,7 +95,11 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
         console = Console(width=_WIDTH_OF_FILES)
     what = "Pareto front" if len(results.metrics) == 2 else "best trials; those on fresh seeds first"
     console.print(table(results, title=f"{what} of {_counts(results)}", count=_SHOWN))
-    lines = [*gains(results), ("pictures", ", ".join(path.name for path in result.pictures))]
+    lines = [
+        *gains(results),
+        *beside_the_simplest(results),
+        ("pictures", ", ".join(path.name for path in result.pictures)),
+    ]
     failed = [trial for trial in results.trials if trial.status == "failed"]
     if failed:
         lines.append(("failed", f"{len(failed)}, the first because {failed[0].reason}"))
@@ -110,6 +115,25 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
         command = KINDS[kind_of(spec.base) or "training"].command
         commands.insert(0, ("train the best", f"{program()} {command} {result.best}"))
     print_summary(spec.name, lines, commands)
+
+
+def beside_the_simplest(results: Results) -> list[tuple[str, str]]:
+    """Return what an answer gets that looks at no input, and whether the winner is any better."""
+    winner, base = results.winner, results.spec.base
+    if winner is None:
+        return []
+    kind = trainable(task_of(base))
+    simplest = kind.simplest(kind.parse(base, "base"))
+    lines = []
+    for metric in results.metrics if simplest else []:
+        if simplest is None or metric not in simplest.yardsticks:
+            continue
+        value, fresh = simplest.yardsticks[metric], results.fresh(winner, metric)
+        own = fresh.value if fresh else winner.value(metric)
+        better = results.better(metric, own, value)
+        text = f"{metric} {value:.4f}"
+        lines.append((simplest.title, text if better else f"{text}, and the best above is no better"))
+    return lines
 
 
 def gains(results: Results) -> list[tuple[str, str]]:

@@ -42,6 +42,14 @@ def corpus_files(spec: DataSpec) -> list[SourceFile]:
     return sorted(files, key=lambda file: (hashlib.sha256(_name_bytes(file)).digest(), file.name))
 
 
+def left_out(spec: DataSpec) -> int:
+    """Return how many files of a ``text:FOLDER`` are not read: of other kinds, or linked from elsewhere."""
+    folder = Path(spec.corpus.removeprefix("text:")).expanduser()
+    if not spec.corpus.startswith("text:") or not folder.is_dir():
+        return 0
+    return sum(path.is_file() for path in folder.rglob("*")) - len(corpus_files(spec))
+
+
 def folder_files(folder: Path) -> list[SourceFile]:
     """Return all files below ``folder`` that are not hidden, sorted by name."""
     paths = [path for path in folder.rglob("*") if path.is_file()]

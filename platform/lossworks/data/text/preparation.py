@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lossworks.data.text.corpus import documents, fingerprint, other_encodings, utf8_size
+from lossworks.data.text.corpus_files import corpus_files, left_out
 from lossworks.data.text.readers import Piece
 from lossworks.data.text.token_shards import (
     BYTES_FILE,
@@ -82,6 +83,9 @@ def prepare(
         encode = functools.partial(_encode, spec, tokenizer_file, digest, shard_tokens, say)
         _make_folder(folder, encode)
         corpus = TokenizedCorpus.open(folder)
+    if spec.corpus.startswith("text:"):
+        beside = left_out(spec)
+        say(f"{len(corpus_files(spec)):,} files were read" + (f", {beside:,} left out" if beside else ""))
     if others := other_encodings(spec):
         say(f"{len(others)} files are not UTF-8 and were read as what they are: {', '.join(others[:3])}")
     say(f"the corpus has {corpus.tokens:,} tokens, {corpus.text_bytes:,} bytes of text, in {folder}")

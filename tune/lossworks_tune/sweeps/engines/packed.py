@@ -74,6 +74,7 @@ class PackedSweep:
         self._began = self._saved = time.monotonic()
         self._closed_at: int | None = None
         self._past = Past.read(sweep)
+        self.doing = ""
 
     def run(self) -> None:
         """Train all configurations to their ends.
@@ -196,7 +197,14 @@ class PackedSweep:
                 yield member, self._past.report(member.folder, self._step(member), member.run.step)
             return
         by_run = {id(member.run): member for member in group}
-        for run, report in advanced([member.run for member in group]):
+        first, count = group[0], len(group)
+        done = self._step(first)
+
+        def note(step: int) -> None:
+            many = f"{count} configurations" if count > 1 else "one configuration"
+            self.doing = f"{many} at step {done + step} of {self._steps * len(self._spec.seeds)}"
+
+        for run, report in advanced([member.run for member in group], note):
             yield by_run[id(run)], report
 
     def _step(self, member: _Member) -> int:

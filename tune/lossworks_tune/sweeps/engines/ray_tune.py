@@ -33,6 +33,7 @@ class RaySweep:
 
     def __init__(self, sweep: Sweep, address: str | None = None) -> None:
         self._sweep, self._spec, self._address = sweep, sweep.spec, address
+        self.doing = ""
 
     def run(self) -> None:
         """Train all configurations to their ends.

@@ -1,0 +1,239 @@
+"""The head in causal language models of the transformers library: their loss without the logits."""
+
+import functools
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lossworks.errors import UserError
+from lossworks.home import switch_off_usage_reports
+from lossworks.losses import create
+from lossworks.losses.interface import RowLoss
+from lossworks.models.deferred_logits import deferred_logits
+from lossworks.models.interface import Head
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> Model:
+    """Change a causal language model of transformers so that it computes its loss without the logits.
+
+    The model is used as before, by ``transformers.Trainer``, by TRL or by a loop of one's own: given
+    ``labels`` it returns the same loss and has the same gradients. ``logits`` in its outputs are computed
+    when something reads them, and cost nothing otherwise; without labels in eval mode, as in generation,
+    nothing changes. Label smoothing of ``transformers.Trainer`` is recognised and forms no logits, either.
+    Under ``torch.compile`` the outputs hold no logits.
+
+    Args:
+        model: Any model of transformers with a linear head and the library's loss of causal language models,
+            with or without bias, softcap or a scale of the logits, tied or not; or a model of PEFT that
+            leaves the head alone. It is changed in place, on whichever device it is; patch it before it is
+            wrapped for several processes. Patched again, it takes the loss of the last call.
+        loss: A row loss of the catalogue, in place of the cross-entropy.
+        hyperparameters: Of the loss, such as ``label_smoothing`` of the cross-entropy.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UserError: The model isn't such a model, or its logits or its loss aren't those of a linear head: both
+            are compared on a few tokens.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...     num_attention_heads=1, vocab_size=32)
+        >>> model = patch(LlamaForCausalLM(config))
+        >>> tokens = torch.arange(8)[None]
+        >>> model(input_ids=tokens, labels=tokens).loss.shape
+        torch.Size([])
+    """
+    chosen = create(loss, **hyperparameters)
+    if not isinstance(chosen, RowLoss) or next(chosen.parameters(), None) is not None:
+        raise UserError(
+            f"loss={loss}: must be a row loss without parameters of its own; see `lossworks losses`"
+        )
+    inner: Any = _causal_model(model)
+    if not isinstance(inner, _Patched):
+        _require_linear_head(inner)
+        before = _probed(inner)
+        stock: Any = type(inner)
+        inner.__class__ = _patched_class(stock)
+        inner.get_output_embeddings().__class__ = _PatchedLinear
+        inner.head_loss = create("cross-entropy")
+        try:
+            _require_equal(before, _probed(inner), stock.__name__)
+        except BaseException:
+            inner.get_output_embeddings().__class__ = nn.Linear
+            inner.__class__ = stock
+            raise
+    inner.head_loss = chosen
+    return model
+
+
+class _PatchedLinear(nn.Linear):
+    """A linear layer that hands on its input while the loss is computed without its output."""
+
+    deferring = False
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
+        """Return the logits (..., V) of ``input`` (..., D), or ``input``."""
+        return input if self.deferring else super().forward(input)
+
+
+class _Patched:
+    """What :func:`patch` mixes into the class of a model."""
+
+    config: Any
+    training: bool
+    head_loss: RowLoss
+
+    def get_output_embeddings(self) -> Any:
+        """Return the linear layer of the head."""
+        return super().get_output_embeddings()  # type: ignore[misc]
+
+    @property
+    def loss_function(self) -> Any:
+        """The loss of the features, while they stand in the logits' place; the library's otherwise."""
+        stock = super().loss_function  # type: ignore[misc]
+        return self._loss_of_features if self.get_output_embeddings().deferring else stock
+
+    @loss_function.setter
+    def loss_function(self, _: Any) -> None:
+        raise UserError(
+            "loss_function of a patched model can't be set: call lossworks.patch(model, loss) again"
+        )
+
+    def _deferred_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward, with the features in place of the logits where that may save them."""
+        forward: Any = super().forward  # type: ignore[misc]
+        if kwargs.get("labels") is None and not self.training:
+            return forward(*args, **kwargs)
+        as_dict = kwargs.pop("return_dict", None)
+        as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
+        head = self.get_output_embeddings()
+        text = self.config.get_text_config()
+        softcap = getattr(text, "final_logit_softcapping", None)
+        head.deferring = True
+        if softcap is not None:
+            text.final_logit_softcapping = None
+        try:
+            self._softcap = softcap
+            outputs = forward(*args, return_dict=True, **kwargs)
+        finally:
+            head.deferring = False
+            if softcap is not None:
+                text.final_logit_softcapping = softcap
+        if torch.compiler.is_compiling():
+            outputs.logits = None
+        else:
+            outputs.logits = deferred_logits(outputs.logits, Head(head.weight, head.bias, softcap))
+        return outputs if as_dict else outputs.to_tuple()
+
+    def _loss_of_features(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Return what the library's loss of causal language models returns, of features in place of logits.
+
+        Args:
+            logits: Features (B, L, D); the name is the library's.
+            labels: (B, L) int64; position t is compared with label t + 1.
+            vocab_size: Ignored.
+            num_items_in_batch: What the sum of losses is divided by; None for the labels that count.
+            ignore_index: Label that counts for nothing.
+            shift_labels: (B, L) int64, labels in their places already.
+        """
+        del vocab_size
+        head = self.get_output_embeddings()
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        targets = shift_labels.to(logits.device).reshape(-1)
+        if ignore_index != self.head_loss.ignore_index:
+            targets = targets.masked_fill(targets == ignore_index, self.head_loss.ignore_index)
+        loss = self.head_loss.with_reduction("mean" if num_items_in_batch is None else "sum")
+        found = loss.linear(
+            logits.reshape(-1, logits.shape[-1]), head.weight, targets, head.bias, softcap=self._softcap
+        )
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(found.device)
+        return found if num_items_in_batch is None else found / num_items_in_batch
+
+
+@functools.cache
+def _patched_class(stock: Any) -> type[nn.Module]:
+    """Return ``stock`` with the head's loss, under its own name, which configurations hold."""
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._deferred_forward(*args, **kwargs)
+
+    names = {"__module__": stock.__module__, "__doc__": stock.__doc__, "forward": forward}
+    return type(stock.__name__, (_Patched, stock), names)
+
+
+def _causal_model(model: nn.Module) -> nn.Module:
+    """Return the model of transformers that has the head: ``model``, or what it wraps."""
+    switch_off_usage_reports()
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
+            return cast("nn.Module", module)
+    raise UserError(f"{type(model).__name__}: holds no model of transformers with a head of its vocabulary")
+
+
+def _require_linear_head(model: Any) -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise UserError(
+            f"{name}: its head is a {type(head).__name__} and must be a plain torch.nn.Linear; "
+            "with PEFT, leave the head out of target_modules and modules_to_save"
+        )
+    if "forward" in vars(model):
+        raise UserError(
+            f"{name}: its forward has been replaced: patch the model before anything else wraps it"
+        )
+    if model.loss_function is not ForCausalLMLoss:
+        raise UserError(f"{name}: its loss isn't the library's loss of causal language models")
+
+
+@torch.no_grad()
+def _probed(model: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the loss and the logits of four tokens in eval mode; None of a model without values."""
+    weight = model.get_output_embeddings().weight
+    if weight.is_meta:
+        return None
+    training = model.training
+    model.eval()
+    try:
+        tokens = (torch.arange(4, device=weight.device) % len(weight))[None]
+        outputs = model(input_ids=tokens, labels=tokens, use_cache=False)
+        return outputs.loss, outputs.logits + 0
+    except (TypeError, AttributeError, RuntimeError, UserError) as error:
+        raise UserError(f"{type(model).__name__}: can't be asked for a loss of tokens: {error}") from error
+    finally:
+        model.train(training)
+
+
+def _require_equal(
+    before: tuple[Tensor, Tensor] | None, after: tuple[Tensor, Tensor] | None, name: str
+) -> None:
+    if before is None or after is None:
+        return
+    rtol = 1e-3 if before[1].dtype in (torch.float32, torch.float64) else 3e-2
+    for stock, own in zip(before, after, strict=True):
+        if stock.shape != own.shape or not torch.allclose(
+            stock.float(), own.float(), rtol=rtol, atol=rtol, equal_nan=True
+        ):
+            raise UserError(f"{name}: computes its logits or its loss not by a linear head alone")
