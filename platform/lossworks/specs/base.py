@@ -147,11 +147,20 @@ class Spec(BaseModel):
         Raises:
             UserError: The file is missing, is no YAML mapping, or is of another kind.
         """
-        values = read_yaml(path)
+        values = read_yaml(cls.file(path))
         cls.require_own(values, str(path))
         own = next((name for name, kind in KINDS.items() if kind.command == cls.command), None)
         suggest_kind(values, path, own)
         return values
+
+    @classmethod
+    def file(cls, path: str | Path) -> Path:
+        """Return the file of a spec of this kind: the one that is named, or one that comes along.
+
+        Raises:
+            UserError: Several of this kind have the name.
+        """
+        return spec_file(path, lambda file: _command_of(file) == cls.command)
 
     @classmethod
     def require_own(cls, values: Mapping[str, Any], source: str) -> None:
@@ -208,6 +217,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}; a spec is a mapping of keys to values")
     return values
+
+
+def _command_of(file: Path) -> str:
+    """Return the command that runs a spec which comes with the installation."""
+    return KINDS[kind_of(read_yaml_file(file)) or "training"].command
 
 
 def suggest_kind(values: Mapping[str, Any], path: str | Path, usual: str | None = None) -> None:

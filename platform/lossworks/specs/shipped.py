@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +24,12 @@ def shipped_specs() -> dict[str, Path]:
     return {f"{room}/specs/{file.name}": file for room in rooms for file in _files(room)}
 
 
-def spec_file(path: str | Path) -> Path:
+def spec_file(path: str | Path, suits: Callable[[Path], bool] = lambda _: True) -> Path:
     """Return a spec's file: the one that is named, or else one that comes with the installation.
 
     Args:
         path: As a person names it: a file, or a place or a name of :func:`shipped_specs`.
+        suits: Tells which of several files of one name can be meant.
 
     Returns:
         The file; ``path`` itself if there is none.
@@ -44,6 +45,8 @@ def spec_file(path: str | Path) -> Path:
         return Path(path)
     specs = shipped_specs()
     found = [one for one in specs if one == place or one.endswith(f"/{place}.yaml")]
+    if len(found) > 1:
+        found = [one for one in found if suits(specs[one])] or found
     if len(found) > 1:
         raise UserError(f"{path}: there are {' and '.join(found)}; name one of them")
     return specs[found[0]] if found else Path(path)

@@ -42,9 +42,9 @@ def test_hyperparameters_of_what_a_spec_names_are_fields():
     ("command", "spec", "name", "path"),
     [
         ("train", "demo", "lr", "optimizer.lr="),
-        ("train", "jobs/specs/digits.yaml", "optimizer", "optimizer.weight_decay="),
-        ("tune", "tune/specs/label-noise.yaml", "trials", "trials="),
-        ("federate", "federated/specs/digits.yaml", "rounds", "rounds="),
+        ("train", "digits", "optimizer", "optimizer.weight_decay="),
+        ("tune", "label-noise", "trials", "trials="),
+        ("federate", "digits", "rounds", "rounds="),
         ("study", "dice", "seeds", "seeds="),
     ],
 )

@@ -192,7 +192,7 @@ class StudySpec(Spec):
             UserError: The file is missing, is no YAML mapping, or holds a wrong value.
         """
         values = cls.read_values(path)
-        values["base"] = read_base(values.get("base", {}), Path(path).parent)
+        values["base"] = read_base(values.get("base", {}), cls.file(path).parent)
         # Overrides reach into it, since it has been read.
         return cls.parse(apply_overrides(cls, values, overrides), source=str(path))
 

@@ -208,6 +208,6 @@ class SweepSpec(Spec):
             UserError: The file is missing, is no YAML mapping, or holds a wrong value.
         """
         values = cls.read_values(path)
-        values["base"] = read_base(values.get("base", {}), Path(path).parent)
+        values["base"] = read_base(values.get("base", {}), cls.file(path).parent)
         # Overrides reach into it, since it has been read.
         return cls.parse(apply_overrides(cls, values, overrides), source=str(path))
