@@ -10,19 +10,22 @@ from pathlib import Path
 from lossworks.errors import LossworksError, UserError, shortened
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, *, synced: bool = True) -> None:
     """Write a file; until all of it is on the disk, what was there before stays.
 
     Args:
         path: Its folder is there.
         content: Text is written as UTF-8.
+        synced: Whether it must outlast a power cut, too, for which the disk is waited for; a file that need
+            not may be empty after one, and whoever reads it must see that.
     """
     partial = hidden_beside(path)
     try:
         with partial.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

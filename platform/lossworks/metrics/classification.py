@@ -97,8 +97,8 @@ def class_sums(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Cla
     ones = torch.ones_like(right)
     sums = [ones.sum(), F.nll_loss(log_p, y, reduction="sum"), right.sum(), brier.sum()]
     bins = [right.new_zeros(BINS).index_add(0, place, column) for column in (ones, confidence, right)]
-    hit = answer[answer == y]
-    classes = [torch.bincount(own, minlength=z.shape[1]).double() for own in (y, answer, hit)]
+    counted = ((y, ones), (answer, ones), (y, right))
+    classes = [torch.bincount(own, weights, z.shape[1]) for own, weights in counted]
     return ClassSums(torch.cat((torch.stack(sums), *bins, *classes)))
 
 

@@ -24,5 +24,7 @@ def quiet_mlflow() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It prints a traceback for every error of the database, which we report in a line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     # It reports each refused connection; the follower says once that the server is away.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)

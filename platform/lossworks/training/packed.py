@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from typing import Self, cast
 
@@ -128,9 +128,14 @@ class PackedRun:
         params = found.data.initial
         zeros = {name: torch.zeros_like(value) for name, value in params.items()}
         found.tensors = {"params": params, "first": zeros, "second": zeros}
-        if state := Objective(spec.loss).state_dict():
+        if state := found.objective.state_dict():
             found.tensors["loss"] = state
         return found
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What it trains, made once; its state is in ``tensors``."""
+        return Objective(self.spec.loss)
 
     @property
     def data(self) -> _Data:
@@ -186,7 +191,7 @@ def advance(
 
 def _objective_of(run: PackedRun) -> Objective:
     """Return a run's objective in the state in which the run left it."""
-    objective = Objective(run.spec.loss)
+    objective = run.objective
     if "loss" in run.tensors:
         objective.load_state_dict({name: value.clone() for name, value in run.tensors["loss"].items()})
     return objective

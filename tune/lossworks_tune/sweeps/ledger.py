@@ -83,16 +83,20 @@ class TrialFolder:
         _write(self.end_file, asdict(end))
 
     @property
+    def has_begun(self) -> bool:
+        """Whether what it trains is stored whole; after a power cut it may not be, and it begins again."""
+        return _read(self.configuration_file) is not None
+
+    @property
     def configuration(self) -> Configuration:
-        """What is trained."""
+        """What is trained, of a trial that has begun."""
         return Configuration(**json.loads(self.configuration_file.read_text(encoding="utf-8")))
 
     @property
     def end(self) -> End | None:
         """How it ended, None if it has not."""
-        if not self.end_file.is_file():
-            return None
-        return End(**json.loads(self.end_file.read_text(encoding="utf-8")))
+        values = _read(self.end_file)
+        return None if values is None else End(**values)
 
     def rows(self) -> list[JournalRow]:
         """Return what was reported; steps go on from seed to seed."""
@@ -158,19 +162,25 @@ class TrialsFolder:
 
     def begun(self) -> list[TrialFolder]:
         """Return the folders of all trials that have begun, by number."""
-        found = (TrialFolder(folder) for folder in sorted(self.path.glob("[0-9]*")))
-        return [folder for folder in found if folder.configuration_file.is_file()]
+        return [folder for folder in self.folders() if folder.has_begun]
 
     def read(self) -> tuple[Trial, ...]:
         """Return all trials by number; one that has not changed is the same object as before."""
-        return tuple(self._read(folder) for folder in self.begun())
+        found = (self._read(folder) for folder in self.folders())
+        return tuple(trial for trial in found if trial is not None)
 
-    def _read(self, folder: TrialFolder) -> Trial:
+    def folders(self) -> list[TrialFolder]:
+        """Return the folders of all trials, by number, whether what they train is stored whole or not."""
+        return [TrialFolder(folder) for folder in sorted(self.path.glob("[0-9]*"))]
+
+    def _read(self, folder: TrialFolder) -> Trial | None:
         # Taken before the files are read: what is written meanwhile is seen the next time.
         stamps = tuple(map(_stamp, (folder.configuration_file, folder.journal, folder.end_file)))
         known = self._known.get(folder.path.name)
         if known is not None and known[0] == stamps:
             return known[1]
+        if not folder.has_begun:
+            return None
         trial = Trial.read(folder, self._steps)
         self._known[folder.path.name] = stamps, trial
         return trial
@@ -194,4 +204,14 @@ def shown(value: Any) -> str:
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
-    write_atomically(file, json.dumps(values))
+    # Not synced, for trials of milliseconds: what a power cut takes is trained again.
+    write_atomically(file, json.dumps(values), synced=False)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Return what a file holds, or None if there is none or it was never written to its end."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found

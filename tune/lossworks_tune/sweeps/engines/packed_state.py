@@ -54,7 +54,7 @@ class Past:
                 continue
             closed = int(told["closed_at"]) if told["closed_at"] else None
             rows: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
-            for folder in sweep.trials.begun():
+            for folder in sweep.trials.folders():
                 rows[folder.path.name] = {row["step"]: row["metrics"] for row in folder.rows()}
             return cls(int(file.stem), float(told["elapsed"]), closed, tensors, rows)
         return cls()

@@ -10,7 +10,7 @@ import numpy as np
 from ray import tune
 from ray.tune import schedulers
 from ray.tune.experiment import Trial as RayTrial
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from lossworks_tune.sweeps.dimensions import DimensionSpec
 from lossworks_tune.sweeps.space import LOSS, Space
@@ -108,6 +108,7 @@ class Controller:
 
     def __init__(self, scheduler: TrialScheduler, seed: int) -> None:
         self.scheduler = scheduler
+        self._draws = type(scheduler) is not FIFOScheduler
         self.stopped: list[RayTrial] = []
         self.taken_over: list[tuple[RayTrial, str]] = []
         self._trials: list[RayTrial] = []
@@ -174,6 +175,9 @@ class Controller:
     @contextmanager
     def _own_streams(self) -> Iterator[None]:
         """Give the scheduler random streams of its own, and the process its own back."""
+        if not self._draws:
+            yield
+            return
         before = random.getstate(), np.random.get_state()
         random.setstate(self._streams[0])
         np.random.set_state(self._streams[1])
