@@ -3,12 +3,13 @@
 import os
 
 import flwr.supercore.telemetry
-from flwr.app import Error, Message
+from flwr.app import ArrayRecord, Error, Message
 from flwr.common.constant import ErrorCode
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["Run", "failed", "identify", "make_run", "name_message", "settle_telemetry"]
+__all__ = ["Run", "failed", "identify", "make_run", "name_message", "noisy", "settle_telemetry"]
 
 
 def settle_telemetry() -> None:
@@ -29,6 +30,20 @@ def make_run(run: int) -> Run:
 def name_message(message: Message, name: str) -> None:
     """Give a message the id that a SuperLink would give it when it is sent."""
     message.metadata.__dict__["_message_id"] = name
+
+
+def noisy(
+    central: DifferentialPrivacyClientSideFixedClipping, arrays: ArrayRecord, share: float
+) -> ArrayRecord:
+    """Return a mean of clipped updates with the server's noise.
+
+    Args:
+        central: What knows the noise multiplier and the clipping norm.
+        arrays: The mean.
+        share: Largest weight that a client has in it: the noise's deviation is their product.
+    """
+    central.num_sampled_clients = 1 / share  # type: ignore[assignment]
+    return central._add_noise_to_aggregated_arrays(arrays)
 
 
 def failed(message: Message, reason: str) -> Message:

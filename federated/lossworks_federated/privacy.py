@@ -7,21 +7,17 @@ privacy don't repeat.
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Message
-
 from lossworks.errors import UserError
-from lossworks_federated.flower_private import failed
-from lossworks_federated.records import shapes_of
 from lossworks_federated.spec_parts import PrivacySpec
 from lossworks_federated.strategies.catalogue import strategies
 
 if TYPE_CHECKING:
-    from flwr.app import ArrayRecord, MetricRecord
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord
     from flwr.serverapp.strategy import Strategy
 
     from lossworks_federated.strategies.interface import Federated
 
-ClientCall = Callable[[Message, Context], Message]
+ClientCall = Callable[["Message", "Context"], "Message"]
 
 
 def client_mods(privacy: PrivacySpec) -> list[Any]:
@@ -45,8 +41,10 @@ def _of_whole_replies(mod: Any) -> Any:
     A reply that holds no arrays has nothing to protect and goes on as it is; one with arrays of other names
     or shapes can't be clipped, so it is never sent, and an error is sent in its place.
     """
+    from lossworks_federated.flower_private import failed
+    from lossworks_federated.records import shapes_of
 
-    def checked(message: Message, context: Context, call_next: ClientCall) -> Message:
+    def checked(message: "Message", context: "Context", call_next: ClientCall) -> "Message":
         reply = call_next(message, context)
         if reply.has_error() or not any(len(record) for record in reply.content.array_records.values()):
             return reply
@@ -74,6 +72,8 @@ def with_privacy(strategy: "Federated", privacy: PrivacySpec) -> "Strategy":
         return strategy
     from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping
 
+    from lossworks_federated.flower_private import noisy
+
     class CentralNoise(DifferentialPrivacyClientSideFixedClipping):
         def aggregate_train(
             self, server_round: int, replies: "Iterable[Message]"
@@ -82,8 +82,7 @@ def with_privacy(strategy: "Federated", privacy: PrivacySpec) -> "Strategy":
             if not aggregated:
                 return aggregated, metrics
             examples = strategy.received.examples
-            self.num_sampled_clients = float(examples.sum() / examples.max())  # type: ignore[assignment]
-            return self._add_noise_to_aggregated_arrays(aggregated), metrics
+            return noisy(self, aggregated, float(examples.max() / examples.sum())), metrics
 
     return CentralNoise(strategy, privacy.noise_multiplier, privacy.clipping_norm, 1)
 

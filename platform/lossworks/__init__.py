@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         linear_row_statistics,
         linear_top_k,
     )
-    from lossworks.models.patching import patch
+    from lossworks.patching.causal_models import patch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import what is asked for, and torch with it, on first use."""
     if name == "patch":
-        from lossworks.models.patching import patch
+        from lossworks.patching.causal_models import patch
 
         return patch
     if name in __all__:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from lossworks import __version__
-from lossworks.errors import LossworksError, UserError, nearest, printable, shortened
+from lossworks.errors import LossworksError, UserError, printable, require_one, shortened
 from lossworks.home import home, prepare_process
 
 _GROUP = "lossworks.commands"
@@ -125,14 +125,14 @@ def commands() -> dict[str, Command]:
     return {point.name: point.load() for point in entry_points(group=_GROUP)}
 
 
-def parser_of(commands: Mapping[str, Command], *, listed: bool = False) -> argparse.ArgumentParser:
+def parser_of(commands: Mapping[str, Command], *, listed: bool = False) -> "CommandLineParser":
     """Return the parser of the whole command line.
 
     Args:
         commands: By name.
         listed: Whether argparse lists them, too; for people they are in the description, by groups.
     """
-    parser = _Parser(
+    parser = CommandLineParser(
         prog="lossworks",
         usage="lossworks [-h] [--version] COMMAND ...",
         description=f"Train, tune and federate with losses you can trust.\n\n{_listed(commands)}",
@@ -150,6 +150,7 @@ def parser_of(commands: Mapping[str, Command], *, listed: bool = False) -> argpa
         child = children.add_parser(name, prog=f"lossworks {name}", description=command.help, **own)
         command.configure(child)
         child.set_defaults(run=command.run)
+        parser.taken += child.taken
     return parser
 
 
@@ -167,14 +168,32 @@ def _listed(commands: Mapping[str, Command]) -> str:
     return "\n".join(lines[1:])
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are printed like all others, in one line."""
+class CommandLineParser(argparse.ArgumentParser):
+    """A parser whose errors are printed like all others, in one line.
+
+    Attributes:
+        taken: The arguments that it and its commands take.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.taken: list[argparse.Action] = []
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        """Add an argument, and keep it in ``taken``."""
+        self.taken.append(super().add_argument(*args, **kwargs))
+        return self.taken[-1]
 
     def error(self, message: str) -> NoReturn:
+        """Refuse what was typed.
+
+        Raises:
+            UserError: In one line.
+        """
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-class _CommandParser(_Parser):
+class _CommandParser(CommandLineParser):
     """A parser of one command, which takes overrides and options in any order."""
 
     _intermixing = False
@@ -194,16 +213,3 @@ def program() -> str:
     """Return how this user can call the command: by name, or by its path where that is not on PATH."""
     path = Path(sys.argv[0])
     return "lossworks" if shutil.which("lossworks") or path.name != "lossworks" else str(path)
-
-
-def require_one(given: str, known: Sequence[str], what: str) -> str:
-    """Return ``given`` if it is one of ``known``.
-
-    Raises:
-        UserError: With the nearest of ``known``, or all of them.
-    """
-    if given in known:
-        return given
-    guess = nearest(given, known)
-    hint = f"did you mean {guess}?" if guess else f"known: {', '.join(known)}"
-    raise UserError(f"{given}: no such {what}; {hint}")

@@ -7,7 +7,7 @@ on raises a ``RunError`` (exit status 1).
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -53,6 +53,19 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name most like ``name``, or None when nothing is alike."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+def require_one(given: str, known: Sequence[str], what: str) -> str:
+    """Return ``given`` if it is one of ``known``.
+
+    Raises:
+        UserError: With the nearest of ``known``, or all of them.
+    """
+    if given in known:
+        return given
+    guess = nearest(given, known)
+    hint = f"did you mean {guess}?" if guess else f"known: {', '.join(known)}"
+    raise UserError(f"{given}: no such {what}; {hint}")
 
 
 def shortened(text: str, most: int = 200) -> str:

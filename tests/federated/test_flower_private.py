@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from flwr.app import Message, MessageType, RecordDict
 from flwr.supercore import telemetry
@@ -55,3 +56,14 @@ def test_a_client_that_failed_answers_with_an_error():
     assert reply.has_error()
     assert reply.error.reason == "why"
     assert reply.metadata.reply_to_message_id == "first"
+
+
+def test_noise_has_the_deviation_of_the_largest_share():
+    """Flower's own wrapper divides by the number of clients that were asked."""
+    from flwr.app import Array, ArrayRecord
+    from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg
+
+    central = DifferentialPrivacyClientSideFixedClipping(FedAvg(), 1.5, 2.0, 1)
+    blurred = flower_private.noisy(central, ArrayRecord({"w": Array(np.zeros(40_000, np.float32))}), 0.25)
+
+    assert np.std(blurred["w"].numpy()) == pytest.approx(1.5 * 2.0 * 0.25, rel=0.03)

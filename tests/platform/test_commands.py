@@ -1,6 +1,8 @@
 """The command line and the commands that need no engine."""
 
+import errno
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -10,11 +12,14 @@ import urllib.request
 from urllib.error import HTTPError
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
-from lossworks.cli import main
+from lossworks.cli import Command, main
 from lossworks.errors import UserError
 from lossworks.runs import RunFolder
 from lossworks.specs import DataSpec
+from lossworks.tensors import write_tensors
 from lossworks.tracking import Journal, create_run
 from lossworks.tracking.client import connect
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
@@ -184,3 +189,35 @@ def test_a_nested_value_is_refused_where_a_mapping_belongs():
     """An override below a number can't be set."""
     with pytest.raises(UserError, match=r"vocab_size\.x: unknown key"):
         DataSpec().override(["vocab_size.x=1"])
+
+
+def test_a_full_disk_is_one_line_that_says_what_helps(monkeypatch, capsys, tmp_path):
+    """Wherever it is met, and whatever follows from it."""
+
+    def run(_):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/model.safetensors")
+        except OSError:
+            raise KeyError("what comes of it")  # noqa: B904 - as a `finally` that fails, too
+
+    full = {"full": Command("fill a disk", lambda _: None, run)}
+    monkeypatch.setattr("lossworks.cli.commands", lambda: full)
+    assert main(["full"]) == 1
+    said = capsys.readouterr().err.splitlines()
+
+    assert len(said) == 1
+    assert "/full/model.safetensors: No space left on device" in said[0]
+    assert "--resume" in said[0]
+
+
+def test_tensors_that_storage_refuses_are_an_error_of_storage(monkeypatch, tmp_path):
+    """The library tells it in words alone."""
+
+    def refuse(*_args, **_kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", refuse)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(2)})
+    assert error.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []

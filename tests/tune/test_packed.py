@@ -65,7 +65,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(kind, tmp_path, monkeyp
     monkeypatch.setattr(engine, "_SAVE_S", 0.0 if kind in POPULATIONS else 1e9)
     calls, advance = [], packs.advance
 
-    def interrupted(runs, steps):
+    def interrupted(runs, steps, *_):
         calls.append(len(runs))
         if len(calls) in (2, 4):
             raise KeyboardInterrupt
@@ -86,7 +86,7 @@ def test_no_finished_trial_is_trained_again(tmp_path, monkeypatch):
     sweep.run()
     sweep.confirm(results(spec, tmp_path).to_confirm())
     expected = seen(results(spec, tmp_path))
-    monkeypatch.setattr(packs, "advance", lambda runs, steps: pytest.fail("trained again"))
+    monkeypatch.setattr(packs, "advance", lambda runs, steps, *_: pytest.fail("trained again"))
     again = PackedSweep(sweep_at(spec, tmp_path))
     again.run()
     again.confirm(results(spec, tmp_path).to_confirm())
@@ -110,7 +110,7 @@ def test_a_configuration_that_fails_ends_no_other(tmp_path, monkeypatch):
     """Non-finite losses and errors of memory are kept with their reason."""
     spec, advance = tiny_sweep(trials=4), packs.advance
 
-    def failing(runs, steps):
+    def failing(runs, steps, *_):
         slugs = [run.spec.loss.name for run in runs]
         rates = [run.spec.optimizer.lr for run in runs]
         if max(rates) > 0.05:
@@ -134,7 +134,7 @@ def test_a_configuration_that_fails_ends_no_other(tmp_path, monkeypatch):
 
 def test_a_yardstick_that_is_not_measured_stops_the_sweep_at_once(tmp_path, monkeypatch):
     """Though it is declared: with the list of those that are measured."""
-    monkeypatch.setattr(packs, "advance", lambda runs, _: [PackedReport(4, {"eval/ece": 0.1}) for _ in runs])
+    monkeypatch.setattr(packs, "advance", lambda runs, *_: [PackedReport(4, {"eval/ece": 0.1}) for _ in runs])
     with pytest.raises(UserError, match=r"eval/accuracy: was not reported; reported are eval/ece"):
         packed(tiny_sweep(), tmp_path)
 
@@ -183,7 +183,7 @@ def test_a_seed_that_failed_is_a_configuration_that_failed(tmp_path, monkeypatch
     advance = packs.advance
 
     def failing(slugs):
-        def found(runs, steps):
+        def found(runs, steps, *_):
             return [
                 PackedReport(4, {}, "the loss became NaN or infinite at step 4")
                 if run.spec.seed == 51 and run.spec.loss.name in slugs
@@ -216,7 +216,7 @@ def test_a_seed_that_failed_is_a_configuration_that_failed(tmp_path, monkeypatch
 def test_packs_refill(tmp_path, monkeypatch):
     """With room for three, three are at work until there are no more."""
     sizes, advance = [], packs.advance
-    monkeypatch.setattr(packs, "advance", lambda runs, s: sizes.append(len(runs)) or advance(runs, s))
+    monkeypatch.setattr(packs, "advance", lambda runs, s, *_: sizes.append(len(runs)) or advance(runs, s))
     found = packed(tiny_sweep(trials=9, at_once=3, scheduler="asha"), tmp_path)
 
     assert max(sizes) == 3

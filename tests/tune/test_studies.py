@@ -207,7 +207,7 @@ def test_a_killed_study_goes_on_by_ray(home, tmp_path):
 
 def test_a_study_that_has_ended_trains_nothing_when_gone_on_with(home, monkeypatch):
     first = study(tiny_study(over={}))
-    monkeypatch.setattr(packs, "advance", lambda runs, steps: pytest.fail("trained again"))
+    monkeypatch.setattr(packs, "advance", lambda runs, steps, *_: pytest.fail("trained again"))
     again = study(read_study_spec(first.folder), resume=first.folder)
 
     assert again.outcome.results == first.outcome.results
@@ -234,7 +234,7 @@ def test_trainings_that_fail_are_told_and_end_no_other(home, monkeypatch):
     """They are not repeated, nor is anything told apart from them; if all fail, so does the study."""
     advance = packs.advance
 
-    def failing(runs, steps):
+    def failing(runs, steps, *_):
         if any(run.spec.loss.name in failed for run in runs):
             raise RuntimeError("can't allocate memory")
         return advance(runs, steps)

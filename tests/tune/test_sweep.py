@@ -161,7 +161,9 @@ def test_all_that_fails_fails_the_run_with_the_reason(at_home, monkeypatch):
     del at_home
     monkeypatch.setattr(
         "lossworks_tune.packs.advance",
-        lambda runs, steps: [PackedReport(1, {}, "the loss became NaN or infinite at step 1") for _ in runs],
+        lambda runs, steps, *_: [
+            PackedReport(1, {}, "the loss became NaN or infinite at step 1") for _ in runs
+        ],
     )
     with pytest.raises(
         RunError, match=r"4 of 4 failed, the first because seed 0: the loss became NaN"

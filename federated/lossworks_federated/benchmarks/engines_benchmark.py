@@ -17,8 +17,7 @@ from pydantic import Field, field_validator
 from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.benchmarks.worker import run_worker
-from lossworks.cli import require_one
-from lossworks.errors import RunError
+from lossworks.errors import RunError, require_one
 from lossworks.specs import Spec
 
 _PER_CLIENT = 40  # examples

@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import BeforeValidator
 
 from lossworks.benchmarks.table import BenchmarkRow, print_rows, read_benchmark, write_rows
-from lossworks.cli import Command, require_one
-from lossworks.errors import UserError
+from lossworks.cli import Command
+from lossworks.errors import UserError, require_one
 
 _GROUP = "lossworks.benchmarks"
 

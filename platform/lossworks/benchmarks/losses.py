@@ -14,8 +14,7 @@ from lossworks.benchmarks.linear_ce.linear_ce import parse_shape
 from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.benchmarks.worker import run_worker
 from lossworks.catalogue.registry import declarations
-from lossworks.cli import require_one
-from lossworks.errors import RunError
+from lossworks.errors import RunError, require_one
 from lossworks.specs import Spec
 
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.packages import offered
-from lossworks.cli import require_one
-from lossworks.errors import UserError, nearest
+from lossworks.errors import UserError, nearest, require_one
 
 if TYPE_CHECKING:
     from lossworks.catalogue.entry import Entry

@@ -1,7 +1,6 @@
 """`lossworks completion`: what a shell needs to complete commands, options and files."""
 
 import argparse
-from collections.abc import Iterator
 
 from lossworks.cli import Command, commands, parser_of
 
@@ -22,21 +21,11 @@ def _run(arguments: argparse.Namespace) -> int:
     import shtab
 
     parser = parser_of(commands(), listed=True)
-    for action in _actions(parser):
+    for action in parser.taken:
         if any(part in _FILES for part in str(action.metavar).split("|")):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(parser, arguments.shell))
     return 0
-
-
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Yield what a parser takes, and what those of its commands take."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                yield from _actions(child)
-        else:
-            yield action
 
 
 COMPLETION = Command(

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lossworks.cli import Command, require_one
-from lossworks.errors import UserError
+from lossworks.cli import Command
+from lossworks.errors import UserError, require_one
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _LOOK_S = 0.5

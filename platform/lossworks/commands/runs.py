@@ -73,9 +73,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from lossworks.reporting.run_comparison import Comparison
+    from lossworks.reporting.run_comparison import RunComparison
 
-    comparison = Comparison.of(arguments.run_names)
+    comparison = RunComparison.of(arguments.run_names)
     picture = comparison.draw(Path(arguments.to))
     letters = [chr(ord("A") + place) for place in range(len(comparison.runs))]
     console = Console()

@@ -18,12 +18,13 @@ class LinearCrossEntropy(nn.Module):
         bias: Whether the classifier has a bias.
         device: Of the parameters.
         dtype: Of the parameters.
-        options: Keyword arguments of :func:`lossworks.linear_cross_entropy`, the same in every call.
+        class_weight: w, shape (V,), as in the function; a buffer of the module, saved and moved with it.
+        options: Further keyword arguments of :func:`lossworks.linear_cross_entropy`, the same in every call.
 
     Shapes: ``forward(e, targets)`` takes (..., D) and (...), and returns what the function returns.
 
     Raises:
-        UserError: A size is not positive.
+        UserError: A size is not positive, or the class weights are not one a class.
 
     Example:
         >>> head = LinearCrossEntropy(4, 10, label_smoothing=0.1)
@@ -39,6 +40,7 @@ class LinearCrossEntropy(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        class_weight: Tensor | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -47,6 +49,10 @@ class LinearCrossEntropy(nn.Module):
                 raise UserError(f"{name}={size} must be at least 1")
         self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(classes, device=device, dtype=dtype)) if bias else None
+        if class_weight is not None and class_weight.shape != (classes,):
+            raise UserError(f"class_weight {tuple(class_weight.shape)} must be ({classes},), one a class")
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", None if class_weight is None else class_weight.to(device))
         self.options = options
         self.reset_parameters()
 
@@ -58,11 +64,13 @@ class LinearCrossEntropy(nn.Module):
 
     def forward(self, e: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, ...]:
         """Return the loss of ``e`` (..., D) and ``targets`` (...); ``options`` override the module's."""
-        return linear_cross_entropy(e, self.weight, targets, self.bias, **(self.options | options))
+        own = {"class_weight": self.class_weight, **self.options}
+        return linear_cross_entropy(e, self.weight, targets, self.bias, **(own | options))
 
     def extra_repr(self) -> str:
         """Return the sizes and options for ``repr``."""
         sizes = (
             f"features={self.weight.shape[1]}, classes={self.weight.shape[0]}, bias={self.bias is not None}"
         )
-        return ", ".join([sizes, *(f"{name}={value!r}" for name, value in self.options.items())])
+        weighted = ["class_weight"] if self.class_weight is not None else []
+        return ", ".join([sizes, *weighted, *(f"{name}={value!r}" for name, value in self.options.items())])

@@ -57,8 +57,8 @@ def draw_flame(folder: RunFolder) -> Path | None:
     trace = folder.profile / "trace.json.gz"
     if not trace.is_file():
         return None
-    from lossworks.reporting.flame import boxes, read_calls
-    from lossworks.reporting.flame_drawing import write_png, write_svg
+    from lossworks.reporting.flames.flame import boxes, read_calls
+    from lossworks.reporting.flames.flame_drawing import write_png, write_svg
 
     calls = read_calls(trace)
     title = f"{folder.spec().name} · {folder.run_id[:8]} · {calls.count} steps, {calls.total / 1000:,.1f} ms"

@@ -82,7 +82,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Several runs of one task."""
 
     runs: Sequence[Compared]

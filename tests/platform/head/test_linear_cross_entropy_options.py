@@ -397,3 +397,19 @@ def test_the_reference_follows_shapes_on_the_meta_device():
     loss = linear_cross_entropy(e, c, y, reduction="sum", impl="reference")
 
     assert [g.shape for g in torch.autograd.grad(loss, (e, c))] == [(4, 3), (5, 3)]
+
+
+def test_class_weights_belong_to_the_module():
+    """They are saved, moved and cast with it, and a call may still override them."""
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    head = LinearCrossEntropy(4, 3, class_weight=weights)
+    e, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 2, 1, 0])
+    expected = F.cross_entropy(e @ head.weight.T, y, weight=weights)
+
+    torch.testing.assert_close(head(e, y), expected)
+    torch.testing.assert_close(head(e, y, class_weight=None), F.cross_entropy(e @ head.weight.T, y))
+    assert torch.equal(head.state_dict()["class_weight"], weights)
+    assert head.to("meta").class_weight.is_meta
+    assert "class_weight" not in LinearCrossEntropy(4, 3).state_dict()
+    with pytest.raises(UserError, match=r"class_weight \(2,\) must be \(3,\)"):
+        LinearCrossEntropy(4, 3, class_weight=torch.ones(2))

@@ -4,8 +4,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from lossworks.reporting.flame import boxes, build_calls, short_name
-from lossworks.reporting.flame_drawing import describe, fitting, write_png, write_svg
+from lossworks.reporting.flames.flame import boxes, build_calls, short_name
+from lossworks.reporting.flames.flame_drawing import describe, fitting, write_png, write_svg
 
 
 def event(name, begin, end, cat="python_function", tid=1):

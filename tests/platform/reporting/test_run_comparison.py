@@ -3,7 +3,7 @@
 import pytest
 
 from lossworks.cli import main
-from lossworks.reporting.run_comparison import Comparison
+from lossworks.reporting.run_comparison import RunComparison
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import run_in_folder
 
@@ -41,12 +41,12 @@ def test_figures_differences_and_curves_are_shown(home, tmp_path, capsys, monkey
 
 
 def test_the_picture_is_there_as_svg_too(home, tmp_path):
-    picture = Comparison.of(["plain", "other"]).draw(tmp_path / "both.png")
+    picture = RunComparison.of(["plain", "other"]).draw(tmp_path / "both.png")
     assert picture.with_suffix(".svg").read_text().lstrip().startswith("<?xml")
 
 
 def test_the_best_is_marked_only_where_one_is_better(home):
-    comparison = Comparison.of(["plain", "other"])
+    comparison = RunComparison.of(["plain", "other"])
     by_label = {label: (name, mode) for label, name, _, mode in comparison.yardsticks()}
 
     assert comparison.best(*by_label["held-out accuracy"]) == [0]

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lossworks.errors import UserError
-from lossworks.reporting.flame import read_calls
+from lossworks.reporting.flames.flame import read_calls
 from lossworks.training.measure.profiling import TRACE
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import losses, run_training, tiny_spec

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from lossworks.cli import require_one
-from lossworks.errors import UserError
+from lossworks.errors import UserError, require_one
 
 
 def folder() -> Path:

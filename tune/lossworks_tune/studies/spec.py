@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.catalogue.registry import declaration
-from lossworks.cli import require_one
+from lossworks.errors import require_one
 from lossworks.specs import Spec, TrackingSpec
 from lossworks.specs.base import Seed, Storage, apply_overrides
 from lossworks.trainables import OWN_VALUES

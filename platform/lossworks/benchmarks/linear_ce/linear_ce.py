@@ -16,8 +16,7 @@ from lossworks.benchmarks.linear_ce.compared_methods import COMPARED_METHODS, me
 from lossworks.benchmarks.linear_ce.linear_ce_chart import draw_linear_ce
 from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.benchmarks.worker import run_worker
-from lossworks.cli import require_one
-from lossworks.errors import RunError, UserError
+from lossworks.errors import RunError, UserError, require_one
 from lossworks.specs import Spec
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from lossworks.reporting.flame import Box
+from lossworks.reporting.flames.flame import Box
 from lossworks.reporting.phase_colours import PHASE_COLOURS
 
 _WIDTH, _ROW, _TOP, _LETTER = 1600, 18, 74, 6.4

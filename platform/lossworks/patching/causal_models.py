@@ -11,8 +11,8 @@ from lossworks.errors import UserError
 from lossworks.home import switch_off_usage_reports
 from lossworks.losses import create
 from lossworks.losses.interface import RowLoss
-from lossworks.models.deferred_logits import deferred_logits
 from lossworks.models.interface import Head
+from lossworks.patching.deferred_logits import deferred_logits
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -1,0 +1,1 @@
+"""The head put into models of other libraries."""
