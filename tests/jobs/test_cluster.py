@@ -26,7 +26,7 @@ from lossworks_testing.clusters import (
 )
 
 pytestmark = pytest.mark.timeout(420)
-SLOW = pytest.mark.slow
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,6 @@ def test_the_clusters_token_is_in_no_log(submitted, nodes, cluster_home):
     assert {path.name for path in files if token in path.read_bytes()} == {"ray-token"}
 
 
-@SLOW
 def test_a_stopped_job_leaves_a_checkpoint_and_is_resumed_to_the_same_end(
     submitted, nodes, here, file, tmp_path
 ):
@@ -130,7 +129,6 @@ def start(file, nodes, here, log, *overrides):
     return process, job_of(log)
 
 
-@SLOW
 def test_a_killed_driver_is_resubmitted_and_changes_nothing(submitted, nodes, here, file, tmp_path):
     """kill -9 of the job's process: the client sees it fail, and --resume ends with the very same curve."""
     process, job = start(file, nodes, here, tmp_path / "log")
@@ -145,7 +143,6 @@ def test_a_killed_driver_is_resubmitted_and_changes_nothing(submitted, nodes, he
     assert curve(folder) == curve(submitted[2])
 
 
-@SLOW
 def test_a_second_job_waits_for_room(nodes, here, file, tmp_path):
     """There is room for one at a time; the second says what it waits for and starts when the first ends."""
     first, job = start(file, nodes, here, tmp_path / "first", "steps=100000")
@@ -158,7 +155,6 @@ def test_a_second_job_waits_for_room(nodes, here, file, tmp_path):
     assert len(curve(run_of(here / "jobs" / waiting))) == 60
 
 
-@SLOW
 def test_a_job_that_can_not_work_returns_its_exit_status(nodes, here, file):
     """A mistake that only the cluster can see is told in one line, with the command line's status for it."""
     missing = [str(file), "data.corpus=text:/nowhere.txt", "--no-upload"]
@@ -170,7 +166,6 @@ def test_a_job_that_can_not_work_returns_its_exit_status(nodes, here, file):
     assert "FAILED" in cli("jobs", "list", "--address", nodes.jobs, home=here)[1]
 
 
-@SLOW
 def test_a_lost_node_is_waited_for(submitted, nodes, here, file, tmp_path):
     """Without elastic training a run goes on when a node takes the lost one's place, to the same curve."""
     process, job = start(file, nodes, here, tmp_path / "log")
@@ -186,7 +181,6 @@ def test_a_lost_node_is_waited_for(submitted, nodes, here, file, tmp_path):
     assert curve(folder) == curve(submitted[2])
 
 
-@SLOW
 def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(nodes, here, file, tmp_path):
     """One of two nodes is lost: one worker goes on; a node joins: two go on. The loss is that of any run."""
     long = ("elastic={min_workers: 1, resize_every_s: 3}", "steps=100000", "checkpoint.every=25")
@@ -207,7 +201,6 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_again(nodes, here, f
     assert curve(folder)[-1][1] < curve(folder)[0][1] - 2
 
 
-@SLOW
 @pytest.mark.skipif(
     subprocess.run(["unshare", "--mount", "true"], check=False).returncode != 0,
     reason="needs the right to hide folders from a process (unshare --mount)",
@@ -233,7 +226,6 @@ def test_a_node_without_the_shared_storage_ends_the_job_in_a_line(here, file, tm
     assert "Traceback" not in printed
 
 
-@SLOW
 @pytest.mark.parametrize(
     ("spec_file", "overrides", "ends_with"),
     [
@@ -257,7 +249,6 @@ def test_sweeps_and_federations_are_submitted_like_trainings(
     assert (folder.path / ends_with).is_file()
 
 
-@SLOW
 def test_a_cluster_refuses_whoever_has_no_token(nodes, here, monkeypatch):
     """The client's error says how to get in."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-somebody-else")
@@ -267,7 +258,6 @@ def test_a_cluster_refuses_whoever_has_no_token(nodes, here, monkeypatch):
     assert "the cluster refuses our token" in printed
 
 
-@SLOW
 def test_a_run_of_its_own_lets_nobody_in(file, tmp_path, monkeypatch):
     """Ray, started by `lossworks train`, listens on all interfaces and answers its own processes alone."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -290,7 +280,6 @@ def test_a_run_of_its_own_lets_nobody_in(file, tmp_path, monkeypatch):
     assert "Unauthenticated" in stranger.stderr
 
 
-@SLOW
 def test_a_cluster_ends_with_its_command(tmp_path):
     """Also where that is killed without a word: no node stays behind with its ports."""
     log = tmp_path / "log"

@@ -15,6 +15,7 @@ from lossworks_tune.sweeps.summary import gains
 
 KINDS = ["none", "asha", "hyperband", "median", "pbt", "pb2"]
 POPULATIONS = ("pbt", "pb2")
+FAST_AND_SLOW = [pytest.param(kind, marks=pytest.mark.slow) if kind == "pb2" else kind for kind in KINDS]
 
 
 def scheduled(kind, **changes):
@@ -38,7 +39,7 @@ def test_trials_are_what_the_training_gives_alone(tmp_path):
                 assert trial.finals[place][name] == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAST_AND_SLOW)
 def test_every_scheduler_ends_all_trials_and_repeats(kind, tmp_path):
     """The same spec, the same decisions; anchors come to the end, and what is stopped saves steps."""
     spec = scheduled(kind)
@@ -55,9 +56,7 @@ def test_every_scheduler_ends_all_trials_and_repeats(kind, tmp_path):
     assert best > 0.3  # a tenth is guessing
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "pb2" else kind for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", FAST_AND_SLOW)
 def test_an_interrupted_sweep_goes_on_to_the_same_result(kind, tmp_path, monkeypatch):
     """Stopped in several places, between any two saved states: as if nothing had happened."""
     spec = scheduled(kind, at_once=5 if kind in ("none", "asha") else None)
