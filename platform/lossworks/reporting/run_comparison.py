@@ -15,6 +15,7 @@ from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Mode, Task
 from lossworks.tasks.registry import task_of
 from lossworks.tracking import read_all
+from lossworks.trainables import OWN_VALUES
 from lossworks.training.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ class Compared:
     def title(self) -> str:
         """The run's name and the beginning of its id."""
         return f"{self.spec.name} {self.folder.run_id[:8]}"
+
+    @property
+    def label(self) -> str:
+        """The title, and what the run trains by."""
+        return f"{self.title}, {' + '.join(self.spec.loss.titles)}"
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,8 @@ class RunComparison:
         if not path.parent.is_dir():
             raise UserError(f"--to {path}: there is no folder {path.parent}")
         shown = [("training loss", "train/loss"), *((label, name) for label, name, _, _ in self.yardsticks())]
+        if not self.same_loss:  # whose values are on scales of their own
+            shown = [(label, name) for label, name in shown if name not in OWN_VALUES]
         shown = [
             (label, name)
             for label, name in shown
@@ -217,14 +225,14 @@ class RunComparison:
         for run, colour in zip(self.runs, COLOURS, strict=False):
             points = run.curves.get(name)
             if points is None:
-                axes.plot([], [], color=colour, label=run.title)
+                axes.plot([], [], color=colour, label=run.label)
                 continue
             axes.plot(
                 *points,
                 color=colour,
                 marker="o" if points[0].size <= 50 else "",
                 markersize=4,
-                label=run.title,
+                label=run.label,
             )
         if not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
             not_measured(axes)
@@ -236,6 +244,8 @@ class RunComparison:
 def _text(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, list) and value and all(isinstance(one, dict) and "name" in one for one in value):
+        return ", ".join(str(one["name"]) for one in value)
     return (
         f"{value:g}"
         if isinstance(value, float)
