@@ -1,6 +1,7 @@
 """The head in causal language models of the transformers library: their loss without the logits."""
 
 import functools
+import inspect
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +16,7 @@ from lossworks.models.interface import Head
 from lossworks.patching.deferred_logits import deferred_logits
 
 Model = TypeVar("Model", bound=nn.Module)
+_FUSED_BY_TRL = "fused_lm_head"  # what the forward takes that TRL puts in place of a model's own
 
 
 def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> Model:
@@ -24,7 +26,9 @@ def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> 
     ``labels`` it returns the same loss and has the same gradients. ``logits`` in its outputs are computed
     when something reads them, and cost nothing otherwise; without labels in eval mode, as in generation,
     nothing changes. Label smoothing of ``transformers.Trainer`` is recognised and forms no logits, either.
-    Under ``torch.compile`` the outputs hold no logits.
+    Under ``torch.compile`` the outputs hold no logits. Trainers of TRL that take log-probabilities by a fused
+    head of their own (SFTTrainer from 1.0) go past the model's loss: with the cross-entropy they train the
+    same, and another loss is refused there.
 
     Args:
         model: Any model of transformers with a linear head and the library's loss of causal language models,
@@ -89,6 +93,16 @@ class _Patched:
     config: Any
     training: bool
     head_loss: RowLoss
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a forward that would pass over another loss than the cross-entropy."""
+        takes = inspect.signature(value, follow_wrapped=False).parameters if name == "forward" else {}
+        if _FUSED_BY_TRL in takes and self.head_loss.slug != "cross-entropy":
+            raise UserError(
+                f"loss={self.head_loss.slug}: this trainer computes a cross-entropy of its own and never "
+                "asks the model for its loss; use transformers.Trainer, or the trainer's compute_loss_func"
+            )
+        super().__setattr__(name, value)
 
     def get_output_embeddings(self) -> Any:
         """Return the linear layer of the head."""

@@ -324,6 +324,20 @@ def test_adapters_on_the_body_get_the_same_gradients():
         lossworks.patch(adapted(target_modules=["q_proj", "lm_head"]))
 
 
+def test_a_trainer_that_passes_over_the_loss_is_refused_unless_it_trains_the_same():
+    """As SFTTrainer of TRL, which puts a forward in place that takes the log-probabilities itself."""
+
+    def fused(self, *args, fused_lm_head=False, **kwargs):
+        del fused_lm_head
+        return type(self).forward(self, *args, **kwargs)
+
+    plain, other = lossworks.patch(tiny("llama")), lossworks.patch(tiny("llama"), "ldr")
+    plain.forward = fused.__get__(plain)
+    assert plain(**batch()).loss.isfinite()
+    with pytest.raises(UserError, match="loss=ldr: this trainer computes a cross-entropy of its own"):
+        other.forward = fused.__get__(other)
+
+
 def test_what_is_no_model_with_a_linear_head_is_refused():
     from transformers import BertConfig, BertModel
 
