@@ -80,7 +80,7 @@ def draw_hyperparameters(figure: "Figure", results: Results) -> bool:
     rows = math.ceil(len(names) / 4)
     columns = math.ceil(len(names) / rows)
     figure.set_size_inches(20, 2 + 3.8 * rows)
-    beyond = sum(not limits[0] <= mark.objective <= limits[1] for mark in whole)
+    beyond = sum(not limits[0] <= mark.objective <= limits[1] for mark in marks)
     head(figure, results, f"{metric} over what was searched", beyond)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for index, (axes, name) in enumerate(zip(panels, names, strict=False)):
