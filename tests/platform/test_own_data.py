@@ -132,6 +132,19 @@ def test_text_is_scored_by_document(folder, capsys, monkeypatch):
     assert len(lines) == 3
 
 
+def test_predictions_can_be_read_again_and_never_replace_what_is_read(folder, capsys):
+    write_messy(folder / "messung.csv")
+    run_in_folder(tiny(data=SOURCE, steps=5), "messy")
+    assert main(["predict", "messy", "messung.csv", "--to", "out.csv"]) == 0
+    assert main(["predict", "messy", "out.csv", "--to", "again.csv"]) == 0
+    assert len((folder / "again.csv").read_text().splitlines()) == 201
+    capsys.readouterr()
+    before = (folder / "messung.csv").read_bytes()
+    assert main(["predict", "messy", "messung.csv", "--to", "messung.csv"]) == 2
+    assert "is the file that is read, which would be lost" in capsys.readouterr().err
+    assert (folder / "messung.csv").read_bytes() == before
+
+
 def test_rows_without_a_label_are_seen_before_training_is_refused(folder, capsys):
     """Fields are named as in a spec, as errors name them."""
     (folder / "a.csv").write_text("x,y\n1,a\n2,\n3,b\n")

@@ -83,6 +83,8 @@ def _configure_predict(parser: argparse.ArgumentParser) -> None:
 def _predict(arguments: argparse.Namespace) -> int:
     from lossworks.training.export import predict_file
 
+    if arguments.to is not None:
+        _check_output(Path(arguments.to), Path(arguments.file))
     found = predict_file(arguments.model, Path(arguments.file))
     for note in found.notes:
         print(f"lossworks: {note}", file=sys.stderr)
@@ -95,8 +97,6 @@ def _predict(arguments: argparse.Namespace) -> int:
         _write(sys.stdout, columns)
         return 0
     to = Path(arguments.to)
-    if not to.parent.is_dir():
-        raise UserError(f"--to {to}: there is no folder {to.parent}")
     text = io.StringIO(newline="")
     _write(text, columns)
     if to.exists() and not to.is_file():  # such as a pipe, in whose place no file may come
@@ -105,6 +105,13 @@ def _predict(arguments: argparse.Namespace) -> int:
         write_atomically(to, text.getvalue())
     print(f"{to}: {len(next(iter(columns.values()), []))} rows, {', '.join(list(own)[:4])}")
     return 0
+
+
+def _check_output(to: Path, read: Path) -> None:
+    if not to.parent.is_dir():
+        raise UserError(f"--to {to}: there is no folder {to.parent}")
+    if to.exists() and read.exists() and to.samefile(read):
+        raise UserError(f"--to {to}: is the file that is read, which would be lost; give another name")
 
 
 def _write(file: TextIO, columns: dict[str, Sequence[Any]]) -> None:

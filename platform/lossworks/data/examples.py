@@ -3,6 +3,7 @@
 Everything is a function of the source, the spec and the seed, so every worker makes the same for itself.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,7 @@ def _held_out(labels: np.ndarray, share: float, seed: int, names: tuple[str, ...
         if len(rows) < 2:
             raise UserError(
                 f"data.source: class {name!r} has one example; two are the least: one is held out"
+                + ("; for numbers use task: regression" if re.fullmatch(r"[-+]?[\d.,]+", name) else "")
             )
         chosen[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
     return chosen

@@ -30,6 +30,7 @@ _FEW = 20  # categories that any column may have
 _MOST = 200  # that one with many rows may have
 _GERMAN = re.compile(r"[-+]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
 _ENGLISH = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
+_POINTED = re.compile(r"[-+]?(?!\d{1,3}(\.\d{3})+$)\d*\.\d+([eE][-+]?\d+)?")  # no mere thousands
 _DATES = ("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%Y/%m/%d")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -42,13 +43,13 @@ class Cells:
         source: Its file, for messages.
         columns: Cells by column, N each.
         lines: The line of each row, for messages.
-        comma: Whether numbers are written with a decimal comma.
+        commas: Columns whose numbers are written with a decimal comma.
     """
 
     source: str
     columns: Mapping[str, list[str]]
     lines: Sequence[int]
-    comma: bool = False
+    commas: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -75,7 +76,7 @@ class Cells:
         Raises:
             UserError: A cell is no finite number, naming where it stands.
         """
-        return _converted(self, name, lambda text: _number(text, comma=self.comma), "finite number")
+        return _converted(self, name, _READERS["number"](self, name), "finite number")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ class Column:
             own = np.array([[text == value for value in self.categories] for text in texts], dtype=np.float64)
             own = own.reshape(len(texts), len(self.categories))
         else:
-            own = _converted(cells, self.name, _READERS[self.kind](cells), _NOUNS[self.kind])[:, None]
+            own = _converted(cells, self.name, _READERS[self.kind](cells, self.name), _NOUNS[self.kind])[
+                :, None
+            ]
         return np.concatenate((own, empty[:, None].astype(np.float64)), axis=1) if self.gaps else own
 
 
@@ -164,7 +167,11 @@ class Features:
             elif name not in wanted and _is_index(name, texts):
                 dropped[name] = "counts the rows"
             else:
-                found.append(_told(cells, name, texts, wanted.get(name)))
+                column = _told(cells, name, texts, wanted.get(name))
+                if name not in wanted and len(column.categories) == 1 and not column.gaps:
+                    dropped[name] = "is the same in all rows"
+                else:
+                    found.append(column)
         if not found:
             raise UserError(f"{cells.source}: has no feature beside {', '.join(others)}")
         return cls(tuple(found), dropped)
@@ -211,7 +218,8 @@ def read_cells(path: Path) -> Cells:
     """Return the table in a CSV or Parquet file as texts.
 
     Of a CSV file the encoding is told by its bytes, and whether commas, semicolons, tabs or bars part its
-    cells by its header; behind semicolons a comma is a decimal one.
+    cells by its header. A comma in numbers is a decimal one behind semicolons, and else in columns where some
+    cells can only be read so and none has a decimal point.
 
     Raises:
         UserError: It can't be read, has no rows, or a row has more or fewer cells than the header.
@@ -241,7 +249,14 @@ def _of_csv(path: Path) -> Cells:
         if len(row) != len(header):
             raise UserError(f"{path}, line {line}: holds {len(row)} cells for {len(header)} columns")
     columns = {name: [row[at] for _, row in rows] for at, name in enumerate(header)}
-    return Cells(str(path), columns, [line for line, _ in rows], delimiter == ";")
+    commas = [name for name, cells in columns.items() if delimiter == ";" or _has_decimal_commas(cells)]
+    return Cells(str(path), columns, [line for line, _ in rows], frozenset(commas))
+
+
+def _has_decimal_commas(cells: Sequence[str]) -> bool:
+    """Return whether some cells can only be numbers with a decimal comma, and none is one with a point."""
+    commas = any(_GERMAN.fullmatch(cell) and not _ENGLISH.fullmatch(cell) for cell in cells if "," in cell)
+    return commas and not any(_POINTED.fullmatch(cell) for cell in cells)
 
 
 def _of_parquet(path: Path) -> Cells:
@@ -290,15 +305,19 @@ def _told(cells: Cells, name: str, texts: list[str], wanted: Kind | None) -> Col
         raise UserError(f"{where} is empty in every row; {leave}")
     if wanted is not None and wanted != "category":
         column = Column(name, wanted, gaps=gaps)
-        column.encode(cells)
+        try:
+            column.encode(cells)
+        except UserError as error:
+            raise UserError(f"{error}, as {_setting(name, wanted)} says") from None
         return column
     distinct = sorted(set(known))
     if wanted is None:
         for kind in ("number", "yes-no", "date"):
-            read = _READERS[kind](cells)
+            read = _READERS[kind](cells, name)
             if all(read(text) is not None for text in distinct):
                 return Column(name, kind, gaps=gaps)
-        odd = [text for text in distinct if _number(text, comma=cells.comma) is None]
+        number = _READERS["number"](cells, name)
+        odd = [text for text in distinct if number(text) is None]
         if len(odd) <= max(1, 0.1 * len(distinct)) and len(odd) < len(distinct):
             row = texts.index(odd[0])
             raise UserError(
@@ -358,10 +377,10 @@ def _days(text: str) -> float | None:
 
 
 _Reader = Callable[[str], float | None]
-_READERS: dict[str, Callable[[Cells], _Reader]] = {
-    "number": lambda cells: lambda text: _number(text, comma=cells.comma),
-    "yes-no": lambda _: _yes_no,
-    "date": lambda _: _days,
+_READERS: dict[str, Callable[[Cells, str], _Reader]] = {
+    "number": lambda cells, name: lambda text: _number(text, comma=name in cells.commas),
+    "yes-no": lambda *_: _yes_no,
+    "date": lambda *_: _days,
 }
 _NOUNS = {"number": "finite number", "yes-no": "yes or no", "date": "date"}
 

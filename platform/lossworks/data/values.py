@@ -1,5 +1,6 @@
 """Examples with real targets: a table, or the transitions of a Markov chain with rewards."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from lossworks.specs.values import ValuesSpec
 _SPLIT, _OUTLIERS, _CHAIN, _LINEAR = range(4)  # what a random stream is for
 _STATES, _FEATURES, _SUCCESSORS = 100, 16, 4  # of a chain
 _DIMENSIONS = 100  # of a linear function
+_CLASSES = 50  # different words of a label that look like names of classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +129,12 @@ def _read(
     if kind in ("csv", "parquet"):
         cells = read_cells(existing_file(name))
         cells.column(spec.label, "data.label")
-        targets = cells.numbers(spec.label)
+        try:
+            targets = cells.numbers(spec.label)
+        except UserError as error:
+            words = {text for text in cells.columns[spec.label] if not re.search(r"\d", text)}
+            hint = "; for classes use task: classification" if 1 < len(words) <= _CLASSES else ""
+            raise UserError(f"{error}{hint}") from None
         if np.isnan(targets).any():
             row = int(np.flatnonzero(np.isnan(targets))[0])
             raise UserError(f"{cells.where(row, spec.label)}: is empty")

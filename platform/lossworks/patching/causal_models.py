@@ -39,7 +39,7 @@ def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> 
         hyperparameters: Of the loss, such as ``label_smoothing`` of the cross-entropy.
 
     Returns:
-        ``model``.
+        ``model``. Where no label counts its loss is 0; the library's is not a number there.
 
     Raises:
         UserError: The model isn't such a model, or its logits or its loss aren't those of a linear head: both
@@ -54,6 +54,8 @@ def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> 
         >>> model(input_ids=tokens, labels=tokens).loss.shape
         torch.Size([])
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"patch takes a model, not a {type(model).__name__}: load it with transformers first")
     chosen = create(loss, **hyperparameters)
     if not isinstance(chosen, RowLoss) or next(chosen.parameters(), None) is not None:
         raise UserError(
@@ -104,6 +106,10 @@ class _Patched:
             )
         super().__setattr__(name, value)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle it as a model of the library's class that is patched again where it is read."""
+        return _blank, (type(self).__mro__[2],), vars(self)
+
     def get_output_embeddings(self) -> Any:
         """Return the linear layer of the head."""
         return super().get_output_embeddings()  # type: ignore[misc]
@@ -112,7 +118,7 @@ class _Patched:
     def loss_function(self) -> Any:
         """The loss of the features, while they stand in the logits' place; the library's otherwise."""
         stock = super().loss_function  # type: ignore[misc]
-        return self._loss_of_features if self.get_output_embeddings().deferring else stock
+        return self._loss_of_features if getattr(self.get_output_embeddings(), "deferring", False) else stock
 
     @loss_function.setter
     def loss_function(self, _: Any) -> None:
@@ -127,7 +133,7 @@ class _Patched:
             return forward(*args, **kwargs)
         as_dict = kwargs.pop("return_dict", None)
         as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
-        head = self.get_output_embeddings()
+        head = _deferring_head(self)
         text = self.config.get_text_config()
         softcap = getattr(text, "final_logit_softcapping", None)
         head.deferring = True
@@ -143,7 +149,8 @@ class _Patched:
         if torch.compiler.is_compiling():
             outputs.logits = None
         else:
-            outputs.logits = deferred_logits(outputs.logits, Head(head.weight, head.bias, softcap))
+            features = _as_the_head_takes_them(outputs.logits, head)
+            outputs.logits = deferred_logits(features, Head(head.weight, head.bias, softcap))
         return outputs if as_dict else outputs.to_tuple()
 
     def _loss_of_features(
@@ -171,12 +178,10 @@ class _Patched:
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.to(logits.device).reshape(-1)
-        if ignore_index != self.head_loss.ignore_index:
-            targets = targets.masked_fill(targets == ignore_index, self.head_loss.ignore_index)
         loss = self.head_loss.with_reduction("mean" if num_items_in_batch is None else "sum")
-        found = loss.linear(
-            logits.reshape(-1, logits.shape[-1]), head.weight, targets, head.bias, softcap=self._softcap
-        )
+        loss.ignore_index = ignore_index
+        features = _as_the_head_takes_them(logits.reshape(-1, logits.shape[-1]), head)
+        found = loss.linear(features, head.weight, targets, head.bias, softcap=self._softcap)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(found.device)
         return found if num_items_in_batch is None else found / num_items_in_batch
@@ -192,6 +197,41 @@ def _patched_class(stock: Any) -> type[nn.Module]:
 
     names = {"__module__": stock.__module__, "__doc__": stock.__doc__, "forward": forward}
     return type(stock.__name__, (_Patched, stock), names)
+
+
+def _blank(stock: Any) -> nn.Module:
+    """Return a patched model without anything in it, to be filled."""
+    kind: Any = _patched_class(stock)
+    found: nn.Module = kind.__new__(kind)
+    return found
+
+
+def _deferring_head(model: Any) -> _PatchedLinear:
+    """Return a model's head, which somebody may have replaced since the model was patched.
+
+    Raises:
+        UserError: It is no plain linear layer any more.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:  # as after resize_token_embeddings
+        head.__class__ = _PatchedLinear
+    if type(head) is not _PatchedLinear:
+        raise UserError(f"{type(model).__name__}: {_no_linear_head(head)}")
+    return head
+
+
+def _no_linear_head(head: nn.Module) -> str:
+    kind = f"{type(head).__module__.partition('.')[0]}.{type(head).__name__}"
+    return (
+        f"its head is a {kind} and must be a plain torch.nn.Linear; with PEFT, leave the head out of "
+        "target_modules and modules_to_save"
+    )
+
+
+def _as_the_head_takes_them(features: Tensor, head: nn.Linear) -> Tensor:
+    """Return features in the dtype of the head's weight, as models that go on in another one cast them."""
+    autocast = torch.is_autocast_enabled(features.device.type)
+    return features if autocast else features.to(head.weight.dtype)
 
 
 def _causal_model(model: nn.Module) -> nn.Module:
@@ -210,10 +250,7 @@ def _require_linear_head(model: Any) -> None:
 
     name, head = type(model).__name__, model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise UserError(
-            f"{name}: its head is a {type(head).__name__} and must be a plain torch.nn.Linear; "
-            "with PEFT, leave the head out of target_modules and modules_to_save"
-        )
+        raise UserError(f"{name}: {_no_linear_head(head)}")
     if "forward" in vars(model):
         raise UserError(
             f"{name}: its forward has been replaced: patch the model before anything else wraps it"

@@ -42,6 +42,7 @@ class DeferredLogits(Tensor):
     weight: Tensor
     bias: Tensor | None
     form: Form
+    versions: tuple[int, int]
     formed: Tensor | None
     total: Tensor | None
 
@@ -98,8 +99,10 @@ class _Defer(torch.autograd.Function):
         ctx.save_for_backward(features, weight, bias)
         ctx.form = form
         shape = (*features.shape[:-1], len(weight))
+        versions = _version(features), _version(weight)
         found = of_shape_alone(DeferredLogits, shape, dtype=dtype, device=features.device)
         found.features, found.weight, found.bias, found.form = features, weight, bias, form
+        found.versions = versions
         found.formed = found.total = None
         return found
 
@@ -139,8 +142,18 @@ def _cast(
     return features.to(form.dtype), weight.to(form.dtype), None if bias is None else bias.to(form.dtype)
 
 
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; those of inference mode aren't counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _values(logits: DeferredLogits) -> Tensor:
     if logits.formed is None:
+        if (_version(logits.features), _version(logits.weight)) != logits.versions:
+            raise RuntimeError(
+                "these logits are computed when they are read, and the model's weights have changed since: "
+                "read outputs.logits before, for instance as outputs.logits.clone()"
+            )
         with torch.no_grad():
             logits.formed = _formed(logits.features, logits.weight, logits.bias, logits.form).to(logits.dtype)
     return logits.formed
@@ -212,7 +225,8 @@ def _statistics(logits: DeferredLogits, index: Tensor) -> tuple[Tensor, Tensor]:
     return sign * (picked - lse[..., None]), sign * len(weight) * (mean - lse)
 
 
-_WITHOUT_LOGITS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+_WITHOUT_LOGITS: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.tolist: lambda logits: _values(logits).tolist(),
     Tensor.__getitem__: _cut,
     Tensor.contiguous: _same,
     F.log_softmax: _log_softmax,

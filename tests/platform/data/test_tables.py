@@ -1,5 +1,6 @@
 """Tables as people have them: what is told of columns, what is refused, and encodings, parts and gaps."""
 
+import csv
 from datetime import date
 
 import numpy as np
@@ -213,3 +214,45 @@ def test_a_constant_column_is_only_shifted(value, tmp_path):
 
     assert scale["deviation"][0] == 1
     assert scale["mean"][0] == pytest.approx(value)
+
+
+@pytest.mark.parametrize("delimiter", [";", ",", "\t", "|"])
+def test_decimal_commas_are_read_whatever_parts_the_cells(delimiter, tmp_path):
+    """As a spreadsheet writes them, quoted where it must, and with points between thousands."""
+    file = tmp_path / "t.csv"
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened, delimiter=delimiter)
+        writer.writerow(["a", "b", "c", "day"])
+        writer.writerow(["1,5", "1.234,25", "0.5", "01.02.2020"])
+        writer.writerow(["-2,25", "17", "0.25", "02.02.2020"])
+    cells = read_cells(file)
+
+    assert cells.numbers("a").tolist() == [1.5, -2.25]
+    assert cells.numbers("b").tolist() == [1234.25, 17.0]
+    assert cells.numbers("c").tolist() == [0.5, 0.25]
+
+
+def test_commas_between_thousands_stay_what_they_are(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text('a,b\n"1,234.5",0.5\n"12,345",1.25\n')
+    assert read_cells(file).numbers("a").tolist() == [1234.5, 12345.0]
+    file.write_text('a,b\n"1,234",0.5\n"12,345",1.25\n')
+    assert read_cells(file).numbers("a").tolist() == [1234.0, 12345.0]
+
+
+def test_a_category_that_never_changes_is_left_out(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("size,currency,label\n1,EUR,a\n2,EUR,b\n")
+    features = Features.of(read_cells(file), ["label"], {})
+
+    assert [column.name for column in features.columns] == ["size"]
+    assert features.dropped == {"currency": "is the same in all rows"}
+    wanted = Features.of(read_cells(file), ["label"], {"currency": "category"})
+    assert [column.name for column in wanted.columns] == ["size", "currency"]
+
+
+def test_a_kind_that_a_column_has_not_is_named(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("day,label\n01.02.2020,a\n02.02.2020,b\n")
+    with pytest.raises(UserError, match=r"is no finite number, as data\.columns\.day=number says"):
+        Features.of(read_cells(file), ["label"], {"day": "number"})

@@ -1,6 +1,7 @@
 """Causal language models of the transformers library with the head's loss, beside themselves as they are."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -338,7 +339,71 @@ def test_a_trainer_that_passes_over_the_loss_is_refused_unless_it_trains_the_sam
         other.forward = fused.__get__(other)
 
 
+def test_a_patched_model_is_pickled_and_patched_where_it_is_read():
+    _, patched = both("gemma2")
+    read = pickle.loads(pickle.dumps(patched))  # noqa: S301 - our own
+
+    assert type(read) is type(patched)
+    torch.testing.assert_close(read(**batch()).loss, patched(**batch()).loss)
+    assert read(**batch()).logits.formed is None
+
+
+def test_a_head_that_is_replaced_is_taken_or_refused():
+    stock, patched = both("llama")
+    for model in (stock, patched):
+        torch.manual_seed(1)
+        model.resize_token_embeddings(VOCAB + 8)
+    torch.testing.assert_close(patched(**batch()).loss, stock(**batch()).loss)
+
+    patched.lm_head = nn.Sequential(patched.lm_head)
+    with pytest.raises(UserError, match=r"head is a torch\.Sequential"):
+        patched(**batch())
+
+
+def test_logits_of_weights_that_have_changed_are_not_given():
+    _, patched = both("llama")
+    with torch.no_grad():
+        early, late = patched(**batch()).logits, patched(**batch()).logits
+        assert early.tolist()
+        patched.lm_head.weight.zero_()
+        assert early.abs().sum() > 0
+        with pytest.raises(RuntimeError, match="weights have changed since"):
+            late.sum()
+
+
+def test_inference_mode():
+    stock, patched = both("llama")
+    with torch.inference_mode():
+        expected, found = stock(**batch()), patched(**batch())
+        torch.testing.assert_close(found.loss, expected.loss)
+        torch.testing.assert_close(found.logits + 0, expected.logits)
+
+
+def test_another_ignored_label_is_the_only_one():
+    stock, patched = both("llama")
+    given = batch()
+    given["labels"] = given["labels"].masked_fill(given["labels"] == -100, 5)
+    torch.testing.assert_close(patched(**given, ignore_index=5).loss, stock(**given, ignore_index=5).loss)
+    with pytest.raises(UserError, match="-100"):
+        patched(**batch(), ignore_index=5)
+
+
+def test_features_in_another_dtype_than_the_head_s():
+    """Mamba's go on in float32 where its weights are bfloat16, and are cast before the head."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=2)
+    stock = MambaForCausalLM(config).bfloat16()
+    patched = lossworks.patch(copy.deepcopy(stock))
+    expected, found = stock(**batch()), patched(**batch())
+    torch.testing.assert_close(found.loss.float(), expected.loss.float(), rtol=2e-2, atol=2e-2)
+    found.loss.backward()
+
+
 def test_what_is_no_model_with_a_linear_head_is_refused():
+    with pytest.raises(UserError, match="patch takes a model, not a str"):
+        lossworks.patch("folder")
     from transformers import BertConfig, BertModel
 
     with pytest.raises(UserError, match="holds no model of transformers"):
@@ -353,7 +418,7 @@ def test_what_is_no_model_with_a_linear_head_is_refused():
     with pytest.raises(UserError, match="must be a row loss"):
         lossworks.patch(model, "batch-dice")
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(UserError, match=r"head is a Sequential and must be a plain torch\.nn\.Linear"):
+    with pytest.raises(UserError, match=r"head is a torch\.Sequential and must be a plain torch\.nn\.Linear"):
         lossworks.patch(model)
 
 
