@@ -474,7 +474,8 @@ def test_the_command_prints_a_table(
     ("overrides", "says"),
     [
         (["strategies=[fedavg,fedavg]"], "twice"),
-        (["strategies=[fedagv]"], "did you mean"),
+        (["strategies=[fedagv]"], "no such strategy; did you mean fedavg?\n"),
+        (["strategies=[]"], "strategies=[]: give at least 1"),
         (["split.clients=5000"], "need"),
         (["privacy=secagg"], "secure aggregation"),
         (["model.dropout=0.5"], "dropout"),

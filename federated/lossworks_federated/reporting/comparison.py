@@ -107,13 +107,19 @@ def _entry(child: Child, target: float | None) -> ComparedStrategy:
     return ComparedStrategy(child.strategy.title, child.seed, curves, child.outcome, _figures(curves, target))
 
 
+def _left_out(curves: dict[str, Series]) -> float:
+    """Return how many replies were left out; NaN where no round came to its end."""
+    found = [curves[f"round/{reason}"][1].sum() for reason in REASONS if f"round/{reason}" in curves]
+    return float(sum(found)) if found else math.nan
+
+
 def _figures(curves: dict[str, Series], target: float | None) -> dict[str, float]:
     figures = {
         "accuracy": _last(curves, "server/accuracy"),
         "worst10": _last(curves, "clients/accuracy_worst10"),
         "clients": _last(curves, "clients/accuracy_mean"),
         "bytes": _at(curves, "bytes/down", -1) + _at(curves, "bytes/up", -1),
-        "left_out": float(sum(curves[f"round/{r}"][1].sum() for r in REASONS if f"round/{r}" in curves)),
+        "left_out": _left_out(curves),
         "seconds_per_round": _seconds(curves),
     }
     if target is not None:

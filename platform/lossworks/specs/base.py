@@ -382,11 +382,13 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     """Return one line that names every wrong field."""
     known = list(field_paths(model))
     parts = []
-    found = error.errors(include_url=False)
+    found = [item for item in error.errors(include_url=False) if not _follows(item, error)]
     for item in found[:_TOLD]:
         path = ".".join(str(name) for name in item["loc"])
         place = _in_lists(model, item["loc"])
         message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "too_short":
+            message = f"give at least {item['ctx']['min_length']}"
         if item["type"] == "extra_forbidden":
             parts.append(_unknown(path, known))
         elif item["type"] == "missing":
@@ -403,6 +405,13 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if len(found) > _TOLD:
         parts.append(f"and {len(found) - _TOLD} more")
     return "; ".join(parts)
+
+
+def _follows(item: Any, error: ValidationError) -> bool:
+    """Return whether a list is only found too short because items of it were refused."""
+    place = item["loc"]
+    within = (other["loc"] for other in error.errors(include_url=False) if len(other["loc"]) > len(place))
+    return item["type"] == "too_short" and any(loc[: len(place)] == place for loc in within)
 
 
 def _nearest_choice(item: Any) -> str | None:

@@ -198,11 +198,12 @@ class PackedSweep:
             return
         by_run = {id(member.run): member for member in group}
         first, count = group[0], len(group)
-        done = self._step(first)
+        done, seeds = first.run.step, len(self._spec.seeds)
+        which = f", seed {first.seed + 1} of {seeds}" if seeds > 1 else ""
 
         def note(step: int) -> None:
             many = f"{count} configurations" if count > 1 else "one configuration"
-            self.doing = f"{many} at step {done + step} of {self._steps * len(self._spec.seeds)}"
+            self.doing = f"{many} at step {done + step} of {self._steps}{which}"
 
         for run, report in advanced([member.run for member in group], note):
             yield by_run[id(run)], report
