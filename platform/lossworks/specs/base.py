@@ -382,7 +382,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     """Return one line that names every wrong field."""
     known = list(field_paths(model))
     parts = []
-    found = [item for item in error.errors(include_url=False) if not _follows(item, error)]
+    found = _without_followers(error.errors(include_url=False))
     for item in found[:_TOLD]:
         path = ".".join(str(name) for name in item["loc"])
         place = _in_lists(model, item["loc"])
@@ -407,11 +407,10 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     return "; ".join(parts)
 
 
-def _follows(item: Any, error: ValidationError) -> bool:
-    """Return whether a list is only found too short because items of it were refused."""
-    place = item["loc"]
-    within = (other["loc"] for other in error.errors(include_url=False) if len(other["loc"]) > len(place))
-    return item["type"] == "too_short" and any(loc[: len(place)] == place for loc in within)
+def _without_followers(found: list[Any]) -> list[Any]:
+    """Leave out lists that are only found too short because items of them were refused."""
+    lists = {item["loc"][:-1] for item in found if item["loc"]}
+    return [item for item in found if item["type"] != "too_short" or item["loc"] not in lists]
 
 
 def _nearest_choice(item: Any) -> str | None:
