@@ -193,7 +193,12 @@ class Features:
         """
         missing = [column.name for column in self.columns if column.name not in cells.columns]
         if missing:
-            raise UserError(f"{cells.source}: lacks the columns {', '.join(missing)}, which the model reads")
+            alike = {name.casefold(): name for name in cells.columns}
+            guess = alike.get(missing[0].casefold()) or nearest(missing[0], cells.columns)
+            hint = f"; is {guess} the column {missing[0]}?" if guess else ""
+            raise UserError(
+                f"{cells.source}: lacks the columns {', '.join(missing)}, which the model reads{hint}"
+            )
         return np.concatenate([column.encode(cells) for column in self.columns], axis=1)
 
     def surprises(self, cells: Cells) -> list[str]:

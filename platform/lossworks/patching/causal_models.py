@@ -242,7 +242,10 @@ def _causal_model(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             return cast("nn.Module", module)
-    raise UserError(f"{type(model).__name__}: holds no model of transformers with a head of its vocabulary")
+    raise UserError(
+        f"{type(model).__name__}: holds no causal language model of transformers: nothing in it has output "
+        "embeddings, one row for each entry of a vocabulary"
+    )
 
 
 def _require_linear_head(model: Any) -> None:

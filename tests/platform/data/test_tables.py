@@ -256,3 +256,12 @@ def test_a_kind_that_a_column_has_not_is_named(tmp_path):
     file.write_text("day,label\n01.02.2020,a\n02.02.2020,b\n")
     with pytest.raises(UserError, match=r"is no finite number, as data\.columns\.day=number says"):
         Features.of(read_cells(file), ["label"], {"day": "number"})
+
+
+def test_a_column_that_is_missing_has_the_nearest_named(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("Size,weight,label\n1,2,a\n2,3,b\n")
+    features = Features.of(read_cells(file), ["label"], {})
+    file.write_text("SIZE,weight\n1,2\n")
+    with pytest.raises(UserError, match=r"lacks the columns Size, which the model reads; is SIZE the column"):
+        features.encode(read_cells(file))

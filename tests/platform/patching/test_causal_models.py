@@ -406,9 +406,9 @@ def test_what_is_no_model_with_a_linear_head_is_refused():
         lossworks.patch("folder")
     from transformers import BertConfig, BertModel
 
-    with pytest.raises(UserError, match="holds no model of transformers"):
+    with pytest.raises(UserError, match="holds no causal language model of transformers"):
         lossworks.patch(nn.Linear(2, 2))
-    with pytest.raises(UserError, match="holds no model of transformers"):
+    with pytest.raises(UserError, match="holds no causal language model of transformers"):
         lossworks.patch(
             BertModel(
                 BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
