@@ -16,7 +16,7 @@ import yaml
 
 from lossworks.cli import Command
 from lossworks.errors import UserError
-from lossworks.specs.base import KINDS, kind_of, read_yaml
+from lossworks.specs.base import command_of, read_yaml
 from lossworks.specs.files import NamedFile, named_files, with_paths
 
 UPLOADED = "upload://"
@@ -85,11 +85,6 @@ def make_bundle(spec: str, overrides: Sequence[str], *, upload: bool, limit: int
             f"{limit / 2**20:.2g}: put them where all nodes read them and name them there, with --no-upload"
         )
     return bundle
-
-
-def command_of(values: dict[str, Any]) -> str:
-    """Return which command runs a spec; every field of a training may be left out."""
-    return KINDS[kind_of(values) or "training"].command
 
 
 def _resolved(command: str, spec: str, overrides: Sequence[str]) -> dict[str, Any]:

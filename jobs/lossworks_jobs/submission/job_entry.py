@@ -21,8 +21,8 @@ from lossworks.cli import main as run_command
 from lossworks.errors import LossworksError, UserError
 from lossworks.home import home
 from lossworks.runs import JOB_VARIABLE, RunFolder, note_run, run_of
-from lossworks.specs.base import read_yaml
-from lossworks_jobs.submission.bundle import FILES, UPLOADED, command_of
+from lossworks.specs.base import command_of, read_yaml
+from lossworks_jobs.submission.bundle import FILES, UPLOADED
 
 RUN_LINE = "lossworks: run "
 

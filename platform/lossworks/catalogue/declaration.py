@@ -116,18 +116,22 @@ class Hyperparameter:
             "switch": "true or false",
             "numbers": "a list of numbers",
         }[self.type]
-        bounds = [
-            f"{word} {bound:g}"
-            for word, bound in (
-                ("at least", self.ge),
-                ("above", self.gt),
-                ("at most", self.le),
-                ("below", self.lt),
-            )
-            if bound is not None
-        ]
-        text = f"{what} {' and '.join(bounds)}" if bounds else what
+        text = within(what, ge=self.ge, gt=self.gt, le=self.le, lt=self.lt)
         return f"{text}, or null" if self.optional else text
+
+
+def within(
+    what: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> str:
+    """Return in words what a value may be: ``a number at least 0 and below 1``."""
+    words = (("at least", ge), ("above", gt), ("at most", le), ("below", lt))
+    bounds = [f"{word} {bound:g}" for word, bound in words if bound is not None]
+    return f"{what} {' and '.join(bounds)}" if bounds else what
 
 
 def number(default: float | None, meaning: str, **limits: Any) -> Any:

@@ -42,13 +42,13 @@ def _print_all(specs: dict[str, Path]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lossworks.specs.base import KINDS, kind_of, read_yaml
+    from lossworks.specs.base import command_of, read_yaml
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("command and spec", no_wrap=True)
     table.add_column("what it is", overflow="fold")
     for place, file in specs.items():
-        command = KINDS[kind_of(read_yaml(file)) or "training"].command
+        command = command_of(read_yaml(file))
         table.add_row(f"{command} {place}", _first_sentence(file.read_text(encoding="utf-8")))
     console = Console()
     console.print(table, highlight=False)

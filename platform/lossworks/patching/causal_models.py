@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -94,6 +95,7 @@ class _Patched:
 
     config: Any
     training: bool
+    get_output_embeddings: Callable[[], Any]
     head_loss: RowLoss
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -109,10 +111,6 @@ class _Patched:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle it as a model of the library's class that is patched again where it is read."""
         return _blank, (type(self).__mro__[2],), vars(self)
-
-    def get_output_embeddings(self) -> Any:
-        """Return the linear layer of the head."""
-        return super().get_output_embeddings()  # type: ignore[misc]
 
     @property
     def loss_function(self) -> Any:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from lossworks.data.learnt import Learnt
 from lossworks.errors import UserError
-from lossworks.reporting.picture_style import STYLE, not_measured, save_picture, step_axis
-from lossworks.reporting.series import Series, series
+from lossworks.reporting.finish import curves_of
+from lossworks.reporting.picture_style import STYLE, save_picture, step_axis
+from lossworks.reporting.series import Series
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Mode, Task
 from lossworks.tasks.registry import task_of
-from lossworks.tracking import read_all
 from lossworks.trainables import OWN_VALUES
 from lossworks.training.outcome import Outcome
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Where runs keep their things says nothing of what they are.
-_BESIDE_THE_POINT = ("name", "storage", "tracking.")
+_BESIDE_THE_POINT = ("name", "storage")
 COLOURS = ("#2563a8", "#d9541e", "#2f8f4e", "#8a4fbf", "#b58900", "#c2307a", "#3aa0b8", "#5b6470")
 
 
@@ -56,9 +56,7 @@ class Compared:
         spec = folder.spec()
         if not folder.journal.is_file():
             raise UserError(f"run {folder.run_id}: has recorded nothing yet")
-        rows = read_all(folder.journal)
-        names = dict.fromkeys(name for row in rows for name in row["metrics"])
-        curves = {name: points for name in names if (points := series(rows, name)) is not None}
+        curves = curves_of(folder)
         outcome = Outcome.stored(folder.outcome_file)
         last = {name: float(points[1][-1]) for name, points in curves.items()}
         learnt = Learnt.read(folder.learnt, f"run {folder.run_id}")
@@ -156,7 +154,7 @@ class RunComparison:
         names = dict.fromkeys(name for flat in flats for name in flat)
         found = []
         for name in names:
-            if name in _BESIDE_THE_POINT or name.startswith(_BESIDE_THE_POINT[2]):
+            if name in _BESIDE_THE_POINT or name.startswith("tracking."):
                 continue
             values = [flat.get(name) for flat in flats]
             if any(value != values[0] for value in values):
@@ -198,12 +196,7 @@ class RunComparison:
         shown = [("training loss", "train/loss"), *((label, name) for label, name, _, _ in self.yardsticks())]
         if not self.same_loss:  # whose values are on scales of their own
             shown = [(label, name) for label, name in shown if name not in OWN_VALUES]
-        shown = [
-            (label, name)
-            for label, name in shown
-            if any(len(run.curves.get(name, ((),))[0]) for run in self.runs)
-        ]
-        shown = shown[:8]
+        shown = [(label, name) for label, name in shown if any(name in run.curves for run in self.runs)][:8]
         columns = 2 if len(shown) > 1 else 1
         lines = math.ceil(len(shown) / columns)
         with rc_context(STYLE):
@@ -234,9 +227,6 @@ class RunComparison:
                 markersize=4,
                 label=run.label,
             )
-        if not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
-            not_measured(axes)
-            return
         step_axis(axes)
         axes.set_ylabel(label)
 

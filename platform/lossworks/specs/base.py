@@ -160,7 +160,7 @@ class Spec(BaseModel):
         Raises:
             UserError: Several of this kind have the name.
         """
-        return spec_file(path, lambda file: _command_of(file) == cls.command)
+        return spec_file(path, lambda file: command_of(read_yaml_file(file)) == cls.command)
 
     @classmethod
     def require_own(cls, values: Mapping[str, Any], source: str) -> None:
@@ -219,9 +219,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _command_of(file: Path) -> str:
-    """Return the command that runs a spec which comes with the installation."""
-    return KINDS[kind_of(read_yaml_file(file)) or "training"].command
+def command_of(values: Mapping[str, Any]) -> str:
+    """Return which command runs a spec; every field of a training may be left out."""
+    return KINDS[kind_of(values) or "training"].command
 
 
 def suggest_kind(values: Mapping[str, Any], path: str | Path, usual: str | None = None) -> None:

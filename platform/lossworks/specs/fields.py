@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lossworks.catalogue.declaration import within
 from lossworks.errors import UserError, nearest
 from lossworks.specs.base import Spec
 
@@ -126,14 +127,10 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return f"{text}, or null" if optional and text else text or ("or null" if optional else "")
     words = {"boolean": "true or false", "integer": "an integer", "number": "a number", "array": "a list"}
     what = words.get(schema.get("type", ""), "")
-    bounds = [
-        f"{word} {schema[key]:g}"
-        for word, key in (
-            ("at least", "minimum"),
-            ("above", "exclusiveMinimum"),
-            ("at most", "maximum"),
-            ("below", "exclusiveMaximum"),
-        )
-        if key in schema
-    ]
-    return f"{what} {' and '.join(bounds)}" if bounds else what
+    return within(
+        what,
+        ge=schema.get("minimum"),
+        gt=schema.get("exclusiveMinimum"),
+        le=schema.get("maximum"),
+        lt=schema.get("exclusiveMaximum"),
+    )

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lossworks.cli import program
 from lossworks.reporting import print_summary
-from lossworks.specs.base import KINDS, kind_of
+from lossworks.specs.base import command_of
 from lossworks.tracking import redact, tracking_uri
 from lossworks.trainables import task_of, trainable
 from lossworks_tune.display import LiveDisplay
@@ -112,7 +112,7 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
     uri = tracking_uri(spec.tracking)
     commands = [("see the runs in MLflow", redact(uri) if uri.startswith("http") else f"{program()} ui")]
     if result.best is not None:
-        command = KINDS[kind_of(spec.base) or "training"].command
+        command = command_of(spec.base)
         commands.insert(0, ("train the best", f"{program()} {command} {result.best}"))
     print_summary(spec.name, lines, commands)
 
