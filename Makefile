@@ -1,6 +1,8 @@
 # `make demo` and `make test` need Python 3.11 or later, make and a C++ compiler; the rest they install.
 PYTHON ?= python3
 VENV ?= .venv
+# LOCK=requirements.hashed.lock has pip compare the SHA-256 of every file as well; torch must then come from PyPI.
+LOCK ?= requirements.lock
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -50,10 +52,10 @@ bench: $(INSTALLED) ## measure our training beside a bare loop
 clean: ## remove the virtual environment and caches of tools
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Lossworks needs Python 3.11 or later; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -273,10 +273,25 @@ def test_usage_reports_are_off():
     assert imported(RAY_USAGE_STATS_ENABLED="1")["RAY_USAGE_STATS_ENABLED"] == "1"
 
 
+def _pins(lock):
+    """The requirements of a lock, `name==version` each, without markers and hashes."""
+    lines = (ROOT / lock).read_text().splitlines()
+    return [re.split(r"[;\\]", line)[0].strip() for line in lines if line.strip() and line[0] not in "# "]
+
+
+def test_every_locked_version_has_its_hashes():
+    text = (ROOT / "requirements.hashed.lock").read_text()
+    entries = re.split(r"\n(?=\S)", text.strip())
+
+    assert sorted(canonicalize_name(pin) for pin in _pins("requirements.hashed.lock")) == sorted(
+        canonicalize_name(pin) for pin in _pins("requirements.lock")
+    )
+    assert [entry for entry in entries if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry)] == []
+
+
 def test_the_lock_is_exact():
     """One version of each package, and all that an installation for development asks for."""
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = [line.partition(";")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    pins = _pins("requirements.lock")
     names = {canonicalize_name(pin.partition("==")[0]) for pin in pins}
     asked = [Requirement(text) for text in requires("lossworks")]
     wanted = {
