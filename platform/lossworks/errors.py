@@ -49,9 +49,9 @@ def _rebuild_non_finite(message: str, step: int, ranks: tuple[int, ...]) -> NonF
     return NonFiniteLossError(message, step=step, ranks=ranks)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most like ``name``, or None when nothing is alike."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Return the known name most like ``name``, or None when none is alike by more than ``cutoff`` of 1."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

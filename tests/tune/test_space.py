@@ -195,3 +195,15 @@ def test_the_losses_own_value_may_rank_learning_rates():
     fixed = [{"name": "comp-sum", "tau": 1.0}]
 
     assert tiny_sweep(losses=fixed, objectives={"eval/loss": "min"}).objectives == {"eval/loss": "min"}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"steps": 40}, r"did you mean seeds\?; a field of what is trained is written base.steps"),
+        ({"serch": "grid"}, r"serch: unknown key; did you mean search\?$"),
+    ],
+)
+def test_a_field_of_what_is_trained_is_looked_for_below_the_base(values, says):
+    with pytest.raises(UserError, match=says):
+        SweepSpec.parse({"kind": "sweep", **values})

@@ -95,6 +95,8 @@ class Spec(BaseModel):
             loss's hyperparameters; None if the class has them all. Such a class checks them itself.
         list_tail: The field that holds the further items where a list stands for the whole group, whose first
             item is the group itself; None if a list is a mistake.
+        inner: The field that holds a whole spec of another kind, as a sweep's ``base`` holds a training's;
+            None if there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -102,6 +104,7 @@ class Spec(BaseModel):
     shorthand: ClassVar[str | None] = None
     open_to: ClassVar[str | None] = None
     list_tail: ClassVar[str | None] = None
+    inner: ClassVar[str | None] = None
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -356,16 +359,19 @@ def _require_known(model: type[BaseModel], key: str) -> None:
     ]
     if key in known or any(key.startswith(f"{path}.") for path in free):
         return
-    raise UserError(_unknown(key, known))
+    raise UserError(_unknown(model, key, known))
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
+def _unknown(model: type[BaseModel], key: str, known: Sequence[str]) -> str:
     key = shortened(key)
     deeper = [path for path in known if path.endswith(f".{key}")]
     guess = " or ".join(deeper[:3]) or nearest(key, known)
     group = key.rpartition(".")[0]
     beside = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == group]
     hint = f"; did you mean {guess}?" if guess else f"; known keys: {', '.join(beside or known)}"
+    inner, misspelt = getattr(model, "inner", None), nearest(key, known, cutoff=0.8)
+    if inner and not misspelt and key.split(".")[0] not in known:
+        hint += f"; a field of what is trained is written {inner}.{key}"
     return f"{key}: unknown key{hint}"
 
 
@@ -390,7 +396,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         if item["type"] == "too_short":
             message = f"give at least {item['ctx']['min_length']}"
         if item["type"] == "extra_forbidden":
-            parts.append(_unknown(path, known))
+            parts.append(_unknown(model, path, known))
         elif item["type"] == "missing":
             parts.append(f"{place}: is required")
         elif not path:

@@ -68,6 +68,7 @@ class StudySpec(Spec):
     """Variants of a training, compared over seeds by what is expected of them."""
 
     command: ClassVar[str | None] = "study"
+    inner: ClassVar[str | None] = "base"
 
     kind: Literal["study"] = Field("study", description="what the spec describes")
     name: str = Field("study", min_length=1, max_length=100, description="name of the run in MLflow")

@@ -67,6 +67,7 @@ class SweepSpec(Spec):
     """A search of losses and their hyperparameters, and of any other field of a training spec."""
 
     command: ClassVar[str | None] = "tune"
+    inner: ClassVar[str | None] = "base"
 
     kind: Literal["sweep"] = Field("sweep", description="what the spec describes")
     name: str = Field("tune", min_length=1, max_length=100, description="name of the run in MLflow")
