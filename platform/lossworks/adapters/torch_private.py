@@ -25,6 +25,7 @@ __all__ = [
     "transformed",
     "tree_leaves",
     "tree_map_only",
+    "without_values",
 ]
 
 Subclass = TypeVar("Subclass", bound=Tensor)
@@ -44,6 +45,17 @@ def transformed(*tensors: Tensor | None) -> bool:
         return False
     given = (tensor for tensor in tensors if tensor is not None)
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in given)
+
+
+def without_values(*tensors: Tensor | None) -> bool:
+    """Return whether tensors hold no numbers to look at: torch compiles or exports, or they are fake or meta.
+
+    Fake ones are told by name, since importing their class costs time that most callers need not spend.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    given = [tensor for tensor in tensors if tensor is not None]
+    return any(tensor.is_meta or type(tensor).__name__ == "FakeTensor" for tensor in given)
 
 
 def fused_adamw(

@@ -15,6 +15,7 @@ from lossworks.head.core.arguments import (
     Reduction,
     check_choice,
     check_finite,
+    check_number,
     check_parallel,
     check_targets,
     operands,
@@ -251,6 +252,8 @@ def _check_combination(
     soft: bool,
 ) -> None:
     check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_number("label_smoothing", smoothing)
+    check_number("z_loss", z_loss)
     if not 0 <= smoothing <= 1:
         raise UserError(f"label_smoothing={smoothing} must be in [0, 1]")
     if not 0 <= z_loss < float("inf"):

@@ -1,10 +1,11 @@
 """The most likely classes of each row, and log-probabilities of some, without keeping logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lossworks.adapters.torch_private import without_values
 from lossworks.errors import UserError
 from lossworks.head.core.arguments import operands
 from lossworks.head.core.problem import LinearProblem
@@ -61,12 +62,37 @@ def linear_top_k(
         raise UserError(f"k={k} must be in [1, {len(head.c)}], the number of classes")
     if not temperature > 0:
         raise UserError(f"temperature={temperature} must be positive")
-    nowhere = torch.full((len(head.e),), -1, device=e.device)
-    with torch.autocast(e.device.type, enabled=False):
-        logits = Logits(LinearProblem(head.e, head.c, nowhere, head.bias, softcap), head.dtype)
-        values, classes, lse = _walk(logits, k, temperature, buffer_share)
+    call = _linear_top_k if without_values(e, c) else _top_k
+    found = call(head.e, head.c, head.bias, k, softcap, float(temperature), buffer_share, head.dtype)
     shape = (*e.shape[:-1], k)
-    return TopK((values - lse[:, None]).reshape(shape), classes.reshape(shape))
+    return TopK(found[0].reshape(shape), found[1].reshape(shape))
+
+
+def _top_k(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    k: int,
+    softcap: float | None,
+    temperature: float,
+    share: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities and classes, both (N, K)."""
+    nowhere = torch.full((len(e),), -1, device=e.device)
+    with torch.autocast(e.device.type, enabled=False):
+        logits = Logits(LinearProblem(e, c, nowhere, bias, softcap), dtype)
+        values, classes, lse = _walk(logits, k, temperature, share)
+        return values - lse[:, None], classes
+
+
+_linear_top_k = torch.library.custom_op("lossworks::linear_top_k", _top_k, mutates_args=())
+
+
+@_linear_top_k.register_fake
+def _(e: Tensor, c: Tensor, bias: Tensor | None, k: int, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    wide = torch.promote_types(e.dtype, torch.float32)
+    return e.new_empty(e.shape[0], k, dtype=wide), e.new_empty(e.shape[0], k, dtype=torch.int64)
 
 
 def _walk(logits: Logits, k: int, temperature: float, share: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,14 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossworks.adapters.torch_private import transformed, without_values
 from lossworks.errors import UserError
 from lossworks.head import backends
 from lossworks.head.autograd.once_differentiable import once_differentiable
 from lossworks.head.core.arguments import Implementation, Operands, Options, check_targets, operands
 from lossworks.head.core.problem import Softmax
-from lossworks.head.core.row_formulas import differentiated
+from lossworks.head.core.row_formulas import differentiated, require_one_a_row
 from lossworks.head.core.valid_rows import ValidRows
 from lossworks.head.cpu.backend import Pass
+from lossworks.head.row_statistics import linear_row_statistics
+from lossworks.head.statistics import LogSumExp, Target
 
 RowFormula = Callable[[Tensor, Tensor], Tensor]
 """From target logits and logsumexps, both (T,), to losses (T,); no row may look at another."""
@@ -73,6 +76,8 @@ def linear_row_loss(
     if impl == "reference":
         raise UserError("impl='reference' must be auto, cpu or triton: use linear_row_statistics for it")
     head = operands(e, c, bias, None)
+    if without_values(e, c, targets) or transformed(e, c, targets, bias):
+        return _of_statistics(e, c, targets, loss, bias, options, target_offset, token_weight)
     if head.group is not None:
         raise UserError("c is spread over ranks by classes: use linear_row_statistics for it")
     check_targets(e, targets, len(head.c), soft=False)
@@ -97,6 +102,36 @@ def linear_row_loss(
         wanted,
     )
     return result
+
+
+def _of_statistics(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    loss: RowFormula,
+    bias: Tensor | None,
+    options: Options,
+    target_offset: Tensor | None,
+    token_weight: Tensor | None,
+) -> Tensor:
+    """Return the same sum where φ can't be called on numbers: it becomes a part of the graph."""
+    ignored = targets == options.ignore_index
+    if token_weight is not None:
+        ignored = ignored | (token_weight.detach() == 0)
+    target, lse = linear_row_statistics(
+        *(e, c, targets.masked_fill(ignored, options.ignore_index), bias),
+        statistics=[Target(), LogSumExp(options.temperature)],
+        ignore_index=options.ignore_index,
+        softcap=options.softcap,
+        target_offset=None if target_offset is None else target_offset.detach(),
+        impl=options.impl,  # type: ignore[arg-type]  # checked by the options
+        buffer_share=options.buffer_share,
+    )
+    # At a target of 0 and a logsumexp of 0, as if it were sure, φ may have no finite gradient.
+    values = loss(torch.where(ignored, -1.0, target).reshape(-1), lse.reshape(-1))
+    require_one_a_row(values, targets.reshape(-1))
+    values = torch.where(ignored.reshape(-1), 0, values)
+    return (values if token_weight is None else values * token_weight.detach().reshape(-1)).sum()
 
 
 def _column(values: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ from lossworks.head.core.arguments import (
     usable_impl,
 )
 from lossworks.head.core.dense_reference import dense_logits, scaled_logits
-from lossworks.head.core.valid_rows import check_range
+from lossworks.head.core.valid_rows import blanked, check_range
 from lossworks.head.core.vocab_parallel import VocabParallel
 from lossworks.head.shared_passes import SharedPasses
 from lossworks.head.statistics import (
@@ -95,12 +95,9 @@ def linear_row_statistics(
     chosen = named(statistics)
     offset = None if target_offset is None else target_offset.reshape(-1)
     if impl == "reference":
-        logits = dense_logits(head.e, head.c, head.bias, softcap)
-        found = list(
-            row_statistics(
-                logits, targets.reshape(-1), chosen, ignore_index=ignore_index, target_offset=offset
-            )
-        )
+        flat = targets.reshape(-1)
+        logits = dense_logits(blanked(head.e, flat == ignore_index), head.c, head.bias, softcap)
+        found = list(row_statistics(logits, flat, chosen, ignore_index=ignore_index, target_offset=offset))
     else:
         if head.group is None:
             check_range(targets.reshape(-1), classes=len(head.c), ignore_index=ignore_index)
@@ -128,7 +125,7 @@ def row_statistics(
     check_range(targets, classes=logits.shape[1], ignore_index=ignore_index)
     ignored = targets == ignore_index
     index = torch.where(ignored, 0, targets)[:, None]
-    z = logits
+    z = logits = blanked(logits, ignored)
     if target_offset is not None:
         z = z.scatter_add(1, index, target_offset.to(z.dtype)[:, None])
     values = []

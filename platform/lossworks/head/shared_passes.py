@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lossworks.adapters.torch_private import without_values
 from lossworks.errors import UserError
 from lossworks.head.autograd.differentiable_row_sums import differentiable_row_sums
-from lossworks.head.core.arguments import Operands, Options, all_classes, operands
+from lossworks.head.core.arguments import Operands, Options, all_classes, in_full_precision, operands
 from lossworks.head.core.problem import RowSums
-from lossworks.head.core.valid_rows import check_range
+from lossworks.head.core.valid_rows import blanked, check_range
 from lossworks.head.statistics import (
     ExpectedLogit,
     Gathered,
@@ -48,6 +49,7 @@ class SharedPasses:
         self._head, self._options, self._targets, self._offset = head, options, targets, offset
         self._statistics = statistics
         self._ignored = targets == options.ignore_index
+        self._blanked: Tensor | None = None
         self._passes: dict[tuple[object, object], RowSums] = {}
         # Whether mean and squares have to be summed over the tiles.
         self._in_pass = options.softcap is not None or offset is not None or head.group is not None
@@ -55,7 +57,7 @@ class SharedPasses:
     def all(self) -> list[Tensor]:
         """Return the statistics in order, each of shape (N,) or (N, K), 0 in ignored rows."""
         # What is not made in a pass is computed as it is there: of operands rounded once, in float32.
-        with torch.autocast(self._head.e.device.type, enabled=False):
+        with in_full_precision(self._head.e.device):
             values = [self._one(statistic) for statistic in self._statistics]
         return [
             value.masked_fill(self._ignored if value.dim() == 1 else self._ignored[:, None], 0)
@@ -123,7 +125,8 @@ class SharedPasses:
         rows, v = len(self._targets), len(self._head.c)
         if isinstance(temperature, Tensor) and temperature.shape not in ((), (rows,)):
             raise UserError(f"temperature {tuple(temperature.shape)} must be one number or ({rows},)")
-        if not bool((torch.as_tensor(temperature) > 0).all()):
+        given = torch.as_tensor(temperature)
+        if not without_values(given) and not bool((given > 0).all()):
             raise UserError("temperature must be positive in every row")
         if classes is not None and (classes.dtype != torch.bool or classes.shape != (v,)):
             raise UserError(f"classes {classes.dtype} {tuple(classes.shape)} must be torch.bool ({v},)")
@@ -162,34 +165,42 @@ class SharedPasses:
             squares = squares + 2 * e @ (bias @ c) + bias @ bias
         return squares.clamp_min(0) / len(c)
 
+    def _rows(self) -> Tensor:
+        """Return E for what takes no pass: passes drop ignored rows, here they are 0."""
+        if self._blanked is None:
+            self._blanked = blanked(self._head.e, self._ignored)
+        return self._blanked
+
     def _first(self) -> RowSums:
         """Return the pass that carries the totals."""
         self._sums(*self._any_softmax())
         return next(iter(self._passes.values()))
 
     def _plain(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        e, c = (x.to(self._head.dtype).to(self._wide) for x in (self._head.e, self._head.c))
+        e, c = (x.to(self._head.dtype).to(self._wide) for x in (self._rows(), self._head.c))
         return e, c, None if self._head.bias is None else self._head.bias.to(self._wide)
 
     def _teacher(self, teacher: TeacherExpectedLogit) -> Tensor:
         from lossworks.head.autograd.distillation import teacher_expected_logit
 
-        if self._head.group is not None or self._offset is not None:
-            raise UserError("TeacherExpectedLogit can't be combined with vocab_parallel or a target_offset")
+        if self._offset is not None:
+            raise UserError("TeacherExpectedLogit can't be combined with a target_offset")
         theirs = operands(teacher.e.detach(), teacher.c.detach(), teacher.bias, None)
         if len(theirs.e) != len(self._targets) or len(theirs.c) != len(self._head.c):
             raise UserError(
                 f"the teacher has {len(theirs.e)} rows and {len(theirs.c)} classes, "
                 f"the student {len(self._targets)} and {len(self._head.c)}"
             )
-        return teacher_expected_logit(self._head, self._options, theirs, teacher.softcap, teacher.temperature)
+        return teacher_expected_logit(
+            *(self._head, self._options, self._targets, theirs, teacher.softcap, teacher.temperature)
+        )
 
     def _gathered(self, classes: Tensor) -> Tensor:
         if self._head.group is not None:
             raise UserError("Gathered can't be combined with vocab_parallel")
         index = classes.reshape(len(self._targets), classes.shape[-1])
         check_range(index.reshape(-1), classes=len(self._head.c), ignore_index=-(2**62))
-        e, c, bias = self._head.e, self._head.c, self._head.bias
+        e, c, bias = self._rows(), self._head.c, self._head.bias
         picked = F.embedding(index, c).to(self._head.dtype).to(self._wide)
         z = torch.bmm(picked, e.to(self._head.dtype).to(self._wide)[:, :, None]).squeeze(2)
         z = z if bias is None else z + bias.to(self._wide)[index]

@@ -26,6 +26,7 @@ from lossworks.head.core.arguments import (
     usable_impl,
 )
 from lossworks.head.core.dense_reference import dense_logits
+from lossworks.head.core.valid_rows import blanked
 from lossworks.losses.problems import Problem, of_classes
 from lossworks.losses.rows import DenseRows, LinearRows, LogitRows, wide
 from lossworks.models.interface import Outputs
@@ -159,6 +160,24 @@ class Loss(Entry, nn.Module):
         if self.adds == "batches":
             return float(self.valid_rows(batch["targets"]).any())
         return float(self.count(batch["targets"]))
+
+    def counting(self, targets: Tensor, context: Context) -> Tensor:
+        """Return targets (...) that say of all that weighs 0, too, that it counts for nothing.
+
+        So what is there may be anything, NaN included, as beside an ignored target.
+        """
+        if context.weight is None:
+            return targets
+        return self._without(targets, context.weight.detach() == 0)
+
+    def _without(self, targets: Tensor, nothing: Tensor) -> Tensor:
+        """Return targets (...) of which those don't count whose leading axes' ``nothing``, bool, says so."""
+        if nothing.shape != targets.shape[: nothing.dim()]:
+            return targets  # a weight of a wrong shape is refused by name where it is used
+        unknown = torch.nan if targets.is_floating_point() else self.ignore_index
+        return targets.masked_fill(
+            nothing.reshape(*nothing.shape, *(1,) * (targets.dim() - nothing.dim())), unknown
+        )
 
     def problem(self, rows: int, generator: torch.Generator) -> Problem:
         """Return a random problem in float64 that fits this loss, by which it is audited: logits and classes.
@@ -303,8 +322,9 @@ class RowLoss(Loss):
             A scalar, or (...) for ``reduction="none"``; float32 at least.
         """
         context = self.context(given)
-        rows = DenseRows(self.prepare(wide(logits)), targets, self.ignore_index)
-        return self._finish(rows, context)
+        targets = self.counting(targets, context)
+        logits = blanked(wide(logits), targets == self.ignore_index)
+        return self._finish(DenseRows(self.prepare(logits), targets, self.ignore_index), context)
 
     def linear(
         self,
@@ -335,7 +355,9 @@ class RowLoss(Loss):
             UserError: Something doesn't fit together, or the logits are needed and ``impl`` builds none.
         """
         context, impl = self.context(given), usable_impl(impl, e, c, targets, bias)
+        targets = self.counting(targets, context)
         if impl == "reference" or (self.needs_logits and impl == "auto" and vocab_parallel is None):
+            e = blanked(e, targets == self.ignore_index)
             logits = dense_logits(e.reshape(-1, e.shape[-1]), c, bias, softcap)
             return self.forward(logits.reshape(*targets.shape, -1), targets, **given)
         if self.needs_logits:

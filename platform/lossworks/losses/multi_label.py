@@ -113,7 +113,7 @@ class MultiLabelLoss(Loss):
         context = self.context(given)
         if scores.dim() != 2:
             raise UserError(f"{self.slug}: scores {tuple(scores.shape)} must be (N, L)")
-        own = self.checked(positives, *scores.shape)
+        own = self.checked(self.counting(positives, context), *scores.shape)
         counted = own != self.ignore_index
         kept = self.kept(counted)
         # Chosen first: where nothing counts, the scores may be anything.
@@ -155,7 +155,7 @@ class MultiLabelLoss(Loss):
         Raises:
             UserError: Something doesn't fit together.
         """
-        e, *_ = self._chosen(e, c, positives, bias)
+        e, *_ = self._chosen(e, c, self.counting(positives, self.context(given)), bias)
         found: Tensor = self(self.scores(e, c, bias), positives, **given)
         return found
 
@@ -255,7 +255,7 @@ class StreamedMultiLabelLoss(MultiLabelLoss):
         context = self.context(given)
         if block < 1:
             raise UserError(f"{self.slug}: block={block} must be at least 1")
-        e, own, counted, kept = self._chosen(e, c, positives, bias)
+        e, own, counted, kept = self._chosen(e, c, self.counting(positives, context), bias)
         with torch.autocast(e.device.type, enabled=False):
             e, c = self._normalised(e, c)
             offset = None if bias is None else bias / self.temperature

@@ -74,10 +74,7 @@ class ValueLoss(Loss):
         context = self.context(given)
         self.require_outputs(outputs)
         self.require_shape("targets", targets, outputs[..., 0])
-        known = ~targets.isnan()
-        if context.weight is not None:
-            self.require_shape("weight", context.weight, targets)
-            known = known & (context.weight > 0)
+        known = ~self.counting(targets, context).isnan()
         # Chosen first: where nothing is known, the outputs may be anything.
         outputs = torch.where(known[..., None], wide(outputs), 0)
         known_targets = torch.where(known, targets.detach(), 0).to(outputs)

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from lossworks import linear_cross_entropy, linear_row_loss, linear_row_statistics
 from lossworks.errors import UserError
+from lossworks.head import Gathered, TeacherExpectedLogit
 from lossworks.head.cpu.tiles import product_dtype
-from lossworks.losses import create
+from lossworks.losses import create, declarations
 
 WEIGHTS = {
     "positive sum": [2.0, -1.0, 1.0, 0.5],
@@ -15,6 +16,7 @@ WEIGHTS = {
     "sum 0": [1.0, -1.0, 1.0, -1.0],
     "with zeros": [0.0, -1.0, 0.0, 3.0],
 }
+LINEAR = [slug for slug in declarations("losses") if hasattr(create(slug), "linear")]
 SLUGS = ("cross-entropy", "ldr", "comp-sum", "log-z")
 
 
@@ -212,3 +214,84 @@ def test_kernels_are_not_started_for_no_row():
     value = linear_cross_entropy(*leaves, none, impl="triton")
     assert value.item() == 0
     assert not any(g.any() for g in torch.autograd.grad(value, leaves))
+
+
+STATISTICS = {
+    "target": "target",
+    "logsumexp": "logsumexp",
+    "mean": "mean",
+    "sum-of-squares": "sum-of-squares",
+    "variance": "variance",
+    "expected": "expected",
+    "gathered": Gathered(torch.tensor([[0, 1]] * 4)),
+    "teacher": TeacherExpectedLogit(
+        torch.ones(4, 3, dtype=torch.float64).index_fill(0, torch.tensor([1]), torch.nan),
+        torch.arange(30, dtype=torch.float64).reshape(10, 3) / 10,
+    ),
+}
+
+
+@pytest.mark.parametrize("statistic", STATISTICS.values(), ids=STATISTICS.keys())
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_whatever_an_ignored_row_holds_reaches_no_gradient(impl, softcap, statistic):
+    """NaN there is as good as 0: 0·NaN would be NaN in every sum over rows."""
+
+    def of(blank):
+        e, c, y = problem()
+        e[1], y[1] = blank, -100
+        leaves = [x.requires_grad_() for x in (e, c)]
+        (value,) = linear_row_statistics(*leaves, y, statistics=[statistic], softcap=softcap, impl=impl)
+        return value.detach(), *torch.autograd.grad(value.square().sum(), leaves)
+
+    torch.testing.assert_close(of(torch.nan), of(0.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["ignored", "weight"])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("slug", LINEAR)
+def test_whatever_a_row_without_weight_holds_reaches_no_gradient(slug, impl, how):
+    """Of every loss that takes a linear head."""
+
+    def of(blank):
+        loss = create(slug)
+        generator = torch.Generator().manual_seed(0)
+        made = loss.problem(4, generator)
+        targets, given = made.target.clone(), dict(made.context)
+        shape = (*made.prediction.shape[:-1], 5)
+        e = torch.randn(shape, dtype=torch.float64, generator=generator).index_fill(
+            0, torch.tensor([1]), blank
+        )
+        c = torch.randn(made.prediction.shape[-1], 5, dtype=torch.float64, generator=generator)
+        if how == "ignored":
+            targets[1] = -100
+        else:
+            values = create(slug, reduction="none")(made.prediction, targets, **given)
+            given["weight"] = torch.ones_like(values)
+            given["weight"][{4: [1], 8: [2, 3]}[len(values)]] = 0
+        leaves = [x.requires_grad_() for x in (e, c)]
+        chosen = {"impl": impl} if loss.kind == "row" and not loss.needs_logits else {}
+        value = loss.linear(*leaves, targets, **chosen, **given)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    torch.testing.assert_close(of(torch.nan), of(0.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ignore_index": None}, "ignore_index=None must be a whole number"),
+        ({"ignore_index": 2.5}, "ignore_index=2.5 must be a whole number"),
+        ({"shift": 1.0}, "shift=1.0 must be a whole number"),
+        ({"temperature": torch.tensor(2.0)}, r"temperature is a Tensor \(\); it must be a number.*LogSumExp"),
+        ({"z_loss": torch.tensor(0.1)}, "z_loss is a Tensor"),
+        ({"label_smoothing": "0.1"}, "label_smoothing='0.1' must be a number"),
+        ({"softcap": True}, "softcap=True must be a number"),
+        ({"buffer_share": None}, "buffer_share=None must be a number"),
+        ({"vocab_parallel": 2}, "vocab_parallel=2 must be a process group"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(options, says):
+    e, c, y = problem()
+    with pytest.raises(UserError, match=says):
+        linear_cross_entropy(e, c, y, **options)

@@ -23,7 +23,7 @@ def test_every_entry_passes_its_audit(tmp_path, capsys):
     assert not any(failed.values()), failed
     assert status == 0
     assert list(report) == AUDITED
-    assert all(len(found) == 6 for found in report.values())
+    assert all(len(found) == 7 for found in report.values())
     printed = capsys.readouterr().out
     assert all(slug in printed for slug in AUDITED)
 
@@ -41,6 +41,7 @@ def test_a_value_head_has_the_bins_that_its_loss_asks_for():
         ("WrongGradientOfNone", {"a random upstream gradient, for every reduction"}),
         ("MeanOfMeans", {"unequal parts of a batch add up to the whole"}),
         ("Naive", {"extreme predictions stay finite"}),
+        ("LooksAtIgnored", {"what counts for nothing may hold NaN"}),
     ],
 )
 def test_known_faults_are_found(fault, failing):
@@ -58,7 +59,7 @@ def test_the_report_on_two_ranks(tmp_path, capsys, monkeypatch):
 
     findings = {finding["check"]: finding for finding in json.loads(path.read_text())}
     assert findings["two ranks of unequal share give what one gives"]["passed"] is True
-    assert "7 of 7 checks hold" in capsys.readouterr().out
+    assert "8 of 8 checks hold" in capsys.readouterr().out
 
 
 def test_a_failed_audit_has_exit_status_1(capsys):

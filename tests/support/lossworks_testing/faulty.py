@@ -57,4 +57,23 @@ class Naive(nn.Module):
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
 
+class LooksAtIgnored(nn.Module):
+    """torch's own: an ignored row has no loss, but its softmax times 0 is its gradient."""
+
+    ignore_index = -100
+
+    def __init__(self, reduction="mean"):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, logits, targets):
+        losses = F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
+        )
+        if self.reduction == "none":
+            return losses
+        count = (targets != self.ignore_index).sum() if self.reduction == "mean" else 1
+        return losses.sum() / max(int(count), 1)
+
+
 NOT_A_CLASS = 3

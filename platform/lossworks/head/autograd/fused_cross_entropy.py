@@ -1,6 +1,7 @@
 """The operator of cross-entropy summed over rows, with its gradients made in the same pass.
 
-``torch.compile(fullgraph=True)`` sees each operator as one node; eager code calls what is inside. There
+``torch.compile(fullgraph=True)`` sees each operator as one node, and so do tensors without values; eager code
+calls what is inside. There
 everything happens that depends on the data: targets are checked, and ignored rows dropped. The autograd
 functions decide what is kept for the backward pass; the gradient of a gradient is refused, not silently
 wrong.
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossworks.adapters.torch_private import without_values
 from lossworks.head import backends
 from lossworks.head.autograd.once_differentiable import once_differentiable
 from lossworks.head.core.problem import Filter, Softmax
@@ -75,7 +77,10 @@ def fuse(
         backend = backends.get(impl, rows.problem)
         result = backend.fused(rows.problem, how, rule, (wanted[0], wanted[1], wanted[2]), rows.combine)
         gradients = rows.gradients(result.gradients, reduce_e=reduce_e, wide=True)
-    return result.losses.sum(), *gradients, rows.total_mass(result.mass)
+    mass = result.mass
+    if eps is not None and mass is None:  # no gradient, of which nothing is left out
+        mass = torch.zeros_like(result.losses)
+    return result.losses.sum(), *gradients, rows.total_mass(mass)
 
 
 fused_cross_entropy = torch.library.custom_op("lossworks::linear_cross_entropy", fuse, mutates_args=())
@@ -116,9 +121,9 @@ class FusedCrossEntropy(torch.autograd.Function):
         ctx: Any, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the sum, a scalar, and the mass left out of each row, shape (N,), empty without a filter."""
-        call = fused_cross_entropy if torch.compiler.is_compiling() else fuse
+        ctx.compiled = without_values(e, c, targets)
+        call = fused_cross_entropy if ctx.compiled else fuse
         loss, *gradients, mass = call(e, c, targets, bias, *rest)
-        ctx.compiled = torch.compiler.is_compiling()
         ctx.dtypes = [e.dtype, c.dtype, e.dtype if bias is None else bias.dtype]
         if ctx.compiled:
             ctx.save_for_backward(*gradients)

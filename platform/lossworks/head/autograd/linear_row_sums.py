@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossworks.adapters.torch_private import without_values
 from lossworks.head import backends
 from lossworks.head.autograd.fused_cross_entropy import empty_gradients
 from lossworks.head.autograd.once_differentiable import once_differentiable
@@ -156,7 +157,7 @@ class LinearRowSums(torch.autograd.Function):
         tensors = (e, c, targets, bias, probabilities, target_offset, temperature, classes, weights)
         # The temperature's own gradient needs Σ p z.
         expected = expected or temperature.requires_grad
-        call = linear_row_sums if torch.compiler.is_compiling() else sum_rows
+        call = linear_row_sums if without_values(e, c, targets) else sum_rows
         sums = call(*tensors, softcap, ignore_index, expected, totals, share, dtype, impl, group)
         ctx.save_for_backward(*tensors, *sums)
         ctx.plain = (softcap, ignore_index, share, dtype, impl, accumulate, group, reduce_e, eps, repair)
@@ -183,7 +184,7 @@ class LinearRowSums(torch.autograd.Function):
         empty = sums[0].new_empty(0)
         filled = [empty if x is None else x for x in coefficients]
         need = ctx.needs_input_grad
-        call = linear_row_gradients if torch.compiler.is_compiling() else slope_rows
+        call = linear_row_gradients if without_values(*tensors[:3]) else slope_rows
         arguments = (*tensors, *ctx.plain, list(sums), filled, list(need[:3]))
         gradients: tuple[Tensor, ...] = call(*arguments)
         of_e, of_c, of_bias = (x if wanted else None for x, wanted in zip(gradients, need, strict=False))

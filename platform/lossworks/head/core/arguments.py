@@ -1,5 +1,7 @@
 """What callers pass: checked, with the message a caller needs, and brought into one form."""
 
+import numbers
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -34,6 +36,12 @@ class Options:
     buffer_share: float = 0.05
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "buffer_share"):
+            check_number(name, getattr(self, name))
+        for name in ("softcap", "filter_eps"):
+            if getattr(self, name) not in (None, "auto"):
+                check_number(name, getattr(self, name))
+        check_integer("ignore_index", self.ignore_index)
         check_choice("impl", self.impl, IMPLEMENTATIONS)
         check_choice("accumulate", self.accumulate, ("fp32", "input"))
         if self.softcap is not None and not 0 < self.softcap < float("inf"):
@@ -91,6 +99,8 @@ def operands(
     """
     if isinstance(vocab_parallel, dist.ProcessGroup):
         vocab_parallel = VocabParallel(vocab_parallel)
+    if not isinstance(vocab_parallel, VocabParallel | None):
+        raise UserError(f"vocab_parallel={vocab_parallel!r} must be a process group, a VocabParallel or None")
     if _is_distributed(c):
         c, bias, vocab_parallel = _local_classes(c, bias, vocab_parallel)
     if _is_distributed(e):
@@ -104,6 +114,12 @@ def operands(
     group = None if vocab_parallel is None else vocab_parallel.group.group_name
     reduce_e = vocab_parallel is None or vocab_parallel.reduce_e
     return Operands(e.reshape(e.shape[:-1].numel(), e.shape[-1]), c, bias, group, reduce_e, dtype)
+
+
+def in_full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without autocast, on devices that have none as well."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def all_classes(head: Operands) -> int:
@@ -178,6 +194,31 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Refuse what is no number: a tensor, whose gradient would be lost, among others.
+
+    Raises:
+        UserError: It is none.
+    """
+    if isinstance(value, Tensor):
+        raise UserError(
+            f"{name} is a Tensor {tuple(value.shape)}; it must be a number. A temperature that is learnt, "
+            "or one a row, is LogSumExp(temperature) of linear_row_statistics"
+        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise UserError(f"{name}={value!r} must be a number")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Refuse what is no whole number.
+
+    Raises:
+        UserError: It is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise UserError(f"{name}={value!r} must be a whole number")
+
+
 def check_finite(head: Operands) -> None:
     """Refuse NaN and infinities.
 
@@ -211,6 +252,7 @@ def shifted(rows: Tensor, targets: Tensor, shift: int) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: The shift is out of range.
     """
+    check_integer("shift", shift)
     length = targets.shape[-1] if targets.dim() else 0
     if not 0 <= shift < length:
         raise UserError(f"shift={shift} must be at least 0 and less than the {length} targets of a sequence")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lossworks.head.core.arguments import Operands, Options
 from lossworks.head.core.problem import RowSums
-from lossworks.head.core.valid_rows import check_range
+from lossworks.head.core.valid_rows import blanked, check_range
 
 
 def dense_logits(e: Tensor, c: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -35,8 +35,8 @@ def reference_sums(
         probabilities: Soft targets (N, V), or None.
         weights: Of the total, shape (V,), or None for 1.
     """
-    z = dense_logits(head.e, head.c, head.bias, options.softcap)
     ignored = targets == options.ignore_index
+    z = dense_logits(blanked(head.e, ignored), head.c, head.bias, options.softcap)
     if probabilities is None:
         check_range(targets, classes=len(head.c), ignore_index=options.ignore_index)
         target = z.gather(1, torch.where(ignored, 0, targets)[:, None]).squeeze(1)

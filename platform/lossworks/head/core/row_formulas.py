@@ -108,6 +108,19 @@ def negative_log_likelihood_with_gradient(
     return plain + (negative_log_likelihood(sums, temperature, mass) - plain).detach()
 
 
+def require_one_a_row(losses: Tensor, target: Tensor) -> None:
+    """Refuse losses that are not shaped like the rows' targets, (T,): they would be broadcast.
+
+    Raises:
+        UserError: With both shapes.
+    """
+    if losses.shape != target.shape:
+        raise UserError(
+            f"the loss returns {tuple(losses.shape)} for {tuple(target.shape)} rows; it must return one "
+            "number a row"
+        )
+
+
 def differentiated(
     loss: Callable[[Tensor, Tensor], Tensor],
     temperature: float,
@@ -127,11 +140,7 @@ def differentiated(
 
     def values(target: Tensor, lse: Tensor, rows: slice) -> Tensor:
         losses = loss(target, lse)
-        if losses.shape != target.shape:
-            raise UserError(
-                f"the loss returns {tuple(losses.shape)} for {tuple(target.shape)} rows; it must return one "
-                "number a row"
-            )
+        require_one_a_row(losses, target)
         return losses if weight is None else weight[rows] * losses
 
     def rule(sums: RowSums, rows: slice) -> tuple[Tensor, Coefficients]:

@@ -5,7 +5,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from lossworks.adapters.torch_private import transformed
+from lossworks.adapters.torch_private import transformed, without_values
 from lossworks.errors import UserError
 from lossworks.head.core.problem import Gradients, LinearProblem, RowSums
 from lossworks.head.core.vocab_parallel import Shard
@@ -121,6 +121,17 @@ class ValidRows:
         return kept[0], kept[1], kept[2]
 
 
+def blanked(rows: Tensor, ignored: Tensor) -> Tensor:
+    """Return rows (N, …) with 0 in those that are ignored, bool (N,).
+
+    Whatever such a row holds, it must reach no gradient: 0·NaN is NaN in every sum over rows.
+    """
+    looked_at = not (without_values(rows, ignored) or transformed(rows, ignored))
+    if looked_at and not bool(ignored.any()):
+        return rows
+    return rows.masked_fill(ignored.reshape(*ignored.shape, *(1,) * (rows.dim() - ignored.dim())), 0)
+
+
 def stored(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which gradients wait for what they will be multiplied by.
 
@@ -138,7 +149,7 @@ def check_range(targets: Tensor, *, classes: int, ignore_index: int) -> None:
     Raises:
         UserError: The first offending position and its value.
     """
-    if targets.is_meta or transformed(targets):  # which hold no values to look at
+    if without_values(targets) or transformed(targets):
         return
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= classes))
     if bool(bad.any()):

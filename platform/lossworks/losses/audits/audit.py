@@ -4,15 +4,19 @@ Wrong gradients hide well: a uniform upstream gradient, equal batches and mild f
 check here is one of those that would have found a fault that lived in a released library.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
+from lossworks.errors import UserError
 from lossworks.losses.audits.subject import ROWS, AuditFinding, Subject, judged
 from lossworks.losses.problems import Problem
 
 _DIRECTIONS, _STEP = 4, 1e-6
+_FIRST = torch.tensor([0])
 _REDUCTIONS = ("sum", "mean", "none")
 _NO_VALUE = "it is declared unmonitored: its gradient isn't that of its value"
 
@@ -111,6 +115,39 @@ def _ignored(subject: Subject) -> AuditFinding:
     return AuditFinding("", True, "zero loss and gradient where everything is ignored")
 
 
+def _blank(subject: Subject) -> AuditFinding:
+    """Judge by a row that counts for nothing and holds NaN, beside the same row of zeros."""
+    problem = subject.problem()
+    index = getattr(subject.build("sum"), "ignore_index", None)
+    if index is None:
+        return AuditFinding("", None, "it has no ignore_index")
+    targets = problem.target.clone()
+    targets[0] = math.nan if targets.is_floating_point() else index
+    cases = {"an ignored target": Problem(problem.prediction, targets, problem.context)}
+    for shape in (problem.target.shape, problem.target.shape[:1]):
+        weighted = problem.given(
+            weight=torch.ones(shape, dtype=problem.prediction.dtype).index_fill(0, _FIRST, 0)
+        )
+        with contextlib.suppress(UserError):  # it takes no weights of that shape
+            subject.value("sum", weighted)
+            cases["a weight of 0"] = weighted
+    for what, case in cases.items():
+        for reduction in ("sum", "mean"):
+            zeros, blank = (_with_first_row(subject, reduction, case, value) for value in (0.0, math.nan))
+            if not all(torch.equal(one, other) for one, other in zip(zeros, blank, strict=True)):
+                return AuditFinding(
+                    "", False, f"reduction={reduction!r} depends on what a row holds that has {what}"
+                )
+    return AuditFinding("", True, f"rows with {' or '.join(cases)} may hold NaN")
+
+
+def _with_first_row(subject: Subject, reduction: str, case: Problem, value: float) -> tuple[Tensor, Tensor]:
+    """Return the loss and the predictions' gradient where the first row holds ``value``."""
+    prediction = case.prediction.index_fill(0, _FIRST, value).requires_grad_()
+    loss = subject.value(reduction, case.with_prediction(prediction))
+    return loss.detach(), torch.autograd.grad(loss, prediction, materialize_grads=True)[0]
+
+
 def _extreme(subject: Subject) -> AuditFinding:
     problem = subject.problem()
     signs = torch.sign(problem.prediction)
@@ -142,6 +179,7 @@ _CHECKS: tuple[tuple[Callable[[Subject], AuditFinding], str], ...] = (
     (_every_reduction, "a random upstream gradient, for every reduction"),
     (_unequal_split, "unequal parts of a batch add up to the whole"),
     (_ignored, "ignored targets count for nothing"),
+    (_blank, "what counts for nothing may hold NaN"),
     (_extreme, "extreme predictions stay finite"),
     (_low_precision, "low precision is as good as rounding allows"),
 )

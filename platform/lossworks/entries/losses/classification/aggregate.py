@@ -250,10 +250,7 @@ class AggregateInterpolation(Loss):
         named = context.segments
         if named is None or named.shape != responses.shape:
             raise UserError(f"{self.slug}: segments must be shaped like responses (N,)")
-        valid = self._known(responses)
-        if context.weight is not None:
-            self.require_shape("weight", context.weight, responses)
-            valid = valid & (context.weight > 0)
+        valid = self._known(self.counting(responses, context))
         bags, size = numbered(named)
         # Chosen first: where nothing is known, predictions and responses may be anything.
         f = torch.where(_beside(valid, predictions), wide(predictions), 0)

@@ -80,7 +80,8 @@ class _OfBatches(PlainDice, Loss):
 
     def statistics(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """Return overlap, predicted and actual size of each class, shape (C, 3); arguments as forward's."""
-        weight = self.context(given).weight
+        context = self.context(given)
+        targets, weight = self.counting(targets, context), context.weight
         valid = targets != self.ignore_index
         if logits.shape == targets.shape:
             logits, classes = torch.stack((torch.zeros_like(logits), logits), -1), "but-first"

@@ -9,6 +9,7 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Case, Paper, number, numbers, switch
 from lossworks.errors import UserError
 from lossworks.head import LogSumExp, linear_cross_entropy
+from lossworks.head.core.valid_rows import blanked
 from lossworks.losses.interface import RowLoss, active
 from lossworks.losses.rows import DenseRows, wide
 
@@ -58,7 +59,8 @@ class CrossEntropy(RowLoss):
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
         """See :meth:`RowLoss.forward`."""
         context = self.context(given)
-        logits = wide(logits)
+        targets = self.counting(targets, context)
+        logits = blanked(wide(logits), targets == self.ignore_index)
         rows = DenseRows(logits, targets, self.ignore_index)
         w = self._class_weights(logits, rows.classes)
         values = self._smoothed(logits, targets, w)

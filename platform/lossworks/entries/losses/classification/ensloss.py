@@ -103,6 +103,7 @@ class EnsLoss(Loss):
         """
         context = self.context(given)
         self.require_shape("logits", logits, targets)
+        targets = self.counting(targets, context)
         valid = targets != self.ignore_index
         if bool((valid & (targets != 0) & (targets != 1)).any()):
             raise UserError(f"{self.slug}: targets must be 0, 1 or ignore_index={self.ignore_index}")

@@ -98,6 +98,14 @@ class DCO(RowLoss):
         """Return which sequences have a token that counts."""
         return _per_sequence(rows.valid.to(torch.float32), context.segments) > 0
 
+    def counting(self, targets: Tensor, context: Context) -> Tensor:
+        """See :meth:`Loss.counting`; a weight belongs to a sequence, or to what ``segments`` names."""
+        if context.weight is None or context.segments is None:
+            return super().counting(targets, context)
+        nothing = context.weight.detach() == 0
+        named = int(context.segments.max()) + 1 if context.segments.numel() else 0
+        return self._without(targets, nothing[context.segments]) if nothing.shape == (named,) else targets
+
     def count(self, targets: Tensor) -> Tensor:
         """Return the number of sequences that count."""
         return (targets != self.ignore_index).any(-1).sum()

@@ -151,6 +151,7 @@ class EISL(Loss):
             UserError: The shapes don't fit.
         """
         self._check(logits, targets, logits.shape[-1])
+        targets = self.counting(targets, self.context(given))
         kept = self._places(logits, targets)
         # Chosen first: where nothing counts, the logits may be anything.
         log_p = torch.where(kept[:, :, None], wide(logits), 0).log_softmax(-1)
@@ -180,6 +181,7 @@ class EISL(Loss):
             given: Fields of :class:`lossworks.losses.Context`.
         """
         self._check(e, targets, len(c))
+        targets = self.counting(targets, self.context(given))
         kept = self._places(e, targets)
         e = torch.where(kept[:, :, None], e, 0)
         # Any class will do: only the logsumexp is asked for.
