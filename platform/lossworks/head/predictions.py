@@ -3,12 +3,14 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.adapters.torch_private import without_values
 from lossworks.errors import UserError
-from lossworks.head.core.arguments import operands
+from lossworks.head.core.arguments import Implementation, operands
 from lossworks.head.core.problem import LinearProblem
+from lossworks.head.core.vocab_parallel import VocabParallel
 from lossworks.head.cpu.tile_sizes import choose_tile_sizes
 from lossworks.head.cpu.tiles import Logits, slices, view
 from lossworks.head.row_statistics import linear_row_statistics
@@ -130,8 +132,11 @@ def linear_log_probabilities(
     classes: Tensor,
     bias: Tensor | None = None,
     *,
+    ignore_index: int = -100,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    impl: Implementation = "auto",
+    vocab_parallel: VocabParallel | dist.ProcessGroup | None = None,
     buffer_share: float = 0.05,
 ) -> Tensor:
     """Return log p_ik of a list of classes of each row, differentiable, in one pass over C.
@@ -141,14 +146,18 @@ def linear_log_probabilities(
     Args:
         e: Embeddings E, shape (..., D).
         c: Classifier C, shape (V, D).
-        classes: int64 in [0, V), shape (..., K).
+        classes: int64 in [0, V) or ``ignore_index``, shape (..., K).
         bias: Shape (V,), or None.
+        ignore_index: Where there is no class, as in candidates of unequal number: the result is 0 there and
+            has no gradient. A row that has none costs nothing.
         softcap: Cap of the logits' magnitude, or None.
-        temperature: τ > 0, by which logits are divided.
+        temperature: τ > 0, by which logits are divided; a number or a tensor of shape (N,), differentiable.
+        impl: As for :func:`lossworks.linear_cross_entropy`.
+        vocab_parallel: As there.
         buffer_share: Largest buffer as a share of the logits.
 
     Returns:
-        Shape (..., K), float32 at least.
+        log p, shape (..., K), float32 at least.
 
     Raises:
         UserError: A shape does not fit, or a class is out of range.
@@ -157,13 +166,14 @@ def linear_log_probabilities(
         raise UserError(
             f"classes {classes.dtype} {tuple(classes.shape)} must be torch.int64 {(*e.shape[:-1], 'K')}"
         )
+    there = classes != ignore_index
     z, lse = linear_row_statistics(
-        e,
-        c,
-        torch.zeros(e.shape[:-1], dtype=torch.int64, device=e.device),
-        bias,
-        statistics=[Gathered(classes), LogSumExp(temperature)],
+        *(e, c, torch.where(there.any(-1), 0, -100), bias),
+        statistics=[Gathered(torch.where(there, classes, 0)), LogSumExp(temperature)],
         softcap=softcap,
+        impl=impl,
+        vocab_parallel=vocab_parallel,
         buffer_share=buffer_share,
     )
-    return (z - lse[..., None]) / temperature
+    tau = temperature.reshape(-1)[:, None] if isinstance(temperature, Tensor) else temperature
+    return torch.where(there, ((z - lse[..., None]).flatten(0, -2) / tau).reshape(z.shape), 0)

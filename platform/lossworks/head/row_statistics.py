@@ -69,7 +69,7 @@ def linear_row_statistics(
         target_offset: Added to :math:`z_{i,y_i}` before anything else is taken: a margin; shape (...),
             differentiable, or None.
         impl: As for :func:`lossworks.linear_cross_entropy`.
-        vocab_parallel: As there; not for teachers and gathered logits.
+        vocab_parallel: As there; a teacher's classes are spread over the ranks like the student's.
         buffer_share: As there.
 
     Returns:

@@ -12,6 +12,7 @@ from lossworks.head.autograd.differentiable_row_sums import differentiable_row_s
 from lossworks.head.core.arguments import Operands, Options, all_classes, in_full_precision, operands
 from lossworks.head.core.problem import RowSums
 from lossworks.head.core.valid_rows import blanked, check_range
+from lossworks.head.core.vocab_parallel import Shard, sum_gradient_over_ranks, sum_over_ranks
 from lossworks.head.statistics import (
     ExpectedLogit,
     Gathered,
@@ -190,17 +191,27 @@ class SharedPasses:
             raise UserError(
                 f"the teacher has {len(theirs.e)} rows and {len(theirs.c)} classes, "
                 f"the student {len(self._targets)} and {len(self._head.c)}"
+                + ("" if self._head.group is None else " on this rank")
             )
         return teacher_expected_logit(
             *(self._head, self._options, self._targets, theirs, teacher.softcap, teacher.temperature)
         )
 
     def _gathered(self, classes: Tensor) -> Tensor:
-        if self._head.group is not None:
-            raise UserError("Gathered can't be combined with vocab_parallel")
         index = classes.reshape(len(self._targets), classes.shape[-1])
-        check_range(index.reshape(-1), classes=len(self._head.c), ignore_index=-(2**62))
+        check_range(index.reshape(-1), classes=all_classes(self._head), ignore_index=-(2**62))
         e, c, bias = self._rows(), self._head.c, self._head.bias
+        group = self._head.group
+        if group is None:
+            return self._logits_at(e, c, bias, index)
+        shard = Shard.of(group, len(c), c.device)
+        local = shard.local(index)
+        e = sum_gradient_over_ranks(e, shard.group) if self._head.reduce_e else e
+        z = self._logits_at(e, c, bias, local.clamp(min=0))
+        return sum_over_ranks(z.masked_fill(local < 0, 0), shard.group)
+
+    def _logits_at(self, e: Tensor, c: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+        """Return the logits of K classes of this C for each row, index and result (N, K)."""
         picked = F.embedding(index, c).to(self._head.dtype).to(self._wide)
         z = torch.bmm(picked, e.to(self._head.dtype).to(self._wide)[:, :, None]).squeeze(2)
         z = z if bias is None else z + bias.to(self._wide)[index]

@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head import VocabParallel, linear_cross_entropy
+from lossworks.head import (
+    Gathered,
+    TeacherExpectedLogit,
+    VocabParallel,
+    linear_cross_entropy,
+    linear_log_probabilities,
+    linear_row_statistics,
+)
 from lossworks.head.cpu import backend as cpu
 from lossworks.head.cpu.tile_sizes import TileSizes
 
@@ -84,6 +91,7 @@ CASES = {
     "kept": Case(tiles="kept"),
     "twice": Case({"reduction": "sum"}, tiles="twice"),
 }
+STATISTICS = ("target", "logsumexp", "mean", "sum-of-squares", "variance", "expected")
 TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (2e-5, 1e-6), torch.bfloat16: (3e-2, 3e-2)}
 
 
@@ -96,6 +104,9 @@ def failures() -> list[str]:
                 _check(case, sizes)
         with _reported(f"filter {sizes}", found):
             _check_filter(sizes)
+        for reduce_e in (True, False):
+            with _reported(f"statistics {sizes}, reduce_e={reduce_e}", found):
+                _check_statistics(sizes, reduce_e=reduce_e)
     with _reported("DTensor", found):
         _check_distributed()
     for name, (message, change) in REFUSED.items():
@@ -179,6 +190,34 @@ def _check_filter(sizes: tuple[int, ...]) -> None:
         raise AssertionError("∂C is off by more than the mass left out allows")
     if not float((found[2] - _own(of_bias, sizes)).abs().max()) <= 1e-9:
         raise AssertionError("the repair keeps the sum over rows, which is the bias's gradient")
+
+
+def _check_statistics(sizes: tuple[int, ...], *, reduce_e: bool) -> None:
+    """All statistics and log-probabilities, a teacher's whose classes are spread alike among them."""
+    teacher_e, teacher_c = _problem(Case(), (sum(sizes),))[:2]
+    teacher_c, rows = 1.0 - teacher_c.detach(), teacher_e.detach().flip(0)
+    candidates = torch.arange(3 * ROWS).reshape(ROWS, 3) % sum(sizes)
+
+    def of(
+        e: Tensor, c: Tensor, targets: Tensor, bias: Tensor, theirs: Tensor, **how: Any
+    ) -> tuple[Tensor, ...]:
+        asked = [*STATISTICS, Gathered(candidates), TeacherExpectedLogit(rows, theirs, temperature=2.0)]
+        found = linear_row_statistics(e, c, targets, bias, statistics=asked, softcap=4.0, **how)
+        some = candidates.masked_fill(candidates % 4 == 0, IGNORE)
+        return *found, linear_log_probabilities(e, c, some, bias, temperature=0.7, **how)
+
+    e, c, targets, bias = _problem(Case(), sizes)
+    parallel = VocabParallel(dist.group.WORLD, reduce_e=reduce_e)
+    leaves = [e, _own(c, sizes), _own(bias, sizes)]
+    found = of(e, leaves[1], targets, leaves[2], _own(teacher_c, sizes), vocab_parallel=parallel)
+    gradients = list(torch.autograd.grad(_weighted(found), leaves))
+    if not reduce_e:
+        dist.all_reduce(gradients[0])
+    expected = of(e, c, targets, bias, teacher_c, impl="reference")
+    of_e, *others = torch.autograd.grad(_weighted(expected), (e, c, bias))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    wanted = [of_e, *(_own(x, sizes) for x in others)]
+    torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-9)
 
 
 def _check_distributed() -> None:

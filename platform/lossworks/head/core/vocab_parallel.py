@@ -5,6 +5,7 @@ all-reduces (a maximum, then sums relative to it), ∂C none at all, and ∂E is
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,3 +101,44 @@ def agree(complaint: str | None, name: str | None, device: torch.device) -> str 
     flag = torch.tensor([complaint is not None], dtype=torch.int32, device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=process_group(name))
     return complaint or ("another rank's part of c or bias holds NaN or infinity" if bool(flag) else None)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over ranks that all use alike, so that each rank's part of it gets the sum's own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ARG004
+        whole = part.clone()
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return upstream[0], None
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """The identity of what all ranks have alike, whose gradient is the sum over the ranks' parts of it."""
+
+    @staticmethod
+    def forward(ctx: Any, shared: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return shared.view_as(shared)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        whole = upstream[0].clone()
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None
+
+
+def sum_over_ranks(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of all ranks' parts, differentiable; the sum's gradient is the same on all of them."""
+    whole: Tensor = _SumOverRanks.apply(part, group)
+    return whole
+
+
+def sum_gradient_over_ranks(shared: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return a tensor that all ranks have alike, whose gradient is summed over what each rank makes of it."""
+    same: Tensor = _SumOfGradients.apply(shared, group)
+    return same
