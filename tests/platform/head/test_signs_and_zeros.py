@@ -295,3 +295,26 @@ def test_what_is_no_number_is_refused_by_name(options, says):
     e, c, y = problem()
     with pytest.raises(UserError, match=says):
         linear_cross_entropy(e, c, y, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_slope_of_a_saturated_softcap_has_all_its_digits(reduction):
+    """1 − tanh² cancels, in plain float32 to two digits of the gradient or none."""
+    g = torch.Generator().manual_seed(0)
+    e = torch.rand((64, 1), generator=g) + 6  # all logits are at ±s but for e⁻¹²
+    c = torch.randn((256, 1), generator=g).sign()
+    y = torch.randint(0, 256, (64,), generator=g)
+
+    def gradient(loss, dtype):
+        leaf = e.to(dtype).requires_grad_()
+        return torch.autograd.grad(loss(leaf, c.to(dtype)), leaf)[0].double()
+
+    def plain(e, c):
+        return F.cross_entropy(torch.tanh(e @ c.T), y)
+
+    def ours(e, c):
+        return linear_cross_entropy(e, c, y, softcap=1.0, reduction=reduction).mean()
+
+    true = gradient(plain, torch.float64)
+    error, others = ((gradient(loss, torch.float32) - true).norm() / true.norm() for loss in (ours, plain))
+    assert error < 1e-5 < others

@@ -139,8 +139,10 @@ def gradients(
     parts = [(rows, sums.part(rows), coefficients.part(rows)) for rows in chunks]
     for block in slices(logits.classes, plan.classes):
         for rows, row_part, coefficient_part in parts:
-            z = logits.tile(block, rows, view(buffer, block, rows))
-            slopes.add(z, block, rows, row_part, coefficient_part)
+            x = logits.uncapped(block, rows, view(buffer, block, rows))
+            bend = logits.bend(x)
+            z = logits.capped(x, block, rows, x)
+            slopes.add(z, block, rows, row_part, coefficient_part, bend=bend)
     return slopes.finish(coefficients.constant, coefficients.constant_weights)
 
 
@@ -210,9 +212,12 @@ def _kept(
     blocks, every = slices(logits.classes, plan.classes), slice(0, logits.classes)
     size = len(logits) if plan.borrow else plan.rows
     store = None if plan.borrow else logits.buffer(size, logits.classes)
-    # Exponentials take the logits' place in the store, unless a part of the gradient asks for logits.
-    in_place = logits.problem.softcap is None and not how.expected
+    # Exponentials take the logits' place in the store, unless a part of the gradient asks for logits. With a
+    # softcap the store keeps what is capped, since its slope can't be had of capped logits to all digits.
+    softcap = logits.problem.softcap is not None
+    in_place = not softcap and not how.expected
     scratch = None if in_place else logits.buffer(size, plan.classes)
+    capped = logits.buffer(size, plan.classes) if softcap else None
     done: list[tuple[Tensor, RowSums, Tensor | None]] = []
     weights = None
     for rows in slices(len(logits), size):
@@ -220,7 +225,8 @@ def _kept(
         partial = how.sums(logits, rows)
         bases: list[Tensor | None] = []
         for block in blocks:
-            z = logits.tile(block, rows, chunk[block])
+            z = logits.uncapped(block, rows, chunk[block])
+            z = logits.capped(z, block, rows, z if capped is None else view(capped, block, rows))
             base = partial.add(z, block, z if scratch is None else view(scratch, block, rows))
             bases.append(base if in_place else None)
         sums = combine(partial.finish())
@@ -231,7 +237,10 @@ def _kept(
             for part in slices(len(z[0]), plan.rows):
                 known = None if shift is None else shift[part]
                 place = slice(rows.start + part.start, rows.start + part.stop)
-                slopes.add(z[:, part], block, place, sums.part(part), coefficients.part(part), known)
+                tile, bend = z[:, part], None
+                if softcap:
+                    bend, tile = logits.bend(tile), logits.capped(tile, block, place, tile)
+                slopes.add(tile, block, place, sums.part(part), coefficients.part(part), known, bend)
         weights = coefficients.constant_weights
         done.append((losses, sums, coefficients.constant))
     losses_of, sums_of, constants = zip(*done, strict=True)
@@ -277,8 +286,10 @@ def teacher_gradients(
         for rows in slices(len(student), plan.rows):
             q = theirs.tile(block, rows, view(scratch, block, rows)).div_(temperature)
             g = q.sub_(lse[rows]).exp_().mul_(coefficient[rows]).to(student.wide)
-            z = None if problem.softcap is None else student.tile(block, rows, view(buffer, block, rows))
-            slopes.add_given(g, z, block, rows)
+            if problem.softcap is not None:
+                bend = student.bend(student.uncapped(block, rows, view(buffer, block, rows)))
+                g = g if bend is None else g.mul_(bend)
+            slopes.add_given(g, block, rows)
     return slopes.finish(None, None)[0]
 
 

@@ -52,6 +52,7 @@ class Slopes:
         sums: RowSums,
         parts: Coefficients,
         base: Tensor | None = None,
+        bend: Tensor | None = None,
     ) -> None:
         """Take in a tile.
 
@@ -63,6 +64,7 @@ class Slopes:
             parts: Coefficients of these rows.
             base: Shape (T,), where the exponential is already taken; not with a softcap, an expected or a
                 linear part, which need the logits.
+            bend: The softcap's derivative, shape (B, T), if there is a softcap.
         """
         hits = self._logits.hits(block, rows)
         soft = self._logits.soft(block, rows)
@@ -71,7 +73,8 @@ class Slopes:
             p, factor = self._exponentials(z, block, rows, sums, base, z)
             self._add_filtered(p.mul_(factor), block, rows, parts, hits, self._filter.eps)
         else:
-            self._add_all(self._slope(z, block, rows, sums, parts, hits, soft, base), block, rows)
+            g = self._slope(z, block, rows, sums, parts, hits, soft, base)
+            self._add_all(g if bend is None else g.mul_(bend), block, rows)
 
     def borrowed(self) -> Tensor:
         """Return room for the logits of all rows, (V, N), in the memory of ∂C; N is at most D."""
@@ -85,11 +88,8 @@ class Slopes:
             into.zero_()
         return z
 
-    def add_given(self, g: Tensor, z: Tensor | None, block: slice, rows: slice) -> None:
-        """Take in a tile of ∂L/∂z (B, T), before the softcap if ``z``, its logits, are given."""
-        if z is not None:
-            bend = self._bend(z, rows, self._logits.hits(block, rows))
-            g = g if bend is None else g.mul_(bend)
+    def add_given(self, g: Tensor, block: slice, rows: slice) -> None:
+        """Take in a tile of ∂L/∂(C·e), shape (B, T)."""
         self._add_all(g, block, rows)
 
     def finish(self, constant: Tensor | None, weights: Tensor | None) -> tuple[Gradients, Tensor | None]:
@@ -137,8 +137,7 @@ class Slopes:
         soft: Tensor | None,
         base: Tensor | None,
     ) -> Tensor:
-        """Return ∂L/∂z of a tile."""
-        bend = self._bend(z, rows, hits)
+        """Return ∂L/∂z of a tile of capped logits."""
         keep_z = parts.expected is not None or parts.linear is not None
         out = torch.empty_like(z) if keep_z else z
         g, inverse = self._exponentials(z, block, rows, sums, base, out)
@@ -159,17 +158,7 @@ class Slopes:
                 g.addcmul_(soft, parts.target)
             # In wide precision: p − 1 of a rounded p loses all digits of a confident row.
             g[hits] += parts.target[hits[1]]
-        return g if bend is None else g.mul_(bend)
-
-    def _bend(self, z: Tensor, rows: slice, hits: tuple[Tensor, Tensor]) -> Tensor | None:
-        """Return the softcap's derivative 1 − (z/s)², of the logits without the target's offset."""
-        problem = self._logits.problem
-        if problem.softcap is None:
-            return None
-        bend = z / problem.softcap
-        if problem.target_offset is not None:
-            bend[hits] -= problem.target_offset[rows][hits[1]].to(z.dtype) / problem.softcap
-        return bend.square_().neg_().add_(1)
+        return g
 
     def _add_all(self, g: Tensor, block: slice, rows: slice) -> None:
         """Add both products of a whole tile of ∂L/∂z."""

@@ -60,6 +60,10 @@ class Logits:
 
     def tile(self, block: slice, rows: slice, out: Tensor) -> Tensor:
         """Write the logits into ``out``, wide, shape (B, T), and return it."""
+        return self.capped(self.uncapped(block, rows, out), block, rows, out)
+
+    def uncapped(self, block: slice, rows: slice, out: Tensor) -> Tensor:
+        """Write C·Eᵀ + b of a tile into ``out``, wide, shape (B, T), and return it."""
         c, e = self.c(block), self.e[rows]
         if self.products == self.wide:
             torch.mm(c, e.t(), out=out)
@@ -67,12 +71,27 @@ class Logits:
             out.copy_(c @ e.t())
         if self._bias is not None:
             out += self._bias[block, None]
+        return out
+
+    def capped(self, x: Tensor, block: slice, rows: slice, out: Tensor) -> Tensor:
+        """Return the logits of what :meth:`uncapped` gave, (B, T), in ``out``; in ``x`` without a softcap."""
+        z = x
         if self.problem.softcap is not None:
-            out.div_(self.problem.softcap).tanh_().mul_(self.problem.softcap)
+            z = torch.div(x, self.problem.softcap, out=out).tanh_().mul_(self.problem.softcap)
         if self.problem.target_offset is not None:
             hits = self.hits(block, rows)
-            out[hits] += self.problem.target_offset[rows][hits[1]].to(out.dtype)
-        return out
+            z[hits] += self.problem.target_offset[rows][hits[1]].to(z.dtype)
+        return z
+
+    def bend(self, x: Tensor) -> Tensor | None:
+        """Return the softcap's derivative at what :meth:`uncapped` gave, (B, T), or None without a softcap.
+
+        1 − tanh² cancels where the cap saturates; with t = exp(−2|x|/s) it is 4t/(1 + t)².
+        """
+        if self.problem.softcap is None:
+            return None
+        t = x.abs().mul_(-2 / self.problem.softcap).exp_()
+        return (t + 1).square_().reciprocal_().mul_(t).mul_(4)
 
     def bounded(self, z: Tensor) -> Tensor:
         """Return finite logits, for a bias can make some −∞, and 0·∞ is no number."""
