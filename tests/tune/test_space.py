@@ -154,6 +154,12 @@ def test_a_spec_survives_yaml(tmp_path):
         ({"space": {"evaluation.every": [1, 2]}}, "space.evaluation.every: all configurations of a sweep"),
         ({"space": {"name": ["a", "b"]}}, "space.name: changes nothing of what is trained"),
         ({"space": {"tracking.uri": ["a", "b"]}}, "space.tracking.uri: changes nothing"),
+        ({"space": {"workers": [1, 2]}}, "space.workers: changes nothing of what is trained"),
+        ({"space": {"sharding.kind": ["ddp", "fsdp"]}}, "space.sharding.kind: changes nothing"),
+        (
+            {"space": {"data.source": ["digits", "wine"]}},
+            "space.data.source: all configurations .* same data",
+        ),
         ({"space": {"loss": ["ldr", "dice"]}}, "space.loss: losses and their .* the sweep's own field"),
         ({"space": {"loss.temperature": [1, 2]}}, "space.loss.temperature: losses and their"),
         ({"space": {"task": ["regression"]}}, "space.task: a sweep trains one task"),

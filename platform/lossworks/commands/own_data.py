@@ -30,7 +30,7 @@ def _data(arguments: argparse.Namespace) -> int:
     from rich.text import Text
 
     from lossworks.data.example_sources import existing_file
-    from lossworks.data.tables import Features, read_cells
+    from lossworks.data.tables import Features, is_empty, read_cells
     from lossworks.specs import ExamplesSpec
 
     kind, _, name = arguments.source.partition(":")
@@ -50,7 +50,7 @@ def _data(arguments: argparse.Namespace) -> int:
     for title, texts in cells.columns.items():
         column = read.get(title)
         role = column.kind if column else "label" if title in others else features.dropped.get(title, "owner")
-        known = [text for text in texts if text]
+        known = [text for text in texts if not is_empty(text)]
         table.add_row(
             Text(title or "(no name)"),
             role if column or title in others else f"left out: {role}",
@@ -62,6 +62,8 @@ def _data(arguments: argparse.Namespace) -> int:
     console = Console()
     console.print(f"{name}: {len(cells)} rows, {sum(len(c.features) for c in features.columns)} features")
     console.print(table)
+    for note in cells.notes:
+        console.print(note, style="yellow")
     unlabelled = cells.columns[spec.label].count("") if others else 0
     if unlabelled:
         console.print(

@@ -99,13 +99,13 @@ def _numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
         raise UserError("a label is NaN or infinite")
     if len(names) < 2:
         raise UserError(f"the labels hold {len(names)} class; two are the least")
-    order = _in_order(names)
+    order = in_order(names)
     places = np.argsort(order)
     return places[numbers.reshape(-1)].astype(np.int64), tuple(str(names[at]) for at in order)
 
 
-def _in_order(names: np.ndarray) -> np.ndarray:
-    """Return the order of sorted names (K,): that of the numbers, where all names are numbers."""
+def in_order(names: np.ndarray) -> np.ndarray:
+    """Return the order of sorted names (K,), int64: that of the numbers, where all names are numbers."""
     try:
         values = names.astype(np.float64)
     except ValueError:
@@ -220,7 +220,11 @@ def read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
                 raise UserError(
                     f"{path}: holds {', '.join(arrays.files)}; the arrays {' and '.join(needed)} are needed"
                 )
-            return {name: arrays[name] for name in needed}
+            found = {name: arrays[name] for name in needed}
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):  # numpy hands on as bytes what isn't written as npy
+            raise UserError(f"{path}: {name} is no array; np.savez writes such files")
+    return found
 
 
 def _npz(path: Path, owner: str | None) -> Read:
@@ -263,12 +267,14 @@ def _image_folder(path: Path, size: int, *, links: bool) -> Read:
 def _image(source: Any, size: int) -> np.ndarray:
     """Return an image as (3, size, size) in [0, 1]."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise UserError("images need the library Pillow: install pillow") from None
     with reading(f"{source}, as an image"), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = source if isinstance(source, Image.Image) else Image.open(source)
+        # Cameras store how they were held, and what shows the picture turns it.
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # sixteen bits, which Pillow would cut off at 255
             grey = Image.fromarray(np.asarray(image, dtype=np.float32) / 65535)
             pixels = np.asarray(grey.resize((size, size)), dtype=np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lossworks.data.batch import IGNORE_INDEX
-from lossworks.data.example_sources import existing_file, features_of, read_arrays
+from lossworks.data.example_sources import existing_file, features_of, in_order, read_arrays
 from lossworks.data.examples import Examples, of_inputs, scale_of
 from lossworks.data.learnt import Learnt, digest_of
 from lossworks.data.standardise import Standardisation, to_float32
@@ -18,6 +18,7 @@ from lossworks.specs.values import LabelSetsSpec
 _TOPICS = 1  # what a random stream is for
 _FEATURES, _RANK, _BEST, _NOISE = 32, 24, 5, 0.5
 _ROWS_AT_ONCE = 1024
+_MANY, _MANY_UNUSED = 10_000, 100  # labels, and for each that is used, of which most seem to be a mistake
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +95,10 @@ def _table(
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], Features]:
     cells = read_cells(existing_file(name))
     texts = cells.column(spec.label, "data.label")
-    sets = [[part.strip() for part in text.split(spec.separator) if part.strip()] for text in texts]
+    parts = [[part.strip() for part in text.split(spec.separator) if part.strip()] for text in texts]
+    sets = [list(dict.fromkeys(one)) for one in parts]  # a label that is named twice is there once
     names = sorted({part for one in sets for part in one})
+    names = [names[at] for at in in_order(np.array(names))]
     if len(names) < 2:
         raise UserError(f"{name}: column {spec.label} must hold at least two labels, not {len(names)}")
     numbers = {label: number for number, label in enumerate(names)}
@@ -134,6 +137,10 @@ def _arrays(name: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     used = len(np.unique(labels[labels >= 0]))
     if used < 2:
         raise UserError(f"{name}: y must hold at least two labels, not {used}")
+    if count > _MANY and count > _MANY_UNUSED * used:
+        raise UserError(
+            f"{name}: y holds the label {count - 1}, and only {used} different ones; number them from 0 on"
+        )
     return x, labels, tuple(str(number) for number in range(count))
 
 

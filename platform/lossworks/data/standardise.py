@@ -74,5 +74,7 @@ def to_float32(inputs: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         narrow = inputs.astype(np.float32)
     if not np.isfinite(narrow).all():
-        raise UserError("the inputs hold numbers beyond ±3.4e38; scale them down")
+        raise UserError("the data hold numbers beyond ±3.4e38; scale them down")
+    if inputs.any() and not narrow.any():
+        raise UserError("the data hold numbers below ±1e-45 alone, which float32 takes for 0; scale them up")
     return narrow

@@ -9,15 +9,17 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 
-from lossworks.data.text.encodings import encoding_of
+from lossworks.data.text.encodings import OLD, encoding_of
 from lossworks.errors import UserError, nearest, shortened
 from lossworks.files import reading
 
@@ -28,9 +30,10 @@ _YES = frozenset(("true", "yes", "y", "t", "on", "ja", "wahr", "oui", "si", "sí
 _NO = frozenset(("false", "no", "n", "f", "off", "nein", "falsch", "non"))
 _FEW = 20  # categories that any column may have
 _MOST = 200  # that one with many rows may have
-_GERMAN = re.compile(r"[-+]?(\d+|\d{1,3}(\.\d{3})+)(,\d+)?")
-_ENGLISH = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
-_POINTED = re.compile(r"[-+]?(?!\d{1,3}(\.\d{3})+$)\d*\.\d+([eE][-+]?\d+)?")  # no mere thousands
+_ENOUGH = 1000  # cells that tell how a column's numbers are written
+_EXPONENT = r"([eE][-+]?\d+)?"
+_GERMAN = re.compile(r"[-+]?(\d+|[1-9]\d{0,2}(\.\d{3})+)?(,\d*)?" + _EXPONENT)
+_ENGLISH = re.compile(r"[-+]?(\d+|[1-9]\d{0,2}(,\d{3})+)?(\.\d*)?" + _EXPONENT)
 _DATES = ("%d.%m.%Y", "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%Y/%m/%d")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -43,13 +46,16 @@ class Cells:
         source: Its file, for messages.
         columns: Cells by column, N each.
         lines: The line of each row, for messages.
-        commas: Columns whose numbers are written with a decimal comma.
+        commas: Whether the numbers of a column are written with a decimal comma, by column; those whose cells
+            can be read either way are not named.
+        notes: What was taken for granted in reading the file, or left out of it, in a sentence each.
     """
 
     source: str
     columns: Mapping[str, list[str]]
     lines: Sequence[int]
-    commas: frozenset[str] = frozenset()
+    commas: Mapping[str, bool] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -76,7 +82,18 @@ class Cells:
         Raises:
             UserError: A cell is no finite number, naming where it stands.
         """
-        return _converted(self, name, _READERS["number"](self, name), "finite number")
+        return _converted(self, name, _reader("number", self.comma_of(name)), "finite number")
+
+    def comma_of(self, name: str, usual: bool | None = None) -> bool:
+        """Return whether the numbers of a column are written with a decimal comma.
+
+        What its own cells leave open is as usual, and if nothing is, as in the other columns, if these agree.
+        """
+        if name in self.commas:
+            return self.commas[name]
+        if usual is not None:
+            return usual
+        return bool(self.commas) and all(self.commas.values())
 
 
 @dataclass(frozen=True)
@@ -88,21 +105,34 @@ class Column:
         kind: ``number``, ``yes-no`` (1 and 0), ``date`` (days since 1970) or ``category`` (a feature each).
         categories: In their order, of that kind.
         gaps: Whether a further feature says that a cell was empty; what stands for it is the mean.
+        comma: Whether its numbers had a decimal comma, which tells how to read those that can be read either
+            way; None where that made no difference.
     """
 
     name: str
     kind: Kind
     categories: tuple[str, ...] = ()
     gaps: bool = False
+    comma: bool | None = None
 
     @classmethod
     def of_plain(cls, values: Mapping[str, Any]) -> Self:
-        """Return what :meth:`plain` gave."""
-        return cls(values["name"], values["kind"], tuple(values["categories"]), bool(values["gaps"]))
+        """Return what :meth:`plain` gave.
+
+        Raises:
+            UserError: It can't have given that.
+        """
+        name, kind, categories = (values.get(key) for key in ("name", "kind", "categories"))
+        comma = values.get("comma")
+        texts = isinstance(categories, list) and all(isinstance(one, str) for one in categories)
+        if not (isinstance(name, str) and kind in get_args(Kind) and texts and comma in (None, True, False)):
+            raise UserError(f"columns: {shortened(repr(dict(values)), 120)} describes no column of a table")
+        return cls(name, cast("Kind", kind), tuple(categories or ()), bool(values.get("gaps")), comma)
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {"name": self.name, "kind": self.kind, "categories": list(self.categories), "gaps": self.gaps}
+        own = {"name": self.name, "kind": self.kind, "categories": list(self.categories), "gaps": self.gaps}
+        return own if self.comma is None else own | {"comma": self.comma}
 
     @property
     def features(self) -> list[str]:
@@ -121,14 +151,13 @@ class Column:
             UserError: A cell is none of the kind.
         """
         texts = cells.column(self.name, "column")
-        empty = np.array([_is_empty(text) for text in texts])
+        empty = np.array([is_empty(text) for text in texts])
         if self.kind == "category":
             own = np.array([[text == value for value in self.categories] for text in texts], dtype=np.float64)
             own = own.reshape(len(texts), len(self.categories))
         else:
-            own = _converted(cells, self.name, _READERS[self.kind](cells, self.name), _NOUNS[self.kind])[
-                :, None
-            ]
+            read = _reader(self.kind, cells.comma_of(self.name, self.comma))
+            own = _converted(cells, self.name, read, _NOUNS[self.kind])[:, None]
         return np.concatenate((own, empty[:, None].astype(np.float64)), axis=1) if self.gaps else own
 
 
@@ -203,15 +232,21 @@ class Features:
 
     def surprises(self, cells: Cells) -> list[str]:
         """Return what a table holds that these columns have not seen, in a sentence each."""
-        found = []
+        found = list(cells.notes)
         for column in self.columns:
             texts = cells.columns.get(column.name, [])
             if column.kind == "category":
-                unknown = {text for text in texts if not _is_empty(text)} - set(column.categories)
+                unknown = {text for text in texts if not is_empty(text)} - set(column.categories)
                 if unknown:
                     some = ", ".join(sorted(unknown)[:3])
                     found.append(f"column {column.name}: {some}: no category of the model, counts as none")
-            if not column.gaps and any(map(_is_empty, texts)):
+            here = cells.commas.get(column.name)
+            if column.kind == "number" and here is not None and column.comma is (not here):
+                marks = ("comma", "point") if here else ("point", "comma")
+                found.append(
+                    f"column {column.name}: has a decimal {marks[0]}, and had a {marks[1]} in training"
+                )
+            if not column.gaps and any(map(is_empty, texts)):
                 found.append(f"column {column.name}: has empty cells, unlike in training: the mean stands in")
         own = {column.name for column in self.columns}
         if others := [name for name in cells.columns if name not in own]:
@@ -223,8 +258,9 @@ def read_cells(path: Path) -> Cells:
     """Return the table in a CSV or Parquet file as texts.
 
     Of a CSV file the encoding is told by its bytes, and whether commas, semicolons, tabs or bars part its
-    cells by its header. A comma in numbers is a decimal one behind semicolons, and else in columns where some
-    cells can only be read so and none has a decimal point.
+    cells by its header. A comma in a column's numbers is a decimal one where some cells can only be read so,
+    and then points part thousands; the other way round where some can only be read with a decimal point. What
+    a column leaves open is as in the others, and with semicolons and commas alone, decimal.
 
     Raises:
         UserError: It can't be read, has no rows, or a row has more or fewer cells than the header.
@@ -237,15 +273,27 @@ def read_cells(path: Path) -> Cells:
 
 def _of_csv(path: Path) -> Cells:
     # The reader's own treatment of line ends, since a quoted cell may hold one.
-    text = path.read_bytes().decode(encoding_of(path), errors="replace")
-    delimiter = _delimiter(text)
+    encoding = encoding_of(path)
+    text = path.read_bytes().decode(encoding, errors="replace")
+    notes = ["it is no UTF-8 and read as Windows-1252"] if encoding == OLD else []
+    said = re.match(r"sep=([,;\t|])\r?\n", text)  # a first line of Excel's
+    delimiter = said[1] if said else _delimiter(text)
+    text = text[said.end() :] if said else text
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     header = [name.strip() for name in next(reader, [])]
     # The reader's count of lines is right where cells span lines, and where lines are empty.
-    rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
+    above = 1 if said else 0
+    every = [(reader.line_num + above, [cell.strip() for cell in row]) for row in reader]
     if not header:
         raise UserError(f"{path}: is empty; the first line names the columns")
-    twice = sorted({name for name in header if header.count(name) > 1})
+    # Empty lines, and rows of empty cells at the end, as some programs write them, are no rows.
+    last = max((at for at, (_, row) in enumerate(every) if any(row)), default=-1)
+    rows = [(line, row) for line, row in every[: last + 1] if row]
+    left = sorted({line for line, _ in every} - {line for line, _ in rows})
+    if left:
+        some = ", ".join(map(str, left[:3])) + (" and so on" if len(left) > 3 else "")
+        notes.append(f"empty lines are left out: {some}")
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
     if twice:
         raise UserError(f"{path}: the header names {', '.join(map(repr, twice))} more than once")
     if not rows:
@@ -253,15 +301,41 @@ def _of_csv(path: Path) -> Cells:
     for line, row in rows:
         if len(row) != len(header):
             raise UserError(f"{path}, line {line}: holds {len(row)} cells for {len(header)} columns")
-    columns = {name: [row[at] for _, row in rows] for at, name in enumerate(header)}
-    commas = [name for name, cells in columns.items() if delimiter == ";" or _has_decimal_commas(cells)]
-    return Cells(str(path), columns, [line for line, _ in rows], frozenset(commas))
+    columns = dict(zip(header, map(list, zip(*(row for _, row in rows), strict=True)), strict=True))
+    told = {name: _comma(cells) for name, cells in columns.items()}
+    commas = {name: comma for name, comma in told.items() if comma is not None}
+    if not commas and delimiter == ";":
+        commas = {name: True for name, cells in columns.items() if any("," in cell for cell in cells)}
+    notes.extend(_ambiguous(columns, commas))
+    return Cells(str(path), columns, [line for line, _ in rows], commas, notes)
 
 
-def _has_decimal_commas(cells: Sequence[str]) -> bool:
-    """Return whether some cells can only be numbers with a decimal comma, and none is one with a point."""
-    commas = any(_GERMAN.fullmatch(cell) and not _ENGLISH.fullmatch(cell) for cell in cells if "," in cell)
-    return commas and not any(_POINTED.fullmatch(cell) for cell in cells)
+def _ambiguous(columns: Mapping[str, list[str]], commas: Mapping[str, bool]) -> Iterator[str]:
+    """Yield whose numbers could be written either way, and how they are read, unless another column tells."""
+    for name, cells in columns.items() if not commas else ():
+        example = next((cell for cell in cells if _is_number(cell, _GERMAN) and not cell.isdigit()), None)
+        if example is not None and any(mark in example for mark in ".,"):
+            value = _number(example, comma=False)
+            yield f"column {name}: {example} is read as {value:g}, and could have the other decimal mark"
+
+
+def _comma(cells: Sequence[str]) -> bool | None:
+    """Return whether numbers have a decimal comma, by cells with one reading only; None without any.
+
+    Of both kinds the more frequent one decides, and the others are no numbers.
+    """
+    german = english = 0
+    for cell in cells:
+        if german + english == _ENOUGH:
+            break
+        if "," in cell or "." in cell:
+            one, other = (_is_number(cell, pattern) for pattern in (_GERMAN, _ENGLISH))
+            german, english = german + (one and not other), english + (other and not one)
+    return german > english if german or english else None
+
+
+def _is_number(text: str, pattern: re.Pattern[str]) -> bool:
+    return pattern.fullmatch(text) is not None and any(map(str.isdigit, text))
 
 
 def _of_parquet(path: Path) -> Cells:
@@ -270,15 +344,29 @@ def _of_parquet(path: Path) -> Cells:
     table = parquet.read_table(path)
     if not table.num_rows:
         raise UserError(f"{path}: holds no rows")
-    columns = {str(name): [_text(value) for value in table[name].to_pylist()] for name in table.column_names}
-    return Cells(str(path), columns, range(1, table.num_rows + 1))
+    columns = {
+        str(name).strip(): [_text(value) for value in table[name].to_pylist()] for name in table.column_names
+    }
+    if len(columns) < len(table.column_names):
+        raise UserError(f"{path}: names a column more than once, but for white space")
+    texts = {name for name, of in zip(columns, table.schema.types, strict=True) if _holds_texts(of)}
+    told = {name: _comma(cells) if name in texts else False for name, cells in columns.items()}
+    commas = {name: comma for name, comma in told.items() if comma is not None}
+    return Cells(str(path), columns, range(1, table.num_rows + 1), commas)
+
+
+def _holds_texts(of: Any) -> bool:
+    """Return whether a column of that Arrow type holds texts, whose numbers somebody has written."""
+    from pyarrow import types
+
+    return any(test(of) for test in (types.is_string, types.is_large_string, types.is_dictionary))
 
 
 def _text(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace").strip()
+        return value.decode("utf-8", "backslashreplace").strip()
     if isinstance(value, datetime | date):
         return value.isoformat()
     return repr(value) if isinstance(value, float) else str(value).strip()
@@ -290,7 +378,8 @@ def _delimiter(text: str) -> str:
     return max((",", ";", "\t", "|"), key=header.count)
 
 
-def _is_empty(text: str) -> bool:
+def is_empty(text: str) -> bool:
+    """Return whether a cell says that there is no value, as ``NA`` does."""
     return text.casefold() in _EMPTY
 
 
@@ -302,26 +391,30 @@ def _is_index(name: str, texts: Sequence[str]) -> bool:
 
 def _told(cells: Cells, name: str, texts: list[str], wanted: Kind | None) -> Column:
     """Return a column by what its cells hold, or as somebody has said."""
-    known = [text for text in texts if not _is_empty(text)]
+    known = [text for text in texts if not is_empty(text)]
     gaps = len(known) < len(texts)
     where = f"{cells.source}: column {name!r}"
     leave = f"leave it out with {_setting(name, 'drop')}"
     if not known:
         raise UserError(f"{where} is empty in every row; {leave}")
     if wanted is not None and wanted != "category":
-        column = Column(name, wanted, gaps=gaps)
+        column = Column(name, wanted, gaps=gaps, comma=_used_comma(cells, name, wanted))
         try:
             column.encode(cells)
         except UserError as error:
             raise UserError(f"{error}, as {_setting(name, wanted)} says") from None
         return column
     distinct = sorted(set(known))
+    words = {text.casefold() for text in distinct}
     if wanted is None:
         for kind in ("number", "yes-no", "date"):
-            read = _READERS[kind](cells, name)
-            if all(read(text) is not None for text in distinct):
-                return Column(name, kind, gaps=gaps)
-        number = _READERS["number"](cells, name)
+            read = _reader(kind, cells.comma_of(name))
+            values = {read(text) for text in distinct}
+            # Of y and t alone, say, both would be yes, and what tells them apart would be lost.
+            same = kind == "yes-no" and len(values) == 1 < len(words)
+            if None not in values and not same:
+                return Column(name, kind, gaps=gaps, comma=_used_comma(cells, name, kind))
+        number = _reader("number", cells.comma_of(name))
         odd = [text for text in distinct if number(text) is None]
         if len(odd) <= max(1, 0.1 * len(distinct)) and len(odd) < len(distinct):
             row = texts.index(odd[0])
@@ -344,16 +437,19 @@ def _setting(name: str, kind: str) -> str:
     return f"data.columns.{name}={kind}" if plain else f"'data.columns={{{json.dumps(name)}: {kind}}}'"
 
 
+def _used_comma(cells: Cells, name: str, kind: Kind) -> bool | None:
+    """Return whether a column is read with decimal commas, None where no cell has a comma or a point."""
+    marked = kind == "number" and any("," in text or "." in text for text in cells.columns[name])
+    return cells.comma_of(name) if marked else None
+
+
 def _number(text: str, *, comma: bool) -> float | None:
     """Return the finite number in a text, or None."""
-    if not text.isascii() or "_" in text:
+    if not text.isascii() or not _is_number(text, _GERMAN if comma else _ENGLISH):
         return None
-    if comma and _GERMAN.fullmatch(text):
-        text = text.replace(".", "").replace(",", ".") if "," in text else text
-    elif not comma and _ENGLISH.fullmatch(text):
-        text = text.replace(",", "")
+    plain = text.replace(".", "").replace(",", ".") if comma else text.replace(",", "")
     try:
-        value = float(text)
+        value = float(plain)
     except ValueError:
         return None
     return value if math.isfinite(value) else None
@@ -382,12 +478,14 @@ def _days(text: str) -> float | None:
 
 
 _Reader = Callable[[str], float | None]
-_READERS: dict[str, Callable[[Cells, str], _Reader]] = {
-    "number": lambda cells, name: lambda text: _number(text, comma=name in cells.commas),
-    "yes-no": lambda *_: _yes_no,
-    "date": lambda *_: _days,
-}
 _NOUNS = {"number": "finite number", "yes-no": "yes or no", "date": "date"}
+
+
+def _reader(kind: str, comma: bool) -> _Reader:
+    """Return what reads a cell of a kind, to None where it is none; numbers with a decimal comma or point."""
+    if kind == "number":
+        return partial(_number, comma=comma)
+    return _yes_no if kind == "yes-no" else _days
 
 
 def _converted(cells: Cells, name: str, read: _Reader, noun: str) -> np.ndarray:
@@ -395,7 +493,7 @@ def _converted(cells: Cells, name: str, read: _Reader, noun: str) -> np.ndarray:
     texts = cells.columns[name]
     found = np.full(len(texts), np.nan)
     for row, text in enumerate(texts):
-        if _is_empty(text):
+        if is_empty(text):
             continue
         value = read(text)
         if value is None:

@@ -176,6 +176,8 @@ def _arrays(name: str) -> tuple[np.ndarray, np.ndarray]:
         or y.dtype.kind not in "biuf"
     ):
         raise UserError(f"{name}: x {x.shape} and y {y.shape} must be numbers, (N, …) and (N,)")
+    if not x.size:
+        raise UserError(f"{name}: x {x.shape} holds nothing")
     for what, array in (("x", x), ("y", y)):
         if not np.isfinite(array).all():
             raise UserError(f"{name}: {what} holds NaN or infinity")

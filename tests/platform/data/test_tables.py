@@ -1,6 +1,7 @@
 """Tables as people have them: what is told of columns, what is refused, and encodings, parts and gaps."""
 
 import csv
+import json
 from datetime import date
 
 import numpy as np
@@ -265,3 +266,88 @@ def test_a_column_that_is_missing_has_the_nearest_named(tmp_path):
     file.write_text("SIZE,weight\n1,2\n")
     with pytest.raises(UserError, match=r"lacks the columns Size, which the model reads; is SIZE the column"):
         features.encode(read_cells(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("v;label\n1.234,50;a\n1.234;b\n12,5;a\n", [1234.5, 1234, 12.5]),
+        ("v;label\n1,234;a\n999.5;b\n12.25;a\n", [1234, 999.5, 12.25]),
+        ("v;w;label\n1.234;0,5;a\n12.345;1,5;b\n7;2,5;a\n", [1234, 12345, 7]),
+        ("v;label\n0.123;a\n12.345;b\n", [0.123, 12.345]),
+        ("v;label\n1.234;a\n12.345;b\n", [1.234, 12.345]),
+        ('v,label\n"1,5e3",a\n-2e-1,b\n', [1500, -0.2]),
+        ("sep=;\nv;label\n1,5;a\n2;b\n", [1.5, 2]),
+    ],
+)
+def test_the_decimal_mark_of_a_column_is_told_by_all_its_cells(text, numbers, tmp_path):
+    """Points part thousands where other cells have decimal commas, and the other way round."""
+    file = tmp_path / "t.csv"
+    file.write_text(text)
+    cells = read_cells(file)
+
+    assert Features.of(cells, ["label"], {}).encode(cells)[:, 0].tolist() == numbers
+
+
+def test_what_could_be_read_either_way_is_said(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("v;label\n1.234;a\n12.345;b\n")
+
+    assert read_cells(file).notes == [
+        "column v: 1.234 is read as 1.234, and could have the other decimal mark"
+    ]
+
+
+def test_the_decimal_mark_is_the_models_where_a_cell_leaves_it_open(tmp_path):
+    """A later table is read as the first one was; what can only be read otherwise is said."""
+    file = tmp_path / "t.csv"
+    file.write_text('v,label\n"1,5",a\n"2,25",b\n')
+    cells = read_cells(file)
+    model = Features.of_plain(json.loads(json.dumps(Features.of(cells, ["label"], {}).plain())))
+
+    file.write_text('v\n"1,234"\n')
+    assert model.encode(read_cells(file)).tolist() == [[1.234]]
+    file.write_text("v\n1.9\n1.234\n")
+    cells = read_cells(file)
+    assert model.encode(cells).tolist() == [[1.9], [1.234]]
+    assert model.surprises(cells) == ["column v: has a decimal point, and had a comma in training"]
+
+
+def test_a_row_of_empty_cells_is_a_row(tmp_path):
+    """But not at the end of a file, where some programs write many of them; what is left out is said."""
+    file = tmp_path / "t.csv"
+    file.write_text("v,w,label\n1,x,a\n,,\n\n2,y,b\n,,\n,,\n")
+    cells = read_cells(file)
+
+    assert list(cells.lines) == [2, 3, 5]
+    assert cells.columns["v"] == ["1", "", "2"]
+    assert cells.notes == ["empty lines are left out: 4, 6, 7"]
+
+
+def test_a_byte_that_is_no_text_is_named(tmp_path):
+    """Not the whole file read in another encoding, which would change every name in it."""
+    file = tmp_path / "t.csv"
+    file.write_bytes("größe,label\nüber,a\nä".encode() + b"\xff,b\n")
+    with pytest.raises(
+        UserError, match="line 3 holds the byte 0xff, which is no UTF-8, and the rest of the file"
+    ):
+        read_cells(file)
+    file.write_bytes("größe,label\nüber,a\nä,b\n".encode("cp1252"))
+    cells = read_cells(file)
+    assert (list(cells.columns), cells.notes) == (
+        ["größe", "label"],
+        ["it is no UTF-8 and read as Windows-1252"],
+    )
+
+
+def test_words_that_mean_the_same_are_categories_where_nothing_means_the_other(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("v,label\ny,a\nt,b\n")
+    cells = read_cells(file)
+
+    assert Features.of(cells, ["label"], {}).columns[0].categories == ("t", "y")
+
+
+def test_columns_that_are_damaged_are_named():
+    with pytest.raises(UserError, match=r"'kind': 'nummer'.* describes no column of a table"):
+        Features.of_plain([{"name": "v", "kind": "nummer", "categories": [], "gaps": False}])

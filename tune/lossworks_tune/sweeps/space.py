@@ -31,6 +31,10 @@ _LENGTH = (
     "all configurations of a sweep are trained and measured alike; compare lengths by a study: "
     "over: {steps: [100, 200]}"
 )
+_DATA = (
+    "all configurations of a sweep are measured on the same data; compare data by a study: "
+    "over: {data.held_out_fraction: [0.1, 0.2]}"
+)
 _CHANGES_NOTHING = "changes nothing of what is trained"
 _NOT_SEARCHED = {
     **dict.fromkeys(("seed", "seeds"), "seeds are the sweep's own field, seeds"),
@@ -38,9 +42,15 @@ _NOT_SEARCHED = {
     **dict.fromkeys(("steps", "rounds", "evaluation", "measure"), _LENGTH),
     **dict.fromkeys(("name", "kind", "tracking", "storage", "checkpoint", "profile"), _CHANGES_NOTHING),
     **dict.fromkeys(("telemetry", "checkpoint_every", "resources_per_worker"), _CHANGES_NOTHING),
+    **dict.fromkeys(("workers", "elastic", "sharding", "max_failures"), _CHANGES_NOTHING),
+    **dict.fromkeys(("activation_checkpointing", "compile", "analyses", "engine"), _CHANGES_NOTHING),
+    **dict.fromkeys(("data", "split"), _DATA),
     "task": "a sweep trains one task",
 }
 """Why groups of fields are none that a search can vary."""
+
+_PREPARES_INPUTS = frozenset(("data.standardise", "data.standardise_targets", "data.image_size"))
+"""Fields of the data that leave what is predicted and measured as it is."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ class Space:
         known = set(field_paths(type(self.base)))
         for name in self.general:
             group = name.partition(".")[0]
-            if group in _NOT_SEARCHED:
+            if group in _NOT_SEARCHED and name not in _PREPARES_INPUTS:
                 raise UserError(f"space.{name}: {_NOT_SEARCHED[group]}")
             if name not in known:
                 guess = nearest(name, known)

@@ -1,6 +1,8 @@
 """In which encoding a file of text is written: told by its first bytes, and by whether it is UTF-8 at all."""
 
 import codecs
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from lossworks.errors import UserError
@@ -17,16 +19,18 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _BLOCK = 2**20
+_ZEROS = "holds zero bytes, which no text has; leave it out, or save it as UTF-8"
 
 
 def encoding_of(path: Path) -> str:
     """Return the name of a file's encoding, as ``open`` takes it.
 
     A mark at the beginning tells it, and is no part of the text; UTF-16 without one is told by its zeros.
-    What is no valid UTF-8 is taken for Windows-1252.
+    What is no valid UTF-8 is taken for Windows-1252, unless most of what is beyond ASCII is UTF-8: then the
+    rest of it is damage.
 
     Raises:
-        UserError: The file holds bytes that no text has.
+        UserError: The file holds bytes that no text has, or that its own encoding has not.
         OSError: It can't be read.
     """
     with path.open("rb") as file:
@@ -36,19 +40,29 @@ def encoding_of(path: Path) -> str:
                 return name
         if b"\0" in start:
             return _wide(path, start)
-        decoder = codecs.getincrementaldecoder(UTF8)()
-        block = start
-        while block:
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError:
-                return OLD
-            block = file.read(_BLOCK)
-    try:
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return OLD
-    return UTF8
+        return _narrow(path, itertools.chain([start], iter(lambda: file.read(_BLOCK), b"")))
+
+
+def _narrow(path: Path, blocks: Iterable[bytes]) -> str:
+    """Return UTF-8 or Windows-1252, by which of both more bytes beyond ASCII fit to."""
+    decoder = codecs.getincrementaldecoder(UTF8)("surrogateescape")
+    right = wrong = lines = 0
+    first = ""
+    for block in itertools.chain(blocks, [b""]):
+        if b"\0" in block:
+            raise UserError(f"{path}: {_ZEROS}")
+        text = decoder.decode(block, final=not block)
+        if not block.isascii() or not text.isascii():
+            escaped = [at for at, character in enumerate(text) if "\udc80" <= character <= "\udcff"]
+            if escaped and not wrong:
+                line, byte = lines + text.count("\n", 0, escaped[0]) + 1, ord(text[escaped[0]]) - 0xDC00
+                first = f"line {line} holds the byte 0x{byte:02x}"
+            wrong += len(escaped)
+            right += sum(character > "\x7f" for character in text) - len(escaped)
+        lines += text.count("\n")
+    if wrong and right >= wrong:
+        raise UserError(f"{path}: {first}, which is no UTF-8, and the rest of the file is; mend it")
+    return OLD if wrong else UTF8
 
 
 def _wide(path: Path, start: bytes) -> str:
@@ -59,4 +73,4 @@ def _wide(path: Path, start: bytes) -> str:
         return "utf-16-le"
     if even > 0.7 * most and odd < 0.02 * most:
         return "utf-16-be"
-    raise UserError(f"{path}: holds zero bytes, which no text has; leave it out, or save it as UTF-8")
+    raise UserError(f"{path}: {_ZEROS}")
