@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a run that failed, 2 for bad input."""
     debug = bool(os.environ.get("LOSSWORKS_DEBUG"))
     prepare_process()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without ± must not end hours of work
+    _prepare_streams()
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
         known = commands()
@@ -85,6 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if missing else 1
 
 
+def _prepare_streams() -> None:
+    """Have a terminal without ±, or a shell that closed our output, end no hours of work."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def _missing_extra(error: Exception) -> str:
     """Return what to install where a library is missing that a part of Lossworks brings, or nothing."""
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
@@ -97,7 +105,7 @@ def _refused_by_storage(error: BaseException | None) -> str:
     """Return what a disk says that is full, or takes nothing, if that led to an error; else nothing."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            where = error.filename or home()
+            where = error.filename or f"what is written to, or {home()}"
             return (
                 f"{where}: {error.strerror}; what was saved before stays. Make room, or set LOSSWORKS_HOME "
                 "to another disk; --resume goes on with a run"

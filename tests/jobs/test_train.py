@@ -203,6 +203,22 @@ def test_an_interrupted_command_is_resumed_to_the_same_end(finished, home, clust
 
 
 @SLOW
+def test_a_signal_to_the_whole_group_ends_a_run_with_the_way_on(spec, tmp_path):
+    """As schedulers and systemd stop a job: Ray's processes get it, too, in whichever order."""
+    file, home = tmp_path / "spec.yaml", tmp_path / "home"
+    file.write_text(spec.to_yaml())
+    process = lossworks("train", str(file), "steps=100000", home=home)
+    until(lambda: list(home.glob("runs/*/metrics.jsonl")), "a run")
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=180)
+    folder = RunFolder(next(home.glob("runs/*")))
+
+    assert process.returncode in (1, 130)
+    assert "a mistake of Lossworks" not in output
+    assert f"--resume {folder.run_id}" in output.splitlines()[-1]
+
+
+@SLOW
 @pytest.mark.parametrize("server", ["raylet/raylet", "gcs_server"])
 def test_a_run_whose_node_is_lost_ends_with_the_way_on(spec, tmp_path, server):
     """Ray then ends the driver, which can say nothing more: its last line and MLflow's status are there."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -221,3 +222,31 @@ def test_tensors_that_storage_refuses_are_an_error_of_storage(monkeypatch, tmp_p
         write_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(2)})
     assert error.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"provenance": {"spec": [1]}, "columns": [{"name": 1}]},
+        {"provenance": {"spec": {"task": "classification"}}, "columns": [{"name": "a", "kind": "nummer"}]},
+        {"provenance": "x"},
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_damaged_model_folder_is_named(config, command, tmp_path, capsys):
+    model, table = tmp_path / "model", tmp_path / "t.csv"
+    model.mkdir()
+    form = {"format": "lossworks-classifier", "format_version": 1}
+    (model / "config.json").write_text(json.dumps(form | config))
+    table.write_text("a,b\n1,2\n")
+    assert main([command, str(model), *([str(table)] if command == "predict" else [])]) == 2
+    assert str(model) in capsys.readouterr().err
+
+
+def test_output_that_the_shell_has_closed_is_no_error():
+    """As by ``>&-``."""
+    call = "import sys; from lossworks.cli import main; sys.exit(main(['losses', 'ldr']))"
+    line = f"{shlex.quote(sys.executable)} -c {shlex.quote(call)} >&-"
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+
+    assert (ended.returncode, ended.stderr) == (0, "")

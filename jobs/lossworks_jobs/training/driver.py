@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lossworks.cli import program
-from lossworks.errors import RunError, UserError
+from lossworks.errors import LossworksError, RunError, UserError
 from lossworks.logs import EVENTS, fields, writing_logs
 from lossworks.lost_runs import watched
 from lossworks.runs import RunFolder
@@ -126,12 +126,22 @@ class Driver:
             on_message=self._say,
         )
         with follower:
-            run_until_done(
-                lambda: fit(spec, folder, self.prepared.folder),
-                stop_file=folder.stop_file,
-                say=self._say,
-                look=waiting.look,
-            )
+            try:
+                run_until_done(
+                    lambda: fit(spec, folder, self.prepared.folder),
+                    stop_file=folder.stop_file,
+                    say=self._say,
+                    look=waiting.look,
+                )
+            except Exception as error:
+                if isinstance(error, LossworksError) or not folder.stop_file.exists():
+                    raise
+                # A signal to the whole process group has ended Ray's processes, too; the run may be saved.
+                if not folder.outcome_file.exists():
+                    raise RunError(
+                        f"run {folder.run_id}: Ray was stopped, too, before this step was saved; "
+                        f"`{program()} train --resume {folder.run_id}` goes on from the newest checkpoint"
+                    ) from error
         if follower.undelivered:
             self._say(
                 f"{follower.undelivered} rows wait for the tracking server: {program()} sync {folder.run_id}"

@@ -201,7 +201,7 @@ def features_of(cells: Cells, others: Sequence[str], spec: TableSpec, learnt: Le
         learnt: What a model has learnt already.
     """
     if learnt is not None and learnt.facts.get("columns"):
-        return Features.of_plain(learnt.facts["columns"])
+        return Features.of_plain(learnt.fact("columns"))
     return Features.of(cells, others, spec.columns)
 
 

@@ -104,7 +104,7 @@ def load_examples(spec: ExamplesSpec, seed: int, learnt: Learnt | None = None) -
     if learnt is not None:
         learnt.require_shape(inputs.shape[1:])
         labels = learnt.numbers_of(names, "classes")[labels]
-        names = tuple(map(str, learnt.facts["classes"]))
+        names = tuple(map(str, learnt.fact("classes")))
     held_out = _held_out(labels, spec.held_out_fraction, seed, names)
     train = np.flatnonzero(~held_out)
     train = train[_kept(labels[train], spec.imbalance, len(names), seed)]

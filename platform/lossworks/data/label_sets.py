@@ -71,7 +71,7 @@ def load_label_sets(spec: LabelSetsSpec, seed: int, learnt: Learnt | None = None
         # One more entry, to which the padding's number leads.
         numbers = np.append(learnt.numbers_of(names, "names"), IGNORE_INDEX)
         labels = numbers[np.where(labels < 0, len(names), labels)]
-        names = tuple(map(str, learnt.facts["names"]))
+        names = tuple(map(str, learnt.fact("names")))
     held_out = split(len(labels), spec.held_out_fraction, seed)
     scale = scale_of(spec.standardise, inputs[~held_out], learnt)
     x, y = torch.from_numpy(to_float32(scale(inputs) if scale else inputs)), torch.from_numpy(labels)

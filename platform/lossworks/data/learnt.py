@@ -65,6 +65,16 @@ class Learnt:
                 raise UserError(f"{file}: is missing, and {source} can't do without it")
         return cls(facts, files, digest, source)
 
+    def fact(self, name: str) -> Any:
+        """Return what is known by a name.
+
+        Raises:
+            UserError: Nothing is, as in a damaged folder.
+        """
+        if name not in self.facts:
+            raise UserError(f"{self.source}: lacks {name}, which a trained model of this task has")
+        return self.facts[name]
+
     def of(self, source: str) -> "Learnt":
         """Return the same as somebody else's."""
         return replace(self, source=source)
@@ -75,7 +85,7 @@ class Learnt:
         Raises:
             UserError: With both shapes.
         """
-        own = tuple(self.facts["shape"])
+        own = tuple(self.fact("shape"))
         if own != shape:
             raise UserError(f"data.source: examples are {shape}; those of {self.source} are {own}")
 
@@ -89,7 +99,7 @@ class Learnt:
         Raises:
             UserError: One of them was not there.
         """
-        own = {str(name): number for number, name in enumerate(self.facts[what])}
+        own = {str(name): number for number, name in enumerate(self.fact(what))}
         for name in names:
             if name not in own:
                 there = ", ".join(list(own)[:20])

@@ -40,14 +40,17 @@ class Standardisation:
 
         Raises:
             KeyError, TypeError, ValueError: Something is missing or damaged.
+            UserError: A deviation is none, or there are more of one than of the other.
         """
         mean, deviation = (np.array(values[name], dtype=np.float64) for name in ("mean", "deviation"))
+        if mean.shape != deviation.shape or not (np.isfinite(mean).all() and (deviation > 0).all()):
+            raise UserError("standardisation: is damaged: means must be finite, and deviations above 0")
         return cls(mean, deviation)
 
     @classmethod
     def of_facts(cls, facts: Mapping[str, Any]) -> Self | None:
         """Return that which facts hold as ``standardisation``, if any."""
-        values = facts["standardisation"]
+        values = facts.get("standardisation")
         return None if values is None else cls.of_plain(values)
 
     def plain(self) -> dict[str, list[float]]:

@@ -80,7 +80,7 @@ def load_values(spec: ValuesSpec, seed: int, learnt: Learnt | None = None) -> Va
     x = to_float32(scale(inputs) if scale else inputs)
     mean, deviation = 0.0, 1.0
     if learnt is not None:
-        mean, deviation = (float(learnt.facts["target"][name]) for name in ("mean", "deviation"))
+        mean, deviation = (float(learnt.fact("target")[name]) for name in ("mean", "deviation"))
     elif spec.standardise_targets:
         mean, deviation = float(targets[train].mean()), float(targets[train].std()) or 1.0
     y = to_float32((targets - mean) / deviation)

@@ -19,6 +19,7 @@ from lossworks.head.core.arguments import (
     check_parallel,
     check_targets,
     operands,
+    require_tensors,
     shifted,
     usable_impl,
 )
@@ -125,7 +126,10 @@ def linear_cross_entropy(
         >>> round(linear_cross_entropy(e, c, y).item(), 4)  # ln 8
         2.0794
     """
-    impl = usable_impl(impl, e, c, targets, bias)
+    require_tensors(
+        e=e, c=c, targets=targets, bias=bias, class_weight=class_weight, token_weight=token_weight
+    )
+    impl = usable_impl(impl, e, c, targets, bias, class_weight, token_weight)
     options = Options(
         softcap, ignore_index, temperature, filter_eps, filter_repair, accumulate, impl, buffer_share
     )
@@ -144,7 +148,7 @@ def linear_cross_entropy(
         head, targets, token_weight = _shift(head, e.shape, targets, token_weight, shift, soft=soft)
     shape = targets.shape[:-1] if soft else targets.shape
     flat, probabilities = split_targets(targets, class_weight, ignore_index)
-    if token_weight is not None and not return_lse:
+    if token_weight is not None:
         # Whatever a row holds that weighs nothing, NaN included, and it costs nothing.
         flat = flat.masked_fill(token_weight.detach().reshape(-1) == 0, ignore_index)
     rule, scale = weighted_rows(

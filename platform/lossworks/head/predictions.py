@@ -8,7 +8,13 @@ from torch import Tensor
 
 from lossworks.adapters.torch_private import without_values
 from lossworks.errors import UserError
-from lossworks.head.core.arguments import Implementation, operands
+from lossworks.head.core.arguments import (
+    Implementation,
+    check_integer,
+    check_number,
+    operands,
+    require_tensors,
+)
 from lossworks.head.core.problem import LinearProblem
 from lossworks.head.core.vocab_parallel import VocabParallel
 from lossworks.head.cpu.tile_sizes import choose_tile_sizes
@@ -59,6 +65,9 @@ def linear_top_k(
         >>> top.classes.tolist()
         [[1, 2]]
     """
+    require_tensors(e=e, c=c, bias=bias)
+    check_integer("k", k)
+    check_number("temperature", temperature)
     head = operands(e, c, bias, None)
     if not 1 <= k <= len(head.c):
         raise UserError(f"k={k} must be in [1, {len(head.c)}], the number of classes")
@@ -162,6 +171,7 @@ def linear_log_probabilities(
     Raises:
         UserError: A shape does not fit, or a class is out of range.
     """
+    require_tensors(e=e, c=c, classes=classes, bias=bias)
     if classes.shape[:-1] != e.shape[:-1] or classes.dtype != torch.int64:
         raise UserError(
             f"classes {classes.dtype} {tuple(classes.shape)} must be torch.int64 {(*e.shape[:-1], 'K')}"

@@ -10,7 +10,14 @@ from lossworks.adapters.torch_private import transformed, without_values
 from lossworks.errors import UserError
 from lossworks.head import backends
 from lossworks.head.autograd.once_differentiable import once_differentiable
-from lossworks.head.core.arguments import Implementation, Operands, Options, check_targets, operands
+from lossworks.head.core.arguments import (
+    Implementation,
+    Operands,
+    Options,
+    check_targets,
+    operands,
+    require_tensors,
+)
 from lossworks.head.core.problem import Softmax
 from lossworks.head.core.row_formulas import differentiated, require_one_a_row
 from lossworks.head.core.valid_rows import ValidRows
@@ -75,6 +82,9 @@ def linear_row_loss(
     options = Options(softcap, ignore_index, temperature, impl=impl, buffer_share=buffer_share)
     if impl == "reference":
         raise UserError("impl='reference' must be auto, cpu or triton: use linear_row_statistics for it")
+    require_tensors(
+        e=e, c=c, targets=targets, bias=bias, target_offset=target_offset, token_weight=token_weight
+    )
     head = operands(e, c, bias, None)
     if without_values(e, c, targets) or transformed(e, c, targets, bias):
         return _of_statistics(e, c, targets, loss, bias, options, target_offset, token_weight)

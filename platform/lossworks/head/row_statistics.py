@@ -18,6 +18,7 @@ from lossworks.head.core.arguments import (
     check_parallel,
     check_targets,
     operands,
+    require_tensors,
     usable_impl,
 )
 from lossworks.head.core.dense_reference import dense_logits, scaled_logits
@@ -85,7 +86,8 @@ def linear_row_statistics(
         >>> [round(value, 4) for value in (lse - target).tolist()]  # ln 5
         [1.6094, 1.6094]
     """
-    impl = usable_impl(impl, e, c, targets, bias)
+    require_tensors(e=e, c=c, targets=targets, bias=bias, target_offset=target_offset)
+    impl = usable_impl(impl, e, c, targets, bias, target_offset)
     options = Options(softcap, ignore_index, impl=impl, buffer_share=buffer_share)
     head = operands(e, c, bias, vocab_parallel)
     check_parallel(head.group, impl)

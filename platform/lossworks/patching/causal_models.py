@@ -27,9 +27,9 @@ def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> 
     ``labels`` it returns the same loss and has the same gradients. ``logits`` in its outputs are computed
     when something reads them, and cost nothing otherwise; without labels in eval mode, as in generation,
     nothing changes. Label smoothing of ``transformers.Trainer`` is recognised and forms no logits, either.
-    Under ``torch.compile`` the outputs hold no logits. Trainers of TRL that take log-probabilities by a fused
-    head of their own (SFTTrainer from 1.0) go past the model's loss: with the cross-entropy they train the
-    same, and another loss is refused there.
+    Under ``torch.compile`` outputs with a loss hold no logits. Trainers of TRL that take log-probabilities by
+    a fused head of their own (SFTTrainer from 1.0) go past the model's loss: with the cross-entropy they
+    train the same, and another loss is refused there.
 
     Args:
         model: Any model of transformers with a linear head and the library's loss of causal language models,
@@ -69,15 +69,20 @@ def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> 
         stock: Any = type(inner)
         inner.__class__ = _patched_class(stock)
         inner.get_output_embeddings().__class__ = _PatchedLinear
-        inner.head_loss = create("cross-entropy")
+        _set_loss(inner, create("cross-entropy"))
         try:
             _require_equal(before, _probed(inner), stock.__name__)
         except BaseException:
             inner.get_output_embeddings().__class__ = nn.Linear
             inner.__class__ = stock
             raise
-    inner.head_loss = chosen
+    _set_loss(inner, chosen)
     return model
+
+
+def _set_loss(model: Any, loss: RowLoss) -> None:
+    """Give a patched model its loss, reduced in both ways that it is asked for."""
+    model.head_loss, model.head_sum = (loss.with_reduction(how) for how in ("mean", "sum"))
 
 
 class _PatchedLinear(nn.Linear):
@@ -97,6 +102,12 @@ class _Patched:
     training: bool
     get_output_embeddings: Callable[[], Any]
     head_loss: RowLoss
+    head_sum: RowLoss
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make a further model of the class, as ``from_pretrained`` does, with the cross-entropy."""
+        super().__init__(*args, **kwargs)
+        _set_loss(self, create("cross-entropy"))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a forward that would pass over another loss than the cross-entropy."""
@@ -127,7 +138,8 @@ class _Patched:
     def _deferred_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own forward, with the features in place of the logits where that may save them."""
         forward: Any = super().forward  # type: ignore[misc]
-        if kwargs.get("labels") is None and not self.training:
+        # What is compiled can't defer logits: they are there, or nobody asks for them.
+        if kwargs.get("labels") is None and not (self.training and not torch.compiler.is_compiling()):
             return forward(*args, **kwargs)
         as_dict = kwargs.pop("return_dict", None)
         as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
@@ -176,8 +188,10 @@ class _Patched:
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.to(logits.device).reshape(-1)
-        loss = self.head_loss.with_reduction("mean" if num_items_in_batch is None else "sum")
-        loss.ignore_index = ignore_index
+        loss = self.head_loss if num_items_in_batch is None else self.head_sum
+        if ignore_index != loss.ignore_index:  # whose own ignored label is then as wrong as any below 0
+            targets = targets.masked_fill(targets == loss.ignore_index, -1)
+            targets = targets.masked_fill(targets == ignore_index, loss.ignore_index)
         features = _as_the_head_takes_them(logits.reshape(-1, logits.shape[-1]), head)
         found = loss.linear(features, head.weight, targets, head.bias, softcap=self._softcap)
         if isinstance(num_items_in_batch, Tensor):

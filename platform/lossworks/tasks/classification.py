@@ -97,7 +97,7 @@ class ClassificationTask(ExamplesTask):
     def prepare(cls, spec: RunSpec, say: Say | None = None, learnt: Learnt | None = None) -> Prepared:
         """See :meth:`Task.prepare`."""
         found = super().prepare(spec, say, learnt)
-        classes = found.learnt.facts["classes"] if found.learnt is not None else ()
+        classes = found.learnt.fact("classes") if found.learnt is not None else ()
         return replace(found, guess=math.log(len(classes)))
 
     @property
@@ -195,8 +195,8 @@ class ClassificationTask(ExamplesTask):
             to,
             spec=cast("ClassifierSpec", spec).model,
             state=state,
-            shape=tuple(learnt.facts["shape"]),
-            names=tuple(learnt.facts["classes"]),
+            shape=tuple(learnt.fact("shape")),
+            names=tuple(learnt.fact("classes")),
             standardisation=Standardisation.of_facts(learnt.facts),
             columns=learnt.facts.get("columns"),
             provenance=provenance,

@@ -246,7 +246,7 @@ class LanguageTask(Task):
             to,
             spec=cast("TrainSpec", spec).model,
             state=state,
-            vocab_size=int(learnt.facts["vocab_size"]),
+            vocab_size=int(learnt.fact("vocab_size")),
             tokenizer_path=learnt.files[TOKENIZER],
             provenance=provenance,
         )

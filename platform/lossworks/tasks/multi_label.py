@@ -146,13 +146,13 @@ class MultiLabelTask(ExamplesTask):
             reading="labels",
             spec=cast("MultiLabelSpec", spec).model,
             state=state,
-            shape=tuple(learnt.facts["shape"]),
-            outputs=len(learnt.facts["names"]),
+            shape=tuple(learnt.fact("shape")),
+            outputs=len(learnt.fact("names")),
             standardisation=Standardisation.of_facts(learnt.facts),
             columns=learnt.facts.get("columns"),
             further={
                 "loss": {"name": spec.loss.name, **spec.loss.hyperparameters},
-                "names": learnt.facts["names"],
+                "names": learnt.fact("names"),
             },
             provenance=provenance,
         )

@@ -200,13 +200,13 @@ class RegressionTask(ExamplesTask):
             reading="values",
             spec=cast("RegressionSpec", spec).model,
             state=state,
-            shape=tuple(learnt.facts["shape"]),
-            outputs=int(learnt.facts["outputs"]),
+            shape=tuple(learnt.fact("shape")),
+            outputs=int(learnt.fact("outputs")),
             standardisation=Standardisation.of_facts(learnt.facts),
             columns=learnt.facts.get("columns"),
             further={
                 "loss": {"name": spec.loss.name, **spec.loss.hyperparameters},
-                "target": learnt.facts["target"],
+                "target": learnt.fact("target"),
             },
             provenance=provenance,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lossworks import __version__
 from lossworks.errors import UserError
+from lossworks.files import reading
 from lossworks.models import HeadedModel, read_provenance
 from lossworks.models.folders import CONFIG
 from lossworks.runs import RunFolder
@@ -117,6 +118,7 @@ def exported_spec(folder: Path) -> RunSpec:
     Raises:
         UserError: The folder holds no model of ours.
     """
-    provenance = read_provenance(folder)
-    stored = provenance.get("spec") or {"data": provenance.get("data", {})}
-    return parse_train_spec(stored, source=str(folder))
+    with reading(f"{folder}, as a model of ours"):
+        provenance = read_provenance(folder)
+        stored = provenance.get("spec") or {"data": provenance.get("data", {})}
+        return parse_train_spec(stored, source=str(folder))

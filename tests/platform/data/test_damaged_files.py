@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -239,3 +240,28 @@ def test_a_cache_whose_bytes_were_damaged_is_made_again(tmp_path):
     again = prepare(spec, cache=tmp_path / "cache")
 
     assert np.array_equal(again.read(0, again.tokens), expected)
+
+
+def test_members_that_are_no_arrays_are_named(tmp_path):
+    """numpy hands them on as bytes."""
+    with zipfile.ZipFile(tmp_path / "raw.npz", "w") as file:
+        file.writestr("x.npy", b"hello")
+        file.writestr("y.npy", b"abc")
+    with pytest.raises(UserError, match=r"raw\.npz: x is no array"):
+        examples(f"npz:{tmp_path / 'raw.npz'}")
+
+
+def test_a_photograph_is_read_as_it_is_shown(tmp_path):
+    """Cameras store how they were held."""
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:, :16] = 255
+    for number in range(4):
+        folder = tmp_path / f"{number % 2}"
+        folder.mkdir(exist_ok=True)
+        image, turned = Image.fromarray(pixels), Image.Exif()
+        turned[0x0112] = 6  # the left is to be shown at the top
+        image.save(folder / f"{number}.png", exif=turned)
+    _, found = examples(f"imagefolder:{tmp_path}")
+
+    assert found[0, 0, 4].min() > 0.99
+    assert found[0, 0, -4].max() < 0.01

@@ -119,7 +119,7 @@ def test_a_class_that_a_bias_rules_out_has_no_part_in_the_expected_logit():
 def test_bad_options_are_refused_in_words():
     """An infinite cap would be NaN, and a column would be spread over all rows."""
     e, c, y = problem()
-    with pytest.raises(UserError, match="softcap=inf must be positive and finite, or None"):
+    with pytest.raises(UserError, match="softcap=inf must be positive and finite in float32, or None"):
         linear_cross_entropy(e, c, y, softcap=float("inf"))
     with pytest.raises(UserError, match=r"returns \(4, 1\) for \(4,\) rows; it must return one number a row"):
         linear_row_loss(e, c, y, lambda z, lse: (lse - z)[:, None])
@@ -287,6 +287,13 @@ def test_whatever_a_row_without_weight_holds_reaches_no_gradient(slug, impl, how
         ({"z_loss": torch.tensor(0.1)}, "z_loss is a Tensor"),
         ({"label_smoothing": "0.1"}, "label_smoothing='0.1' must be a number"),
         ({"softcap": True}, "softcap=True must be a number"),
+        ({"softcap": 1e39}, r"softcap=1e\+39 must be positive and finite in float32"),
+        ({"temperature": 1e-40}, "temperature=1e-40 must be positive and finite in float32"),
+        ({"token_weight": [1.0, 2.0, 3.0, 4.0]}, "token_weight is a list; it must be a torch.Tensor"),
+        (
+            {"bias": torch.zeros(10, dtype=torch.float64).to_sparse()},
+            "bias is torch.sparse_coo; it must be dense",
+        ),
         ({"buffer_share": None}, "buffer_share=None must be a number"),
         ({"vocab_parallel": 2}, "vocab_parallel=2 must be a process group"),
     ],
@@ -318,3 +325,15 @@ def test_the_slope_of_a_saturated_softcap_has_all_its_digits(reduction):
     true = gradient(plain, torch.float64)
     error, others = ((gradient(loss, torch.float32) - true).norm() / true.norm() for loss in (ours, plain))
     assert error < 1e-5 < others
+
+
+def test_a_row_without_weight_has_no_logsumexp():
+    """It is 0 as in ignored rows, and NaN in the row reaches nothing."""
+    e, c, y = problem()
+    e[2] = torch.nan
+    leaves = [x.requires_grad_() for x in (e, c)]
+    weight = torch.ones(4, dtype=torch.float64).index_fill(0, torch.tensor([2]), 0)
+    loss, lse = linear_cross_entropy(*leaves, y, token_weight=weight, return_lse=True)
+
+    assert lse[2] == 0
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss + lse.sum(), leaves))

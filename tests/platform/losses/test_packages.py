@@ -67,7 +67,7 @@ def test_they_are_entries_like_ours(packages, capsys, monkeypatch):
         assert main([section, slug]) == 0
         assert "From the package lossworks-other 1.0." in capsys.readouterr().out
     assert main(["check", "bradley-terry", "beta=2", "--one-process"]) == 0
-    assert "6 of 6 checks hold" in capsys.readouterr().out
+    assert "7 of 7 checks hold" in capsys.readouterr().out
 
 
 def test_their_task_trains_and_is_measured(packages, tmp_path, capsys, monkeypatch):

@@ -437,3 +437,30 @@ def test_a_model_that_does_more_to_its_logits_is_refused_and_left_as_it_was():
         lossworks.patch(model)
     assert type(model) is Squared
     assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_a_patched_model_is_one_graph(kind):
+    """With labels it gives the loss and its gradients; without any, the logits, as the library's does."""
+    stock, patched = both(kind)
+    inputs = batch()
+    torch.compiler.reset()
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    expected, found = stock(**inputs), compiled(**inputs)
+    for loss in (expected.loss, found.loss):
+        loss.backward()
+    patched.train()
+    plain = compiled(input_ids=inputs["input_ids"])
+
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert_same_gradients(stock, patched)
+    torch.testing.assert_close(plain.logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_class_of_a_patched_model_reads_others(tmp_path):
+    """As code does that keeps ``type(model)``."""
+    _, patched = both("llama")
+    patched.save_pretrained(tmp_path)
+    again = type(patched).from_pretrained(tmp_path)
+
+    assert torch.equal(again(**batch()).loss, patched(**batch()).loss)

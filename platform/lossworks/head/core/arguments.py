@@ -15,6 +15,8 @@ from lossworks.head.core.vocab_parallel import Shard, VocabParallel, agree
 
 Reduction = Literal["mean", "sum", "none"]
 Implementation = Literal["auto", "cpu", "triton", "reference"]
+# Of which float32 holds the inverse, too.
+_LEAST, _MOST = 1e-37, 1e37
 IMPLEMENTATIONS = ("auto", "cpu", "triton", "reference")
 
 
@@ -44,10 +46,12 @@ class Options:
         check_integer("ignore_index", self.ignore_index)
         check_choice("impl", self.impl, IMPLEMENTATIONS)
         check_choice("accumulate", self.accumulate, ("fp32", "input"))
-        if self.softcap is not None and not 0 < self.softcap < float("inf"):
-            raise UserError(f"softcap={self.softcap} must be positive and finite, or None for no cap")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature} must be positive")
+        if self.softcap is not None and not _LEAST <= self.softcap <= _MOST:
+            raise UserError(
+                f"softcap={self.softcap} must be positive and finite in float32, or None for no cap"
+            )
+        if not _LEAST <= self.temperature <= _MOST:
+            raise UserError(f"temperature={self.temperature} must be positive and finite in float32")
         if not 0 < self.buffer_share <= 1:
             raise UserError(f"buffer_share={self.buffer_share} must be above 0 and at most 1")
         eps = self.filter_eps
@@ -141,6 +145,23 @@ def _check(e: Tensor, c: Tensor, bias: Tensor | None, *, parallel: bool) -> None
     for name, tensor in (("c", c), ("bias", bias)):
         if tensor is not None and tensor.device != e.device:
             raise UserError(f"{name} is on {tensor.device}, but e is on {e.device}; move one of them")
+
+
+def require_tensors(**given: Tensor | None) -> None:
+    """Refuse what is no dense tensor, as lists, arrays of numpy and sparse tensors are.
+
+    Raises:
+        UserError: Naming it.
+    """
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+        if value.layout != torch.strided:
+            raise UserError(f"{name} is {value.layout}; it must be dense: to_dense() makes it so")
+        if value.is_floating_point() and value.dtype.itemsize == 1:
+            raise UserError(f"{name} is {value.dtype}, which has no products of its own; convert it first")
 
 
 def usable_impl(impl: Implementation, *tensors: Tensor | None) -> Implementation:

@@ -29,7 +29,10 @@ class BradleyTerry(Loss):
         return Problem(scores, torch.randint(0, 2, (rows,), generator=generator))
 
     def forward(self, scores: Tensor, chosen: Tensor, **given: Tensor | None) -> Tensor:
-        valid = chosen != self.ignore_index
+        context = self.context(given)
+        valid = self.valid_rows(self.counting(chosen, context))
+        # Chosen first: where nothing counts, the scores may be anything.
+        scores = torch.where(valid[..., None], wide(scores), 0)
         sign = torch.where(chosen == 0, 1.0, -1.0)
-        lead = sign.to(wide(scores)) * (wide(scores)[..., 0] - wide(scores)[..., 1])
-        return self.reduce_elements(F.softplus(-self.beta * lead), valid, self.context(given))
+        lead = sign.to(scores) * (scores[..., 0] - scores[..., 1])
+        return self.reduce_elements(F.softplus(-self.beta * lead), valid, context)
