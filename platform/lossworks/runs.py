@@ -108,6 +108,11 @@ class RunFolder:
         return self.path / "notices.txt"
 
     @property
+    def placement_file(self) -> Path:
+        """Names what the workers hold of a Ray cluster: the number of a placement group, hexadecimal."""
+        return self.path / "placement"
+
+    @property
     def stop_file(self) -> Path:
         """Return the file whose presence asks the run to save a checkpoint and end."""
         return self.path / "stop"

@@ -44,6 +44,8 @@ class Trainable:
         starts_workers: Whether these are taken by workers that it starts, and not by its own process.
         train: Trains in a folder, from where an earlier call in it stopped, and reports on the way. It is
             called in a process of a running Ray cluster.
+        release: Gives back what killed trainings in folders below one hold of the cluster. It is called with
+            that folder, once their processes have ended, and may be called again.
         simplest: Returns what an answer gets on a spec's held-out data that looks at no input; None if that
             is not known. It may read the data.
     """
@@ -55,6 +57,7 @@ class Trainable:
     yardsticks: Callable[[Any], Mapping[str, Direction]]
     train: Callable[[Any, Path, StepReport], None]
     starts_workers: bool = False
+    release: Callable[[Path], None] = lambda _: None
     simplest: "Callable[[Any], Simplest | None]" = lambda _: None
 
 

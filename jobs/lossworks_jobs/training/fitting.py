@@ -62,6 +62,20 @@ def fit(spec: RunSpec, folder: RunFolder, prepared: Path | None) -> None:
         raise RunError(f"run {folder.run_id}: {_cause(error)}") from error
 
 
+def release(folder: RunFolder) -> None:
+    """Give back the CPUs of workers whose driver was killed, as Ray Tune does to trials that it stops.
+
+    Ray Train has a process for that, which asks the dashboard whether the driver lives, and where there is
+    none it waits for ever.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    if folder.placement_file.exists():
+        number = bytes.fromhex(folder.placement_file.read_text(encoding="ascii"))
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(number)))
+
+
 def noticed(folder: RunFolder, spec: RunSpec) -> "UserCallback":
     """Return a callback that tells the person at the driver of lost workers and of storage that isn't shared.
 

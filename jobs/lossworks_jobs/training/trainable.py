@@ -56,6 +56,13 @@ def _train(spec: RunSpec, path: Path, report: StepReport) -> None:
         raise RunError(outcome.reason)
 
 
+def _release(path: Path) -> None:
+    from lossworks_jobs.training.fitting import release
+
+    for folder in path.iterdir() if path.is_dir() else ():
+        release(RunFolder(folder))
+
+
 def _simplest(spec: RunSpec) -> "Simplest | None":
     return task_of(spec).prepare(spec).simplest
 
@@ -68,5 +75,6 @@ TRAINABLE = Trainable(
     yardsticks=_yardsticks,
     train=_train,
     starts_workers=True,
+    release=_release,
     simplest=_simplest,
 )

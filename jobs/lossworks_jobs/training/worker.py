@@ -29,8 +29,10 @@ def run_ray_worker(config: dict[str, Any]) -> None:
         RunError: The journal can't be written.
     """
     import ray.train
+    import ray.util
     import torch
 
+    from lossworks.files import write_atomically
     from lossworks.logs import writing_logs
     from lossworks.runs import RunFolder
     from lossworks.training.distributed.world import World
@@ -45,6 +47,9 @@ def run_ray_worker(config: dict[str, Any]) -> None:
         # Raised, it would only make Ray try again; and what is written here may never get to the driver.
         ray.train.report({UNSHARED: complaint})
         return
+    group = ray.util.get_current_placement_group()
+    if world.rank == 0 and group is not None:
+        write_atomically(folder.placement_file, group.id.hex())
     with writing_logs(folder.logs, run=folder.run_id, who=world.rank, echo=True):
         _take_part(config, folder, world.rank)
 

@@ -1,7 +1,7 @@
 """What Ray Tune asks for: the sweep's configurations one by one, and which of them may be stopped."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,9 @@ from ray.tune.search import Searcher
 from lossworks_tune.sweeps.ledger import Configuration, End, TrialsFolder
 from lossworks_tune.sweeps.proposals import Proposals
 from lossworks_tune.sweeps.spec import SweepSpec
+
+_LEAVING_S = 10.0
+"""How long the processes of a trial that was stopped may take to end."""
 
 
 class Source(Searcher):
@@ -89,11 +92,13 @@ class SparingScheduler(FIFOScheduler):
 
     Args:
         inner: The scheduler.
+        release: Gives back what a trial holds of the cluster whose process was ended from outside.
     """
 
-    def __init__(self, inner: TrialScheduler) -> None:
+    def __init__(self, inner: TrialScheduler, release: Callable[[Configuration], None]) -> None:
         super().__init__()
-        self._inner = inner
+        self._inner, self._release = inner, release
+        self._leaving: list[tuple[RayTrial, float]] = []
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Keep what the scheduler was made with."""
@@ -107,6 +112,7 @@ class SparingScheduler(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
         """See ``TrialScheduler``."""
+        self._leaving.append((trial, time.monotonic()))
         if not _is_anchor(trial):
             self._inner.on_trial_error(tune_controller, trial)
 
@@ -114,7 +120,10 @@ class SparingScheduler(FIFOScheduler):
         """See ``TrialScheduler``."""
         if _is_anchor(trial):
             return str(TrialScheduler.CONTINUE)
-        return str(self._inner.on_trial_result(tune_controller, trial, result))
+        decision = str(self._inner.on_trial_result(tune_controller, trial, result))
+        if decision != TrialScheduler.CONTINUE:
+            self._leaving.append((trial, time.monotonic()))
+        return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> None:
         """See ``TrialScheduler``."""
@@ -128,9 +137,18 @@ class SparingScheduler(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
         """Return an anchor that waits, or what the scheduler chooses."""
+        self._release_left()
         waiting = (t for t in tune_controller.get_trials() if t.status == RayTrial.PENDING and _is_anchor(t))
         found = next(waiting, None)
         return found or self._inner.choose_trial_to_run(tune_controller)
+
+    def _release_left(self) -> None:
+        """Give back what trials hold that were stopped or paused; Ray ends their processes meanwhile."""
+        now = time.monotonic()
+        for trial, _ in self._leaving:
+            if trial.status != RayTrial.RUNNING:
+                self._release(Configuration(**trial.config["configuration"]))
+        self._leaving = [(trial, since) for trial, since in self._leaving if now - since < _LEAVING_S]
 
 
 def _is_anchor(trial: RayTrial) -> bool:

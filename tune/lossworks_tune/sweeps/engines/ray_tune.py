@@ -12,6 +12,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from lossworks.errors import LossworksError, RunError, UserError
 from lossworks.tracking import Journal
+from lossworks.trainables import Trainable
 from lossworks_tune.cluster import WAITING_CPUS, cluster, room, usable_cpus
 from lossworks_tune.sweeps.engines.ray_source import Source, SparingScheduler
 from lossworks_tune.sweeps.engines.scheduling import build_scheduler
@@ -73,7 +74,7 @@ class RaySweep:
                 function,
                 tune_config=tune.TuneConfig(
                     search_alg=source,
-                    scheduler=SparingScheduler(scheduler),
+                    scheduler=SparingScheduler(scheduler, partial(_release, trainable, source.trials)),
                     num_samples=-1,
                     max_concurrent_trials=at_once,
                     trial_dirname_creator=_short_name,
@@ -167,6 +168,11 @@ class _TrialTraining:
         tune.report(means)
         if step == self._sweep.steps and place >= len(self._finals):
             self._finals.append(metrics)
+
+
+def _release(trainable: Trainable, trials: TrialsFolder, configuration: Configuration) -> None:
+    """Give back what a trial's trainings hold of the cluster."""
+    trainable.release(trials.of(configuration.number).path)
 
 
 def _short_name(trial: RayTrial) -> str:
