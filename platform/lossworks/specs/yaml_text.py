@@ -30,16 +30,17 @@ class _Loader(_Base):  # type: ignore[valid-type,misc]
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML copies it
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Return a mapping, refusing a key that is there twice."""
+        """Return a mapping, refusing a key that is there twice or is no word or number."""
         seen: set[Any] = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise YamlError(f"line {line}: a key must be a word or a number, not a list or a mapping")
             if key.value in seen:
-                line = key.start_mark.line + 1
                 raise YamlError(f"line {line}: the key {key.value!r} is there twice, and only one can hold")
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            seen.add(key.value)
         found: dict[Hashable, Any] = super().construct_mapping(node, deep=deep)
         return found
 

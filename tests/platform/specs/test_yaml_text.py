@@ -84,6 +84,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("? [a]\n: b\n", "line 1: a key must be a word or a number"),
         ("steps: 1\nsteps: 2\n", "line 2: the key 'steps' is there twice"),
         ("model:\n  width: 1\n  width: 2\n", "line 3: the key 'width' is there twice"),
         (BOMB, "holds more than 100,000 values"),
