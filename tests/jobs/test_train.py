@@ -1,6 +1,5 @@
 """Training on a real Ray instance: results, tracking, lost workers, interruptions, resuming."""
 
-import contextlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
 from lossworks.training.checkpoints.checkpoint import find_damage
 from lossworks.training.outcome import Outcome
+from lossworks_jobs.clusters.ray_cluster import OwnNode, is_there
 from lossworks_jobs.training.train import train
 from lossworks_testing.clusters import descendants_of, until
 from lossworks_testing.terminal import Terminal
@@ -202,6 +202,20 @@ def test_an_interrupted_command_is_resumed_to_the_same_end(finished, home, clust
     assert tracked(folder.spec(), folder.run_id).info.status == "FINISHED"
 
 
+def test_a_node_that_is_gone_for_long_is_noticed(monkeypatch):
+    """Where Ray's library waits for ever, as it did once after a hang-up."""
+    monkeypatch.setattr("lossworks_jobs.clusters.ray_cluster._LOST_AFTER_S", 0.2)
+    code = "import time; open('/proc/self/comm', 'w').write('raylet'); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", code]) as raylet:
+        until(lambda: psutil.Process(raylet.pid).name() == "raylet", "its name")
+        node = OwnNode()
+        there = node.lost
+        raylet.kill()
+        until(lambda: node.lost, "the loss")
+
+    assert not there
+
+
 @SLOW
 def test_a_signal_to_the_whole_group_ends_a_run_with_the_way_on(spec, tmp_path):
     """As schedulers and systemd stop a job: Ray's processes get it, too, in whichever order."""
@@ -215,7 +229,7 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_the_way_on(spec, tmp_path):
 
     assert process.returncode in (1, 130)
     assert "a mistake of Lossworks" not in output
-    assert f"--resume {folder.run_id}" in output.splitlines()[-1]
+    assert f"--resume {folder.run_id}" in output
 
 
 @SLOW
@@ -256,14 +270,7 @@ def test_a_run_whose_terminal_is_closed_is_saved(spec, tmp_path, monkeypatch):
     stopped_at = curve(folder)[-1][0]
     assert (folder.checkpoints / f"step-{stopped_at:08d}" / "manifest.json").is_file()
     assert tracked(folder.spec(), folder.run_id).info.status == "KILLED"
-    until(lambda: not any(map(running, processes)), "the end of Ray", seconds=30)
-
-
-def running(process):
-    """Return whether a process is there and no zombie."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() != psutil.STATUS_ZOMBIE
-    return False
+    until(lambda: not any(map(is_there, processes)), "the end of Ray", seconds=30)
 
 
 @SLOW

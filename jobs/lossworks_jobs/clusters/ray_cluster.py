@@ -1,9 +1,13 @@
 """A Ray cluster to train on: joined, or started on this machine."""
 
+import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
+import psutil
 
 from lossworks.errors import UserError
 from lossworks.home import ray_variables
@@ -11,6 +15,8 @@ from lossworks.ports import require_answer
 from lossworks.signals import hangups_ignored
 from lossworks.specs import RunSpec
 from lossworks_jobs.clusters.local_nodes import use_token
+
+_LOST_AFTER_S = 60.0
 
 
 @contextmanager
@@ -64,6 +70,33 @@ def _start(address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--address {address}: no Ray cluster answers there: {first_line}") from None
+
+
+class OwnNode:
+    """The node of Ray that this process has started, if it has one.
+
+    When it is lost, Ray's library ends this process within seconds; at times it waits for ever instead.
+    """
+
+    def __init__(self) -> None:
+        children = psutil.Process().children()
+        self._raylet = next((child for child in children if child.name() == "raylet"), None)
+        self._lost_at: float | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has been gone for longer than Ray's library takes to notice."""
+        if self._raylet is None or is_there(self._raylet):
+            return False
+        self._lost_at = self._lost_at or time.monotonic()
+        return time.monotonic() - self._lost_at > _LOST_AFTER_S
+
+
+def is_there(process: psutil.Process) -> bool:
+    """Return whether a process is there and no zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def threads(spec: RunSpec) -> int:

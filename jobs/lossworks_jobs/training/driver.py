@@ -13,7 +13,7 @@ from lossworks.lost_runs import watched
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.training.outcome import Outcome
-from lossworks_jobs.clusters.ray_cluster import lacking
+from lossworks_jobs.clusters.ray_cluster import OwnNode, lacking
 from lossworks_jobs.training.fitting import fit, last_line, read_outcome
 from lossworks_jobs.training.stopping import run_until_done
 
@@ -178,11 +178,21 @@ class _Waiting:
         self._folder, self._spec, self._say = folder, spec, say
         self._seen = folder.notices.stat().st_size if folder.notices.exists() else 0
         # Rank 0 makes the journal when it starts.
+        self._node = OwnNode()
         self._room_checked_at = math.inf if folder.journal.exists() else time.monotonic()
 
     def look(self) -> None:
-        """Look once; called several times a second."""
+        """Look once; called several times a second.
+
+        Raises:
+            RunError: The node of Ray is lost, and nothing will come of waiting.
+        """
         self._pass_on()
+        if self._node.lost:
+            raise RunError(
+                f"run {self._folder.run_id}: its node of Ray is lost; "
+                f"`{program()} train --resume {self._folder.run_id}` goes on from the newest checkpoint"
+            )
         if time.monotonic() - self._room_checked_at > _ROOM_AFTER_S:
             self._room_checked_at = time.monotonic()
             if not self._folder.journal.exists() and (text := lacking(self._spec)):
