@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lossworks.head import (
+        Divergence,
         ExpectedLogit,
         Gathered,
         LinearCrossEntropy,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         SumOfSquares,
         Target,
         TeacherExpectedLogit,
+        TopKDivergence,
         Variance,
         VocabParallel,
         linear_cross_entropy,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Divergence",
     "ExpectedLogit",
     "Gathered",
     "LinearCrossEntropy",
@@ -37,6 +40,7 @@ __all__ = [
     "SumOfSquares",
     "Target",
     "TeacherExpectedLogit",
+    "TopKDivergence",
     "Variance",
     "VocabParallel",
     "__version__",

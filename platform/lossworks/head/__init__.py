@@ -11,6 +11,7 @@ from lossworks.head.predictions import TopK, linear_log_probabilities, linear_to
 from lossworks.head.row_loss import linear_row_loss
 from lossworks.head.row_statistics import linear_row_statistics, row_statistics
 from lossworks.head.statistics import (
+    Divergence,
     ExpectedLogit,
     Gathered,
     LogSumExp,
@@ -18,10 +19,12 @@ from lossworks.head.statistics import (
     SumOfSquares,
     Target,
     TeacherExpectedLogit,
+    TopKDivergence,
     Variance,
 )
 
 __all__ = [
+    "Divergence",
     "ExpectedLogit",
     "Gathered",
     "LinearCrossEntropy",
@@ -31,6 +34,7 @@ __all__ = [
     "Target",
     "TeacherExpectedLogit",
     "TopK",
+    "TopKDivergence",
     "Variance",
     "VocabParallel",
     "linear_cross_entropy",

@@ -22,10 +22,12 @@ from lossworks.head.core.arguments import (
     usable_impl,
 )
 from lossworks.head.core.dense_reference import dense_logits, scaled_logits
+from lossworks.head.core.divergences import parts
 from lossworks.head.core.valid_rows import blanked, check_range
 from lossworks.head.core.vocab_parallel import VocabParallel
 from lossworks.head.shared_passes import SharedPasses
 from lossworks.head.statistics import (
+    Divergence,
     ExpectedLogit,
     Gathered,
     LogSumExp,
@@ -35,6 +37,7 @@ from lossworks.head.statistics import (
     SumOfSquares,
     Target,
     TeacherExpectedLogit,
+    TopKDivergence,
     Variance,
     named,
 )
@@ -137,7 +140,13 @@ def row_statistics(
     return tuple(values)
 
 
-def _dense(  # noqa: PLR0911 - one case a statistic
+def _teacher(statistic: TeacherExpectedLogit | Divergence) -> Tensor:
+    """Return a teacher's logits over its temperature, of the classes that both have, without a gradient."""
+    logits = dense_logits(statistic.e.flatten(0, -2), statistic.c, statistic.bias, statistic.softcap)
+    return logits.detach()[:, : statistic.classes] / statistic.temperature
+
+
+def _dense(  # noqa: C901, PLR0911 - one case a statistic
     statistic: Statistic, z: Tensor, without_offset: Tensor, index: Tensor
 ) -> Tensor:
     match statistic:
@@ -155,9 +164,14 @@ def _dense(  # noqa: PLR0911 - one case a statistic
             p = scaled_logits(z, temperature, classes).softmax(1)
             return torch.where(p > 0, p * z, 0).sum(1)
         case TeacherExpectedLogit():
-            teacher = dense_logits(
-                statistic.e.flatten(0, -2), statistic.c, statistic.bias, statistic.softcap
-            ).detach()
-            return ((teacher / statistic.temperature).softmax(1) * z).sum(1)
+            q = _teacher(statistic).softmax(1)
+            return (q * z[:, : q.shape[1]]).sum(1)
+        case Divergence(kind):
+            log_q = _teacher(statistic).log_softmax(1)
+            own = z[:, : log_q.shape[1]] / statistic.temperature
+            return parts(kind, own.log_softmax(1), log_q, statistic.weight).sum(1)
+        case TopKDivergence(classes=classes):
+            log_p = (without_offset / statistic.temperature).log_softmax(1)
+            return statistic.of(log_p.gather(1, classes.reshape(len(z), classes.shape[-1])))
         case Gathered(classes):
             return without_offset.gather(1, classes.reshape(len(z), classes.shape[-1]))

@@ -10,10 +10,12 @@ from lossworks.adapters.torch_private import without_values
 from lossworks.errors import UserError
 from lossworks.head.autograd.differentiable_row_sums import differentiable_row_sums
 from lossworks.head.core.arguments import Operands, Options, all_classes, in_full_precision, operands
+from lossworks.head.core.divergences import check_divergence
 from lossworks.head.core.problem import RowSums
 from lossworks.head.core.valid_rows import blanked, check_range
 from lossworks.head.core.vocab_parallel import Shard, sum_gradient_over_ranks, sum_over_ranks
 from lossworks.head.statistics import (
+    Divergence,
     ExpectedLogit,
     Gathered,
     LogSumExp,
@@ -22,6 +24,7 @@ from lossworks.head.statistics import (
     SumOfSquares,
     Target,
     TeacherExpectedLogit,
+    TopKDivergence,
     Variance,
 )
 
@@ -65,7 +68,7 @@ class SharedPasses:
             for value in values
         ]
 
-    def _one(self, statistic: Statistic) -> Tensor:  # noqa: PLR0911 - one case a statistic
+    def _one(self, statistic: Statistic) -> Tensor:  # noqa: C901, PLR0911 - one case a statistic
         match statistic:
             case Target():
                 return self._target()
@@ -83,6 +86,10 @@ class SharedPasses:
                 return self._variance()
             case TeacherExpectedLogit():
                 return self._teacher(statistic)
+            case Divergence():
+                return self._divergence(statistic)
+            case TopKDivergence():
+                return self._top_k_divergence(statistic)
             case Gathered(classes):
                 return self._gathered(classes)
 
@@ -186,16 +193,58 @@ class SharedPasses:
 
         if self._offset is not None:
             raise UserError("TeacherExpectedLogit can't be combined with a target_offset")
+        student, theirs = self._beside(teacher)
+        return teacher_expected_logit(
+            *(student, self._options, self._targets, theirs, teacher.softcap, teacher.temperature)
+        )
+
+    def _divergence(self, wanted: Divergence) -> Tensor:
+        from lossworks.head.autograd.divergence import divergence
+        from lossworks.head.cpu.divergences import DivergenceRule
+
+        check_divergence(wanted.kind, wanted.weight)
+        self._check(wanted.temperature, None)
+        if self._offset is not None:
+            raise UserError("Divergence can't be combined with a target_offset")
+        if self._options.impl == "triton":
+            raise UserError("Divergence: impl='triton' has no kernel of it; auto takes GPUs' own products")
+        student, theirs = self._beside(wanted)
+        rule = DivergenceRule(wanted.kind, wanted.weight, float(wanted.temperature))
+        return divergence(student, self._options, self._targets, theirs, wanted.softcap, rule)
+
+    def _top_k_divergence(self, wanted: TopKDivergence) -> Tensor:
+        check_divergence(wanted.kind, wanted.weight)
+        z = self._gathered(wanted.classes)
+        if self._offset is not None:
+            raise UserError("TopKDivergence can't be combined with a target_offset")
+        log_p = z / wanted.temperature - self._sums(wanted.temperature, None).logsumexp[:, None]
+        return wanted.of(log_p)
+
+    def _beside(self, teacher: TeacherExpectedLogit | Divergence) -> tuple[Operands, Operands]:
+        """Return both heads with the classes that they share.
+
+        Raises:
+            UserError: They differ in rows or classes.
+        """
         theirs = operands(teacher.e.detach(), teacher.c.detach(), teacher.bias, None)
-        if len(theirs.e) != len(self._targets) or len(theirs.c) != len(self._head.c):
+        student, k = self._head, teacher.classes
+        if k is not None:
+            if student.group is not None or not 1 <= k <= min(len(theirs.c), len(student.c)):
+                raise UserError(
+                    f"classes={k} of the teacher must be in [1, {min(len(theirs.c), len(student.c))}], "
+                    "and vocab_parallel None"
+                )
+            student, theirs = (
+                head._replace(c=head.c[:k], bias=None if head.bias is None else head.bias[:k])
+                for head in (student, theirs)
+            )
+        if len(theirs.e) != len(self._targets) or len(theirs.c) != len(student.c):
             raise UserError(
                 f"the teacher has {len(theirs.e)} rows and {len(theirs.c)} classes, "
-                f"the student {len(self._targets)} and {len(self._head.c)}"
-                + ("" if self._head.group is None else " on this rank")
+                f"the student {len(self._targets)} and {len(student.c)}"
+                + (" on this rank" if student.group is not None else "; classes=K takes the first K of both")
             )
-        return teacher_expected_logit(
-            *(self._head, self._options, self._targets, theirs, teacher.softcap, teacher.temperature)
-        )
+        return student, theirs
 
     def _gathered(self, classes: Tensor) -> Tensor:
         index = classes.reshape(len(self._targets), classes.shape[-1])

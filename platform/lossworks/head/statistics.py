@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from lossworks.errors import UserError
+from lossworks.head.core.divergences import DivergenceKind, parts, with_rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,8 @@ class TeacherExpectedLogit:
         bias: Shape (V,), or None.
         softcap: Of the teacher's logits, or None.
         temperature: τ > 0 of the teacher's softmax.
+        classes: How many leading classes both have, where one of them is padded; None where they have as
+            many.
     """
 
     e: Tensor
@@ -75,6 +78,73 @@ class TeacherExpectedLogit:
     bias: Tensor | None = None
     softcap: float | None = None
     temperature: float = 1.0
+    classes: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """A divergence of the student's softmax p from a teacher's q at one temperature, shape (N,).
+
+    It has no gradient for the teacher, and is not multiplied by τ².
+
+    Attributes:
+        kind: ``forward-kl`` is KL(q‖p), ``reverse-kl`` KL(p‖q), ``jensen-shannon`` with m = β q + (1 − β) p
+            β KL(q‖m) + (1 − β) KL(p‖m) (Agarwal et al., *On-Policy Distillation of Language Models*, ICLR
+            2024, equation 1), ``total-variation`` half the sum of |p − q|.
+        e: The teacher's features, shape (..., D'), as many rows as the student's.
+        c: The teacher's classifier, shape (V', D').
+        bias: Shape (V',), or None.
+        softcap: Of the teacher's logits, or None.
+        temperature: τ > 0 of both softmaxes.
+        weight: β in (0, 1), of Jensen-Shannon alone.
+        classes: How many leading classes both have, where one of them is padded: what lies beyond is in
+            neither softmax. None where they have as many.
+    """
+
+    kind: DivergenceKind
+    e: Tensor
+    c: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    temperature: float = 1.0
+    weight: float = 0.5
+    classes: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TopKDivergence:
+    """A divergence from stored log-probabilities of a teacher's K best classes, shape (N,).
+
+    All other classes count as one, whose probability is what the K leave (no term of the teacher's own
+    distribution over them can be known).
+
+    Attributes:
+        kind: As for :class:`Divergence`.
+        log_probabilities: log q of the K classes at the same temperature, shape (..., K), at most 1 in sum.
+        classes: int64 in [0, V), distinct in a row, shape (..., K).
+        temperature: τ > 0 of the student's softmax.
+        weight: β in (0, 1), of Jensen-Shannon alone.
+    """
+
+    kind: DivergenceKind
+    log_probabilities: Tensor
+    classes: Tensor
+    temperature: float = 1.0
+    weight: float = 0.5
+
+    def of(self, log_p: Tensor) -> Tensor:
+        """Return the divergence of a student's log-probabilities (N, K) of the K classes, shape (N,).
+
+        Raises:
+            UserError: The stored ones are not shaped like the classes.
+        """
+        stored = self.log_probabilities
+        if stored.shape != self.classes.shape:
+            raise UserError(
+                f"log_probabilities {tuple(stored.shape)} must be {tuple(self.classes.shape)}, as the classes"
+            )
+        log_q = stored.detach().reshape(log_p.shape).to(log_p.dtype)
+        return parts(self.kind, with_rest(log_p), with_rest(log_q), self.weight).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +159,16 @@ class Gathered:
 
 
 Statistic = (
-    Target | LogSumExp | Mean | SumOfSquares | Variance | ExpectedLogit | TeacherExpectedLogit | Gathered
+    Target
+    | LogSumExp
+    | Mean
+    | SumOfSquares
+    | Variance
+    | ExpectedLogit
+    | TeacherExpectedLogit
+    | Divergence
+    | TopKDivergence
+    | Gathered
 )
 StatisticName = Literal["target", "logsumexp", "mean", "sum-of-squares", "variance", "expected"]
 _BY_NAME: dict[str, Statistic] = {

@@ -6,10 +6,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lossworks import linear_cross_entropy, linear_row_loss, linear_row_statistics
 from lossworks.head import (
+    Divergence,
     Gathered,
     LinearCrossEntropy,
     LogSumExp,
     TeacherExpectedLogit,
+    TopKDivergence,
     linear_log_probabilities,
     linear_top_k,
 )
@@ -40,6 +42,14 @@ def of_a_teacher(e, c, b, y):
     return linear_row_statistics(e, c, y, b, statistics=[teacher])[0].sum()
 
 
+def divergences(e, c, b, y):
+    stored, classes = e[:, :2].detach().sigmoid() / 2, torch.stack([y.clamp(0, 9), y.clamp(0, 9) + 1], 1)
+    best = TopKDivergence("reverse-kl", stored.log(), classes)
+    teacher = Divergence("jensen-shannon", e[:, :4].detach(), c[:, :4].detach(), temperature=2.0)
+    found = linear_row_statistics(e, c, y, b, statistics=[teacher, best])
+    return sum(value.sum() for value in found)
+
+
 FUNCTIONS = {
     "cross-entropy": lambda e, c, b, y: linear_cross_entropy(e, c, y, b),
     "of each row": lambda e, c, b, y: linear_cross_entropy(e, c, y, b, reduction="none").square().sum(),
@@ -48,6 +58,7 @@ FUNCTIONS = {
     "row loss": lambda e, c, b, y: linear_row_loss(e, c, y, focal, b, token_weight=e.new_ones(len(e))),
     "every statistic": every_statistic,
     "teacher": of_a_teacher,
+    "divergences": divergences,
     "log-probabilities": lambda e, c, b, y: linear_log_probabilities(e, c, y.clamp(min=0)[:, None], b).sum(),
     "top k": lambda e, c, b, y: linear_top_k(e, c, 3, b).log_probabilities.sum() + 0 * (e.sum() + c.sum()),
 }

@@ -8,7 +8,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks.head import (
+    Divergence,
     Gathered,
     TeacherExpectedLogit,
     VocabParallel,
@@ -23,6 +24,7 @@ from lossworks.head import (
     linear_log_probabilities,
     linear_row_statistics,
 )
+from lossworks.head.core.divergences import DivergenceKind
 from lossworks.head.cpu import backend as cpu
 from lossworks.head.cpu.tile_sizes import TileSizes
 
@@ -202,6 +204,7 @@ def _check_statistics(sizes: tuple[int, ...], *, reduce_e: bool) -> None:
         e: Tensor, c: Tensor, targets: Tensor, bias: Tensor, theirs: Tensor, **how: Any
     ) -> tuple[Tensor, ...]:
         asked = [*STATISTICS, Gathered(candidates), TeacherExpectedLogit(rows, theirs, temperature=2.0)]
+        asked += [Divergence(kind, rows, theirs, temperature=2.0) for kind in get_args(DivergenceKind)]
         found = linear_row_statistics(e, c, targets, bias, statistics=asked, softcap=4.0, **how)
         some = candidates.masked_fill(candidates % 4 == 0, IGNORE)
         return *found, linear_log_probabilities(e, c, some, bias, temperature=0.7, **how)

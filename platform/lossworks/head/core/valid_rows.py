@@ -92,11 +92,15 @@ class ValidRows:
             return column.clone()
         return column.new_zeros(len(self._e)).index_copy_(0, self._valid, column)
 
+    def over_ranks(self, column: Tensor) -> Tensor:
+        """Complete a sum (n,) over this rank's classes, in place, with those of other ranks' classes."""
+        if self._shard is not None:
+            self._shard.sum(column)
+        return column
+
     def total_mass(self, mass: Tensor | None) -> Tensor:
         """Return the probability left out of each row (N,), over all ranks' classes; empty for None."""
-        if mass is not None and self._shard is not None:
-            self._shard.sum(mass)
-        return self.spread(mass)
+        return self.spread(None if mass is None else self.over_ranks(mass))
 
     def gradients(
         self, found: Gradients, *, reduce_e: bool, wide: bool = False
