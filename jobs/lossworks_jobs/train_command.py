@@ -36,9 +36,37 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="with --resume: go on although the data are others now; classes, scales and tokenizer stay",
     )
     parser.add_argument(
+        "--over-memory",
+        action="store_true",
+        help="start although the tensors alone are more than all memory of this machine",
+    )
+    _configure_plan(parser)
+    parser.add_argument(
         "--profile", action="store_true", help="profile 3 steps; see profile.steps and profile.start"
     )
     add_spec_options(parser)
+
+
+def _configure_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the memory, operations, time and disk that the run will take, and start nothing",
+    )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="with --plan: the memory there is, such as 16GiB: of the machine that all workers share, or of "
+        "each worker's GPU; default: what is free here",
+    )
+    parser.add_argument(
+        "--tokens-per-second",
+        "--examples-per-second",
+        dest="speed",
+        metavar="N",
+        help="with --plan: the speed of all workers together, from which the time follows",
+    )
+    parser.add_argument("--json", metavar="FILE", help="with --plan: write the plan there too")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -47,6 +75,15 @@ def _run(arguments: argparse.Namespace) -> int:
     spec, resume = _resolve(arguments)
     if show_spec(spec, arguments):
         return 0
+    if arguments.plan:
+        from lossworks_jobs.training.planned import print_planned
+
+        print_planned(spec, memory=arguments.memory, speed=arguments.speed, json=arguments.json)
+        return 0
+    for name in ("memory", "speed", "json"):
+        if getattr(arguments, name) is not None:
+            option = {"speed": "tokens-per-second"}.get(name, name)
+            raise UserError(f"--{option} {getattr(arguments, name)}: is for --plan")
     from lossworks.reporting import TrainProgress
     from lossworks_jobs.training.run_summary import print_run
     from lossworks_jobs.training.train import train
@@ -58,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
             address=arguments.address,
             resume=resume,
             changed_data=arguments.changed_data,
+            over_memory=arguments.over_memory,
             progress=progress,
         )
     print_run(spec, result, seconds_before=before)

@@ -31,6 +31,7 @@ def train(
     address: str | None = None,
     resume: RunFolder | None = None,
     changed_data: bool = False,
+    over_memory: bool = False,
     progress: "TrainProgress | None" = None,
 ) -> RunResult:
     """Train as ``spec`` says and return how it ended; MLflow has the run's right status whatever happens.
@@ -40,6 +41,7 @@ def train(
         address: A Ray cluster to join; without it that of ``$RAY_ADDRESS``, or a new one here.
         resume: Go on with this run from its newest whole checkpoint.
         changed_data: Go on although the run's data are others now; its classes, scales and tokenizer stay.
+        over_memory: Start although the tensors alone are more than all memory of this machine.
         progress: Shown while the run goes on.
 
     Raises:
@@ -52,7 +54,8 @@ def train(
     started = time.time()
     spec = located(spec)
     require_files(spec)
-    if address is None and "RAY_ADDRESS" not in os.environ:
+    local = address is None and "RAY_ADDRESS" not in os.environ
+    if local:
         require_local_resources(spec)
     else:
         require_answer(address)
@@ -62,6 +65,10 @@ def train(
         _require_resumable(spec, resume)
     with ThreadPoolExecutor(1) as pool:
         prepared = pool.submit(_prepare, spec, resume, changed_data, progress)
+        if local and not over_memory:
+            from lossworks.training.planning.plan import require_memory
+
+            require_memory(spec)
         # What is read at once is read before Ray starts, so that a mistake in it is all there is to see. Text
         # is another matter: bad or cached text shows within moments; otherwise Ray starts meanwhile.
         wait([prepared], timeout=2.0 if task_of(spec).prepares_long else None)

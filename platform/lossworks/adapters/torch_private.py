@@ -1,7 +1,9 @@
 """torch besides its documented interface: kernels for many tensors at once, groups, storages, subclasses."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +16,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = [
     "TorchDispatchMode",
     "add_scaled",
+    "assumed_tensors",
     "drops_at_random",
     "fused_adamw",
     "keeps_statistics",
     "memory_format_enum",
     "of_shape_alone",
     "past_torch_function",
+    "pretended_ranks",
     "process_group",
     "storage_key",
     "transformed",
@@ -29,6 +33,8 @@ __all__ = [
 ]
 
 Subclass = TypeVar("Subclass", bound=Tensor)
+
+_ASSUMING: ContextVar[bool] = ContextVar("assuming", default=False)
 
 
 def add_scaled(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float) -> None:
@@ -50,12 +56,89 @@ def transformed(*tensors: Tensor | None) -> bool:
 def without_values(*tensors: Tensor | None) -> bool:
     """Return whether tensors hold no numbers to look at: torch compiles or exports, or they are fake or meta.
 
-    Fake ones are told by name, since importing their class costs time that most callers need not spend.
+    Inside :func:`assumed_tensors` every look is answered, so there it is false. Fake ones are told by name,
+    since importing their class costs time that most callers need not spend.
     """
     if torch.compiler.is_compiling():
         return True
+    if _ASSUMING.get():
+        return False
     given = [tensor for tensor in tensors if tensor is not None]
     return any(tensor.is_meta or type(tensor).__name__ == "FakeTensor" for tensor in given)
+
+
+class _Assuming(TorchDispatchMode):
+    """Answers whoever looks at the values of fake tensors as when every row counts and nothing is wrong.
+
+    ``all`` is true and other booleans are false; floats are 1 and integers 0, unless torch knows them; of what
+    is looked for in a tensor, there is as much as there can be.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, or say what it would have said of values."""
+        del types
+        aten = torch.ops.aten
+        given: Any = args[0] if args else None
+        if func is aten._local_scalar_dense.default and getattr(given, "constant", None) is None:
+            return getattr(given, "assumed", 1.0 if given.is_floating_point() else 0)
+        if func is aten.nonzero.default:
+            return given.new_empty((given.numel(), given.dim()), dtype=torch.int64)
+        if func is aten.bincount.default:
+            return _bins(*args, **(kwargs or {}))
+        if func is aten.index.Tensor:
+            args = (given, [place for index in args[1] for place in _places(index)])
+        result = func(*args, **(kwargs or {}))
+        if func is aten.all.default:
+            result.assumed = True
+        return result
+
+
+def _bins(given: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
+    """Return what ``torch.bincount`` does where no number is above those that there must be room for."""
+    like = given if weights is None else weights
+    return like.new_empty(minlength)
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    """Return the indices that a mask stands for, all of them, and any other index as it is."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
+
+
+@contextmanager
+def assumed_tensors() -> Iterator[None]:
+    """Have all tensors that are made inside be fake: shape, dtype and device, and neither values nor memory.
+
+    Code that looks at values goes the way that it goes when every row counts and nothing is wrong, so that
+    what it takes on the way is that of a real run. Tensors from outside may be read.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    token = _ASSUMING.set(True)
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Assuming():
+            # Copies of modules ask where their tensors lie, and do nothing with the answer.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            # Results of a model that nobody changes in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+            yield
+    finally:
+        _ASSUMING.reset(token)
+
+
+@contextmanager
+def pretended_ranks(ranks: int) -> Iterator[None]:
+    """Make this process rank 0 of so many that are not there: exchanges return at once, and move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def fused_adamw(

@@ -46,6 +46,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, which lie in memory."""
+        return sum(held.nbytes for held in (self.inputs, self.labels, *self.further.values()))
+
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return ``inputs`` (B, …), ``targets`` (B, …) and what else there is of rows (B,)."""
         index = torch.from_numpy(np.ascontiguousarray(rows))

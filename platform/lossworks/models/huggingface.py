@@ -143,8 +143,12 @@ def local_folder(spec: ModelSpec) -> Path:
     return Path(spec.source.removeprefix("hf:")).expanduser()
 
 
-def from_config(folder: Path) -> HuggingFaceModel:
-    """Return the model of ``folder/config.json`` with parameters on the meta device: shapes only.
+def from_config(folder: Path, device: str = "meta") -> HuggingFaceModel:
+    """Return the model of ``folder/config.json`` with untrained parameters.
+
+    Args:
+        folder: Its weights are not read.
+        device: Where the parameters are; on the meta device they have shapes only.
 
     Raises:
         UserError: There is no usable configuration.
@@ -155,7 +159,7 @@ def from_config(folder: Path) -> HuggingFaceModel:
     _require_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
+        with torch.device(device):
             return HuggingFaceModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     except UserError:
         raise

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lossworks.data import BagOrder, Order
 from lossworks.data.example_sources import read_arrays
+from lossworks.data.examples import Examples
 from lossworks.data.tables import Features, read_cells
 from lossworks.errors import UserError
 from lossworks.models import Classifier, HeadedModel, build_classifier
@@ -99,6 +100,11 @@ class ExamplesTask(Task):
         train = self.train.batch(np.arange(len(self.train)))
         held_out = self.held_out.batch(np.arange(len(self.held_out)))
         return train["targets"], held_out["targets"]
+
+    @property
+    def data_bytes(self) -> int:
+        """See :attr:`Task.data_bytes`."""
+        return cast("Examples", self.train).nbytes + cast("Examples", self.held_out).nbytes
 
     def build_model(self, model: Mapping[str, Any] | None = None) -> Classifier:
         """See :meth:`Task.build_model`."""

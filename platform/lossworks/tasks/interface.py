@@ -122,6 +122,8 @@ class Task(ABC):
         shown: For tables and summaries: label, tracked name and format of each figure.
         prepares_long: Whether ``prepare`` may take minutes, so that Ray starts meanwhile.
         classifies: Whether its targets are classes and its outputs logits, one class a row.
+        flops_formula: How ``flops_per_unit`` counts, in words.
+        units_per_row: Units of throughput that a row holds.
         panels: What the report draws over the steps: a heading, and one or two labels by tracked name; None
             for the learning rate and the head's memory.
     """
@@ -138,6 +140,9 @@ class Task(ABC):
     classifies: ClassVar[bool] = False
     panels: ClassVar[tuple[str, Mapping[str, str]] | None] = None
 
+    flops_formula: ClassVar[str] = "three times the products of a forward pass, counted as it runs"
+
+    units_per_row: int = 1
     train: ExampleRows
     held_out: ExampleRows
 
@@ -160,6 +165,18 @@ class Task(ABC):
         """
         del folder
         return cls(spec, learnt)
+
+    @classmethod
+    def open_blank(cls, spec: RunSpec) -> "Task":
+        """Return the task of a spec for its shapes alone; data are read only if the spec doesn't say them.
+
+        Args:
+            spec: The run.
+
+        Raises:
+            UserError: The data that are read can't be used.
+        """
+        return cls.open(spec, None)
 
     @property
     def learnt(self) -> Learnt:
@@ -293,6 +310,11 @@ class Task(ABC):
         spec = self.spec_of_run
         return SequenceOrder(len(self.train), spec.batch_size, spec.seed)
 
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of memory that the data take in every worker; 0 where they are read as they are needed."""
+        return 0
+
     @abstractmethod
     def build_model(self, model: Mapping[str, Any] | None = None) -> HeadedModel:
         """Return the untrained model.
@@ -303,6 +325,14 @@ class Task(ABC):
         Raises:
             UserError: The model doesn't fit the data.
         """
+
+    def empty_model(self, model: Mapping[str, Any] | None = None) -> HeadedModel:
+        """Return a model like the untrained one whose parameters may hold anything; arguments as there.
+
+        Raises:
+            UserError: The model doesn't fit the data.
+        """
+        return self.build_model(model)
 
     def completed(self, batch: Batch, companions: Callable[[Batch, str], dict[str, Outputs]]) -> Batch:
         """Return a batch with what companions of the model give for it, where losses read that by a name.

@@ -16,10 +16,13 @@ from lossworks.data import TokenizedCorpus, prepare
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.learnt import Learnt
 from lossworks.data.order import spaced
+from lossworks.data.text.blank_corpus import BlankCorpus
 from lossworks.data.text.readers import read_file
+from lossworks.data.text.tokenizer import load_tokenizer
 from lossworks.errors import UserError
 from lossworks.losses.objective import Objective
 from lossworks.models import HeadedModel, LanguageModel, Outputs, build_model, load_model, save_model
+from lossworks.models.huggingface import from_config, local_folder
 from lossworks.models.pretrained import TOKENIZER, read_provenance
 from lossworks.models.scoring import TextScorer
 from lossworks.specs import DataSpec, LossSpec, ModelSpec, RunSpec
@@ -98,6 +101,10 @@ class LanguageTask(Task):
         "eval/bits_per_byte": "min",
         "eval/perplexity": "min",
     }
+    flops_formula = (
+        "6 a matrix parameter and 12·layers·width·length for attention, a token "
+        "(Chowdhery et al. 2022, appendix B)"
+    )
     shown: ClassVar[Sequence[tuple[str, str, str]]] = (
         ("held-out cross-entropy", "eval/cross_entropy", "{:.4f} nats a token"),
         ("held-out perplexity", "eval/perplexity", "{:.2f}"),
@@ -122,6 +129,16 @@ class LanguageTask(Task):
         run = cast("TrainSpec", spec)
         corpus = prepare(_text(run, learnt)) if folder is None else TokenizedCorpus.open(folder)
         return cls(run, corpus)
+
+    @classmethod
+    def open_blank(cls, spec: RunSpec) -> "LanguageTask":
+        """See :meth:`Task.open_blank`; no text is read: the spec or its tokenizer says the vocabulary."""
+        run = cast("TrainSpec", spec)
+        text = run.text()
+        vocab_size = text.vocab_size
+        if text.tokenizer is not None:
+            vocab_size = load_tokenizer(text.tokenizer).get_vocab_size()
+        return cls(run, BlankCorpus(vocab_size))
 
     @property
     def learnt(self) -> Learnt:
@@ -161,6 +178,18 @@ class LanguageTask(Task):
         """See :meth:`Task.build_model`."""
         spec = self.run.model if model is None else ModelSpec.parse(model, source="model")
         return build_model(spec, vocab_size=self.corpus.vocab_size, seed=self.run.seed)
+
+    def empty_model(self, model: Mapping[str, Any] | None = None) -> LanguageModel:
+        """See :meth:`Task.empty_model`; of a checkpoint of transformers, the configuration is read."""
+        spec = self.run.model if model is None else ModelSpec.parse(model, source="model")
+        if spec.source == "transformer":
+            return self.build_model(model)
+        return from_config(local_folder(spec), device="cpu")
+
+    @property
+    def units_per_row(self) -> int:  # type: ignore[override]  # of the run, not of the kind
+        """See :class:`Task`: tokens a sequence."""
+        return self.run.data.sequence_length
 
     def simplest(self) -> Simplest:
         """Return what the tokens' shares get, taken for probabilities; of long texts those of a sample."""

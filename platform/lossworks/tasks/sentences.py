@@ -170,6 +170,11 @@ class SentencesTask(Task):
         del say, learnt
         return Prepared(guess=float(np.log(cast("SentencesSpec", spec).data.words)))
 
+    @property
+    def data_bytes(self) -> int:
+        """See :attr:`Task.data_bytes`."""
+        return cast("Examples", self.train).nbytes + cast("Examples", self.held_out).nbytes
+
     def build_model(self, model: Mapping[str, Any] | None = None) -> SentencesModel:
         """See :meth:`Task.build_model`."""
         spec = self.run.model if model is None else SentencesModelSpec.parse(model, source="model")

@@ -24,7 +24,7 @@ from lossworks.tasks.registry import task_of
 from lossworks.tensors import write_tensors
 from lossworks.training.batches import micro_batches
 from lossworks.training.distributed.communication import time_communication
-from lossworks.training.distributed.sharding import clip_gradients, distribute, gradient_sync
+from lossworks.training.distributed.sharding import clip_gradients, distribute, gradient_sync, mesh_of
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import AT_ONCE, collected, evaluate
 from lossworks.training.job import Job
@@ -75,14 +75,15 @@ class Trainer:
         model = self.task.build_model()
         if spec.start is not None:
             begin_from(trained_weights(spec.start, "start"), model)
-        self.roles = Roles(spec, self.task, model, self.world)
+        mesh = mesh_of(spec, self.world)
+        self.roles = Roles(spec, self.task, model, self.world, mesh)
         model.attach(OBJECTIVE, self.task.objective)
         self.headed_model = model
         self.methods: list[Method] = [create(one.name, **one.hyperparameters) for one in spec.methods]
         self.bf16 = spec.precision == "bf16"
         flops, peak = self.task.flops_per_unit(model), Peak.of(self.world, bf16=self.bf16)
         self.speed = Speed(self.task.unit, flops, peak)
-        self.model = distribute(model, spec, self.world)
+        self.model = distribute(model, spec, self.world, mesh)
         self.clock = PhaseClock.on(self.world.device)
         time_communication(self.model, self.clock, self.world.device)
         self.objective = self.clock.within("head", self._descended)

@@ -2,11 +2,12 @@
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from lossworks.data.batch import Batch, on
@@ -14,7 +15,7 @@ from lossworks.models import HeadedModel, Outputs
 from lossworks.models.interface import Head
 from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Task
-from lossworks.training.distributed.sharding import distribute
+from lossworks.training.distributed.sharding import distribute, move
 from lossworks.training.distributed.world import World
 from lossworks.training.start import companion_of
 
@@ -27,22 +28,33 @@ class Roles:
         task: Its task.
         model: As training begins, before it is distributed.
         world: The ranks.
+        mesh: As :func:`lossworks.training.distributed.sharding.mesh_of` gives it.
+        find: Gives a companion that is not a copy of the model, for its name, its field and the task.
 
     Attributes:
         seconds: What their forward passes have taken on this rank.
     """
 
-    def __init__(self, spec: RunSpec, task: Task, model: HeadedModel, world: World) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        task: Task,
+        model: HeadedModel,
+        world: World,
+        mesh: DeviceMesh | None = None,
+        find: Callable[[str, str, Task], HeadedModel] = companion_of,
+    ) -> None:
         self._world, self._specs = world, spec.roles
         self._sharded = spec.sharding.kind == "fsdp"
         self._models: dict[str, nn.Module] = {}
         self.seconds = 0.0
         for name, role in spec.roles.items():
             other = role.of is not None and role.of != "start"
-            found = companion_of(str(role.of), f"roles.{name}.of", task) if other else copy.deepcopy(model)
+            found = find(str(role.of), f"roles.{name}.of", task) if other else copy.deepcopy(model)
             found.requires_grad_(False).eval()
+            move(found, world.device)
             # Replicas without gradients have nothing to exchange.
-            self._models[name] = distribute(found, spec, world) if self._sharded else found.to(world.device)
+            self._models[name] = distribute(found, spec, world, mesh) if self._sharded else found
 
     def __bool__(self) -> bool:
         return bool(self._models)

@@ -155,6 +155,16 @@ def companion_of(name: str, field: str, task: Task) -> HeadedModel:
     return found
 
 
+def empty_companion(name: str, field: str, task: Task) -> HeadedModel:
+    """Return a companion as :func:`companion_of` does, with its parameters as they come: of the right shapes.
+
+    Raises:
+        UserError: There is nothing of that name, or it can't be read.
+    """
+    model = {"source": name} if name.startswith("hf:") else trained_weights(name, field).model
+    return task.empty_model(model)
+
+
 def _require_same_reading(weights: TrainedWeights, task: Task) -> None:
     """Refuse a companion that reads inputs or classes in another way than the model.
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,34 +16,66 @@ from lossworks.training.distributed.split_head import split_head
 from lossworks.training.distributed.world import World
 
 
-def distribute(model: HeadedModel, spec: RunSpec, world: World) -> nn.Module:
+def distribute(model: HeadedModel, spec: RunSpec, world: World, mesh: DeviceMesh | None = None) -> nn.Module:
     """Return the model spread over the world as ``spec.sharding`` says, on this process's device.
 
-    ``ddp`` keeps a replica in every process and averages gradients; ``fsdp`` is FSDP2 (``fully_shard``):
-    every block is a unit of its own, and what is left (embedding, final norm, head) belongs to the root; with
-    ``vocab_parallel`` the head belongs to none and stays split. A world of one needs no DDP; FSDP is applied
-    all the same, so that it can be tried anywhere.
+    ``ddp`` keeps a replica in every process and averages gradients; for ``fsdp`` see :func:`prepare_model`. A
+    world of one needs no DDP; FSDP is applied all the same, so that it can be tried anywhere.
+
+    Args:
+        model: Anywhere.
+        spec: The run.
+        world: The ranks.
+        mesh: As :func:`mesh_of` gives it, if it was asked before.
 
     Raises:
         UserError: ``vocab_parallel`` and a head that can't be split; ``fsdp`` and a parameter without axes.
     """
-    model.to(world.device)
+    move(model, world.device)
+    prepare_model(model, spec, mesh or mesh_of(spec, world))
+    if spec.sharding.kind != "fsdp" and world.size > 1:
+        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return model
+
+
+def move(model: HeadedModel, device: torch.device) -> None:
+    """Move a model to a device; one that is there is not touched."""
+    if any(parameter.device != device for parameter in model.parameters()):
+        model.to(device)
+
+
+def mesh_of(spec: RunSpec, world: World) -> DeviceMesh | None:
+    """Return the ranks over which FSDP splits a model, or None without FSDP; every rank calls this."""
+    if spec.sharding.kind != "fsdp":
+        return None
+    return init_device_mesh(world.device.type, (world.size,))
+
+
+def prepare_model(model: HeadedModel, spec: RunSpec, mesh: DeviceMesh | None) -> None:
+    """Have a model recompute activations, compile its blocks, and keep a part of itself, as ``spec`` says.
+
+    FSDP is FSDP2 (``fully_shard``): every block is a unit of its own, and what is left (embedding, final
+    norm, head) belongs to the root; with ``vocab_parallel`` the head belongs to none and stays split.
+
+    Args:
+        model: On the device of its process; changed in place.
+        spec: The run.
+        mesh: As :func:`mesh_of` gives it.
+
+    Raises:
+        UserError: ``vocab_parallel`` and a head that can't be split; ``fsdp`` and a parameter without axes.
+    """
     if spec.activation_checkpointing:
         model.checkpoint_activations()
     if spec.compile:
         for block in model.blocks():
             block.compile()
-    if spec.sharding.kind == "fsdp":
+    if mesh is not None:
         _require_axes(model)
-        mesh = init_device_mesh(world.device.type, (world.size,))
         split = split_head(model, mesh) if spec.sharding.vocab_parallel else set()
         for block in model.blocks():
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params=split)
-        return model
-    if world.size > 1:
-        return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    return model
 
 
 def _require_axes(model: nn.Module) -> None:

@@ -25,13 +25,21 @@ def measure_head_memory(task: Task, model: HeadedModel, world: World) -> dict[st
     rows = task.head_rows(world.size)
     if not world.leads or rows is None:
         return {}
+    whole = (rows, *model.head().weight.shape)
+    return {
+        OURS: float(own_head_peak(task, model, world)),
+        DENSE: float(head_peak(whole, with_logits, torch.device("meta"))),
+    }
+
+
+def own_head_peak(task: Task, model: HeadedModel, world: World) -> int:
+    """Return the peak bytes of our head on one rank's micro-batch; 0 for tasks whose heads are small."""
+    rows = task.head_rows(world.size)
+    if rows is None:
+        return 0
     classes, width = model.head().weight.shape
     ranks = world.size if task.spec_of_run.sharding.vocab_parallel else 1
-    own = (rows * ranks, -(-classes // ranks), width)
-    return {
-        OURS: float(head_peak(own, without_logits, world.device)),
-        DENSE: float(head_peak((rows, classes, width), with_logits, torch.device("meta"))),
-    }
+    return head_peak((rows * ranks, -(-classes // ranks), width), without_logits, world.device)
 
 
 def without_logits(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
