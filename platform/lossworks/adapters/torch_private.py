@@ -70,8 +70,8 @@ def without_values(*tensors: Tensor | None) -> bool:
 class _Assuming(TorchDispatchMode):
     """Answers whoever looks at the values of fake tensors as when every row counts and nothing is wrong.
 
-    ``all`` is true and other booleans are false; floats are 1 and integers 0, unless torch knows them; of what
-    is looked for in a tensor, there is as much as there can be.
+    ``all`` is true and other booleans are false; floats are 1 and integers 0, unless torch knows them; of
+    what is looked for in a tensor, there is as much as there can be.
     """
 
     def __torch_dispatch__(

@@ -9,17 +9,20 @@ from torch import nn
 from lossworks.adapters.torch_private import (
     TorchDispatchMode,
     add_scaled,
+    assumed_tensors,
     drops_at_random,
     fused_adamw,
     keeps_statistics,
     memory_format_enum,
     of_shape_alone,
     past_torch_function,
+    pretended_ranks,
     process_group,
     storage_key,
     transformed,
     tree_leaves,
     tree_map_only,
+    without_values,
 )
 
 
@@ -144,3 +147,34 @@ def test_the_table_of_contents_names_its_memory_formats_by_an_enum():
 
     assert issubclass(kind, Enum), "distributed checkpoints keep memory formats in another way"
     assert "TORCH_CONTIGUOUS_FORMAT" in kind.__members__
+
+
+def test_assumed_tensors_have_no_memory_and_all_is_well():
+    """FakeTensorMode and its dispatch: a plan would need the memory that it asks about, or come to no end."""
+    real = torch.tensor([1, 0])
+    with assumed_tensors():
+        x = torch.ones(2**50, 2)
+        rows = torch.zeros(3, dtype=torch.int64)
+        answers = bool(x.isfinite().all()), bool(x.isnan().any()), float(x.sum()), int(rows.max())
+        found = (rows == 0).nonzero(), torch.ones(3, 2)[rows == 0], torch.bincount(rows, minlength=5)
+        known, looked_at = int(torch.tensor(7)), without_values(x)
+        read = real + 1
+
+    assert x.untyped_storage().nbytes() == 2**53
+    assert answers == (True, False, 1.0, 0), "fake tensors no longer ask aten._local_scalar_dense for values"
+    assert [tuple(tensor.shape) for tensor in found] == [(3, 1), (3, 2), (5,)]
+    assert known == 7
+    assert not looked_at
+    assert read.shape == (2,)
+    assert without_values(x)
+
+
+def test_ranks_that_are_not_there_exchange_nothing():
+    """The backend "fake": without it no plan could be made of parameters that are split over ranks."""
+    with pretended_ranks(3):
+        x = torch.ones(2)
+        dist.all_reduce(x)
+        seen = dist.get_rank(), dist.get_world_size()
+
+    assert seen == (0, 3)
+    assert not dist.is_initialized()

@@ -11,7 +11,7 @@ from lossworks.specs import ModelSpec, OptimizerSpec, ScheduleSpec
 from lossworks.training.batches import largest_share, share
 from lossworks.training.distributed.world import World
 from lossworks.training.measure.head_memory import head_peak, with_logits
-from lossworks.training.measure.memory import peak_bytes
+from lossworks.training.measure.memory import TensorMemory, peak_bytes
 from lossworks.training.optimizer import build_optimizer
 from lossworks.training.schedule import lr_factor
 
@@ -101,3 +101,20 @@ def test_model_spec_is_the_one_default():
     spec = ModelSpec()
 
     assert spec.width % spec.heads == 0
+
+
+def test_memory_is_put_down_to_what_it_was_made_for():
+    """Also where it is given another name later, or another size; what is freed is gone."""
+    memory = TensorMemory()
+    with memory:
+        with memory.labelled("weights"):
+            kept = torch.zeros(100)
+            with memory.labelled("other"):
+                passing = torch.zeros(50)
+        memory.relabel(kept, "gradients")
+        del passing
+        with memory.labelled("weights"):
+            kept.untyped_storage().resize_(40)
+
+    assert memory.peak.total() == 600
+    assert +memory.live == {"exchange between workers": 40}

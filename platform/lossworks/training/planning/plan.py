@@ -166,8 +166,8 @@ def require_memory(spec: RunSpec) -> None:
     if needed > room.size:
         raise UserError(
             f"memory: the run's tensors take {size_in_words(found.peak_bytes)} on each of {spec.workers} "
-            f"workers, and {room.source} has {size_in_words(room.size)} in all; `lossworks train SPEC --plan` "
-            "says what to change, and --over-memory starts it knowingly"
+            f"workers, and {room.source} has {size_in_words(room.size)} in all; `lossworks train SPEC "
+            "--plan` says what to change, and --over-memory starts it knowingly"
         )
 
 
@@ -202,14 +202,12 @@ def _changes(spec: RunSpec, memory: int | None, base: int | None) -> list[SpecCh
     """Return what each change would do, and all of those together that change no model."""
     share = -(-spec.batch_size // spec.workers)
     size = min(spec.micro_batch_size or share, share)
-    smaller = {f"micro_batch_size={rows}": rows for rows in (size // 2, 1) if 0 < rows < size}
-    known = {
-        f"a worker takes {rows} of its rows at once; gradients accumulate": (text,)
-        for text, rows in smaller.items()
-    }
-    tried = [
-        _change(spec, overrides, effect, memory, base) for effect, overrides in {**known, **_CHANGES}.items()
-    ]
+    effects = {
+        f"a worker takes {rows} of its rows at once; gradients accumulate": (f"micro_batch_size={rows}",)
+        for rows in (size // 2, 1)
+        if 0 < rows < size
+    } | _CHANGES
+    tried = [_change(spec, overrides, effect, memory, base) for effect, overrides in effects.items()]
     found = [change for change in tried if change is not None]
     kept = ("micro_batch_size=1", "activation_checkpointing=true", "sharding=fsdp", "precision=bf16")
     together = tuple(text for text in kept if any(change.overrides == (text,) for change in found))

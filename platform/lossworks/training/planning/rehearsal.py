@@ -67,8 +67,8 @@ def rehearse(spec: RunSpec) -> Rehearsal:
     """Take one step of a run on tensors without values, and follow what is alive.
 
     The model, its sharding, the objective, the optimiser and the evaluation are those of the run itself, and
-    so is every tensor that they make. What operators take and give back inside themselves is not seen, nor are
-    telemetry, analyses and what methods do besides their loss. Blocks are not compiled.
+    so is every tensor that they make. What operators take and give back inside themselves is not seen, nor
+    are telemetry, analyses and what methods do besides their loss. Blocks are not compiled.
 
     Args:
         spec: The run; its data are read if the shapes of its batches are not in the spec.

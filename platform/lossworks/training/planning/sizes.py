@@ -23,7 +23,7 @@ def read_size(text: str, option: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", text.strip())
     if found is None or found[2].lower() not in by_lower or not float(found[1]):
         raise UserError(
-            f"{option} {text}: must be a number above 0 with a unit, such as 16GiB; units are {', '.join(units)}"
+            f"{option} {text}: must be a number above 0 and a unit, such as 16GiB; units: {', '.join(units)}"
         )
     return int(float(found[1]) * by_lower[found[2].lower()])
 
