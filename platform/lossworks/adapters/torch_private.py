@@ -85,6 +85,9 @@ class _Assuming(TorchDispatchMode):
             return getattr(given, "assumed", 1.0 if given.is_floating_point() else 0)
         if func is aten.nonzero.default:
             return given.new_empty((given.numel(), given.dim()), dtype=torch.int64)
+        if func is aten._unique2.default:
+            places = [given.new_empty(size, dtype=torch.int64) for size in (given.shape, given.numel())]
+            return given.new_empty(given.numel()), *places
         if func is aten.bincount.default:
             return _bins(*args, **(kwargs or {}))
         if func is aten.index.Tensor:

@@ -157,12 +157,13 @@ def test_assumed_tensors_have_no_memory_and_all_is_well():
         rows = torch.zeros(3, dtype=torch.int64)
         answers = bool(x.isfinite().all()), bool(x.isnan().any()), float(x.sum()), int(rows.max())
         found = (rows == 0).nonzero(), torch.ones(3, 2)[rows == 0], torch.bincount(rows, minlength=5)
+        found = (*found, rows.unique(return_inverse=True)[1])
         known, looked_at = int(torch.tensor(7)), without_values(x)
         read = real + 1
 
     assert x.untyped_storage().nbytes() == 2**53
     assert answers == (True, False, 1.0, 0), "fake tensors no longer ask aten._local_scalar_dense for values"
-    assert [tuple(tensor.shape) for tensor in found] == [(3, 1), (3, 2), (5,)]
+    assert [tuple(tensor.shape) for tensor in found] == [(3, 1), (3, 2), (5,), (3,)]
     assert known == 7
     assert not looked_at
     assert read.shape == (2,)

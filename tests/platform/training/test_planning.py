@@ -11,7 +11,7 @@ from lossworks.errors import UserError
 from lossworks.tasks import parse_train_spec
 from lossworks.training.measure.hardware import measure_peak
 from lossworks.training.planning import rehearsal
-from lossworks.training.planning.plan import make_plan
+from lossworks.training.planning.plan import make_plan, require_memory
 from lossworks.training.planning.rehearsal import ACTIVATIONS, GRADIENTS, MOMENTS, WEIGHTS, rehearse
 from lossworks.training.planning.sizes import read_size, size_in_words
 from lossworks_testing.plans import measured_peaks
@@ -56,6 +56,7 @@ TEXTS = {
     "bf16": {"precision": "bf16"},
     "checkpointed": {"activation_checkpointing": True, "micro_batch_size": 2},
     "other loss": {"loss": "ldr"},
+    "evaluation": {"batch_size": 1},
 }
 RANKS = {
     "ddp": {"sharding": "ddp"},
@@ -88,11 +89,10 @@ def language(words, workers=1, **changes):
     return tiny_spec(
         words,
         steps=3,
-        batch_size=8,
         workers=workers,
         data={"vocab_size": 2000, "sequence_length": 64},
         evaluation={"every": 2, "sequences": 8},
-        **{**changes, "model": {**MODEL, **changes.get("model", {})}},
+        **{"batch_size": 8, **changes, "model": {**MODEL, **changes.get("model", {})}},
     )
 
 
@@ -150,6 +150,29 @@ def test_parts_are_what_the_maths_says(words):
     assert less.peak[ACTIVATIONS] < 0.2 * found.peak[ACTIVATIONS]
     assert rehearse(language(words, micro_batch_size=2)).peak[GRADIENTS] == 4 * found.parameters
     assert found.units == 8 * 64
+
+
+def test_what_looks_at_values_is_named(words, monkeypatch):
+    """A loss of somebody else may do anything; a plan ends in one sentence, and a run begins without one."""
+
+    def looks(*_, **__):
+        raise RuntimeError("no values")
+
+    monkeypatch.setattr(rehearsal.Objective, "forward", looks)
+    spec = language(words)
+    with pytest.raises(
+        UserError, match=r"loss cross-entropy, task=language-model: can't be followed .*no values"
+    ):
+        rehearse(spec)
+    require_memory(spec)
+
+
+def test_an_evaluation_may_take_the_most(words):
+    """Of more rows than a step has; the optimiser's state is there meanwhile."""
+    found = rehearse(language(words, batch_size=1))
+
+    assert found.moment == "evaluation"
+    assert found.peak[MOMENTS] == pytest.approx(8 * found.parameters, rel=0.01)
 
 
 def test_no_text_is_needed(tmp_path):

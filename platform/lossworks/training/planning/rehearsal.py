@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from lossworks.adapters.torch_private import assumed_tensors, pretended_ranks
 from lossworks.catalogue.registry import create
 from lossworks.data.batch import Batch
+from lossworks.errors import LossworksError, UserError, shortened
 from lossworks.losses.objective import Objective
 from lossworks.models import HeadedModel, Outputs
 from lossworks.specs import RunSpec
@@ -74,14 +75,23 @@ def rehearse(spec: RunSpec) -> Rehearsal:
         spec: The run; its data are read if the shapes of its batches are not in the spec.
 
     Raises:
-        UserError: The data can't be read, or the model doesn't fit them.
+        UserError: The data can't be read, the model doesn't fit them, or something in the run looks at values
+            in a way that can't be answered without them.
     """
     spec = spec.model_copy(update={"compile": False})
     task = task_of(spec).open_blank(spec)
     alone = spec.workers == 1 and spec.sharding.kind != "fsdp"
     with nullcontext() if alone else pretended_ranks(spec.workers):
         world = World(0, spec.workers, torch.device("cpu"))
-        return _Stage(spec, task, world).play()
+        try:
+            return _Stage(spec, task, world).play()
+        except LossworksError:
+            raise
+        except Exception as error:  # anything may happen to code that looks at values which aren't there
+            raise UserError(
+                f"loss {' + '.join(spec.loss.titles)}, task={task.slug}: can't be followed without values: "
+                f"{shortened(' '.join(str(error).split()) or type(error).__name__)}"
+            ) from error
 
 
 class _Stage:
@@ -107,7 +117,8 @@ class _Stage:
                 self.roles = Roles(self.spec, self.task, model, self.world, self.mesh, empty_companion)
             with self.memory.labelled(WEIGHTS):
                 prepare_model(model, self.spec, self.mesh)
-            self._train(model)
+            optimizer = build_optimizer(model, self.spec.optimizer)
+            self._train(model, optimizer)
             self._evaluate(model)
             with self._moment("look at the head after the last step"), self.memory.labelled(HEAD):
                 own_head_peak(self.task, model, self.world)
@@ -131,9 +142,8 @@ class _Stage:
         model.attach(OBJECTIVE, self.task.objective)
         return model.train()
 
-    def _train(self, model: nn.Module) -> None:
+    def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Take a first step, which makes the optimiser's state, and follow a second one."""
-        optimizer = build_optimizer(model, self.spec.optimizer)
         with self.memory.labelled(MOMENTS):
             for parameter in model.parameters():
                 if parameter.requires_grad:
