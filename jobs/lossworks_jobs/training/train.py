@@ -63,12 +63,10 @@ def train(
     RunFolder.check_storage(spec)
     if resume is not None:
         _require_resumable(spec, resume)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         prepared = pool.submit(_prepare, spec, resume, changed_data, progress)
-        if local and not over_memory:
-            from lossworks.training.planning.plan import require_memory
-
-            require_memory(spec)
+        # It takes seconds, which nobody should wait for: it is known before the workers start.
+        roomy = pool.submit(_require_memory, spec) if local and not over_memory else None
         # What is read at once is read before Ray starts, so that a mistake in it is all there is to see. Text
         # is another matter: bad or cached text shows within moments; otherwise Ray starts meanwhile.
         wait([prepared], timeout=2.0 if task_of(spec).prepares_long else None)
@@ -80,7 +78,15 @@ def train(
         with cluster(spec, address):
             found = prepared.result()
             opened.result()
+            if roomy is not None:
+                roomy.result()
             return Driver(spec, found, started, progress).run(resume)
+
+
+def _require_memory(spec: RunSpec) -> None:
+    from lossworks.training.planning.plan import require_memory
+
+    require_memory(spec)
 
 
 def _prepare(
