@@ -8,6 +8,7 @@ import argparse
 import errno
 import io
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -220,4 +221,4 @@ class _CommandParser(CommandLineParser):
 def program() -> str:
     """Return how this user can call the command: by name, or by its path where that is not on PATH."""
     path = Path(sys.argv[0])
-    return "lossworks" if shutil.which("lossworks") or path.name != "lossworks" else str(path)
+    return "lossworks" if shutil.which("lossworks") or path.name != "lossworks" else shlex.quote(str(path))

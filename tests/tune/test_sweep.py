@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ COMMAND = [sys.executable, "-c", "import sys; from lossworks.cli import main; sy
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
+    return tmp_path_factory.mktemp("my home #1-")
 
 
 @pytest.fixture
@@ -129,7 +130,8 @@ def test_the_command_refuses_in_one_line(at_home, tmp_path, capsys):
     assert main(["tune"]) == 2
     assert "SPEC is missing" in capsys.readouterr().err
     assert main(["tune", str(file)]) == 0
-    capsys.readouterr()
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train the best: "))
+    assert Path(shlex.split(line)[-1]).is_file()
     assert main(["tune", "--resume", "small", "trials=5", "wilcoxon=0"]) == 2
     error = capsys.readouterr().err
     assert "trials (was 1, now 5)" in error

@@ -1,5 +1,6 @@
 """What a person sees of a sweep: a live table of trials, and at the end who won and by how much."""
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
@@ -113,7 +114,7 @@ def show(spec: SweepSpec, result: SweepResult) -> None:
     commands = [("see the runs in MLflow", redact(uri) if uri.startswith("http") else f"{program()} ui")]
     if result.best is not None:
         command = command_of(spec.base)
-        commands.insert(0, ("train the best", f"{program()} {command} {result.best}"))
+        commands.insert(0, ("train the best", f"{program()} {command} {shlex.quote(str(result.best))}"))
     print_summary(spec.name, lines, commands)
 
 
