@@ -155,6 +155,14 @@ def test_a_runs_figures_are_exported(observed, monkeypatch):
     assert Recorded.made["lossworks_peak_memory_bytes"].tags["rank"] == "1"
 
 
+def test_a_name_beyond_ascii_is_exported(cluster):
+    """Ray's metrics take ASCII alone, and a run may be called as its owner likes."""
+    exporter = Exporter(run="another", name="Käufe №1", rank=0)
+    exporter.watch({"train/peak_memory_bytes": 7.0})
+
+    assert exporter._tags["name"] == "K\\xe4ufe \\u21161"
+
+
 @pytest.fixture(scope="module")
 def scraped(cluster, spec, session_home):
     """A run, and what was scraped while it went on."""

@@ -80,7 +80,9 @@ class Exporter:
     """
 
     def __init__(self, *, run: str, name: str, rank: int) -> None:
-        self._tags = {"run": run, "name": name, "rank": str(rank)}
+        # Ray's metrics take ASCII alone, and would end the training at the ä of a name.
+        plain = name.encode("ascii", "backslashreplace").decode()
+        self._tags = {"run": run, "name": plain, "rank": str(rank)}
         self._own = {MEMORY: self._make(MEMORY)}
         self._run = {exported: self._make(exported) for exported in EXPORTED} if rank == 0 else {}
 
