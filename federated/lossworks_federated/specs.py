@@ -2,19 +2,11 @@
 
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from lossworks.adapters.pydantic_private import fill_in, replace_extra
 from lossworks.specs import ClassifierModelSpec, ExamplesSpec, LossSpec, Spec, TrackingSpec
-from lossworks.specs.base import Seed, Storage
+from lossworks.specs.base import OpenSpec, Seed, Storage
 from lossworks_federated.privacy import require_compatible
 from lossworks_federated.spec_parts import (
     FaultSpec,
@@ -28,13 +20,12 @@ from lossworks_federated.spec_parts import (
 from lossworks_federated.strategies.catalogue import PLAIN_SGD, check_also, check_settings, declaration
 
 
-class StrategySpec(Spec):
+class StrategySpec(OpenSpec):
     """A strategy with its hyperparameters, which are fields beside ``name``: ``{name: fedprox, mu: 0.1}``.
 
     ``fedavg`` alone is short for ``{name: fedavg}``.
     """
 
-    model_config = ConfigDict(extra="allow")
     shorthand: ClassVar[str | None] = "name"
     open_to: ClassVar[str | None] = "name"
 
@@ -84,12 +75,6 @@ class StrategySpec(Spec):
         replace_extra(self, resolved)
         fill_in(self, also=tuple(check_also(self.name, entry) for entry in self.also))
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, plain: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        values: dict[str, Any] = plain(self)
-        kept = self.model_fields_set if info.exclude_unset else values.keys()
-        return {name: value for name, value in values.items() if name in kept}
 
 
 class FederationSpec(Spec):

@@ -45,6 +45,8 @@ def spec_file(folder, **changes):
         ({"resources_per_worker": {"CPU": 4000}}, "but there are"),
         ({"storage": "runs"}, "must be an absolute path"),
         ({"seed": -1}, "greater than or equal to 0"),
+        ({"optimizer": {"kind": "sgd", "betas": [0.9, 0.9]}}, "kind=sgd does not read it"),
+        ({"optimizer": "muon", "model": {"layers": 0}}, "optimizer.kind=muon moves the matrices"),
     ],
 )
 def test_a_mistake_is_named_before_anything_starts(changes, message, home, tmp_path, capsys, monkeypatch):
@@ -107,6 +109,25 @@ def test_a_damaged_manifest_is_passed_over(how, home, tmp_path):
     assert step < 9
     assert outcome.status == "finished"
     assert outcome.checkpoint.endswith("15")
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "message"),
+    [
+        ("adamw", "optimizer=sgd", "optimizer.kind=sgd: the checkpoints of run run were made with adamw"),
+        (
+            {"kind": "sgd", "momentum": 0.0},
+            "optimizer.momentum=0.9",
+            "optimizer.momentum=0.9: the checkpoints of run run were made with 0, and keep no sum",
+        ),
+    ],
+)
+def test_a_resume_with_another_optimiser_is_refused(stored, asked, message, home, capsys):
+    """Its checkpoints don't hold what the other one keeps."""
+    run_in_folder(tiny(steps=3, optimizer=stored), "run")
+    assert main(["train", "--resume", "run", asked, "steps=6"]) == 2
+
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["empty", "cut", "other"])

@@ -144,7 +144,12 @@ def test_a_spec_survives_yaml(tmp_path):
         ({"losses": ["ldr", "ldr"]}, "ldr is there twice"),
         ({"losses": [{"name": "comp-sum", "tau": 1}], "space": {}}, "the space is empty"),
         ({"losses": [{"name": "ldr", "temperature": {"uniform": [-1, 1]}}]}, "temperature=-1"),
-        ({"space": {"optimizer.lrr": {"log": [1, 2]}}}, "did you mean optimizer.lr"),
+        ({"space": {"optimizer.lrr": {"log": [1, 2]}}}, r"lrr=1: unknown key of kind=adamw; did you mean lr"),
+        ({"space": {"optimizer.kind": ["adamw", "sdg"]}}, "optimizer.kind='sdg'.*did you mean sgd"),
+        (
+            {"space": {"optimizer.kind": ["sgd", "adamw"], "optimizer.momentum": {"uniform": [0.5, 0.9]}}},
+            r"momentum=0\.5: kind=adamw does not read it",
+        ),
         ({"space": {"optimizer.lr": {"log": [1, 200]}}}, r"optimizer.lr=200"),
         ({"space": {"optimizer.lr": {"log": [0, 1]}}}, "needs numbers above 0"),
         ({"space": {"optimizer.lr": {"log": [1, 0.1]}}}, "the first must be the smaller"),

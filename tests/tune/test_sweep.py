@@ -193,6 +193,12 @@ def test_all_that_fails_fails_the_run_with_the_reason(at_home, monkeypatch):
             "",
             "engine=packed: space.model.dropout: model.dropout=0.5 draws random numbers",
         ),
+        ({"space": {"optimizer.kind": ["adamw", "sgd"]}}, "ray", None),
+        (
+            {"space": {"optimizer.kind": ["adamw", "sgd"]}, "engine": "packed"},
+            "",
+            "engine=packed: space.optimizer.kind: optimizer.kind=sgd",
+        ),
         (
             {"space": {"precision": ["fp32", "bf16"]}, "engine": "packed"},
             "",

@@ -40,7 +40,7 @@ def train_plainly(values: dict[str, Any], report: TrialReport) -> float:
     model = build_classifier(spec.model, shape=data.shape, classes=len(data.names), seed=spec.seed)
     loss = create(spec.loss.name, **spec.loss.hyperparameters)
     optimizer = torch.optim.AdamW(
-        model.parameters(), spec.optimizer.lr, spec.optimizer.betas, weight_decay=0.0, fused=True
+        model.parameters(), spec.optimizer.lr, **spec.optimizer.hyperparameters, weight_decay=0.0, fused=True
     )
     accuracy = 0.0
     for step in range(1, spec.steps + 1):

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from lossworks.reporting import TrainProgress
     from lossworks.tasks.interface import Prepared
 
-# What decides the shape of the parameters, the batches that a checkpoint's position counts, or the objective.
-_FIXED_ON_RESUME = ("task", "model.", "data.", "seed", "batch_size", "start", "roles", "methods", "loss")
+# What decides the shape of the parameters, the batches that a checkpoint's position counts, the objective, or
+# what a checkpoint keeps of the optimiser.
+_FIXED_ON_RESUME = (
+    *("task", "model.", "data.", "seed", "batch_size", "start", "roles", "methods", "loss"),
+    "optimizer.kind",
+)
 _FREE_ON_RESUME = ("loss.impl",)
 
 
@@ -147,6 +151,12 @@ def _require_resumable(spec: RunSpec, folder: RunFolder) -> None:
                 f"{name}={value}: the checkpoints of run {folder.run_id} were made with {stored.get(name)}; "
                 f"leave it, or begin a new run from its weights: start={folder.run_id}"
             )
+    momentum = "optimizer.momentum"
+    if asked["optimizer.kind"] == "sgd" and asked[momentum] and not stored[momentum]:
+        raise UserError(
+            f"{momentum}={asked[momentum]}: the checkpoints of run {folder.run_id} were made with 0, and "
+            f"keep no sum of gradients; leave it, or begin a new run from its weights: start={folder.run_id}"
+        )
     outcome = Outcome.stored(folder.outcome_file)
     if outcome is not None and outcome.status == "finished" and outcome.step >= spec.steps:
         raise UserError(

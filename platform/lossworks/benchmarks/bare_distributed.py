@@ -19,7 +19,7 @@ from lossworks.data import SequenceOrder, TokenizedCorpus
 from lossworks.data.batch import Batch
 from lossworks.models import Outputs, build_model
 from lossworks.tasks.language_model import TrainSpec
-from lossworks.training.optimizer import build_optimizer
+from lossworks.training.optimizer import build_optimizers
 
 
 def dense_cross_entropy(outputs: Outputs, batch: Batch) -> Tensor:
@@ -37,7 +37,7 @@ def main() -> None:
     text, _ = corpus.split(spec.text())
     order = SequenceOrder(len(text), spec.batch_size, spec.seed)
     model = DistributedDataParallel(build_model(spec.model, vocab_size=corpus.vocab_size, seed=spec.seed))
-    optimizer = build_optimizer(model, spec.optimizer)
+    optimizers = build_optimizers(model, spec.optimizer)
     seconds: list[float] = []
     losses: list[Tensor] = []
     for step in range(spec.steps):
@@ -46,8 +46,9 @@ def main() -> None:
         loss = model(batch, dense_cross_entropy)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), spec.optimizer.clip_norm or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
         losses.append(loss.detach() / workers)
     everywhere = torch.stack(losses)

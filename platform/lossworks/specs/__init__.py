@@ -2,6 +2,7 @@
 
 from lossworks.specs.base import Spec, field_paths, read_yaml
 from lossworks.specs.classification import ClassifierModelSpec, ExamplesSpec
+from lossworks.specs.optimisation import OptimizerSpec, ScheduleSpec
 from lossworks.specs.parts import (
     AnalysisSpec,
     CheckpointSpec,
@@ -10,10 +11,8 @@ from lossworks.specs.parts import (
     LossSpec,
     MethodSpec,
     ModelSpec,
-    OptimizerSpec,
     ProfileSpec,
     RoleSpec,
-    ScheduleSpec,
     ShardingSpec,
     TelemetrySpec,
     WeightSpec,

@@ -17,7 +17,10 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -201,6 +204,22 @@ class Spec(BaseModel):
         return dict(_leaves(self.model_dump(mode="json")))
 
 
+class OpenSpec(Spec):
+    """Base of specs whose field :attr:`Spec.open_to` decides what further fields stand beside it.
+
+    A subclass checks the further fields in its own validator, and fills in those that were not given.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, plain: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """Leave out further fields that were filled in where pydantic leaves out what was not set."""
+        values: dict[str, Any] = plain(self)
+        kept = self.model_fields_set if info.exclude_unset else values.keys()
+        return {name: value for name, value in values.items() if name in kept}
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file: the one that is named, or one that comes with the installation.
 
@@ -257,7 +276,7 @@ def apply_overrides(
     result: dict[str, Any] = _copy(values)
     settings = [_setting(model, text) for text in overrides]
     # What decides over other fields comes first, since a change of it drops them.
-    for key, new, text in sorted(settings, key=lambda setting: not _decides(model, setting[0])):
+    for key, new, text in sorted(settings, key=lambda setting: not decides(model, setting[0])):
         _set(model, result, key, new, text)
     return result
 
@@ -291,10 +310,15 @@ def _is_text(model: type[BaseModel], key: str) -> bool:
     )
 
 
-def _decides(model: type[BaseModel], key: str) -> bool:
-    """Return whether a dotted path names a field that decides what other fields there are."""
+def decides(model: type[BaseModel], key: str) -> bool:
+    """Return whether a dotted path names a field that decides what fields stand beside it."""
     group, _, leaf = key.rpartition(".")
     return bool(group) and getattr(_group_at(model, group), "open_to", None) == leaf
+
+
+def is_open(model: type[BaseModel], path: str) -> bool:
+    """Return whether a dotted path names a group whose further fields one of its fields decides."""
+    return getattr(_group_at(model, path), "open_to", None) is not None
 
 
 def _set(model: type[BaseModel], values: dict[str, Any], key: str, new: Any, text: str) -> None:
@@ -305,12 +329,12 @@ def _set(model: type[BaseModel], values: dict[str, Any], key: str, new: Any, tex
         values = values[name]
         if not isinstance(values, dict):
             raise UserError(f"override {text!r}: {name} is a value, not a group of keys")
-    if _decides(model, key):
+    if decides(model, key):
         own = _group_at(model, ".".join(parents))
         if values.get(getattr(own, "list_tail", None) or ""):
             values.clear()  # a list is replaced as a whole, its first item's weight included
-        elif values.get(leaf) != new:
-            for name in values.keys() - (own.model_fields.keys() if own else set()):
+        elif own is not None and values.get(leaf, own.model_fields[leaf].default) != new:
+            for name in values.keys() - own.model_fields.keys():
                 del values[name]
     values[leaf] = new
 
@@ -354,9 +378,7 @@ def _expanded(group: type[BaseModel] | None, values: Any) -> Any:
 
 def _require_known(model: type[BaseModel], key: str) -> None:
     known = list(field_paths(model))
-    free = [
-        path for path in known if _is_mapping(model, path) or getattr(_group_at(model, path), "open_to", None)
-    ]
+    free = [path for path in known if _is_mapping(model, path) or is_open(model, path)]
     if key in known or any(key.startswith(f"{path}.") for path in free):
         return
     raise UserError(_unknown(model, key, known))

@@ -1,24 +1,14 @@
-"""The parts that specs of every room share: data, model, loss, optimiser, schedule."""
+"""The parts that specs of every room share: data, model, loss, companions, evaluation, checkpoints."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from lossworks.adapters.pydantic_private import replace_extra
 from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import declaration, declarations
-from lossworks.specs.base import Spec
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from lossworks.specs.base import OpenSpec, Spec
 
 
 class DataSpec(Spec):
@@ -147,14 +137,13 @@ class WeightSpec(Spec):
 _FIELDS = {"losses": "loss"}  # of a run, by section, where they are called otherwise
 
 
-class EntrySpec(Spec):
+class EntrySpec(OpenSpec):
     """An entry of the catalogue with its hyperparameters, which are fields beside ``name``.
 
     Attributes:
         section: Of the catalogue, in which the entry must be.
     """
 
-    model_config = ConfigDict(extra="allow")
     shorthand: ClassVar[str | None] = "name"
     open_to: ClassVar[str | None] = "name"
     section: ClassVar[str] = "losses"
@@ -185,12 +174,6 @@ class EntrySpec(Spec):
         resolved = entry.check(self.model_extra or {}, beside=type(self).model_fields)
         replace_extra(self, resolved)
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unset(self, plain: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        values: dict[str, Any] = plain(self)
-        kept = self.model_fields_set if info.exclude_unset else values.keys()
-        return {name: value for name, value in values.items() if name in kept}
 
 
 class MethodSpec(EntrySpec):
@@ -293,31 +276,6 @@ class RoleSpec(Spec):
         if (self.of is None) == (self.ema is None):
             raise ValueError("give one of `of` (a run, a folder or start) and `ema`")
         return self
-
-
-class OptimizerSpec(Spec):
-    """AdamW with decoupled weight decay on matrices only."""
-
-    lr: float = Field(3e-3, gt=0.0, le=10.0, description="peak learning rate")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="decay of the two moments")
-    eps: float = Field(1e-8, gt=0.0, description="added to the root of the second moment")
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="decoupled decay of parameters with two or more axes"
-    )
-    clip_norm: float | None = Field(
-        1.0, gt=0.0, description="largest global gradient norm; null for no limit"
-    )
-
-
-class ScheduleSpec(Spec):
-    """The learning rate over steps, as a factor of its peak."""
-
-    kind: Literal["constant", "cosine", "linear", "wsd"] = Field(
-        "cosine", description="shape after the warm-up; wsd is warm-up, stable, decay"
-    )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear growth from 0 to the peak")
-    decay_steps: int = Field(0, ge=0, description="last steps of wsd, in which the rate falls linearly")
-    final_fraction: Fraction = Field(0.0, description="share of the peak that is left at the last step")
 
 
 class EvaluationSpec(Spec):

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.specs.base import Seed, Spec, Storage
+from lossworks.specs.optimisation import OptimizerSpec, ScheduleSpec
 from lossworks.specs.parts import (
     AnalysisSpec,
     CheckpointSpec,
@@ -13,10 +14,8 @@ from lossworks.specs.parts import (
     EvaluationSpec,
     LossSpec,
     MethodSpec,
-    OptimizerSpec,
     ProfileSpec,
     RoleSpec,
-    ScheduleSpec,
     ShardingSpec,
     TelemetrySpec,
 )

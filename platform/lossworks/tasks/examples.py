@@ -20,7 +20,7 @@ from lossworks.tasks.interface import Task
 
 
 def require_small(spec: RunSpec) -> None:
-    """Refuse what is for large models and heads.
+    """Refuse what is for large models and heads, and an optimiser that would find nothing to move.
 
     Raises:
         ValueError: Naming the field.
@@ -29,6 +29,13 @@ def require_small(spec: RunSpec) -> None:
         raise ValueError("activation_checkpointing=true is for language models")
     if spec.sharding.vocab_parallel:
         raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
+    model = getattr(spec, "model", None)
+    has_matrices = isinstance(model, ClassifierModelSpec) and model.kind == "mlp" and model.layers > 0
+    if spec.optimizer.kind == "muon" and not has_matrices:
+        raise ValueError(
+            "optimizer.kind=muon moves the matrices between inputs and head, which of these models only "
+            "model.kind=mlp has, with model.layers at least 1; use optimizer.kind=adamw"
+        )
 
 
 def require_whole_bags(spec: RunSpec, bag_size: int) -> None:

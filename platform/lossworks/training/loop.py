@@ -36,7 +36,7 @@ from lossworks.training.measure.phases import PHASES, PhaseClock, shares
 from lossworks.training.measure.profiling import StepProfiler
 from lossworks.training.measure.speed import Speed
 from lossworks.training.measure.telemetry import Telemetry
-from lossworks.training.optimizer import OBJECTIVE, as_set, build_optimizer, set_lr
+from lossworks.training.optimizer import OBJECTIVE, as_set, build_optimizers, set_lr
 from lossworks.training.outcome import Outcome, RunStatus
 from lossworks.training.roles import Roles
 from lossworks.training.schedule import lr_factor
@@ -90,7 +90,7 @@ class Trainer:
         self.profiler = StepProfiler(
             spec.profile, job.profile if self.world.leads else None, self.clock, job.notify
         )
-        self.optimizer = build_optimizer(self.model, spec.optimizer)
+        self.optimizers = build_optimizers(self.model, spec.optimizer)
         losses = ElementLosses(self.task.objective)
         self.telemetry = Telemetry(
             spec.telemetry, losses, self.world, bf16=self.bf16, completed=self._completed
@@ -212,16 +212,17 @@ class Trainer:
         if complaint and world.leads:
             events.complained(step, complaint)
             self.job.notify(complaint)
-        lr = spec.optimizer.lr * lr_factor(spec.schedule, step=step, steps=spec.steps)
+        factor = lr_factor(spec.schedule, step=step, steps=spec.steps)
         with self.clock("optimizer"):
             for method in self.methods:
                 method.gradients(self.model, step)
             norm = clip_gradients(self.model, spec.optimizer.clip_norm)
             if not math.isfinite(norm):
                 blame_gradient(self.model, step, world)
-            set_lr(self.optimizer, lr)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            set_lr(self.optimizers, factor)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             self.roles.follow(self.model)
             for method in self.methods:
                 method.after_step(self.model, step)
@@ -229,7 +230,7 @@ class Trainer:
             **self.task.train_metrics(loss, units, further),
             **({f"train/loss/{title}": value for title, value in parts.items()} if terms > 1 else {}),
             "train/grad_norm": norm,
-            "train/lr": lr,
+            "train/lr": spec.optimizer.lr * factor,
             "train/peak_memory_bytes": float(ranks[:, -1].max()),
             **seen,
         }
@@ -342,7 +343,7 @@ class Trainer:
         with self.clock("checkpoint"):
             self.checkpoint = self.job.checkpoints.save(
                 self.model,
-                self.optimizer,
+                self.optimizers,
                 self.world,
                 step=self.step,
                 position=self.position,
@@ -358,8 +359,8 @@ class Trainer:
             checkpoint, complaints = self.world.agree(found)
             if checkpoint is not None:
                 further = self._further()
-                with as_set(self.optimizer):
-                    self.job.checkpoints.load(checkpoint, self.model, self.optimizer, further)
+                with as_set(self.optimizers):
+                    self.job.checkpoints.load(checkpoint, self.model, self.optimizers, further)
                 for method in self.methods:
                     method.load_state(further.get("methods", {}).get(method.slug, {}))
         if checkpoint is not None:

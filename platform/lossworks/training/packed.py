@@ -42,6 +42,9 @@ def obstacle(spec: RunSpec) -> str | None:
     reasons = {
         "GPUs are asked for": spec.resources_per_worker.get("GPU", 0) > 0,
         f"precision={spec.precision}": spec.precision != "fp32",
+        f"optimizer.kind={spec.optimizer.kind}, and runs at once take steps of adamw": (
+            spec.optimizer.kind != "adamw"
+        ),
         f"{', '.join(further)} is set": bool(further),
         "telemetry is asked for": bool(spec.telemetry.every or spec.telemetry.spike),
         f"loss.name={', '.join(drawing)} draws random numbers for each part of a batch, and workers or "
@@ -393,7 +396,7 @@ class _Pack:
 
 
 def _settings(spec: OptimizerSpec) -> AdamWSettings:
-    return AdamWSettings(spec.betas, spec.eps, spec.weight_decay)
+    return AdamWSettings(**spec.hyperparameters, weight_decay=spec.weight_decay)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ def lr_factor(spec: ScheduleSpec, *, step: int, steps: int) -> float:
     Warm-up grows linearly and reaches 1 at step ``warmup_steps``. Then, with r the share of the remaining
     steps that are done and f the ``final_fraction``: constant stays at 1; linear is 1 − (1 − f)·r; cosine is
     f + (1 − f)·(1 + cos πr)/2 (Loshchilov and Hutter 2017, one cycle); wsd stays at 1 until the last
-    ``decay_steps``, over which it is linear (Hu et al. 2024, MiniCPM).
+    ``decay_steps``, over which it is linear (Hu et al. 2024, MiniCPM) or, with ``decay=1-sqrt``,
+    1 − (1 − f)·√r (Hägele et al. 2024); inverse-sqrt is √(warmup_steps / step) (Vaswani et al. 2017), with a
+    warm-up of 1 where there is none.
 
     Args:
         spec: The schedule.
@@ -22,10 +24,14 @@ def lr_factor(spec: ScheduleSpec, *, step: int, steps: int) -> float:
         return step / spec.warmup_steps
     if spec.kind == "constant":
         return 1.0
+    if spec.kind == "inverse-sqrt":
+        return math.sqrt(max(spec.warmup_steps, 1) / step)
     start = steps - spec.decay_steps if spec.kind == "wsd" else spec.warmup_steps
     if step <= start:
         return 1.0
     done = (step - start) / (steps - start)
     if spec.kind == "cosine":
         return spec.final_fraction + (1 - spec.final_fraction) * (1 + math.cos(math.pi * done)) / 2
+    if spec.decay == "1-sqrt":
+        done = math.sqrt(done)
     return 1 - (1 - spec.final_fraction) * done

@@ -202,10 +202,10 @@ def test_settings_of_the_optimiser_are_those_of_the_spec_that_goes_on(tmp_path):
     found = Trainer(Job(spec, None, CheckpointStore(folder.checkpoints, keep=2), lambda *_: None))
     found.clock.start()
     found._restore()
-    matrices, others = found.optimizer.param_groups
+    matrices, others = found.optimizers[0].param_groups
 
     assert found.step == 4
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.25, 0.0)
     for group in (matrices, others):
         assert (tuple(group["betas"]), group["eps"]) == ((0.5, 0.6), 1e-3)
-    assert all(torch.any(state["exp_avg"] != 0) for state in found.optimizer.state.values())
+    assert all(torch.any(state["exp_avg"] != 0) for state in found.optimizers[0].state.values())

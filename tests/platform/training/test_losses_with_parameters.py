@@ -12,7 +12,7 @@ from lossworks.models.folders import WEIGHTS, read_tensors
 from lossworks.specs import ClassifierModelSpec, LossSpec, OptimizerSpec
 from lossworks.training.checkpoints.checkpoint import tensors_in
 from lossworks.training.export import export_run
-from lossworks.training.optimizer import OBJECTIVE, build_optimizer
+from lossworks.training.optimizer import OBJECTIVE, build_optimizers
 from lossworks_testing.classification import tiny
 from lossworks_testing.offered import Uncertainty, offer, run_offered
 from lossworks_testing.ranks import run_ranks
@@ -97,7 +97,8 @@ def test_they_are_a_group_of_the_optimiser_without_decay():
 
     objective = Objective(LossSpec(name="uncertainty"))
     model.attach(OBJECTIVE, objective)
-    groups = build_optimizer(model, OptimizerSpec(weight_decay=0.3)).param_groups
+    (optimizer,) = build_optimizers(model, OptimizerSpec(weight_decay=0.3))
+    groups = optimizer.param_groups
 
     assert {id(p) for p in groups[-1]["params"]} == {id(p) for p in objective.parameters()}
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0, 0.0]

@@ -12,7 +12,7 @@ from lossworks.training.batches import largest_share, share
 from lossworks.training.distributed.world import World
 from lossworks.training.measure.head_memory import head_peak, with_logits
 from lossworks.training.measure.memory import TensorMemory, peak_bytes
-from lossworks.training.optimizer import build_optimizer
+from lossworks.training.optimizer import build_optimizers
 from lossworks.training.schedule import lr_factor
 
 
@@ -51,7 +51,7 @@ def test_weight_decay_is_for_matrices_only():
     """Gains of the norms stay as they are under a zero gradient; matrices shrink by lr times decay."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.RMSNorm(3))
     before = [parameter.clone() for parameter in model.parameters()]
-    optimizer = build_optimizer(model, OptimizerSpec(lr=0.1, weight_decay=0.5))
+    (optimizer,) = build_optimizers(model, OptimizerSpec(lr=0.1, weight_decay=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

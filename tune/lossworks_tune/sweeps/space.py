@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError, nearest
 from lossworks.specs import field_paths
+from lossworks.specs.base import decides, is_open
 from lossworks.trainables import Direction, Trainable, task_of, trainable
 from lossworks_tune.bases import merged
 from lossworks_tune.sweeps.dimensions import DimensionSpec, loss_fields
@@ -201,20 +202,33 @@ class Space:
     def check(self) -> None:
         """Refuse what the base's class refuses: at the ends of every dimension, one at a time.
 
+        A field that decides what stands beside it, such as ``optimizer.kind``, is tried with each of those.
+
         Raises:
             UserError: A field is unknown, is none that a search can vary, or a value is refused.
         """
-        known = set(field_paths(type(self.base)))
+        model = type(self.base)
+        known = set(field_paths(model))
         for name in self.general:
             group = name.partition(".")[0]
             if group in _NOT_SEARCHED and name not in _PREPARES_INPUTS:
                 raise UserError(f"space.{name}: {_NOT_SEARCHED[group]}")
-            if name not in known:
+            if name not in known and not is_open(model, name.rpartition(".")[0]):
                 guess = nearest(name, known)
                 hint = f"; did you mean {guess}?" if guess else ""
                 raise UserError(f"space.{name}: is no field of the base{hint}")
-        for _, fields in self.corners():
+        for fields in (*(fields for _, fields in self.corners()), *self._decided()):
             self.training(fields, 0)
+
+    def _decided(self) -> Iterator[Fields]:
+        """Yield each value of a field that decides over others together with the ends of each of those."""
+        usual = self._of_loss(self.candidates[0], {})
+        for decider in (name for name in self.general if decides(type(self.base), name)):
+            group = decider.rpartition(".")[0]
+            beside = [name for name in self.general if name.rpartition(".")[0] == group and name != decider]
+            for name in beside:
+                for kind, value in itertools.product(self.general[decider].tried, self.general[name].tried):
+                    yield usual | {decider: kind, name: value}
 
     def _own_loss(self) -> dict[str, Any]:
         given = self._values.get("loss", {})

@@ -20,7 +20,7 @@ from lossworks.benchmarks.filtering.filtered_gradients import (
 from lossworks.data import SequenceOrder, TokenizedCorpus, prepare
 from lossworks.data.batch import Batch
 from lossworks.models import LanguageModel, ModelObjective, Outputs, build_model
-from lossworks.training.optimizer import build_optimizer, set_lr
+from lossworks.training.optimizer import build_optimizers, set_lr
 from lossworks.training.schedule import lr_factor
 
 if TYPE_CHECKING:
@@ -116,17 +116,18 @@ class Study:
         """Yield the steps done and the model, before the first step and after each."""
         spec = self.spec
         model = build_model(spec.model, vocab_size=self.classes, seed=seed)
-        optimizer = build_optimizer(model, spec.optimizer)
+        optimizers = build_optimizers(model, spec.optimizer)
         order = SequenceOrder(len(self._text), spec.batch_size, seed)
         yield 0, model
         for step in range(1, steps + 1):
-            set_lr(optimizer, spec.optimizer.lr * lr_factor(spec.schedule, step=step, steps=steps))
+            set_lr(optimizers, lr_factor(spec.schedule, step=step, steps=steps))
             batch = self._text.batch(order.rows((step - 1) * spec.batch_size, 0, 1))
             (model(batch, objective) / batch["targets"].numel()).backward()
             if spec.optimizer.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), spec.optimizer.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             yield step, model
 
     @torch.no_grad()

@@ -97,7 +97,7 @@ class CheckpointStore:
 
         Args:
             model: What is trained.
-            optimizer: Its optimiser.
+            optimizer: Its optimiser, or all of them.
             world: The ranks.
             step: Optimiser steps done.
             position: Rows consumed so far, over all ranks.
@@ -156,7 +156,7 @@ class CheckpointStore:
         Args:
             checkpoint: A whole one.
             model: What is trained.
-            optimizer: Its optimiser.
+            optimizer: Its optimiser, or all of them.
             further: Tensors that are filled in place; as they were given to ``save``.
         """
         model_state, optimizer_state = get_state_dict(model, optimizer)

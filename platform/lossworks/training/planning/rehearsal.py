@@ -27,7 +27,7 @@ from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import AT_ONCE
 from lossworks.training.measure.head_memory import own_head_peak
 from lossworks.training.measure.memory import EXCHANGE, TensorMemory
-from lossworks.training.optimizer import OBJECTIVE, build_optimizer
+from lossworks.training.optimizer import OBJECTIVE, Optimizers, build_optimizers
 from lossworks.training.roles import Roles
 from lossworks.training.start import empty_companion
 
@@ -117,8 +117,8 @@ class _Stage:
                 self.roles = Roles(self.spec, self.task, model, self.world, self.mesh, empty_companion)
             with self.memory.labelled(WEIGHTS):
                 prepare_model(model, self.spec, self.mesh)
-            optimizer = build_optimizer(model, self.spec.optimizer)
-            self._train(model, optimizer)
+            optimizers = build_optimizers(model, self.spec.optimizer)
+            self._train(model, optimizers)
             self._evaluate(model)
             with self._moment("look at the head after the last step"), self.memory.labelled(HEAD):
                 own_head_peak(self.task, model, self.world)
@@ -132,7 +132,7 @@ class _Stage:
             moment=moment,
             flops_per_unit=flops,
             units=self.spec.batch_size * self.task.units_per_row,
-            checkpoint_bytes=(3 + moving) * 4 * parameters,
+            checkpoint_bytes=(1 + moving) * 4 * parameters + _state_bytes(optimizers),
         )
 
     def _build(self) -> HeadedModel:
@@ -142,14 +142,15 @@ class _Stage:
         model.attach(OBJECTIVE, self.task.objective)
         return model.train()
 
-    def _train(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _train(self, model: nn.Module, optimizers: Optimizers) -> None:
         """Take a first step, which makes the optimiser's state, and follow a second one."""
         with self.memory.labelled(MOMENTS):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         self._follow_gradients(model)
         share = self.task.order().largest_share(self.world.size)
         sizes = _sizes(share, self.spec.micro_batch_size)
@@ -161,8 +162,9 @@ class _Stage:
                 self._descend(model, batches[index], last=index == len(batches) - 1)
             with self.memory.labelled(OTHER):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), self.spec.optimizer.clip_norm or math.inf)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
 
     def _descend(self, model: nn.Module, batch: Batch, *, last: bool) -> None:
         """Take one micro-batch forward and backward."""
@@ -250,6 +252,12 @@ def _sizes(share: int, micro_batch_size: int | None) -> list[int]:
     """Return the rows of each micro-batch of a worker's share."""
     size = micro_batch_size or share
     return [min(size, share - start) for start in range(0, share, size)]
+
+
+def _state_bytes(optimizers: Optimizers) -> int:
+    """Return the bytes of what optimisers keep, over all workers."""
+    kept = (value for one in optimizers for state in one.state.values() for value in state.values())
+    return sum(value.numel() * value.element_size() for value in kept if isinstance(value, Tensor))
 
 
 def _numbers(model: nn.Module) -> int:
