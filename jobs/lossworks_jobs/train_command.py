@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from pathlib import Path
 
 import psutil
 
@@ -44,6 +45,13 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="profile 3 steps; see profile.steps and profile.start"
     )
+    parser.add_argument(
+        "--plot-schedule",
+        metavar="FILE",
+        type=Path,
+        help="draw the learning rate, and weights of losses that change, over all steps to FILE, .png or "
+        ".svg (both are written), and end",
+    )
     add_spec_options(parser)
 
 
@@ -84,6 +92,11 @@ def _run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             option = {"speed": "tokens-per-second"}.get(name, name)
             raise UserError(f"--{option} {getattr(arguments, name)}: is for --plan")
+    if arguments.plot_schedule is not None:
+        from lossworks.reporting.schedule_picture import draw_schedule
+
+        print(f"drawn: {', '.join(map(str, draw_schedule(spec, arguments.plot_schedule)))}")
+        return 0
     from lossworks.reporting import TrainProgress
     from lossworks_jobs.training.run_summary import print_run
     from lossworks_jobs.training.train import train

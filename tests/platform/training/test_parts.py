@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lossworks.errors import UserError
 from lossworks.specs import ModelSpec, OptimizerSpec, ScheduleSpec
+from lossworks.tasks import parse_train_spec
 from lossworks.training.batches import largest_share, share
 from lossworks.training.distributed.world import World
 from lossworks.training.measure.head_memory import head_peak, with_logits
@@ -23,6 +25,7 @@ from lossworks.training.schedule import lr_factor
         ("linear", {1: 0.5, 2: 1, 6: 0.55, 10: 0.1}),
         ("cosine", {1: 0.5, 2: 1, 6: 0.55, 10: 0.1}),
         ("wsd", {1: 0.5, 2: 1, 6: 1, 8: 0.55, 10: 0.1}),
+        ("inverse-sqrt", {1: 0.5, 2: 1, 6: 3**-0.5, 8: 0.5, 10: 5**-0.5}),
     ],
 )
 def test_schedules_at_known_steps(kind, expected):
@@ -32,8 +35,21 @@ def test_schedules_at_known_steps(kind, expected):
     assert {step: lr_factor(spec, step=step, steps=10) for step in expected} == pytest.approx(expected)
 
 
+def test_the_decay_of_wsd_may_follow_a_root():
+    """1 − (1 − f)·√r: steep at first, and at the final share at the end."""
+    spec = ScheduleSpec(kind="wsd", decay="1-sqrt", decay_steps=4, final_fraction=0.1)
+
+    found = [lr_factor(spec, step=step, steps=10) for step in (6, 7, 9, 10)]
+    assert found == pytest.approx([1, 0.55, 1 - 0.9 * 0.75**0.5, 0.1])
+
+
+def test_another_schedule_takes_no_decay():
+    with pytest.raises(UserError, match="schedule: decay=1-sqrt: kind=cosine does not read it"):
+        parse_train_spec({"schedule": {"decay": "1-sqrt"}})
+
+
 @given(
-    kind=st.sampled_from(["constant", "cosine", "linear", "wsd"]),
+    kind=st.sampled_from(["constant", "cosine", "linear", "wsd", "inverse-sqrt"]),
     steps=st.integers(1, 50),
     data=st.data(),
 )
