@@ -37,8 +37,8 @@ def print_planned(spec: RunSpec, *, memory: str | None, speed: str | None, json:
         raise UserError(f"--json {json}: is no file in an existing folder")
     require_files(spec)
     base = base_bytes()
-    from lossworks.reporting.plan_report import print_plan
     from lossworks.training.planning.plan import make_plan
+    from lossworks.training.planning.plan_report import print_plan
 
     plan = make_plan(spec, memory=size, speed=rate, base_bytes=base)
     print_plan(plan)
