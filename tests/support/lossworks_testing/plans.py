@@ -1,5 +1,6 @@
 """What a run's tensors really take at their peak; new processes import it."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def _measured(spec: RunSpec, prepared: str | None, folder: str) -> int:
     )
     if dist.is_initialized():
         return peak_bytes(lambda: Trainer(job).run())
+    gc.collect()  # what an earlier run has left would count as released by this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         Trainer(job).run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -136,7 +136,7 @@ def make_plan(
         room=room,
         needed_bytes=needed,
         fits=fits,
-        changes=() if fits is not False else tuple(_changes(spec, memory, base)),
+        changes=() if fits is not False else tuple(_changes(spec, room.size, base, needed)),
         unit=kind.unit,
         flops_formula=kind.flops_formula,
         steps=spec.steps,
@@ -198,8 +198,8 @@ def _whole_room(spec: RunSpec) -> Room:
     return Room(psutil.virtual_memory().total + psutil.swap_memory().total, "this machine", spec.workers)
 
 
-def _changes(spec: RunSpec, memory: int | None, base: int | None) -> list[SpecChange]:
-    """Return what each change would do, and all of those together that change no model."""
+def _changes(spec: RunSpec, memory: int | None, base: int | None, now: int) -> list[SpecChange]:
+    """Return the changes that make less of the bytes ``now``, and together those that change no model."""
     share = -(-spec.batch_size // spec.workers)
     size = min(spec.micro_batch_size or share, share)
     effects = {
@@ -208,7 +208,7 @@ def _changes(spec: RunSpec, memory: int | None, base: int | None) -> list[SpecCh
         if 0 < rows < size
     } | _CHANGES
     tried = [_change(spec, overrides, effect, memory, base) for effect, overrides in effects.items()]
-    found = [change for change in tried if change is not None]
+    found = [change for change in tried if change is not None and change.needed_bytes < now]
     kept = ("micro_batch_size=1", "activation_checkpointing=true", "sharding=fsdp", "precision=bf16")
     together = tuple(text for text in kept if any(change.overrides == (text,) for change in found))
     if len(together) > 1:

@@ -81,17 +81,16 @@ def rehearse(spec: RunSpec) -> Rehearsal:
     spec = spec.model_copy(update={"compile": False})
     task = task_of(spec).open_blank(spec)
     alone = spec.workers == 1 and spec.sharding.kind != "fsdp"
-    with nullcontext() if alone else pretended_ranks(spec.workers):
-        world = World(0, spec.workers, torch.device("cpu"))
-        try:
-            return _Stage(spec, task, world).play()
-        except LossworksError:
-            raise
-        except Exception as error:  # anything may happen to code that looks at values which aren't there
-            raise UserError(
-                f"loss {' + '.join(spec.loss.titles)}, task={task.slug}: can't be followed without values: "
-                f"{shortened(' '.join(str(error).split()) or type(error).__name__)}"
-            ) from error
+    try:
+        with nullcontext() if alone else pretended_ranks(spec.workers):
+            return _Stage(spec, task, World(0, spec.workers, torch.device("cpu"))).play()
+    except LossworksError:
+        raise
+    except Exception as error:  # anything may happen to code that looks at values which aren't there
+        raise UserError(
+            f"loss {' + '.join(spec.loss.titles)}, task={task.slug}: can't be followed without values: "
+            f"{shortened(' '.join(str(error).split()) or type(error).__name__)}"
+        ) from error
 
 
 class _Stage:
