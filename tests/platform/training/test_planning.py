@@ -105,7 +105,12 @@ def check(spec, tokens, folder):
     assert planned == pytest.approx(measured, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ALONE)
+def first_and_slow(names):
+    """Two of the runs in every test session, and the others with the tests that take minutes."""
+    return [pytest.param(name, marks=[] if at < 2 else pytest.mark.slow) for at, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", first_and_slow(ALONE))
 def test_examples_take_what_was_planned(name, tmp_path):
     """Of every task, by torch's own allocator: within a tenth.
 
@@ -114,7 +119,7 @@ def test_examples_take_what_was_planned(name, tmp_path):
     check(parse_train_spec({**_COMMON, **ALONE[name]}), None, tmp_path)
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", first_and_slow(TEXTS))
 def test_texts_take_what_was_planned(name, words, tokens, tmp_path):
     check(language(words, **TEXTS[name]), tokens, tmp_path)
 
