@@ -209,6 +209,7 @@ def test_a_node_that_is_gone_for_long_is_noticed(monkeypatch):
     with subprocess.Popen([sys.executable, "-c", code]) as raylet:
         until(lambda: psutil.Process(raylet.pid).name() == "raylet", "its name")
         node = OwnNode()
+        node._raylet = psutil.Process(raylet.pid)  # not that of the tests' own cluster
         there = node.lost
         raylet.kill()
         until(lambda: node.lost, "the loss")

@@ -90,7 +90,10 @@ def test_the_command_refuses_in_one_line(arguments, message, home, capsys):
         ({"compare": {"a": {}, "b": {"loss": "ldr", "loss.margin": 1}}}, "loss has a value already"),
         ({"compare": {"a": {}, "b": {"loss": {"name": "ldr", "temperature": -1}}}}, "temperature=-1"),
         ({"over": {"data.label_noise": []}}, "over.data.label_noise: has no values"),
-        ({"over": {"optimizer.rl": [0.1]}}, "over.optimizer.rl: optimizer.rl: unknown key"),
+        (
+            {"over": {"optimizer.rl": [0.1]}},
+            "with optimizer.rl=0.1: optimizer: rl=0.1: unknown key .* did you mean lr",
+        ),
         ({"over": {"data.label_noise": [0, 0]}}, "a value is there twice"),
         ({"over": {"data.label_noise": [0, 2]}}, "with data.label_noise=2.*less than or equal to 1"),
         ({"over": {"loss.name": ["ldr", "dice"]}}, "over.loss.name: compare.cross-entropy sets it, too"),

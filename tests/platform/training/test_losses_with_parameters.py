@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lossworks.adapters.torch_private import pretended_ranks
 from lossworks.errors import UserError
 from lossworks.losses.objective import Objective
 from lossworks.models import build_classifier
@@ -138,5 +139,8 @@ def test_a_single_number_can_not_be_split(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Uncertainty, "__init__", scalar)
     values = {**LEARNT, "sharding": "fsdp"}
-    with pytest.raises(UserError, match=r"sharding=fsdp: objective\.losses\.0\.s is a single number"):
+    with (
+        pretended_ranks(1),
+        pytest.raises(UserError, match=r"sharding=fsdp: objective\.losses\.0\.s is a single number"),
+    ):
         run_offered([(values, str(tmp_path))])

@@ -201,7 +201,6 @@ def test_what_does_not_fit_says_what_to_change(words):
     small = parse_train_spec({**_COMMON, **ALONE["perceptron"]})
     fields = {change.overrides[0] for change in make_plan(small, memory=1000).changes}
     assert "activation_checkpointing=true" not in fields
-    assert {"micro_batch_size=32", "micro_batch_size=1", "precision=bf16"} <= fields
 
 
 def test_a_gpu_that_is_not_there(words, monkeypatch):
