@@ -167,6 +167,19 @@ def test_each_coefficient_alone(interpreter, part, options):
     check(actual, problem, dense_gradient(problem, softmax, parts))
 
 
+@pytest.mark.parametrize("how", [{"deterministic": True}, {"filter": EXACT}])
+def test_the_slope_of_a_saturated_softcap_has_all_its_digits(interpreter, how):
+    """1 − tanh² of a capped logit cancels; the gradient of E is then as wrong as large."""
+    g = torch.Generator().manual_seed(0)
+    e, c = torch.rand((20, 1), generator=g) + 6, torch.randn((70, 1), generator=g).sign()
+    problem = LinearProblem(e, c, torch.randint(0, 70, (20,), generator=g), softcap=1.0)
+    parts = replace(coefficients(), expected=None, constant=None, linear=None)
+    sums, _ = interpreter(launch.row_sums, problem, Softmax())
+    found = interpreter(launch.gradients, problem, Softmax(), sums.logsumexp, parts, ALL, **how)
+
+    check(found, problem, dense_gradient(problem, Softmax(), parts), rtol=1e-5, atol=0)
+
+
 @settings(max_examples=8, deadline=None)
 @given(n=st.integers(1, 34), v=st.integers(1, 70), d=st.integers(1, 34), seed=st.integers(0, 99))
 @example(n=1, v=1, d=1, seed=0)

@@ -51,12 +51,12 @@ class Parts(NamedTuple):
 
 
 @triton.jit
-def _capped(
+def _uncapped(
     head, rows, classes,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, FEATURES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Return z of a tile after the softcap and before the target's offset, float32."""
+    """Return z of a tile before the softcap and the target's offset, float32."""
     z = tl.zeros((ROWS, CLASSES), tl.float32)
     for start in range(0, head.features, FEATURES):
         d = start + tl.arange(0, FEATURES)
@@ -70,6 +70,12 @@ def _capped(
         z = tl.dot(e, c, z, input_precision=PRECISION)
     if head.bias is not None:
         z += tl.load(head.bias + classes).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
+def _capped(head, z):
+    """Return the logits after the softcap, if there is one."""
     if head.softcap is not None:
         # tanh by exp: libdevice's exists neither on every target nor in the interpreter.
         z = head.softcap * (2.0 / (1.0 + tl.exp(z * (-2.0 / head.softcap))) - 1.0)
@@ -93,8 +99,10 @@ def _shifted(head, z, hit, rows):
 
 @triton.jit
 def _slope(head, z):
-    """Return the derivative of the softcap at capped logits."""
-    return 1.0 - z * z * (1.0 / (head.softcap * head.softcap))
+    """Return the derivative of the softcap at logits before it, 1/cosh²: of capped ones all digits cancel."""
+    decay = tl.exp(tl.abs(z) * (-2.0 / head.softcap))
+    rise = 2.0 / (1.0 + decay)
+    return decay * rise * rise
 
 
 @triton.jit
@@ -142,9 +150,9 @@ def row_sums_kernel(
         columns = tile * CLASSES + tl.arange(0, CLASSES)
         valid = columns < V
         classes = tl.minimum(columns, V - 1)
-        z = _capped(head, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
+        z = _uncapped(head, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
         hit = _hits(head, rows, classes, valid)
-        z = _shifted(head, z, hit, rows)
+        z = _shifted(head, _capped(head, z), hit, rows)
         target += tl.sum(tl.where(hit, z, 0.0), 1)
         if SUMS:
             real = tl.where(valid[None, :], z, 0.0)
@@ -161,8 +169,8 @@ def row_sums_kernel(
         largest = new
         if EXPECTED:
             if other is not None:
-                z = _capped(other, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
-                z = _shifted(other, z, _hits(other, rows, classes, valid), rows)
+                z = _uncapped(other, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
+                z = _shifted(other, _capped(other, z), _hits(other, rows, classes, valid), rows)
             # Of a class without any probability 0·(−∞) would be no number.
             expected = expected * decay + tl.sum(tl.where(weights > 0, weights * z, 0.0), 1)
     part = parts_ptr + split.to(tl.int64) * N + lanes
@@ -185,9 +193,9 @@ def _coefficient(pointer, lanes, N):
 
 @triton.jit
 def _gradient(head, scale, parts, z, lanes, rows, classes, valid, N):
-    """Return ∂L/∂z of a tile of capped logits, without the softcap's slope; 0 outside the problem."""
+    """Return ∂L/∂z of a tile of uncapped logits, without the softcap's slope; 0 outside the problem."""
     hit = _hits(head, rows, classes, valid)
-    z = _shifted(head, z, hit, rows)
+    z = _shifted(head, _capped(head, z), hit, rows)
     inverse = _inverse_temperature(scale, rows)
     p = tl.exp(z * inverse - tl.load(parts.logsumexp + rows)[:, None])
     p = tl.where(_taking_part(scale, classes, valid)[None, :], p, 0.0)
@@ -236,11 +244,11 @@ def slab_kernel(
     rows = tl.minimum(lanes, N - 1)
     valid = columns < width
     classes = first + tl.minimum(columns, width - 1)
-    z = _capped(head, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
+    z = _uncapped(head, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
     g = _gradient(head, scale, parts, z, lanes, rows, classes, valid, N)
     if other is not None:
         if other.softcap is not None:
-            z = _capped(other, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
+            z = _uncapped(other, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
             g *= _slope(other, z)
     elif head.softcap is not None:
         g *= _slope(head, z)
@@ -264,7 +272,7 @@ def fused_kernel(
     classes = tl.minimum(columns, V - 1)
     if order_ptr is not None:
         classes = tl.load(order_ptr + classes)
-    z = _capped(head, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
+    z = _uncapped(head, rows, classes, ROWS, CLASSES, FEATURES, PRECISION, UPCAST)
     g = _gradient(head, scale, parts, z, lanes, rows, classes, valid, N)
     # |g| < ε·|a| is |p − onehot| < ε where the target's coefficient is −a, whatever the loss's scale. Where
     # it is another one, as in label smoothing, a target whose gradient isn't small is kept.
