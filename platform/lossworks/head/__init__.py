@@ -4,6 +4,7 @@ The folder is not called like its function: a submodule would take the function'
 the package, and ``from lossworks import linear_cross_entropy`` would sometimes give a module.
 """
 
+from lossworks.head.core.low_rank import LowRankClassifier, QuantizedClassifier
 from lossworks.head.core.vocab_parallel import VocabParallel
 from lossworks.head.cross_entropy import linear_cross_entropy
 from lossworks.head.module import LinearCrossEntropy
@@ -16,6 +17,7 @@ from lossworks.head.statistics import (
     Gathered,
     LogSumExp,
     Mean,
+    Predicted,
     SumOfSquares,
     Target,
     TeacherExpectedLogit,
@@ -29,7 +31,10 @@ __all__ = [
     "Gathered",
     "LinearCrossEntropy",
     "LogSumExp",
+    "LowRankClassifier",
     "Mean",
+    "Predicted",
+    "QuantizedClassifier",
     "SumOfSquares",
     "Target",
     "TeacherExpectedLogit",

@@ -24,6 +24,8 @@ from lossworks.head.core.arguments import (
     usable_impl,
 )
 from lossworks.head.core.dense_reference import reference_sums
+from lossworks.head.core.low_rank import LowRankClassifier, taken_apart
+from lossworks.head.core.problem import RowSums
 from lossworks.head.core.row_formulas import CrossEntropyFormula, negative_log_likelihood_with_gradient
 from lossworks.head.core.row_weights import split_targets, weighted_rows
 from lossworks.head.core.vocab_parallel import VocabParallel
@@ -31,7 +33,7 @@ from lossworks.head.core.vocab_parallel import VocabParallel
 
 def linear_cross_entropy(
     e: Tensor,
-    c: Tensor,
+    c: Tensor | LowRankClassifier,
     targets: Tensor,
     bias: Tensor | None = None,
     *,
@@ -53,6 +55,7 @@ def linear_cross_entropy(
     buffer_share: float = 0.05,
     check: bool = False,
     return_mass: bool = False,
+    return_predicted: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Return the cross-entropy of the linear classifier ``E·Cᵀ + b`` without building its logits.
 
@@ -73,7 +76,8 @@ def linear_cross_entropy(
     Args:
         e: Embeddings E, shape (..., D), floating point; any strides.
         c: Classifier C, shape (V, D), same dtype as ``e`` (any, under autocast). A DTensor placed as
-            ``Shard(0)`` is vocabulary-parallel by itself.
+            ``Shard(0)`` is vocabulary-parallel by itself. Or a :class:`LowRankClassifier`, frozen but for a
+            part of low rank.
         targets: Class indices y in [0, V) or ``ignore_index``, shape (...), int64; or soft targets
             :math:`q_{ik}`, shape (..., V), floating point, which stand for :math:`\sum_k q_{ik} (…)` and have
             no gradient.
@@ -113,10 +117,14 @@ def linear_cross_entropy(
             propagate as they do through plain torch.
         return_mass: Also return the probability that the filter left out of each row, shaped like the
             losses, 0 without a filter; for ``"mean"`` and ``"sum"``.
+        return_predicted: Also return the most likely class of each row, from the same pass, int64, shaped
+            like the losses, −1 in ignored rows; which of equally likely ones is not defined. The accuracy is
+            then ``(predicted == targets).sum() / (predicted >= 0).sum()``.
 
     Returns:
         A float32 scalar (float64 for float64 inputs), or with ``reduction="none"`` the losses, shape (...)
-        with ``shift`` entries cut off the last axis, 0 in ignored rows. A tuple, if more is asked for.
+        with ``shift`` entries cut off the last axis, 0 in ignored rows. A tuple, if more is asked for:
+        the loss, then logsumexps, mass and predicted classes, as far as they are.
 
     Raises:
         UserError: Shapes, dtypes, devices or options do not fit together, or a target is out of range.
@@ -126,6 +134,7 @@ def linear_cross_entropy(
         >>> round(linear_cross_entropy(e, c, y).item(), 4)  # ln 8
         2.0794
     """
+    e, c, frozen = taken_apart(e, c)
     require_tensors(
         e=e, c=c, targets=targets, bias=bias, class_weight=class_weight, token_weight=token_weight
     )
@@ -134,7 +143,7 @@ def linear_cross_entropy(
         softcap, ignore_index, temperature, filter_eps, filter_repair, accumulate, impl, buffer_share
     )
     soft = targets.is_floating_point()
-    head = operands(e, c, bias, vocab_parallel)
+    head = operands(e, c, bias, vocab_parallel, frozen)
     check_parallel(head.group, impl)
     _check_combination(reduction, label_smoothing, z_loss, class_weight, head.group, soft=soft)
     check_targets(e, targets, len(head.c), soft=soft)
@@ -163,29 +172,40 @@ def linear_cross_entropy(
         options=options,
     )
     if options.impl != "reference" and reduction != "none" and not return_lse:
-        total, mass = _fused(head, options, flat, probabilities, rule)
+        total, mass, predicted = _fused(head, options, flat, probabilities, rule, predicted=return_predicted)
         total = total if scale is None else total * scale
-        if not return_mass:
-            return total
-        return total, total.new_zeros(shape) if options.eps is None else mass.reshape(shape)
+        further = []
+        if return_mass:
+            further.append(total.new_zeros(shape) if options.eps is None else mass.reshape(shape))
+        if return_predicted:
+            further.append(predicted.reshape(shape))
+        return (total, *further) if further else total
     if return_mass:
         raise UserError("return_mass needs reduction mean or sum, no return_lse, and no impl='reference'")
-    losses, lse = _per_row(head, options, flat, probabilities, rule)
+    losses, sums = _per_row(head, options, flat, probabilities, rule, predicted=return_predicted)
     result = losses.reshape(shape) if reduction == "none" else losses.sum()
     result = result if scale is None else result * scale
-    return (result, lse.reshape(shape)) if return_lse else result
+    asked = ((return_lse, sums.logsumexp), (return_predicted, sums.predicted))
+    further = [column.reshape(shape) for wanted, column in asked if wanted and column is not None]
+    return (result, *further) if further else result
 
 
 def _fused(
-    head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, rule: CrossEntropyFormula
-) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum, and the probability left out of each row (empty without a filter)."""
+    head: Operands,
+    options: Options,
+    targets: Tensor,
+    probabilities: Tensor | None,
+    rule: CrossEntropyFormula,
+    *,
+    predicted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted sum, and the probability left out and the predicted class of each row, or empty."""
     from lossworks.head.autograd.fused_cross_entropy import FusedCrossEntropy
 
-    e, c, bias, group, reduce_e, dtype = head
+    e, c, bias, group, reduce_e, dtype, frozen = head
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in (e, c, bias)]
-    total, mass = FusedCrossEntropy.apply(
+    total, mass, best = FusedCrossEntropy.apply(
         e,
         c,
         bias,
@@ -209,23 +229,37 @@ def _fused(
         options.accumulate,
         group,
         reduce_e,
+        predicted,
+        *(frozen or (None, None)),
     )
-    return total, mass
+    return total, mass, best
 
 
 def _per_row(
-    head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, rule: CrossEntropyFormula
-) -> tuple[Tensor, Tensor]:
-    """Return the weighted losses and the logsumexps, shape (N,)."""
+    head: Operands,
+    options: Options,
+    targets: Tensor,
+    probabilities: Tensor | None,
+    rule: CrossEntropyFormula,
+    *,
+    predicted: bool,
+) -> tuple[Tensor, RowSums]:
+    """Return the weighted losses, shape (N,), and the sums that they are made of."""
     totals = rule.total_weight is not None
     if options.impl == "reference":
         sums = reference_sums(head, options, targets, probabilities, rule.class_weight)
     else:
         sums = differentiable_row_sums(
-            head, options, targets, probabilities=probabilities, totals=totals, weights=rule.class_weight
+            head,
+            options,
+            targets,
+            probabilities=probabilities,
+            totals=totals,
+            predicted=predicted,
+            weights=rule.class_weight,
         )
     nll = negative_log_likelihood_with_gradient(sums, options.temperature, rule.mass)
-    return rule.losses(sums, nll), sums.logsumexp
+    return rule.losses(sums, nll), sums
 
 
 def _shift(

@@ -15,6 +15,7 @@ from lossworks.head.core.arguments import (
     operands,
     require_tensors,
 )
+from lossworks.head.core.low_rank import Frozen, LowRankClassifier, taken_apart
 from lossworks.head.core.problem import LinearProblem
 from lossworks.head.core.vocab_parallel import VocabParallel
 from lossworks.head.cpu.tile_sizes import choose_tile_sizes
@@ -38,7 +39,7 @@ class TopK(NamedTuple):
 @torch.no_grad()
 def linear_top_k(
     e: Tensor,
-    c: Tensor,
+    c: Tensor | LowRankClassifier,
     k: int,
     bias: Tensor | None = None,
     *,
@@ -50,7 +51,7 @@ def linear_top_k(
 
     Args:
         e: Embeddings E, shape (..., D).
-        c: Classifier C, shape (V, D).
+        c: Classifier C, shape (V, D), or a :class:`LowRankClassifier`.
         k: K, in [1, V]. Which of equally likely classes come first is not defined.
         bias: Shape (V,), or None.
         softcap: Cap of the logits' magnitude, or None.
@@ -65,16 +66,19 @@ def linear_top_k(
         >>> top.classes.tolist()
         [[1, 2]]
     """
+    e, c, frozen = taken_apart(e, c)
     require_tensors(e=e, c=c, bias=bias)
     check_integer("k", k)
     check_number("temperature", temperature)
-    head = operands(e, c, bias, None)
+    head = operands(e, c, bias, None, frozen)
     if not 1 <= k <= len(head.c):
         raise UserError(f"k={k} must be in [1, {len(head.c)}], the number of classes")
     if not temperature > 0:
         raise UserError(f"temperature={temperature} must be positive")
     call = _linear_top_k if without_values(e, c) else _top_k
-    found = call(head.e, head.c, head.bias, k, softcap, float(temperature), buffer_share, head.dtype)
+    values, scale = frozen or (None, None)
+    plain = (k, softcap, float(temperature), buffer_share, head.dtype)
+    found = call(head.e, head.c, head.bias, values, scale, *plain)
     shape = (*e.shape[:-1], k)
     return TopK(found[0].reshape(shape), found[1].reshape(shape))
 
@@ -83,6 +87,8 @@ def _top_k(
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
+    frozen: Tensor | None,
+    frozen_scale: Tensor | None,
     k: int,
     softcap: float | None,
     temperature: float,
@@ -92,7 +98,8 @@ def _top_k(
     """Return log-probabilities and classes, both (N, K)."""
     nowhere = torch.full((len(e),), -1, device=e.device)
     with torch.autocast(e.device.type, enabled=False):
-        logits = Logits(LinearProblem(e, c, nowhere, bias, softcap), dtype)
+        fixed = None if frozen is None else Frozen(frozen, frozen_scale)
+        logits = Logits(LinearProblem(e, c, nowhere, bias, softcap, frozen=fixed), dtype)
         values, classes, lse = _walk(logits, k, temperature, share)
         return values - lse[:, None], classes
 
@@ -101,8 +108,8 @@ _linear_top_k = torch.library.custom_op("lossworks::linear_top_k", _top_k, mutat
 
 
 @_linear_top_k.register_fake
-def _(e: Tensor, c: Tensor, bias: Tensor | None, k: int, *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    wide = torch.promote_types(e.dtype, torch.float32)
+def _(e: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    k, wide = rest[4], torch.promote_types(e.dtype, torch.float32)
     return e.new_empty(e.shape[0], k, dtype=wide), e.new_empty(e.shape[0], k, dtype=torch.int64)
 
 
@@ -137,7 +144,7 @@ def _best(
 
 def linear_log_probabilities(
     e: Tensor,
-    c: Tensor,
+    c: Tensor | LowRankClassifier,
     classes: Tensor,
     bias: Tensor | None = None,
     *,
@@ -154,7 +161,7 @@ def linear_log_probabilities(
 
     Args:
         e: Embeddings E, shape (..., D).
-        c: Classifier C, shape (V, D).
+        c: Classifier C, shape (V, D), or a :class:`LowRankClassifier`.
         classes: int64 in [0, V) or ``ignore_index``, shape (..., K).
         bias: Shape (V,), or None.
         ignore_index: Where there is no class, as in candidates of unequal number: the result is 0 there and
@@ -171,7 +178,7 @@ def linear_log_probabilities(
     Raises:
         UserError: A shape does not fit, or a class is out of range.
     """
-    require_tensors(e=e, c=c, classes=classes, bias=bias)
+    require_tensors(e=e, classes=classes)
     if classes.shape[:-1] != e.shape[:-1] or classes.dtype != torch.int64:
         raise UserError(
             f"classes {classes.dtype} {tuple(classes.shape)} must be torch.int64 {(*e.shape[:-1], 'K')}"

@@ -18,6 +18,7 @@ from lossworks.head.core.arguments import (
     operands,
     require_tensors,
 )
+from lossworks.head.core.low_rank import LowRankClassifier, taken_apart
 from lossworks.head.core.problem import Softmax
 from lossworks.head.core.row_formulas import differentiated, require_one_a_row
 from lossworks.head.core.valid_rows import ValidRows
@@ -31,7 +32,7 @@ RowFormula = Callable[[Tensor, Tensor], Tensor]
 
 def linear_row_loss(
     e: Tensor,
-    c: Tensor,
+    c: Tensor | LowRankClassifier,
     targets: Tensor,
     loss: RowFormula,
     bias: Tensor | None = None,
@@ -52,7 +53,7 @@ def linear_row_loss(
 
     Args:
         e: Embeddings E, shape (..., D).
-        c: Classifier C, shape (V, D).
+        c: Classifier C, shape (V, D), or a :class:`LowRankClassifier`.
         targets: y in [0, V) or ``ignore_index``, shape (...), int64.
         loss: φ; it gets :math:`z_y` and :math:`τ \log \sum_k \exp(z_k/τ)` of some rows, both (T,), and
             returns (T,). It must treat rows alike and apart, as it is called once per chunk.
@@ -82,12 +83,14 @@ def linear_row_loss(
     options = Options(softcap, ignore_index, temperature, impl=impl, buffer_share=buffer_share)
     if impl == "reference":
         raise UserError("impl='reference' must be auto, cpu or triton: use linear_row_statistics for it")
+    given = c
+    e, c, frozen = taken_apart(features := e, c)
     require_tensors(
         e=e, c=c, targets=targets, bias=bias, target_offset=target_offset, token_weight=token_weight
     )
-    head = operands(e, c, bias, None)
+    head = operands(e, c, bias, None, frozen)
     if without_values(e, c, targets) or transformed(e, c, targets, bias):
-        return _of_statistics(e, c, targets, loss, bias, options, target_offset, token_weight)
+        return _of_statistics(features, given, targets, loss, bias, options, target_offset, token_weight)
     if head.group is not None:
         raise UserError("c is spread over ranks by classes: use linear_row_statistics for it")
     check_targets(e, targets, len(head.c), soft=False)
@@ -116,7 +119,7 @@ def linear_row_loss(
 
 def _of_statistics(
     e: Tensor,
-    c: Tensor,
+    c: Tensor | LowRankClassifier,
     targets: Tensor,
     loss: RowFormula,
     bias: Tensor | None,
@@ -183,7 +186,9 @@ def _total(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Return the summed loss and its gradients by E, C and the bias, empty where they are not wanted."""
-    rows = ValidRows(e, c, targets, bias, options.softcap, options.ignore_index, None, offset)
+    rows = ValidRows(
+        *(e, c, targets, bias, options.softcap, options.ignore_index, None, offset), frozen=head.frozen
+    )
     narrow = torch.float16 in (e.dtype, c.dtype)
     how = Pass(head.dtype, Softmax(options.temperature), share=options.buffer_share, wide_results=narrow)
     with torch.autocast(e.device.type, enabled=False):

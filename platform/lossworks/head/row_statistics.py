@@ -21,17 +21,19 @@ from lossworks.head.core.arguments import (
     require_tensors,
     usable_impl,
 )
-from lossworks.head.core.dense_reference import dense_logits, scaled_logits
+from lossworks.head.core.dense_reference import dense_logits, scaled_logits, whole_classifier
 from lossworks.head.core.divergences import parts
+from lossworks.head.core.low_rank import LowRankClassifier, taken_apart
 from lossworks.head.core.valid_rows import blanked, check_range
 from lossworks.head.core.vocab_parallel import VocabParallel
-from lossworks.head.shared_passes import SharedPasses
+from lossworks.head.shared_passes import SharedPasses, masked
 from lossworks.head.statistics import (
     Divergence,
     ExpectedLogit,
     Gathered,
     LogSumExp,
     Mean,
+    Predicted,
     Statistic,
     StatisticName,
     SumOfSquares,
@@ -45,7 +47,7 @@ from lossworks.head.statistics import (
 
 def linear_row_statistics(
     e: Tensor,
-    c: Tensor,
+    c: Tensor | LowRankClassifier,
     targets: Tensor,
     bias: Tensor | None = None,
     *,
@@ -64,11 +66,11 @@ def linear_row_statistics(
 
     Args:
         e: E, shape (..., D).
-        c: C, shape (V, D).
+        c: C, shape (V, D), or a :class:`LowRankClassifier`.
         targets: y in [0, V) or ``ignore_index``, int64, shape (...).
         bias: b, shape (V,), or None.
         statistics: Which; names stand for the defaults of the classes of :mod:`lossworks.head.statistics`.
-        ignore_index: Target of rows whose statistics are 0, without a gradient.
+        ignore_index: Target of rows whose statistics are 0 (predicted classes −1), without a gradient.
         softcap: Cap s of the logits' magnitude, or None.
         target_offset: Added to :math:`z_{i,y_i}` before anything else is taken: a margin; shape (...),
             differentiable, or None.
@@ -77,8 +79,8 @@ def linear_row_statistics(
         buffer_share: As there.
 
     Returns:
-        One tensor a statistic, in order, float32 at least; (N,) reshaped to the targets' shape, gathered
-        logits (..., K).
+        One tensor a statistic, in order, float32 at least (predicted classes int64); (N,) reshaped to the
+        targets' shape, gathered logits (..., K).
 
     Raises:
         UserError: Something does not fit together.
@@ -89,10 +91,11 @@ def linear_row_statistics(
         >>> [round(value, 4) for value in (lse - target).tolist()]  # ln 5
         [1.6094, 1.6094]
     """
+    e, c, frozen = taken_apart(e, c)
     require_tensors(e=e, c=c, targets=targets, bias=bias, target_offset=target_offset)
     impl = usable_impl(impl, e, c, targets, bias, target_offset)
     options = Options(softcap, ignore_index, impl=impl, buffer_share=buffer_share)
-    head = operands(e, c, bias, vocab_parallel)
+    head = operands(e, c, bias, vocab_parallel, frozen)
     check_parallel(head.group, impl)
     check_targets(e, targets, len(head.c), soft=False)
     if target_offset is not None and target_offset.shape != targets.shape:
@@ -101,7 +104,9 @@ def linear_row_statistics(
     offset = None if target_offset is None else target_offset.reshape(-1)
     if impl == "reference":
         flat = targets.reshape(-1)
-        logits = dense_logits(blanked(head.e, flat == ignore_index), head.c, head.bias, softcap)
+        logits = dense_logits(
+            blanked(head.e, flat == ignore_index), whole_classifier(head), head.bias, softcap
+        )
         found = list(row_statistics(logits, flat, chosen, ignore_index=ignore_index, target_offset=offset))
     else:
         if head.group is None:
@@ -133,11 +138,7 @@ def row_statistics(
     z = logits = blanked(logits, ignored)
     if target_offset is not None:
         z = z.scatter_add(1, index, target_offset.to(z.dtype)[:, None])
-    values = []
-    for statistic in named(statistics):
-        value = _dense(statistic, z, logits, index)
-        values.append(value.masked_fill(ignored if value.dim() == 1 else ignored[:, None], 0))
-    return tuple(values)
+    return tuple(masked(_dense(one, z, logits, index), ignored) for one in named(statistics))
 
 
 def _teacher(statistic: TeacherExpectedLogit | Divergence) -> Tensor:
@@ -175,3 +176,5 @@ def _dense(  # noqa: C901, PLR0911 - one case a statistic
             return statistic.of(log_p.gather(1, classes.reshape(len(z), classes.shape[-1])))
         case Gathered(classes):
             return without_offset.gather(1, classes.reshape(len(z), classes.shape[-1]))
+        case Predicted():
+            return without_offset.argmax(1)

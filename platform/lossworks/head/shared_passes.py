@@ -3,7 +3,6 @@
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.adapters.torch_private import without_values
@@ -20,6 +19,7 @@ from lossworks.head.statistics import (
     Gathered,
     LogSumExp,
     Mean,
+    Predicted,
     Statistic,
     SumOfSquares,
     Target,
@@ -56,17 +56,15 @@ class SharedPasses:
         self._blanked: Tensor | None = None
         self._passes: dict[tuple[object, object], RowSums] = {}
         # Whether mean and squares have to be summed over the tiles.
-        self._in_pass = options.softcap is not None or offset is not None or head.group is not None
+        by_tiles = (options.softcap, offset, head.group, head.frozen)
+        self._in_pass = any(reason is not None for reason in by_tiles)
 
     def all(self) -> list[Tensor]:
         """Return the statistics in order, each of shape (N,) or (N, K), 0 in ignored rows."""
         # What is not made in a pass is computed as it is there: of operands rounded once, in float32.
         with in_full_precision(self._head.e.device):
             values = [self._one(statistic) for statistic in self._statistics]
-        return [
-            value.masked_fill(self._ignored if value.dim() == 1 else self._ignored[:, None], 0)
-            for value in values
-        ]
+        return [masked(value, self._ignored) for value in values]
 
     def _one(self, statistic: Statistic) -> Tensor:  # noqa: C901, PLR0911 - one case a statistic
         match statistic:
@@ -92,6 +90,8 @@ class SharedPasses:
                 return self._top_k_divergence(statistic)
             case Gathered(classes):
                 return self._gathered(classes)
+            case Predicted():
+                return self._predicted()
 
     def _sums(self, temperature: float | Tensor, classes: Tensor | None) -> RowSums:
         """Return the sums of one softmax; a pass is made once, with all that anybody asks of it."""
@@ -108,6 +108,7 @@ class SharedPasses:
                 classes=classes,
                 expected=self._wants_expected(key),
                 totals=first and self._in_pass and self._wants_totals(),
+                predicted=first and any(isinstance(s, Predicted) for s in self._statistics),
             )
         return self._passes[key]
 
@@ -141,7 +142,7 @@ class SharedPasses:
 
     def _target(self) -> Tensor:
         """Return the target's logit: from a pass, if there is one anyway, or as a gathered product."""
-        softmax = any(isinstance(s, LogSumExp | ExpectedLogit) for s in self._statistics)
+        softmax = any(isinstance(s, LogSumExp | ExpectedLogit | Predicted) for s in self._statistics)
         if softmax or self._head.group is not None or (self._in_pass and self._wants_totals()):
             return self._sums(*self._any_softmax()).target
         z = self._gathered(torch.where(self._ignored, 0, self._targets)[:, None]).squeeze(1)
@@ -198,6 +199,11 @@ class SharedPasses:
             *(student, self._options, self._targets, theirs, teacher.softcap, teacher.temperature)
         )
 
+    def _predicted(self) -> Tensor:
+        if self._offset is not None:
+            raise UserError("Predicted can't be combined with a target_offset; linear_top_k gives the class")
+        return _there(self._first().predicted)
+
     def _divergence(self, wanted: Divergence) -> Tensor:
         from lossworks.head.autograd.divergence import divergence
         from lossworks.head.cpu.divergences import DivergenceRule
@@ -226,6 +232,8 @@ class SharedPasses:
         Raises:
             UserError: They differ in rows or classes.
         """
+        if self._head.frozen is not None:
+            raise UserError(f"{type(teacher).__name__} can't be combined with a LowRankClassifier")
         theirs = operands(teacher.e.detach(), teacher.c.detach(), teacher.bias, None)
         student, k = self._head, teacher.classes
         if k is not None:
@@ -249,23 +257,29 @@ class SharedPasses:
     def _gathered(self, classes: Tensor) -> Tensor:
         index = classes.reshape(len(self._targets), classes.shape[-1])
         check_range(index.reshape(-1), classes=all_classes(self._head), ignore_index=-(2**62))
-        e, c, bias = self._rows(), self._head.c, self._head.bias
-        group = self._head.group
+        e, group = self._rows(), self._head.group
         if group is None:
-            return self._logits_at(e, c, bias, index)
-        shard = Shard.of(group, len(c), c.device)
+            return self._logits_at(e, index)
+        shard = Shard.of(group, len(self._head.c), e.device)
         local = shard.local(index)
         e = sum_gradient_over_ranks(e, shard.group) if self._head.reduce_e else e
-        z = self._logits_at(e, c, bias, local.clamp(min=0))
+        z = self._logits_at(e, local.clamp(min=0))
         return sum_over_ranks(z.masked_fill(local < 0, 0), shard.group)
 
-    def _logits_at(self, e: Tensor, c: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+    def _logits_at(self, e: Tensor, index: Tensor) -> Tensor:
         """Return the logits of K classes of this C for each row, index and result (N, K)."""
-        picked = F.embedding(index, c).to(self._head.dtype).to(self._wide)
+        bias = self._head.bias
+        picked = self._head.classes(index, self._head.dtype).to(self._wide)
         z = torch.bmm(picked, e.to(self._head.dtype).to(self._wide)[:, :, None]).squeeze(2)
         z = z if bias is None else z + bias.to(self._wide)[index]
         cap = self._options.softcap
         return z if cap is None else cap * (z / cap).tanh()
+
+
+def masked(value: Tensor, ignored: Tensor) -> Tensor:
+    """Return a statistic (N,) or (N, K) with 0 in ignored rows, or −1 where it is a class."""
+    mask = ignored if value.dim() == 1 else ignored[:, None]
+    return value.masked_fill(mask, 0 if value.is_floating_point() else -1)
 
 
 def _key(temperature: float | Tensor, classes: Tensor | None) -> tuple[object, object]:

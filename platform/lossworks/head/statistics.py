@@ -158,6 +158,14 @@ class Gathered:
     classes: Tensor = field()
 
 
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """The class of the largest logit, int64, shape (N,), −1 in ignored rows; without a gradient.
+
+    It comes from any pass that is made anyway. Which of equal logits it is, is not defined.
+    """
+
+
 Statistic = (
     Target
     | LogSumExp
@@ -169,8 +177,9 @@ Statistic = (
     | Divergence
     | TopKDivergence
     | Gathered
+    | Predicted
 )
-StatisticName = Literal["target", "logsumexp", "mean", "sum-of-squares", "variance", "expected"]
+StatisticName = Literal["target", "logsumexp", "mean", "sum-of-squares", "variance", "expected", "predicted"]
 _BY_NAME: dict[str, Statistic] = {
     "target": Target(),
     "logsumexp": LogSumExp(),
@@ -178,6 +187,7 @@ _BY_NAME: dict[str, Statistic] = {
     "sum-of-squares": SumOfSquares(),
     "variance": Variance(),
     "expected": ExpectedLogit(),
+    "predicted": Predicted(),
 }
 
 

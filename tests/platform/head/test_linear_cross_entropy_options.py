@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lossworks.errors import UserError
 from lossworks.head import LinearCrossEntropy, linear_cross_entropy, linear_row_loss
 from lossworks.head.core import filtering
+from lossworks.head.core.problem import LinearProblem
 from lossworks.head.cpu import backend as cpu
 from lossworks.head.cpu.tile_sizes import TileSizes
 
@@ -168,6 +169,30 @@ def test_the_gradient_of_a_gradient_is_refused():
             torch.autograd.grad(loss + first.square().sum(), c)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "none"},
+        {"softcap": 2.0, "temperature": 0.5},
+        {"return_lse": True, "reduction": "sum"},
+        {"filter_eps": 0.1, "return_mass": True},
+    ],
+)
+def test_the_most_likely_class_comes_from_the_same_pass(tiny_tiles, options, impl):
+    """It is the largest logit's, −1 in ignored rows, and changes neither loss nor gradients."""
+    if impl == "reference" and "return_mass" in options:
+        pytest.skip("there is no filter in the reference")
+    e, c, y, b = problem()
+    *found, predicted = linear_cross_entropy(e, c, y, b, return_predicted=True, impl=impl, **options)
+    plain = linear_cross_entropy(e, c, y, b, impl=impl, **options)
+
+    assert predicted.tolist() == torch.where(y == IGNORE, -1, (e @ c.T + b).argmax(1)).tolist()
+    for ours, theirs in zip(found, plain if isinstance(plain, tuple) else [plain], strict=True):
+        assert ours.equal(theirs)
+
+
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1, "return_lse": True}])
 def test_compiles_as_one_graph(options):
     """torch.compile(fullgraph=True) sees registered operators, ignored rows or not."""
@@ -191,9 +216,10 @@ def test_operators_are_registered_soundly():
     from lossworks.head.autograd.linear_row_sums import linear_row_sums
 
     e, c, y, b = (x.detach() for x in problem(dtype=torch.float32))
-    tail = (None, 1.0, IGNORE, None, True, 0.05, torch.float32, [True] * 3, "cpu", "fp32", None, True)
+    tail = (None, 1.0, IGNORE, None, True, 0.05, torch.float32, [True] * 3, "cpu", "fp32", None, True, True)
+    tail = (*tail, None, None)  # nothing frozen
     fused = (e, c, y, b, None, None, torch.ones(11), None, None, None, None, *tail)
-    sums = (e, c, y, b, None, None, torch.ones(()), None, None, None, IGNORE, True, True, 0.05)
+    sums = (e, c, y, b, None, None, torch.ones(()), *(None,) * 5, IGNORE, True, True, True, 0.05)
     checks = ("test_schema", "test_faketensor")
 
     torch.library.opcheck(fused_cross_entropy, fused, test_utils=checks)
@@ -345,8 +371,9 @@ def test_the_rank_one_matrix_keeps_the_sums(n, v, seed):
     remainder = filtering.Remainder(n, v, p)
     remainder.drop(p, kept, p[kept], slice(0, v), slice(0, n), a)
     e_gradient, c_gradient = (torch.zeros(size, 1, dtype=torch.float64) for size in (n, v))
-    ones = [torch.ones(size, 1, dtype=torch.float64) for size in (n, v)]
-    remainder.add_to(filtering.Gradients(e_gradient, c_gradient, None), *ones)
+    ones = (torch.ones(size, 1, dtype=torch.float64) for size in (n, v))
+    problem = LinearProblem(*ones, torch.zeros(n, dtype=torch.int64))
+    remainder.add_to(filtering.Gradients(e_gradient, c_gradient, None), problem)
     dropped = p.index_fill(0, kept, 0) * a
 
     torch.testing.assert_close(e_gradient[:, 0], dropped.sum(0))

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lossworks.errors import UserError
+from lossworks.head.core.low_rank import Frozen, QuantizedClassifier
 from lossworks.head.core.problem import Coefficients, Filter, LinearProblem, Softmax
 from lossworks.head.triton import launch
 
@@ -112,7 +113,7 @@ def check(actual, problem, g, rtol=1e-4, atol=2e-5):
 def test_row_sums_match_the_definition(interpreter, options):
     """Every sum of a row, for every mix of options."""
     problem, softmax = make(**options)
-    sums, _ = interpreter(launch.row_sums, problem, softmax, expected=True, sums=True)
+    sums, _ = interpreter(launch.row_sums, problem, softmax, expected=True, sums=True, predicted=True)
     z, onehot, _ = logits(problem)
     scaled, _ = tempered(z, softmax)
     expected = (
@@ -122,6 +123,7 @@ def test_row_sums_match_the_definition(interpreter, options):
     for ours, theirs in zip(sums, expected, strict=False):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(sums.maximum + sums.log_total, sums.logsumexp)
+    assert sums.predicted.tolist() == z.argmax(1).tolist()
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -165,6 +167,29 @@ def test_each_coefficient_alone(interpreter, part, options):
     )
 
     check(actual, problem, dense_gradient(problem, softmax, parts))
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "bias": True, "temperature": "rows"}])
+def test_frozen_columns_and_a_low_rank_part(interpreter, quantised, options):
+    """A classifier in two parts, of which the second has a gradient, is their concatenation."""
+    whole, softmax = make(d=24, **options)
+    frozen = Frozen(whole.c[:, :20])
+    if quantised:
+        frozen = Frozen.of(QuantizedClassifier.of(whole.c[:, :20]))
+        whole = replace(whole, c=torch.cat([frozen.rows(slice(None), torch.float32), whole.c[:, 20:]], 1))
+    parts = coefficients()
+    problem = replace(whole, c=whole.c[:, 20:], frozen=frozen)
+    sums, _ = interpreter(launch.row_sums, problem, softmax, expected=True, sums=True)
+    expected, _ = interpreter(launch.row_sums, whole, softmax, expected=True, sums=True)
+    for ours, theirs in zip(sums[:5], expected[:5], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    how = {"expected": sums.expected, "filter": EXACT}  # a filter is not for such a classifier: exact
+    found = interpreter(launch.gradients, problem, softmax, sums.logsumexp, parts, ALL, **how)
+
+    assert found.c.shape == (70, 4)
+    of_e, of_c, of_bias = interpreter(launch.gradients, whole, softmax, sums.logsumexp, parts, ALL, **how)
+    torch.testing.assert_close(tuple(found), (of_e, of_c[:, 20:], of_bias), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", [{"deterministic": True}, {"filter": EXACT}])

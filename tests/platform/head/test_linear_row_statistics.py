@@ -63,6 +63,7 @@ def test_every_statistic_matches_its_definition(n, v, softcap, offset, bias, see
     if not offset:
         teacher = (torch.randn(size, 3, dtype=torch.float64, generator=g) for size in (n, v))
         statistics.append(TeacherExpectedLogit(*teacher, softcap=4.0, temperature=2.0))
+        statistics.append("predicted")
     options = {"statistics": statistics, "softcap": softcap, "target_offset": margin}
     linear, dense = (
         linear_row_statistics(e, c, y, b if bias else None, **options, impl=impl)

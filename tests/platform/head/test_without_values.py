@@ -10,6 +10,7 @@ from lossworks.head import (
     Gathered,
     LinearCrossEntropy,
     LogSumExp,
+    LowRankClassifier,
     TeacherExpectedLogit,
     TopKDivergence,
     linear_log_probabilities,
@@ -37,6 +38,10 @@ def every_statistic(e, c, b, y):
     return sum(value.sum() for value in found)
 
 
+def predicted(found):
+    return found[0] + found[1].sum()
+
+
 def of_a_teacher(e, c, b, y):
     teacher = TeacherExpectedLogit(e[:, :4].detach(), c[:, :4].detach(), temperature=2.0)
     return linear_row_statistics(e, c, y, b, statistics=[teacher])[0].sum()
@@ -46,20 +51,27 @@ def divergences(e, c, b, y):
     stored, classes = e[:, :2].detach().sigmoid() / 2, torch.stack([y.clamp(0, 9), y.clamp(0, 9) + 1], 1)
     best = TopKDivergence("reverse-kl", stored.log(), classes)
     teacher = Divergence("jensen-shannon", e[:, :4].detach(), c[:, :4].detach(), temperature=2.0)
-    found = linear_row_statistics(e, c, y, b, statistics=[teacher, best])
+    found = linear_row_statistics(e, c, y, b, statistics=[teacher, best, "predicted"])
     return sum(value.sum() for value in found)
+
+
+def low_rank(e, c, b, y):
+    low = LowRankClassifier(c.detach(), c[:2], c[:, :2], 0.5)
+    return linear_cross_entropy(e, low, y, b) + linear_row_statistics(e, low, y, statistics=["mean"])[0].sum()
 
 
 FUNCTIONS = {
     "cross-entropy": lambda e, c, b, y: linear_cross_entropy(e, c, y, b),
     "of each row": lambda e, c, b, y: linear_cross_entropy(e, c, y, b, reduction="none").square().sum(),
     "every option": every_option,
+    "predicted": lambda e, c, b, y: predicted(linear_cross_entropy(e, c, y, b, return_predicted=True)),
     "filtered": lambda e, c, b, y: linear_cross_entropy(e, c, y, b, filter_eps=1e-3, return_mass=True)[0],
     "row loss": lambda e, c, b, y: linear_row_loss(e, c, y, focal, b, token_weight=e.new_ones(len(e))),
     "every statistic": every_statistic,
     "teacher": of_a_teacher,
     "divergences": divergences,
     "log-probabilities": lambda e, c, b, y: linear_log_probabilities(e, c, y.clamp(min=0)[:, None], b).sum(),
+    "low rank": low_rank,
     "top k": lambda e, c, b, y: linear_top_k(e, c, 3, b).log_probabilities.sum() + 0 * (e.sum() + c.sum()),
 }
 each = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())

@@ -18,6 +18,7 @@ from lossworks.errors import UserError
 from lossworks.head import (
     Divergence,
     Gathered,
+    LowRankClassifier,
     TeacherExpectedLogit,
     VocabParallel,
     linear_cross_entropy,
@@ -62,6 +63,7 @@ CASES = {
     "sum": Case({"reduction": "sum"}),
     "none": Case({"reduction": "none"}),
     "lse": Case({"reduction": "sum", "return_lse": True}),
+    "predicted": Case({"return_predicted": True}),
     "softcap": Case({"softcap": 2.0}),
     "smoothing": Case({"label_smoothing": 0.3}),
     "z-loss": Case({"z_loss": 0.1, "reduction": "sum"}),
@@ -109,6 +111,8 @@ def failures() -> list[str]:
         for reduce_e in (True, False):
             with _reported(f"statistics {sizes}, reduce_e={reduce_e}", found):
                 _check_statistics(sizes, reduce_e=reduce_e)
+        with _reported(f"low rank {sizes}", found):
+            _check_low_rank(sizes)
     with _reported("DTensor", found):
         _check_distributed()
     for name, (message, change) in REFUSED.items():
@@ -147,7 +151,7 @@ def _check(case: Case, sizes: tuple[int, ...]) -> None:
     expected, (of_e, *others) = _truth(case, sizes)
     tolerance = dict(zip(("rtol", "atol"), TOLERANCES[case.dtype], strict=True))
     for result, value in zip(_tuple(results), expected, strict=True):
-        torch.testing.assert_close(result.double(), value, **tolerance)
+        torch.testing.assert_close(result.double(), value.double(), **tolerance)
     for gradient, value in zip(gradients, [of_e, *(_own(x, sizes) for x in others)], strict=True):
         torch.testing.assert_close(gradient.double(), value, **tolerance)
 
@@ -220,6 +224,28 @@ def _check_statistics(sizes: tuple[int, ...], *, reduce_e: bool) -> None:
     of_e, *others = torch.autograd.grad(_weighted(expected), (e, c, bias))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     wanted = [of_e, *(_own(x, sizes) for x in others)]
+    torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-9)
+
+
+def _check_low_rank(sizes: tuple[int, ...]) -> None:
+    """C and B spread over the ranks, A whole on each."""
+    e, c, targets, bias = _problem(Case(), sizes)
+    a, b = c.detach()[:2].clone().requires_grad_(), c.detach()[:, :2].clone().requires_grad_()
+
+    def of(c: Tensor, b: Tensor, bias: Tensor | None, **how: Any) -> tuple[Tensor, ...]:
+        low = LowRankClassifier(c, a, b, 0.5)
+        asked = [*STATISTICS, Gathered(torch.arange(ROWS)[:, None] % sum(sizes))]
+        found = linear_row_statistics(e, low, targets, bias, statistics=asked, **how)
+        return linear_cross_entropy(e, low, targets, bias, **how), *found
+
+    c = c.detach()
+    leaves = [e, a, _own(b, sizes), _own(bias, sizes)]
+    found = of(_own(c, sizes), leaves[2], leaves[3], vocab_parallel=dist.group.WORLD)
+    gradients = list(torch.autograd.grad(_weighted(found), leaves))
+    expected = of(c, b, bias)
+    of_e, of_a, *others = torch.autograd.grad(_weighted(expected), (e, a, b, bias))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    wanted = [of_e, of_a, *(_own(x, sizes) for x in others)]
     torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-9)
 
 

@@ -18,6 +18,7 @@ def differentiable_row_sums(
     classes: Tensor | None = None,
     expected: bool = False,
     totals: bool = False,
+    predicted: bool = False,
     weights: Tensor | None = None,
 ) -> RowSums:
     """Return the sums of every row, each (N,), 0 in ignored rows.
@@ -32,9 +33,10 @@ def differentiable_row_sums(
         classes: Which classes take part in the logsumexp, bool (V,), or None for all.
         expected: Whether Σ p z is wanted.
         totals: Whether Σ w z and Σ z² are wanted.
+        predicted: Whether the class of the largest logit is wanted; −1 in ignored rows.
         weights: w, shape (V,), or None for 1.
     """
-    e, c, bias, group, reduce_e, dtype = head
+    e, c, bias, group, reduce_e, dtype, frozen = head
     if temperature is None:
         temperature = e.new_tensor(options.temperature, dtype=torch.promote_types(e.dtype, torch.float32))
     from lossworks.head.autograd.linear_row_sums import LinearRowSums
@@ -49,10 +51,12 @@ def differentiable_row_sums(
         probabilities,
         classes,
         weights,
+        *(frozen or (None, None)),
         options.softcap,
         options.ignore_index,
         expected,
         totals,
+        predicted,
         options.buffer_share,
         dtype,
         options.impl,
@@ -62,7 +66,7 @@ def differentiable_row_sums(
         options.eps,
         options.filter_repair,
     )
-    lse, target, of_p, total, squares, maximum, log_total = found
+    lse, target, of_p, total, squares, maximum, log_total, best = found
     return RowSums(
         lse,
         target,
@@ -71,4 +75,5 @@ def differentiable_row_sums(
         squares if totals else None,
         maximum,
         log_total,
+        predicted=best if predicted else None,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from lossworks.adapters.torch_private import without_values
 from lossworks.head import backends
 from lossworks.head.autograd.once_differentiable import once_differentiable
+from lossworks.head.core.low_rank import Frozen
 from lossworks.head.core.problem import Filter, Softmax
 from lossworks.head.core.row_formulas import CrossEntropyFormula
 from lossworks.head.core.valid_rows import ValidRows, stored
@@ -45,14 +46,28 @@ def fuse(
     accumulate: str,
     group: str | None,
     reduce_e: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the summed loss, the gradients of E, C and the bias, and the mass left out of each row.
+    predicted: bool,
+    frozen: Tensor | None,
+    frozen_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the summed loss, gradients of E, C and the bias, the mass left out and the predicted classes.
 
     Arguments are the fields of :class:`LinearProblem`, :class:`CrossEntropyFormula` and :class:`Pass`, whose
-    docstrings give their shapes. The results are of no dimension, (N, D), (V, D), (V,) and (N,); a gradient
-    that is not wanted, and the mass where nothing is filtered, are empty.
+    docstrings give their shapes. The results are of no dimension, (N, D), (V, D), (V,), (N,) and (N,), int64;
+    what is not wanted, and the mass where nothing is filtered, are empty.
     """
-    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, probabilities=probabilities)
+    rows = ValidRows(
+        e,
+        c,
+        targets,
+        bias,
+        softcap,
+        ignore_index,
+        group,
+        None,
+        probabilities,
+        frozen_of(frozen, frozen_scale),
+    )
     rule = CrossEntropyFormula(
         rows.keep(nll_weight),
         rows.keep(lse_weight),
@@ -66,6 +81,7 @@ def fuse(
         dtype,
         Softmax(temperature),
         totals=total_weight is not None,
+        predicted=predicted,
         weights=class_weight,
         filtering=None if eps is None else Filter(eps, repair),
         share=share,
@@ -80,7 +96,13 @@ def fuse(
     mass = result.mass
     if eps is not None and mass is None:  # no gradient, of which nothing is left out
         mass = torch.zeros_like(result.losses)
-    return result.losses.sum(), *gradients, rows.total_mass(mass)
+    best = rows.predicted(result.sums.predicted)
+    return result.losses.sum(), *gradients, rows.total_mass(mass), best
+
+
+def frozen_of(values: Tensor | None, scale: Tensor | None) -> Frozen | None:
+    """Return the two tensors of frozen columns as one, for operators take only tensors; None for None."""
+    return None if values is None else Frozen(values, scale)
 
 
 fused_cross_entropy = torch.library.custom_op("lossworks::linear_cross_entropy", fuse, mutates_args=())
@@ -89,11 +111,12 @@ fused_cross_entropy = torch.library.custom_op("lossworks::linear_cross_entropy",
 @fused_cross_entropy.register_fake
 def _(
     e: Tensor, c: Tensor, _: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    eps, wanted = rest[10], rest[14]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    eps, wanted, predicted = rest[10], rest[14], rest[19]
     wide = torch.promote_types(e.dtype, torch.float32)
     mass = e.new_empty(0 if eps is None else e.shape[0], dtype=wide)
-    return e.new_empty((), dtype=wide), *empty_gradients(e, c, bias, wanted, wide=True), mass
+    best = e.new_empty(e.shape[0] if predicted else 0, dtype=torch.int64)
+    return e.new_empty((), dtype=wide), *empty_gradients(e, c, bias, wanted, wide=True), mass, best
 
 
 def empty_gradients(
@@ -119,11 +142,11 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sum, a scalar, and the mass left out of each row, shape (N,), empty without a filter."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum, a scalar, the mass left out and the predicted class of each row, (N,) or empty."""
         ctx.compiled = without_values(e, c, targets)
         call = fused_cross_entropy if ctx.compiled else fuse
-        loss, *gradients, mass = call(e, c, targets, bias, *rest)
+        loss, *gradients, mass, predicted = call(e, c, targets, bias, *rest)
         ctx.dtypes = [e.dtype, c.dtype, e.dtype if bias is None else bias.dtype]
         if ctx.compiled:
             ctx.save_for_backward(*gradients)
@@ -131,12 +154,12 @@ class FusedCrossEntropy(torch.autograd.Function):
             ctx.gradients = gradients
             ctx.plain = [None if isinstance(value, Tensor) else value for value in rest]
             ctx.save_for_backward(e, c, bias, targets, *(x if isinstance(x, Tensor) else None for x in rest))
-        ctx.mark_non_differentiable(mass)
-        return loss, mass
+        ctx.mark_non_differentiable(mass, predicted)
+        return loss, mass, predicted
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of E (N, D), C (V, D) and the bias (V,) for that of the sum, a scalar."""
         if ctx.compiled:
             scaled = [value * g.to(value.dtype) for value in ctx.saved_tensors]

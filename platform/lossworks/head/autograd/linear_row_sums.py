@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lossworks.adapters.torch_private import without_values
 from lossworks.head import backends
-from lossworks.head.autograd.fused_cross_entropy import empty_gradients
+from lossworks.head.autograd.fused_cross_entropy import empty_gradients, frozen_of
 from lossworks.head.autograd.once_differentiable import once_differentiable
 from lossworks.head.core.problem import Coefficients, Filter, RowSums, Softmax
 from lossworks.head.core.valid_rows import ValidRows
@@ -24,25 +24,30 @@ def sum_rows(
     temperature: Tensor,
     classes: Tensor | None,
     weights: Tensor | None,
+    frozen: Tensor | None,
+    frozen_scale: Tensor | None,
     softcap: float | None,
     ignore_index: int,
     expected: bool,
     totals: bool,
+    predicted: bool,
     share: float,
     dtype: torch.dtype,
     impl: str,
     group: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the fields of :class:`RowSums`, empty where not asked for, 0 in ignored rows.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the fields of :class:`RowSums` but ``largest``, empty where not asked for, 0 in ignored rows.
 
-    The temperature is a tensor of no dimension or (N,).
+    Of ignored rows −1 is predicted. The temperature is a tensor of no dimension or (N,).
     """
-    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
+    fixed = frozen_of(frozen, frozen_scale)
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities, fixed)
     how = Pass(
         dtype,
         Softmax(rows.temperature(temperature), classes),
         expected,
         totals,
+        predicted,
         weights,
         share=share,
         plan_classes=rows.plan_classes,
@@ -52,7 +57,16 @@ def sum_rows(
     maximum, log_total = sums.shifted()
     columns = (sums.logsumexp, sums.target, sums.expected, sums.total, sums.squares, maximum, log_total)
     found = [rows.spread(column) for column in columns]
-    return found[0], found[1], found[2], found[3], found[4], found[5], found[6]
+    return (
+        found[0],
+        found[1],
+        found[2],
+        found[3],
+        found[4],
+        found[5],
+        found[6],
+        rows.predicted(sums.predicted),
+    )
 
 
 linear_row_sums = torch.library.custom_op("lossworks::linear_row_sums", sum_rows, mutates_args=())
@@ -60,10 +74,11 @@ linear_row_sums = torch.library.custom_op("lossworks::linear_row_sums", sum_rows
 
 @linear_row_sums.register_fake
 def _(e: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    expected, totals = rest[10:12]
+    expected, totals, predicted = rest[12:15]
     wide = torch.promote_types(e.dtype, torch.float32)
     there = (True, True, expected, totals, totals, True, True)
-    return tuple(e.new_empty(e.shape[0] if asked else 0, dtype=wide) for asked in there)
+    found = tuple(e.new_empty(e.shape[0] if asked else 0, dtype=wide) for asked in there)
+    return *found, e.new_empty(e.shape[0] if predicted else 0, dtype=torch.int64)
 
 
 def slope_rows(
@@ -76,6 +91,8 @@ def slope_rows(
     temperature: Tensor,
     classes: Tensor | None,
     weights: Tensor | None,
+    frozen: Tensor | None,
+    frozen_scale: Tensor | None,
     softcap: float | None,
     ignore_index: int,
     share: float,
@@ -95,7 +112,8 @@ def slope_rows(
     ``sums`` are the fields of :class:`RowSums`; ``coefficients`` are softmax, target, expected, constant and
     linear, all of shape (N,); empty tensors stand for None.
     """
-    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities)
+    fixed = frozen_of(frozen, frozen_scale)
+    rows = ValidRows(e, c, targets, bias, softcap, ignore_index, group, target_offset, probabilities, fixed)
     how = Pass(
         dtype,
         Softmax(rows.temperature(temperature), classes),
@@ -123,9 +141,9 @@ def _(e: Tensor, c: Tensor, _: Tensor, bias: Tensor | None, *rest: Any) -> tuple
 
 
 class LinearRowSums(torch.autograd.Function):
-    """The differentiable sums of every row: logsumexp, target, expected, total, squares, maximum, log_total.
+    """The differentiable sums of every row: logsumexp, target, expected, total, squares, and others without.
 
-    The last two are numbers for differences without cancellation, and have no gradient of their own.
+    That is maximum and log_total, for differences without cancellation, and the predicted class.
     """
 
     @staticmethod
@@ -140,10 +158,13 @@ class LinearRowSums(torch.autograd.Function):
         probabilities: Tensor | None,
         classes: Tensor | None,
         weights: Tensor | None,
+        frozen: Tensor | None,
+        frozen_scale: Tensor | None,
         softcap: float | None,
         ignore_index: int,
         expected: bool,
         totals: bool,
+        predicted: bool,
         share: float,
         dtype: torch.dtype,
         impl: str,
@@ -158,8 +179,9 @@ class LinearRowSums(torch.autograd.Function):
         # The temperature's own gradient needs Σ p z.
         expected = expected or temperature.requires_grad
         call = linear_row_sums if without_values(e, c, targets) else sum_rows
-        sums = call(*tensors, softcap, ignore_index, expected, totals, share, dtype, impl, group)
-        ctx.save_for_backward(*tensors, *sums)
+        plain = (softcap, ignore_index, expected, totals, predicted, share, dtype, impl, group)
+        sums: tuple[Tensor, ...] = call(*tensors, frozen, frozen_scale, *plain)
+        ctx.save_for_backward(*tensors, frozen, frozen_scale, *sums[:7])
         ctx.plain = (softcap, ignore_index, share, dtype, impl, accumulate, group, reduce_e, eps, repair)
         ctx.mark_non_differentiable(*sums[5:])
         ctx.set_materialize_grads(False)
@@ -169,7 +191,7 @@ class LinearRowSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``forward``'s arguments for those of its sums, each of shape (N,)."""
-        tensors, sums = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        tensors, sums = ctx.saved_tensors[:11], ctx.saved_tensors[11:]
         temperature, ignored = tensors[6], tensors[2] == ctx.plain[1]
         lse, target, expected, total, squares = (
             None if g is None or not len(g) else torch.where(ignored, 0, g) for g in upstream[:5]
@@ -195,7 +217,7 @@ class LinearRowSums(torch.autograd.Function):
         of_temperature = None
         if need[4] and lse is not None:
             of_temperature = (-lse * sums[2] / temperature.square()).sum_to_size(temperature.shape)
-        return of_e, of_c, of_bias, of_offset, of_temperature, *(None,) * 16
+        return of_e, of_c, of_bias, of_offset, of_temperature, *(None,) * 19
 
 
 def _takes_part(targets: Tensor, classes: Tensor | None) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.adapters.torch_private import transformed
 from lossworks.errors import UserError
+from lossworks.head.core.low_rank import Frozen
 from lossworks.head.core.vocab_parallel import Shard, VocabParallel, agree
 
 Reduction = Literal["mean", "sum", "none"]
@@ -74,6 +76,7 @@ class Operands(NamedTuple):
         group: Name of the process group that holds C together, or None.
         reduce_e: Whether ∂E is to be summed over it.
         dtype: In which the products' operands are taken: autocast's, or the inputs' own.
+        frozen: The classifier's columns before those of ``c``, see :mod:`lossworks.head.core.low_rank`.
     """
 
     e: Tensor
@@ -82,6 +85,13 @@ class Operands(NamedTuple):
     group: str | None
     reduce_e: bool
     dtype: torch.dtype
+    frozen: Frozen | None = None
+
+    def classes(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some classes' rows of the whole classifier, (B, D) or (…, D), in a dtype, differentiable."""
+        own = self.c[index] if isinstance(index, slice) else F.embedding(index, self.c)
+        own = own.to(dtype)
+        return own if self.frozen is None else torch.cat([self.frozen.rows(index, dtype), own], -1)
 
 
 def operands(
@@ -89,6 +99,7 @@ def operands(
     c: Tensor,
     bias: Tensor | None,
     vocab_parallel: VocabParallel | dist.ProcessGroup | None,
+    frozen: Frozen | None = None,
 ) -> Operands:
     """Check E, C and the bias, and take distributed ones apart.
 
@@ -97,6 +108,7 @@ def operands(
         c: Shape (V, D); a DTensor must be sharded by classes, or replicated.
         bias: Shape (V,), placed like ``c``, or None.
         vocab_parallel: The group over whose ranks classes are spread, or None.
+        frozen: Columns of the classifier before those of ``c``, or None.
 
     Raises:
         UserError: Shapes, dtypes, devices or placements do not fit together.
@@ -109,7 +121,7 @@ def operands(
         c, bias, vocab_parallel = _local_classes(c, bias, vocab_parallel)
     if _is_distributed(e):
         e = _local_rows(e)
-    _check(e, c, bias, parallel=vocab_parallel is not None)
+    _check(e, c, bias, frozen, parallel=vocab_parallel is not None)
     device = e.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if not autocast and e.dtype != c.dtype:
@@ -117,7 +129,7 @@ def operands(
     dtype = torch.get_autocast_dtype(device) if autocast and e.dtype != torch.float64 else e.dtype
     group = None if vocab_parallel is None else vocab_parallel.group.group_name
     reduce_e = vocab_parallel is None or vocab_parallel.reduce_e
-    return Operands(e.reshape(e.shape[:-1].numel(), e.shape[-1]), c, bias, group, reduce_e, dtype)
+    return Operands(e.reshape(e.shape[:-1].numel(), e.shape[-1]), c, bias, group, reduce_e, dtype, frozen)
 
 
 def in_full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -131,8 +143,9 @@ def all_classes(head: Operands) -> int:
     return len(head.c) if head.group is None else Shard.of(head.group, len(head.c), head.c.device).classes
 
 
-def _check(e: Tensor, c: Tensor, bias: Tensor | None, *, parallel: bool) -> None:
-    if e.dim() < 1 or c.dim() != 2 or e.shape[-1] != c.shape[1]:
+def _check(e: Tensor, c: Tensor, bias: Tensor | None, frozen: Frozen | None, *, parallel: bool) -> None:
+    before = 0 if frozen is None else frozen.values.shape[1]
+    if e.dim() < 1 or c.dim() != 2 or e.shape[-1] != before + c.shape[1]:
         raise UserError(f"e {tuple(e.shape)} and c {tuple(c.shape)} must be (..., D) and (V, D)")
     if c.shape[0] == 0 and not parallel:
         raise UserError("c has no class: V must be at least 1")
@@ -142,7 +155,7 @@ def _check(e: Tensor, c: Tensor, bias: Tensor | None, *, parallel: bool) -> None
         raise UserError(f"e is {e.dtype} and c is {c.dtype}; both must be floating point")
     if bias is not None and not bias.is_floating_point():
         raise UserError(f"bias is {bias.dtype}; it must be floating point")
-    for name, tensor in (("c", c), ("bias", bias)):
+    for name, tensor in (("c", c), ("bias", bias), ("c.weight", None if frozen is None else frozen.values)):
         if tensor is not None and tensor.device != e.device:
             raise UserError(f"{name} is on {tensor.device}, but e is on {e.device}; move one of them")
 

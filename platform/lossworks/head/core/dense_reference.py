@@ -17,6 +17,11 @@ def dense_logits(e: Tensor, c: Tensor, bias: Tensor | None, softcap: float | Non
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
+def whole_classifier(head: Operands) -> Tensor:
+    """Return C (V, D) with its frozen columns."""
+    return head.c if head.frozen is None else head.classes(slice(None), head.c.dtype)
+
+
 def scaled_logits(z: Tensor, temperature: float | Tensor, classes: Tensor | None = None) -> Tensor:
     """Return z/τ of logits (N, V), τ one number or (N,), with −inf in ``classes`` (V,) that are False."""
     u = z / (temperature[:, None] if isinstance(temperature, Tensor) and temperature.dim() else temperature)
@@ -26,7 +31,7 @@ def scaled_logits(z: Tensor, temperature: float | Tensor, classes: Tensor | None
 def reference_sums(
     head: Operands, options: Options, targets: Tensor, probabilities: Tensor | None, weights: Tensor | None
 ) -> RowSums:
-    """Return logsumexp, target and total of every row, 0 in ignored ones.
+    """Return logsumexp, target, total and predicted class of every row, 0 and −1 in ignored ones.
 
     Args:
         head: E, C and bias.
@@ -36,7 +41,7 @@ def reference_sums(
         weights: Of the total, shape (V,), or None for 1.
     """
     ignored = targets == options.ignore_index
-    z = dense_logits(blanked(head.e, ignored), head.c, head.bias, options.softcap)
+    z = dense_logits(blanked(head.e, ignored), whole_classifier(head), head.bias, options.softcap)
     if probabilities is None:
         check_range(targets, classes=len(head.c), ignore_index=options.ignore_index)
         target = z.gather(1, torch.where(ignored, 0, targets)[:, None]).squeeze(1)
@@ -45,4 +50,4 @@ def reference_sums(
     lse = scaled_logits(z, options.temperature).logsumexp(1)
     total = z.sum(1) if weights is None else z @ weights.to(z.dtype)
     lse, target, total = (torch.where(ignored, 0, column) for column in (lse, target, total))
-    return RowSums(lse, target, total=total)
+    return RowSums(lse, target, total=total, predicted=torch.where(ignored, -1, z.argmax(1)))

@@ -24,7 +24,7 @@ keeps the sign of its row, and the row sums stay exact.
 import torch
 from torch import Tensor
 
-from lossworks.head.core.problem import Gradients
+from lossworks.head.core.problem import Gradients, LinearProblem
 
 # Rows of a matrix that are made wide at once.
 _WIDE_ROWS = 4096
@@ -63,28 +63,35 @@ class Remainder:
         self._m[rows] += a * mass
         self._q[block] += torch.mv(p, a.abs()).index_fill_(0, kept, 0)
 
-    def add_to(self, gradients: Gradients, e: Tensor, c: Tensor) -> None:
+    def add_to(self, gradients: Gradients, problem: LinearProblem) -> None:
         """Add the rank-one matrix's part to the gradients of E (N, D), C (V, D) and the bias."""
         total = self._q.sum()
-        add_rank_one(gradients, e, c, self._m, self._q * torch.where(total > 0, 1 / total, 0))
+        add_rank_one(gradients, problem, self._m, self._q * torch.where(total > 0, 1 / total, 0))
 
 
-def add_rank_one(gradients: Gradients, e: Tensor, c: Tensor, rows: Tensor, classes: Tensor) -> None:
+def add_rank_one(gradients: Gradients, problem: LinearProblem, rows: Tensor, classes: Tensor) -> None:
     """Add what ∂L/∂z_ik = rows_i·classes_k gives to the gradients; it takes no product of rows by classes.
 
     Args:
         gradients: Of E, C and the bias; those that are None are left out.
-        e: Shape (N, D).
-        c: Shape (V, D).
+        problem: E and C.
         rows: Shape (N,), float32 or wider.
         classes: Shape (V,), of the same dtype.
     """
     if gradients.e is not None:
-        _add_outer(gradients.e, rows, weighted_sum(c, classes))
+        _add_outer(gradients.e, rows, weighted_classes(problem, classes))
     if gradients.c is not None:
-        _add_outer(gradients.c, classes, weighted_sum(e, rows))
+        _add_outer(gradients.c, classes, weighted_sum(problem.own_e, rows))
     if gradients.bias is not None:
         gradients.bias.add_(classes * rows.sum())
+
+
+def weighted_classes(problem: LinearProblem, weights: Tensor) -> Tensor:
+    """Return Σ_k w_k C_k of the whole classifier in the weights' dtype, shape (D,)."""
+    total = weights.new_zeros(problem.e.shape[1])
+    for part in _pieces(len(problem.c)):
+        total += weights[part] @ problem.classes(part, weights.dtype)
+    return total
 
 
 def weighted_sum(matrix: Tensor, weights: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lossworks.head.core.low_rank import Frozen
+
 
 @dataclass(frozen=True, eq=False)  # tensors have no equality that gives one bool
 class LinearProblem:
@@ -24,6 +26,8 @@ class LinearProblem:
         softcap: Cap of the logits' magnitude, or None.
         target_offset: Shape (N,), added to the target's logit after the softcap, or None.
         probabilities: Soft targets Q, shape (N, V), that stand in for ``targets`` (then all −1), or None.
+        frozen: The first columns of the classifier, (V, D − r), that have no gradient, or None. Then ``c`` is
+            its last r columns, (V, r), and its gradient theirs.
     """
 
     e: Tensor
@@ -33,6 +37,17 @@ class LinearProblem:
     softcap: float | None = None
     target_offset: Tensor | None = None
     probabilities: Tensor | None = None
+    frozen: Frozen | None = None
+
+    def classes(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some classes' rows of the whole classifier, (B, D) or (…, D), in a dtype."""
+        own = self.c[index].to(dtype)
+        return own if self.frozen is None else torch.cat([self.frozen.rows(index, dtype), own], -1)
+
+    @property
+    def own_e(self) -> Tensor:
+        """The columns of E that meet those of C, shape (N, D) or (N, r)."""
+        return self.e[:, self.e.shape[1] - self.c.shape[1] :]
 
     @property
     def wide(self) -> torch.dtype:
@@ -54,7 +69,7 @@ class Softmax:
 
 
 class RowSums(NamedTuple):
-    """What a pass over the logits leaves of each row; every tensor (N,), float32 at least.
+    """What a pass over the logits leaves of each row; every tensor (N,), float32 at least but ``predicted``.
 
     Attributes:
         logsumexp: log Σ_k exp(z_ik/τ_i), *not* multiplied by τ.
@@ -64,6 +79,8 @@ class RowSums(NamedTuple):
         squares: Σ_k z_ik² over all classes, or None.
         maximum: A number m_i near the largest z_ik/τ_i, for differences without cancellation, or None.
         log_total: log Σ_k exp(z_ik/τ_i − m_i), so that logsumexp is m + log_total, or None.
+        largest: max_k z_ik over all classes, without τ, or None if it was not asked for.
+        predicted: The class of the largest logit, int64, or None.
     """
 
     logsumexp: Tensor
@@ -73,6 +90,8 @@ class RowSums(NamedTuple):
     squares: Tensor | None = None
     maximum: Tensor | None = None
     log_total: Tensor | None = None
+    largest: Tensor | None = None
+    predicted: Tensor | None = None
 
     def part(self, rows: slice) -> "RowSums":
         """Return the sums of some rows."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lossworks.adapters.torch_private import transformed, without_values
 from lossworks.errors import UserError
+from lossworks.head.core.low_rank import Frozen
 from lossworks.head.core.problem import Gradients, LinearProblem, RowSums
 from lossworks.head.core.vocab_parallel import Shard
 
@@ -24,6 +25,7 @@ class ValidRows:
         group: Name of the process group that holds C together, or None.
         target_offset: Shape (N,), or None.
         probabilities: Soft targets (N, V), or None.
+        frozen: Columns of the classifier before those of ``c``, or None.
 
     Raises:
         UserError: A target is out of range.
@@ -40,6 +42,7 @@ class ValidRows:
         group: str | None,
         target_offset: Tensor | None = None,
         probabilities: Tensor | None = None,
+        frozen: Frozen | None = None,
     ) -> None:
         self._e, self._c, self._bias = e, c, bias
         self._shard = None if group is None else Shard.of(group, len(c), c.device)
@@ -59,6 +62,7 @@ class ValidRows:
             softcap,
             self.keep(target_offset),
             self.keep(probabilities),
+            frozen,
         )
 
     @property
@@ -84,13 +88,19 @@ class ValidRows:
         """Complete the sums of some rows with those of other ranks' classes."""
         return sums if self._shard is None else self._shard.combine(sums)
 
-    def spread(self, column: Tensor | None) -> Tensor:
-        """Return a result (n,) of rows that count as one of all rows (N,), 0 elsewhere; empty for None."""
+    def spread(self, column: Tensor | None, elsewhere: int = 0) -> Tensor:
+        """Return a result (n,) of rows that count as one of all rows (N,); empty for None."""
         if column is None:
             return self._e.new_empty(0, dtype=self.problem.wide)
         if self._valid is None:
             return column.clone()
-        return column.new_zeros(len(self._e)).index_copy_(0, self._valid, column)
+        return column.new_full((len(self._e),), elsewhere).index_copy_(0, self._valid, column)
+
+    def predicted(self, classes: Tensor | None) -> Tensor:
+        """Return the predicted classes (n,) of rows that count as those of all rows (N,), −1 elsewhere."""
+        if classes is None:
+            return torch.empty(0, dtype=torch.int64, device=self._e.device)
+        return self.spread(classes, -1)
 
     def over_ranks(self, column: Tensor) -> Tensor:
         """Complete a sum (n,) over this rank's classes, in place, with those of other ranks' classes."""

@@ -86,7 +86,20 @@ class Shard:
         expected = None if sums.expected is None else rest.pop(0) / whole
         total, squares = rest or (None, None)
         log_total = whole.log()
-        return RowSums(largest + log_total, target, expected, total, squares, largest, log_total)
+        logsumexp = largest + log_total
+        return RowSums(
+            logsumexp, target, expected, total, squares, largest, log_total, *self._predicted(sums)
+        )
+
+    def _predicted(self, sums: RowSums) -> tuple[Tensor | None, Tensor | None]:
+        """Return the largest logit of all ranks' classes and its class; of equal ones the first."""
+        if sums.largest is None or sums.predicted is None:
+            return None, None
+        largest = sums.largest.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        predicted = torch.where(sums.largest == largest, sums.predicted + self.start, self.classes - 1)
+        dist.all_reduce(predicted, dist.ReduceOp.MIN, group=self.group)
+        return largest, predicted
 
     def sum(self, tensor: Tensor | None) -> None:
         """Sum a tensor of any shape, the same on all ranks, over them in place; None is left out."""

@@ -44,6 +44,7 @@ class Pass:
         softmax: Temperature and classes of the logsumexp.
         expected: Whether Σ p z is wanted.
         totals: Whether Σ w z and Σ z² are wanted.
+        predicted: Whether the class of the largest logit is wanted.
         weights: w, shape (V,), or None for 1.
         filtering: What the gradient may leave out, or None.
         share: Largest buffer as a share of the logits.
@@ -59,6 +60,7 @@ class Pass:
     softmax: Softmax = field(default_factory=Softmax)
     expected: bool = False
     totals: bool = False
+    predicted: bool = False
     weights: Tensor | None = None
     filtering: Filter | None = None
     share: float = 0.05
@@ -80,6 +82,7 @@ class Pass:
             rows,
             expected=self.expected,
             totals=self.totals,
+            predicted=self.predicted,
             weights=self.weights,
         )
 
@@ -171,7 +174,7 @@ def fused(
     may_keep = any(wanted) and problem.c.dtype == logits.wide
     plan = how.plan(logits, keep=may_keep, filtered=how.filtering is not None)
     if may_keep and wanted[1]:
-        plan = borrowing(plan, *problem.e.shape)
+        plan = borrowing(plan, len(problem.e), problem.c.shape[1])
     if plan.keep:
         return _kept(logits, how, plan, rule, wanted, combine)
     return one_after_the_other(row_sums, gradients, problem, how, rule, wanted, combine)

@@ -104,11 +104,11 @@ class Slopes:
         gradients = Gradients(self._e, self._c, self._bias)
         if constant is not None and not self._constant_inside:
             w = constant.new_ones(len(problem.c)) if weights is None else weights.to(constant.dtype)
-            add_rank_one(gradients, problem.e, problem.c, constant, w)
+            add_rank_one(gradients, problem, constant, w)
         if self._filter is None:
             return gradients, None
         if self._filter.repair:
-            self._remainder.add_to(gradients, problem.e, problem.c)
+            self._remainder.add_to(gradients, problem)
         return gradients, self._remainder.mass
 
     @property
@@ -169,7 +169,7 @@ class Slopes:
             _add_product(self._e[rows], factor.t(), self._logits.c(block))
         if self._c is not None:
             fresh = self._filter is None and rows.start == 0
-            _add_product(self._gradient_of(block), factor, self._logits.e[rows], fresh=fresh)
+            _add_product(self._gradient_of(block), factor, self._logits.own_e[rows], fresh=fresh)
 
     def _add_filtered(
         self,
@@ -206,7 +206,7 @@ class Slopes:
         if self._e is not None:
             _add_product(self._e[rows], factor.t(), self._logits.c(block)[kept])
         if self._c is not None:
-            part = (factor @ self._logits.e[rows]).to(self._logits.wide)
+            part = (factor @ self._logits.own_e[rows]).to(self._logits.wide)
             self._gradient_of(block).index_add_(0, kept, part)
 
     def _gradient_of(self, block: slice) -> Tensor:

@@ -122,6 +122,7 @@ def _calls(case: CompiledCase) -> list[KernelCall]:
     sums = row_sums_call(
         student, softmax, other, case.tile, case.target.programs,
         expected=case.full or other is not None, sums=case.full and other is None,
+        predicted=case.full and other is None,
     )  # fmt: skip
     if case.kernel == "row_sums":
         return [sums]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head.core.filtering import weighted_sum
+from lossworks.head.core.filtering import weighted_classes
+from lossworks.head.core.low_rank import Frozen
 from lossworks.head.core.problem import Coefficients, Gradients, LinearProblem, RowSums, Softmax, Wanted
 from lossworks.head.cpu.backend import Combine, FusedResult, Pass, Rule, one_after_the_other
 from lossworks.head.triton import launch
@@ -31,14 +32,15 @@ def row_sums(problem: LinearProblem, how: Pass) -> RowSums:
         UserError: Class weights, label smoothing and a softcap come together.
     """
     problem = _rounded(problem, how.dtype)
-    sums, _ = launch.row_sums(problem, how.softmax, expected=how.expected, sums=how.totals)
+    asked = {"expected": how.expected, "sums": how.totals, "predicted": how.predicted}
+    sums, _ = launch.row_sums(problem, how.softmax, **asked)
     if not how.totals or how.weights is None:
         return sums
     if problem.softcap is not None:
         raise UserError(
             "impl='triton' can't combine class_weight, label_smoothing and softcap; impl='cpu' does it"
         )
-    total = problem.e.float() @ weighted_sum(problem.c, how.weights.float())
+    total = problem.e.float() @ weighted_classes(problem, how.weights.float())
     return sums._replace(total=total if problem.bias is None else total + how.weights @ problem.bias.float())
 
 
@@ -103,5 +105,8 @@ def teacher_gradients(
 
 
 def _rounded(problem: LinearProblem, dtype: torch.dtype) -> LinearProblem:
-    """Return the problem with E and C in autocast's dtype."""
-    return replace(problem, e=problem.e.to(dtype), c=problem.c.to(dtype))
+    """Return the problem with E and C in autocast's dtype; what is quantised stays so."""
+    frozen = problem.frozen
+    if frozen is not None and frozen.scale is None:
+        frozen = Frozen(frozen.values.to(dtype))
+    return replace(problem, e=problem.e.to(dtype), c=problem.c.to(dtype), frozen=frozen)

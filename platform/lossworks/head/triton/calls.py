@@ -38,6 +38,7 @@ def row_sums_call(
     *,
     expected: bool,
     sums: bool,
+    predicted: bool,
 ) -> KernelCall:
     """Return the pass over the logits; its ``parts_ptr`` will hold the results."""
     rows, classes = len(problem.e), len(problem.c)
@@ -48,12 +49,13 @@ def row_sums_call(
         "head": _head(problem),
         "scale": _scale(problem, softmax),
         "other": None if other is None else _head(other),
-        "parts_ptr": problem.e.new_empty(6, splits, rows, dtype=torch.float32),
+        "parts_ptr": problem.e.new_empty(8, splits, rows, dtype=torch.float32),
         "N": rows,
         "V": classes,
         "splits": splits,
         "EXPECTED": expected,
         "SUMS": sums,
+        "PREDICTED": predicted,
     }
     return KernelCall(kernels.row_sums_kernel, row_blocks * splits, arguments | _options(problem, tile))
 
@@ -200,13 +202,19 @@ def _options(problem: LinearProblem, tile: Tile) -> dict[str, Any]:
 
 
 def _head(problem: LinearProblem) -> kernels.HeadPointers:
+    frozen, scale = problem.frozen or (None, None)
     e, c = (x if x.stride(1) == 1 else x.contiguous() for x in (problem.e, problem.c))
+    fixed = frozen if frozen is None or frozen.stride(1) == 1 else frozen.contiguous()
     return kernels.HeadPointers(
         e=e,
         c=c,
         e_stride=e.stride(0),
         c_stride=c.stride(0),
-        features=e.shape[1],
+        features=c.shape[1],
+        frozen=fixed,
+        frozen_stride=None if fixed is None else fixed.stride(0),
+        frozen_features=None if fixed is None else fixed.shape[1],
+        frozen_scale=_vector(scale),
         targets=problem.targets.contiguous(),
         bias=None if problem.bias is None else problem.bias.contiguous(),
         softcap=problem.softcap,

@@ -17,13 +17,20 @@ ROW_GROUP = tl.constexpr(8)
 
 
 class HeadPointers(NamedTuple):
-    """A problem as kernels see it; strides are between rows, in elements."""
+    """A problem as kernels see it; strides are between rows, in elements, and ``features`` are those of C.
+
+    Frozen columns, the classifier's first, are a matrix of their own, or None.
+    """
 
     e: Any
     c: Any
     e_stride: Any
     c_stride: Any
     features: Any
+    frozen: Any
+    frozen_stride: Any
+    frozen_features: Any
+    frozen_scale: Any
     targets: Any
     bias: Any
     softcap: Any
@@ -51,6 +58,25 @@ class Parts(NamedTuple):
 
 
 @triton.jit
+def _product(
+    z, e_ptr, e_stride, c_ptr, c_stride, features, rows, classes,
+    FEATURES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Return z with the product of some rows and classes added, float32; C may be int8."""
+    for start in range(0, features, FEATURES):
+        d = start + tl.arange(0, FEATURES)
+        inside = d < features
+        e = tl.load(e_ptr + rows[:, None] * e_stride + d[None, :], mask=inside[None, :], other=0.0)
+        place = c_ptr + classes.to(tl.int64)[None, :] * c_stride + d[:, None]
+        c = tl.load(place, mask=inside[:, None], other=0).to(e.dtype)
+        if UPCAST:
+            e = e.to(tl.float32)
+            c = c.to(tl.float32)
+        z = tl.dot(e, c, z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
 def _uncapped(
     head, rows, classes,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, FEATURES: tl.constexpr,
@@ -58,16 +84,19 @@ def _uncapped(
 ):  # fmt: skip
     """Return z of a tile before the softcap and the target's offset, float32."""
     z = tl.zeros((ROWS, CLASSES), tl.float32)
-    for start in range(0, head.features, FEATURES):
-        d = start + tl.arange(0, FEATURES)
-        inside = d < head.features
-        e = tl.load(head.e + rows[:, None] * head.e_stride + d[None, :], mask=inside[None, :], other=0.0)
-        place = head.c + classes.to(tl.int64)[None, :] * head.c_stride + d[:, None]
-        c = tl.load(place, mask=inside[:, None], other=0.0)
-        if UPCAST:
-            e = e.to(tl.float32)
-            c = c.to(tl.float32)
-        z = tl.dot(e, c, z, input_precision=PRECISION)
+    own_e = head.e
+    if head.frozen is not None:
+        z = _product(
+            z, head.e, head.e_stride, head.frozen, head.frozen_stride, head.frozen_features, rows, classes,
+            FEATURES, PRECISION, UPCAST,
+        )  # fmt: skip
+        if head.frozen_scale is not None:
+            z *= tl.load(head.frozen_scale + classes)[None, :]
+        own_e += head.frozen_features
+    z = _product(
+        z, own_e, head.e_stride, head.c, head.c_stride, head.features, rows, classes,
+        FEATURES, PRECISION, UPCAST,
+    )  # fmt: skip
     if head.bias is not None:
         z += tl.load(head.bias + classes).to(tl.float32)[None, :]
     return z
@@ -123,16 +152,17 @@ def _taking_part(scale, classes, valid):
 
 
 @triton.jit
-def row_sums_kernel(
+def row_sums_kernel(  # noqa: PLR0915 - every sum of the walk stays in registers
     head, scale, other, parts_ptr, N, V, splits,
-    EXPECTED: tl.constexpr, SUMS: tl.constexpr,
+    EXPECTED: tl.constexpr, SUMS: tl.constexpr, PREDICTED: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, FEATURES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write each row's maximum, Σ exp, target's logit (or 0), Σ exp·z, Σ z and Σ z² over a split's classes.
 
-    Row blocks run fastest, so that programs at work at the same time read the same classes. ``parts`` is
-    (6, splits, N); what is not asked for is left as it is. With a head ``other``, Σ exp·z takes z from it.
+    The largest logit and the bits of its class, int32, come last. Row blocks run fastest, so that programs at
+    work at the same time read the same classes. ``parts`` is (8, splits, N); what is not asked for is left as
+    it is. With a head ``other``, Σ exp·z takes z from it.
     """
     row_blocks = tl.cdiv(N, ROWS)
     split = tl.program_id(0) // row_blocks
@@ -144,6 +174,8 @@ def row_sums_kernel(
     expected = tl.zeros((ROWS,), tl.float32)
     plain = tl.zeros((ROWS,), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    predicted = tl.zeros((ROWS,), tl.int32)
     walk = tl.cdiv(tl.cdiv(V, CLASSES), splits)
     # Only the loop over features is pipelined: two stages of this one would not fit the registers.
     for tile in tl.range(split * walk, tl.minimum(split * walk + walk, tl.cdiv(V, CLASSES)), num_stages=1):
@@ -158,6 +190,10 @@ def row_sums_kernel(
             real = tl.where(valid[None, :], z, 0.0)
             plain += tl.sum(real, 1)
             squares += tl.sum(real * real, 1)
+        if PREDICTED:
+            top, place = tl.max(tl.where(valid[None, :], z, float("-inf")), 1, return_indices=True)
+            predicted = tl.where(top > best, tile * CLASSES + place, predicted)
+            best = tl.maximum(best, top)
         counted = _taking_part(scale, classes, valid)[None, :]
         scaled = tl.where(counted, z * _inverse_temperature(scale, rows), float("-inf"))
         new = tl.maximum(largest, tl.max(scaled, 1))
@@ -183,6 +219,9 @@ def row_sums_kernel(
     if SUMS:
         tl.store(part + 4 * step, plain, mask=lanes < N)
         tl.store(part + 5 * step, squares, mask=lanes < N)
+    if PREDICTED:
+        tl.store(part + 6 * step, best, mask=lanes < N)
+        tl.store(part + 7 * step, predicted.to(tl.float32, bitcast=True), mask=lanes < N)
 
 
 @triton.jit

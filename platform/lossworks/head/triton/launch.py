@@ -40,6 +40,7 @@ def row_sums(
     *,
     expected: bool = False,
     sums: bool = False,
+    predicted: bool = False,
     order: bool = False,
 ) -> tuple[RowSums, Tensor | None]:
     """Return the sums of each row after one pass over tiles of logits.
@@ -52,16 +53,22 @@ def row_sums(
         softmax: Its temperature and classes.
         expected: Whether to return Σ_k p_ik z_ik.
         sums: Whether to return Σ_k z_ik and Σ_k z_ik².
+        predicted: Whether to return the largest logit and its class.
         order: Whether to return the mean logits, by which classes are sorted for a :class:`Filter`.
 
     Returns:
         The sums, and :func:`mean_logits` or None.
     """
-    parts = _walk(problem, softmax, None, expected=expected, sums=sums)
+    parts = _walk(problem, softmax, None, expected=expected, sums=sums, predicted=predicted)
     top, log_total, mean = _merged(parts)
     total, squares = (parts[4].sum(0), parts[5].sum(0)) if sums else (None, None)
+    largest = best = None
+    if predicted:
+        largest, split = parts[6].max(0)
+        best = parts[7].view(torch.int32).gather(0, split[None])[0].long()
+    expected_logit = mean if expected else None
     found = RowSums(
-        top + log_total, parts[2].sum(0), mean if expected else None, total, squares, top, log_total
+        *(top + log_total, parts[2].sum(0), expected_logit, total, squares, top, log_total, largest, best)
     )
     return found, mean_logits(problem) if order else None
 
@@ -80,7 +87,7 @@ def teacher_expected(
     Returns:
         Both of shape (N,), float32.
     """
-    parts = _walk(teacher, teacher_softmax, problem, expected=True, sums=False)
+    parts = _walk(teacher, teacher_softmax, problem, expected=True, sums=False, predicted=False)
     top, log_total, mean = _merged(parts)
     return mean, top + log_total
 
@@ -157,15 +164,22 @@ def teacher_gradients(
 
 
 def _walk(
-    problem: LinearProblem, softmax: Softmax, other: LinearProblem | None, *, expected: bool, sums: bool
+    problem: LinearProblem,
+    softmax: Softmax,
+    other: LinearProblem | None,
+    *,
+    expected: bool,
+    sums: bool,
+    predicted: bool,
 ) -> Tensor:
-    """Return what :func:`row_sums_kernel` writes for each split, (6, splits, N)."""
+    """Return what :func:`row_sums_kernel` writes for each split, (8, splits, N)."""
     programs = target_of(problem.e).programs
 
     def call(tile: Tile) -> KernelCall:
-        return row_sums_call(problem, softmax, other, tile, programs, expected=expected, sums=sums)
+        asked = {"expected": expected, "sums": sums, "predicted": predicted}
+        return row_sums_call(problem, softmax, other, tile, programs, **asked)
 
-    lean = other is None and not expected and not sums and is_lean(problem, softmax, Coefficients())
+    lean = other is None and not (expected or sums or predicted) and is_lean(problem, softmax, Coefficients())
     chosen = call(choose("row_sums" if other is None else "teacher", problem, lean=lean, trial=call))
     chosen()
     parts: Tensor = chosen.arguments["parts_ptr"]
@@ -187,7 +201,7 @@ def mean_logits(problem: LinearProblem) -> Tensor:
     It has the precision of the inputs' dtype: sorting needs no more.
     """
     row = problem.e.mean(0, dtype=torch.float32).to(problem.c.dtype)
-    mean = torch.mv(problem.c, row).float()
+    mean = torch.mv(problem.c, row).float()  # of whole classifiers alone, which are all that is filtered
     return mean if problem.bias is None else mean + problem.bias
 
 
@@ -217,9 +231,9 @@ def _by_slabs(
         call(tile, first)()
         g, part = buffer[:, : len(c) - first], slice(first, first + buffer.shape[1])
         if sums.e is not None:
-            sums.e.add_(_product(g, c[part]))
+            sums.e.add_(_product(g, problem.classes(part, e.dtype)))
         if sums.c is not None:
-            sums.c[part] = _product(g.t(), e)
+            sums.c[part] = _product(g.t(), problem.own_e)
         if sums.bias is not None:
             sums.bias[part] = g.sum(0, dtype=torch.float32)
     return sums._replace(e=None if sums.e is None else sums.e.to(dtype))
@@ -256,7 +270,8 @@ def _filterable(problem: LinearProblem, coefficients: Coefficients) -> bool:
     others = coefficients.expected is not None or coefficients.linear is not None
     in_slope = coefficients.constant is not None and problem.softcap is not None
     shipped = ("fused", problem.e.element_size()) in target_of(problem.e).tiles
-    return shipped and coefficients.softmax is not None and not others and not in_slope
+    whole = problem.frozen is None
+    return shipped and whole and coefficients.softmax is not None and not others and not in_slope
 
 
 def _fused(
@@ -284,10 +299,10 @@ def _fused(
         rows, classes = masses
         share = classes / classes.sum().clamp_min(torch.finfo(torch.float32).tiny)
         # The kernel gave the bias its column sums already.
-        add_rank_one(sums._replace(bias=None), e, c, rows.copysign(parts.softmax), share)
+        add_rank_one(sums._replace(bias=None), problem, rows.copysign(parts.softmax), share)
     if coefficients.constant is not None:
         weights = coefficients.constant_weights
         ones = e.new_ones(len(c), dtype=torch.float32)
         share = ones if weights is None else weights.float()
-        add_rank_one(sums, e, c, coefficients.constant.float(), share)
+        add_rank_one(sums, problem, coefficients.constant.float(), share)
     return sums

@@ -82,6 +82,7 @@ _HOPPER: _Table = _FLOAT32 | {
     ("fused", 2): (_HALF,),
     ("teacher", 2): (_HALF,),
 }
+_BLACKWELL: _Table = _HOPPER | {("row_sums", 2): (_WIDE, _HALF)}
 _AMPERE: _Table = _HOPPER | {
     ("row_sums", 2): (_EVEN_LEAN, _HALF),
     ("slab", 2): (_EVEN_LEAN, _HALF),
@@ -103,7 +104,7 @@ TARGETS = {
     for target in (
         CompileTarget("sm_80", 101_376, _AMPERE),
         CompileTarget("sm_90", 232_448, _HOPPER),
-        CompileTarget("sm_100", 232_448, _HOPPER),
+        CompileTarget("sm_100", 232_448, _BLACKWELL),
         CompileTarget("gfx942", 65_536, _CDNA3),
         CompileTarget("interpreter", 0, _INTERPRETED, programs=4, slab_bytes=4096),
     )
