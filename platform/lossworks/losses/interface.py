@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lossworks.catalogue.entry import Entry
 from lossworks.data.batch import IGNORE_INDEX, NAMES, Batch
 from lossworks.errors import UserError, nearest
-from lossworks.head import LogSumExp, Target, VocabParallel, linear_row_loss
+from lossworks.head import LogSumExp, LowRankClassifier, Target, VocabParallel, linear_row_loss
 from lossworks.head.core.arguments import (
     Implementation,
     Reduction,
@@ -25,7 +25,8 @@ from lossworks.head.core.arguments import (
     operands,
     usable_impl,
 )
-from lossworks.head.core.dense_reference import dense_logits
+from lossworks.head.core.dense_reference import dense_logits, whole_classifier
+from lossworks.head.core.low_rank import taken_apart
 from lossworks.head.core.valid_rows import blanked
 from lossworks.losses.problems import Problem, of_classes
 from lossworks.losses.rows import DenseRows, LinearRows, LogitRows, wide
@@ -329,7 +330,7 @@ class RowLoss(Loss):
     def linear(
         self,
         e: Tensor,
-        c: Tensor,
+        c: Tensor | LowRankClassifier,
         targets: Tensor,
         bias: Tensor | None = None,
         *,
@@ -342,7 +343,7 @@ class RowLoss(Loss):
 
         Args:
             e: E, shape (..., D).
-            c: C, shape (K, D).
+            c: C, shape (K, D), or a :class:`LowRankClassifier`.
             targets: y in [0, K) or ``ignore_index``, int64, shape (...).
             bias: b, shape (K,), or None.
             softcap: Cap of the logits' magnitude, or None.
@@ -354,18 +355,19 @@ class RowLoss(Loss):
         Raises:
             UserError: Something doesn't fit together, or the logits are needed and ``impl`` builds none.
         """
-        context, impl = self.context(given), usable_impl(impl, e, c, targets, bias)
+        features, own, frozen = taken_apart(e, c)
+        context, impl = self.context(given), usable_impl(impl, features, own, targets, bias)
         targets = self.counting(targets, context)
         if impl == "reference" or (self.needs_logits and impl == "auto" and vocab_parallel is None):
-            e = blanked(e, targets == self.ignore_index)
-            logits = dense_logits(e.reshape(-1, e.shape[-1]), c, bias, softcap)
+            head = operands(blanked(features, targets == self.ignore_index), own, bias, None, frozen)
+            logits = dense_logits(head.e, whole_classifier(head), bias, softcap)
             return self.forward(logits.reshape(*targets.shape, -1), targets, **given)
         if self.needs_logits:
             raise UserError(
                 f"{self.slug}: {self.extra_repr()} needs all logits: impl={impl!r} must be auto or "
                 "reference, and vocab_parallel None"
             )
-        classes = all_classes(operands(e, c, bias, vocab_parallel))
+        classes = all_classes(operands(features, own, bias, vocab_parallel, frozen))
         options = {"softcap": softcap, "impl": impl}
         rows = LinearRows(
             *(e, c, targets, bias, self.ignore_index),
@@ -390,7 +392,7 @@ class RowLoss(Loss):
         self,
         rows: LinearRows,
         context: Context,
-        tensors: tuple[Tensor, Tensor, Tensor],
+        tensors: tuple[Tensor, Tensor | LowRankClassifier, Tensor],
         bias: Tensor | None,
         options: dict[str, Any],
     ) -> Tensor:

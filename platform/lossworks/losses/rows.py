@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lossworks.errors import UserError
-from lossworks.head import VocabParallel, linear_row_statistics, row_statistics
+from lossworks.head import LowRankClassifier, VocabParallel, linear_row_statistics, row_statistics
 from lossworks.head.core.arguments import Implementation
 from lossworks.head.statistics import Statistic, StatisticName
 
@@ -86,7 +86,7 @@ class LinearRows:
     def __init__(
         self,
         e: Tensor,
-        c: Tensor,
+        c: Tensor | LowRankClassifier,
         targets: Tensor,
         bias: Tensor | None,
         ignore_index: int,

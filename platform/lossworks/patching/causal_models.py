@@ -13,8 +13,8 @@ from lossworks.errors import UserError
 from lossworks.home import switch_off_usage_reports
 from lossworks.losses import create
 from lossworks.losses.interface import RowLoss
-from lossworks.models.interface import Head
 from lossworks.patching.deferred_logits import deferred_logits
+from lossworks.patching.linear_heads import classifier_of, defer, why_not_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 _FUSED_BY_TRL = "fused_lm_head"  # what the forward takes that TRL puts in place of a model's own
@@ -33,9 +33,10 @@ def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> 
 
     Args:
         model: Any model of transformers with a linear head and the library's loss of causal language models,
-            with or without bias, softcap or a scale of the logits, tied or not; or a model of PEFT that
-            leaves the head alone. It is changed in place, on whichever device it is; patch it before it is
-            wrapped for several processes. Patched again, it takes the loss of the last call.
+            with or without bias, softcap or a scale of the logits, tied or not; or a model of PEFT, with LoRA
+            on the head as well, where C + B·A is never formed. It is changed in place, on whichever device it
+            is; patch it before it is wrapped for several processes. Patched again, it takes the loss of the
+            last call.
         loss: A row loss of the catalogue, in place of the cross-entropy.
         hyperparameters: Of the loss, such as ``label_smoothing`` of the cross-entropy.
 
@@ -68,12 +69,14 @@ def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> 
         before = _probed(inner)
         stock: Any = type(inner)
         inner.__class__ = _patched_class(stock)
-        inner.get_output_embeddings().__class__ = _PatchedLinear
+        head = inner.get_output_embeddings()
+        own_class = type(head)
+        defer(head, type(inner).__name__)
         _set_loss(inner, create("cross-entropy"))
         try:
             _require_equal(before, _probed(inner), stock.__name__)
         except BaseException:
-            inner.get_output_embeddings().__class__ = nn.Linear
+            head.__class__ = own_class
             inner.__class__ = stock
             raise
     _set_loss(inner, chosen)
@@ -83,16 +86,6 @@ def patch(model: Model, loss: str = "cross-entropy", **hyperparameters: Any) -> 
 def _set_loss(model: Any, loss: RowLoss) -> None:
     """Give a patched model its loss, reduced in both ways that it is asked for."""
     model.head_loss, model.head_sum = (loss.with_reduction(how) for how in ("mean", "sum"))
-
-
-class _PatchedLinear(nn.Linear):
-    """A linear layer that hands on its input while the loss is computed without its output."""
-
-    deferring = False
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
-        """Return the logits (..., V) of ``input`` (..., D), or ``input``."""
-        return input if self.deferring else super().forward(input)
 
 
 class _Patched:
@@ -143,7 +136,7 @@ class _Patched:
             return forward(*args, **kwargs)
         as_dict = kwargs.pop("return_dict", None)
         as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
-        head = _deferring_head(self)
+        head = defer(self.get_output_embeddings(), type(self).__name__)  # it may be new, as after resizing
         text = self.config.get_text_config()
         softcap = getattr(text, "final_logit_softcapping", None)
         head.deferring = True
@@ -159,8 +152,7 @@ class _Patched:
         if torch.compiler.is_compiling():
             outputs.logits = None
         else:
-            features = _as_the_head_takes_them(outputs.logits, head)
-            outputs.logits = deferred_logits(features, Head(head.weight, head.bias, softcap))
+            outputs.logits = deferred_logits(*classifier_of(outputs.logits, head), softcap)
         return outputs if as_dict else outputs.to_tuple()
 
     def _loss_of_features(
@@ -192,8 +184,8 @@ class _Patched:
         if ignore_index != loss.ignore_index:  # whose own ignored label is then as wrong as any below 0
             targets = targets.masked_fill(targets == loss.ignore_index, -1)
             targets = targets.masked_fill(targets == ignore_index, loss.ignore_index)
-        features = _as_the_head_takes_them(logits.reshape(-1, logits.shape[-1]), head)
-        found = loss.linear(features, head.weight, targets, head.bias, softcap=self._softcap)
+        features, classifier, bias = classifier_of(logits.reshape(-1, logits.shape[-1]), head)
+        found = loss.linear(features, classifier, targets, bias, softcap=self._softcap)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(found.device)
         return found if num_items_in_batch is None else found / num_items_in_batch
@@ -218,34 +210,6 @@ def _blank(stock: Any) -> nn.Module:
     return found
 
 
-def _deferring_head(model: Any) -> _PatchedLinear:
-    """Return a model's head, which somebody may have replaced since the model was patched.
-
-    Raises:
-        UserError: It is no plain linear layer any more.
-    """
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:  # as after resize_token_embeddings
-        head.__class__ = _PatchedLinear
-    if type(head) is not _PatchedLinear:
-        raise UserError(f"{type(model).__name__}: {_no_linear_head(head)}")
-    return head
-
-
-def _no_linear_head(head: nn.Module) -> str:
-    kind = f"{type(head).__module__.partition('.')[0]}.{type(head).__name__}"
-    return (
-        f"its head is a {kind} and must be a plain torch.nn.Linear; with PEFT, leave the head out of "
-        "target_modules and modules_to_save"
-    )
-
-
-def _as_the_head_takes_them(features: Tensor, head: nn.Linear) -> Tensor:
-    """Return features in the dtype of the head's weight, as models that go on in another one cast them."""
-    autocast = torch.is_autocast_enabled(features.device.type)
-    return features if autocast else features.to(head.weight.dtype)
-
-
 def _causal_model(model: nn.Module) -> nn.Module:
     """Return the model of transformers that has the head: ``model``, or what it wraps."""
     switch_off_usage_reports()
@@ -263,9 +227,9 @@ def _causal_model(model: nn.Module) -> nn.Module:
 def _require_linear_head(model: Any) -> None:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    name, head = type(model).__name__, model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise UserError(f"{name}: {_no_linear_head(head)}")
+    name, reason = type(model).__name__, why_not_linear(model.get_output_embeddings())
+    if reason is not None:
+        raise UserError(f"{name}: {reason}")
     if "forward" in vars(model):
         raise UserError(
             f"{name}: its forward has been replaced: patch the model before anything else wraps it"

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.adapters.torch_private import of_shape_alone, past_torch_function, tree_map_only
-from lossworks.head import Gathered, LogSumExp, Mean, linear_row_statistics
-from lossworks.models.interface import Head
+from lossworks.head import Gathered, LogSumExp, LowRankClassifier, Mean, linear_row_statistics
+from lossworks.patching.linear_heads import Classifier
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class DeferredLogits(Tensor):
     features: Tensor
     weight: Tensor
     bias: Tensor | None
+    low: Tensor | None
     form: Form
-    versions: tuple[int, int]
+    versions: tuple[int, ...]
     formed: Tensor | None
     total: Tensor | None
 
@@ -74,7 +75,9 @@ class DeferredLogits(Tensor):
         return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def deferred_logits(features: Tensor, head: Head) -> Tensor:
+def deferred_logits(
+    features: Tensor, classifier: Classifier, bias: Tensor | None, softcap: float | None
+) -> Tensor:
     """Return the logits of features (..., D), shape (..., V), formed only when they are read.
 
     Under autocast they are said to be float32, so that what casts all of a model's outputs to it doesn't form
@@ -82,9 +85,12 @@ def deferred_logits(features: Tensor, head: Head) -> Tensor:
     """
     kind = features.device.type
     within = torch.is_autocast_enabled(kind)
-    form = Form(head.softcap, dtype=torch.get_autocast_dtype(kind) if within else None)
-    dtype = torch.float32 if within else head.weight.dtype
-    found: Tensor = _Defer.apply(features, head.weight, head.bias, form, dtype)
+    form = Form(softcap, dtype=torch.get_autocast_dtype(kind) if within else None)
+    weight, low = (
+        (classifier.weight, classifier.b) if isinstance(classifier, LowRankClassifier) else (classifier, None)
+    )
+    dtype = torch.float32 if within else features.dtype
+    found: Tensor = _Defer.apply(features, weight, bias, low, form, dtype)
     return found
 
 
@@ -93,22 +99,31 @@ class _Defer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, form: Form, dtype: torch.dtype
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low: Tensor | None,
+        form: Form,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Return the tensor; ``features`` (..., D), ``weight`` (V, D), ``bias`` (V,) or None."""
-        ctx.save_for_backward(features, weight, bias)
+        """Return the tensor of ``features`` (..., D), ``weight`` (V, D) and ``bias`` (V,) or None.
+
+        With ``low`` (V, r) the features are (..., D + r), of which the last r meet it.
+        """
+        ctx.save_for_backward(features, weight, bias, low)
         ctx.form = form
         shape = (*features.shape[:-1], len(weight))
-        versions = _version(features), _version(weight)
+        versions = _versions(features, weight, low)
         found = of_shape_alone(DeferredLogits, shape, dtype=dtype, device=features.device)
-        found.features, found.weight, found.bias, found.form = features, weight, bias, form
+        found.features, found.weight, found.bias, found.low, found.form = features, weight, bias, low, form
         found.versions = versions
         found.formed = found.total = None
         return found
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """Return the gradients of features, weight and bias for that of the values, (..., V)."""
+        """Return the gradients of features, weight, bias and low for that of the values, (..., V)."""
         given = ctx.saved_tensors
         wanted = [x is not None and ctx.needs_input_grad[place] for place, x in enumerate(given)]
         copies: list[Any] = [
@@ -116,17 +131,20 @@ class _Defer(torch.autograd.Function):
             for x, needed in zip(given, wanted, strict=True)
         ]
         with torch.enable_grad():
-            values = _formed(copies[0], copies[1], copies[2], ctx.form)
+            values = _formed(copies[0], copies[1], copies[2], copies[3], ctx.form)
         leaves = [copy for copy, needed in zip(copies, wanted, strict=True) if needed]
         found = iter(torch.autograd.grad(values, leaves, gradient.to(values.dtype)))
         return (*(next(found) if needed else None for needed in wanted), None, None)
 
 
-def _formed(features: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+def _formed(features: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, form: Form) -> Tensor:
     """Return what the form says, shape (..., V); log-probabilities in float32 at least."""
-    features, weight, bias = _cast(features, weight, bias, form)
+    dtype = features.dtype if form.dtype is None else form.dtype
+    features, weight = features.to(dtype), weight.to(dtype)
     with torch.autocast(features.device.type, enabled=False):
-        z = F.linear(features, weight, bias)
+        z = F.linear(features[..., : weight.shape[1]], weight, None if bias is None else bias.to(dtype))
+        if low is not None:
+            z = z + F.linear(features[..., weight.shape[1] :], low.to(dtype))
         if form.softcap is not None:
             z = form.softcap * torch.tanh(z / form.softcap)
         if form.normalised:
@@ -142,27 +160,28 @@ def _cast(
     return features.to(form.dtype), weight.to(form.dtype), None if bias is None else bias.to(form.dtype)
 
 
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place; those of inference mode aren't counted."""
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Return how often tensors were changed in place; those of inference mode aren't counted."""
+    return tuple(0 if x is None or x.is_inference() else x._version for x in tensors)
 
 
 def _values(logits: DeferredLogits) -> Tensor:
     if logits.formed is None:
-        if (_version(logits.features), _version(logits.weight)) != logits.versions:
+        if _versions(logits.features, logits.weight, logits.low) != logits.versions:
             raise RuntimeError(
                 "these logits are computed when they are read, and the model's weights have changed since: "
                 "read outputs.logits before, for instance as outputs.logits.clone()"
             )
         with torch.no_grad():
-            logits.formed = _formed(logits.features, logits.weight, logits.bias, logits.form).to(logits.dtype)
+            parts = (logits.features, logits.weight, logits.bias, logits.low)
+            logits.formed = _formed(*parts, logits.form).to(logits.dtype)
     return logits.formed
 
 
 def _derived(logits: DeferredLogits, features: Tensor, **changed: Any) -> Tensor:
     form = replace(logits.form, **changed)
     dtype = torch.promote_types(logits.dtype, torch.float32) if form.normalised else logits.dtype
-    found: Tensor = _Defer.apply(features, logits.weight, logits.bias, form, dtype)
+    found: Tensor = _Defer.apply(features, logits.weight, logits.bias, logits.low, form, dtype)
     return found
 
 
@@ -215,9 +234,11 @@ def _sum(
 def _statistics(logits: DeferredLogits, index: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities of ``index`` (..., K), and their sum over all classes (...), signed."""
     features, weight, bias = _cast(logits.features, logits.weight, logits.bias, logits.form)
+    low = logits.low
+    classifier = weight if low is None else LowRankClassifier(weight.detach(), None, low.to(features.dtype))
     nowhere = torch.zeros(features.shape[:-1], dtype=torch.int64, device=features.device)
     picked, mean, lse = linear_row_statistics(
-        *(features, weight, nowhere, bias),
+        *(features, classifier, nowhere, bias),
         statistics=[Gathered(index), Mean(), LogSumExp()],
         softcap=logits.form.softcap,
     )

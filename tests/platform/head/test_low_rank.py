@@ -70,20 +70,18 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
-@pytest.mark.parametrize("kind", ["plain", "quantised", "other features"])
+@pytest.mark.parametrize("kind", ["plain", "quantised", "after dropout"])
 def test_value_and_gradients_are_those_of_the_formed_classifier(function, kind):
     (e, a, b, bias), c, y = problem()
     weight = QuantizedClassifier.of(c) if kind == "quantised" else c
-    if kind == "other features":
-        kept = torch.rand(e.shape, generator=torch.Generator().manual_seed(1)) > 0.3
-        low = LowRankClassifier(weight, a, b, 0.5, features=e * kept)
+    if kind == "after dropout":
+        dropped = e * (torch.rand(e.shape, generator=torch.Generator().manual_seed(1)) > 0.3)
+        found = function(torch.cat([e, dropped @ a.T], 1), LowRankClassifier(weight, None, b), y, bias)
         # The same logits by a formed classifier of twice as many features.
-        formed = torch.cat([c, 0.5 * b @ a], 1)
-        expected = function(torch.cat([e, e * kept], 1), formed, y, bias)
+        expected = function(torch.cat([e, dropped], 1), torch.cat([c, b @ a], 1), y, bias)
     else:
         low = LowRankClassifier(weight, a, b, 0.5)
-        expected = function(e, low.formed(), y, bias)
-    found = function(e, low, y, bias)
+        found, expected = function(e, low, y, bias), function(e, low.formed(), y, bias)
     leaves = (e, a, b, bias)
     gradients = [
         torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
@@ -139,13 +137,14 @@ def test_what_does_not_fit_is_refused_by_name():
     (e, a, b, _), c, y = problem()
     q = QuantizedClassifier.of(c)
     cases = [
-        (LowRankClassifier(c, a[:0], b[:, :0]), r"c.a \(0, 6\) must be \(r, 6\) with a rank r in \[1, 6\]"),
-        (LowRankClassifier(c, torch.zeros(7, 6).double(), b), r"c.a \(7, 6\) must be .* r in \[1, 6\]"),
-        (LowRankClassifier(c, a, b[:4]), r"c.b \(4, 2\) must be \(9, 2\)"),
+        (LowRankClassifier(c, a[:0], b[:, :0]), r"c.b \(9, 0\) must be \(9, r\) with a rank r in \[1, 6\]"),
+        (LowRankClassifier(c, a, torch.zeros(9, 7)), r"c.b \(9, 7\) must be .* r in \[1, 6\]"),
+        (LowRankClassifier(c, a, b[:4]), r"c.b \(4, 2\) must be \(9, r\)"),
+        (LowRankClassifier(c, a[:1], b), r"c.a \(1, 6\) must be \(2, 6\)"),
         (LowRankClassifier(c, a.tolist(), b), "c.a is a list; it must be a torch.Tensor"),
-        (LowRankClassifier(c[:, :3], a, b), r"e \(7, 6\) and c.weight \(9, 3\)"),
+        (LowRankClassifier(c[:, :3], a[:, :3], b), r"e \(7, 6\) must be \(..., 3\)"),
         (LowRankClassifier(c.clone().requires_grad_(), a, b), "c.weight requires a gradient"),
-        (LowRankClassifier(c, a, b, features=e[:2]), r"c.features \(2, 6\) must be \(7, 6\)"),
+        (LowRankClassifier(c, None, b), r"e \(7, 6\) must be \(..., 8\), as c has 6 features and rank 2"),
         (LowRankClassifier(c.long(), a, b), "c.weight is torch.int64; it must be floating point"),
         (LowRankClassifier(QuantizedClassifier(q.values, q.scale[:2]), a, b), r"\(9,\)"),
     ]

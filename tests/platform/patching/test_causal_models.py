@@ -322,7 +322,65 @@ def test_adapters_on_the_body_get_the_same_gradients():
     assert sum(parameter.grad is not None for parameter in patched.parameters()) == 8
 
     with pytest.raises(UserError, match="leave the head out of target_modules"):
-        lossworks.patch(adapted(target_modules=["q_proj", "lm_head"]))
+        lossworks.patch(adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(UserError, match="must be plain LoRA"):
+        lossworks.patch(adapted(target_modules=["lm_head"], use_dora=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_adapters_on_the_head_get_the_same_gradients(name, patched_first):
+    """With dropout, with a softcap, with a scale of the logits, under an update; and C + B·A isn't formed."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(model):
+        torch.manual_seed(0)
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=2, target_modules=["lm_head"], lora_dropout=0.3, init_lora_weights=False
+        )
+        return get_peft_model(model, config)
+
+    stock = adapted(tiny(name))
+    patched = adapted(lossworks.patch(tiny(name))) if patched_first else lossworks.patch(adapted(tiny(name)))
+    patched.load_state_dict(stock.state_dict())
+    for step in range(2):
+        found = []
+        for model in (stock, patched):
+            torch.manual_seed(step)
+            loss = model.train()(**batch()).loss
+            loss.backward()
+            found.append(loss)
+        torch.testing.assert_close(*found)
+        assert_same_gradients(stock, patched, rtol=1e-4, atol=1e-6)
+        for model in (stock, patched):
+            torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.5).step()
+            model.zero_grad()
+    assert [x.grad is not None for x in patched.parameters()].count(True) == 0
+    wanted, got = (model.eval()(**batch()) for model in (stock, patched))
+    torch.testing.assert_close(got.loss, wanted.loss)
+    torch.testing.assert_close(got.logits + 0, wanted.logits, rtol=1e-4, atol=1e-3)
+    with stock.disable_adapter(), patched.disable_adapter():
+        torch.testing.assert_close(patched(**batch()).loss, stock(**batch()).loss)
+    copied = pickle.loads(pickle.dumps(patched))  # noqa: S301 - our own
+    torch.testing.assert_close(copied(**batch()).loss, wanted.loss)
+    for model in (stock, patched):
+        model.merge_adapter()
+    torch.testing.assert_close(patched(**batch()).loss, stock(**batch()).loss)
+
+
+def test_adapters_wider_than_the_model_train_in_their_own_precision():
+    """PEFT keeps adapters of a bfloat16 model in float32."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"], init_lora_weights=False)
+    stock = get_peft_model(tiny("llama").bfloat16(), config)
+    patched = lossworks.patch(copy.deepcopy(stock))
+    expected, found = stock(**batch()).loss, patched(**batch()).loss
+    torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=1e-2)
+    expected.backward()
+    found.backward()
+    assert_same_gradients(stock, patched, rtol=5e-2, atol=5e-3)
 
 
 def test_a_trainer_that_passes_over_the_loss_is_refused_unless_it_trains_the_same():

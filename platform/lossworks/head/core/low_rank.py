@@ -47,20 +47,28 @@ class LowRankClassifier:
 
     Attributes:
         weight: C, shape (V, D), without a gradient, or a :class:`QuantizedClassifier`.
-        a: A, shape (r, D), 1 ≤ r ≤ D.
+        a: A, shape (r, D), 1 ≤ r ≤ D; None where the features come as [E, s·E·Aᵀ], shape (..., D + r),
+            already, as they must where A is applied to something else than E, such as E after dropout.
         b: B, shape (V, r).
         scale: s; LoRA's α/r.
-        features: What A is applied to in place of E, of its shape, such as E after dropout; None for E.
     """
 
     weight: Tensor | QuantizedClassifier
-    a: Tensor
+    a: Tensor | None
     b: Tensor
     scale: float = 1.0
-    features: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.b)
 
     def formed(self) -> Tensor:
-        """Return C + s·B·A, shape (V, D), as it is where the two are merged."""
+        """Return C + s·B·A, shape (V, D), as it is where the two are merged.
+
+        Raises:
+            UserError: There is no A.
+        """
+        if self.a is None:
+            raise UserError("c.a is None: it must be a torch.Tensor to form the classifier")
         c = Frozen.of(self.weight).rows(slice(None), self.b.dtype)
         return c + self.scale * self.b @ self.a
 
@@ -98,30 +106,31 @@ def taken_apart(e: Tensor, c: "Tensor | LowRankClassifier") -> tuple[Tensor, Ten
     if not isinstance(c, LowRankClassifier):
         return e, c, None
     frozen = Frozen.of(c.weight)
-    features = e if c.features is None else c.features
-    _check(e, c, frozen, features)
-    low = F.linear(features, c.a) * c.scale
+    _check(e, c, frozen)
+    if c.a is None:
+        return e, c.b, frozen
+    low = F.linear(e, c.a) * c.scale
     return torch.cat([e, low.to(e.dtype)], -1), c.b, frozen
 
 
-def _check(e: Tensor, c: LowRankClassifier, frozen: Frozen, features: Tensor) -> None:
-    given = {"e": e, "c.weight": frozen.values, "c.a": c.a, "c.b": c.b, "c.features": features}
+def _check(e: Tensor, c: LowRankClassifier, frozen: Frozen) -> None:
+    given = {"e": e, "c.weight": frozen.values, "c.a": e if c.a is None else c.a, "c.b": c.b}
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
         if type(value).__name__ == "DTensor":
             raise UserError(f"{name} is a DTensor; pass its local part and vocab_parallel")
-    if e.dim() < 1 or frozen.values.dim() != 2 or e.shape[-1] != frozen.values.shape[1]:
-        raise UserError(
-            f"e {tuple(e.shape)} and c.weight {tuple(frozen.values.shape)} must be (..., D) and (V, D)"
-        )
+    if frozen.values.dim() != 2:
+        raise UserError(f"c.weight {tuple(frozen.values.shape)} must be (V, D)")
     v, d = frozen.values.shape
-    if c.a.dim() != 2 or c.a.shape[1] != d or not 1 <= len(c.a) <= d:
-        raise UserError(f"c.a {tuple(c.a.shape)} must be (r, {d}) with a rank r in [1, {d}]")
-    if c.b.shape != (v, len(c.a)):
-        raise UserError(f"c.b {tuple(c.b.shape)} must be ({v}, {len(c.a)}), one row a class")
-    if features.shape != e.shape:
-        raise UserError(f"c.features {tuple(features.shape)} must be {tuple(e.shape)}, as e")
+    rank = c.b.shape[-1] if c.b.dim() else 0
+    if c.b.shape != (v, rank) or not 1 <= rank <= d:
+        raise UserError(f"c.b {tuple(c.b.shape)} must be ({v}, r) with a rank r in [1, {d}]")
+    if c.a is not None and c.a.shape != (rank, d):
+        raise UserError(f"c.a {tuple(c.a.shape)} must be ({rank}, {d})")
+    width = d if c.a is not None else d + rank
+    if e.dim() < 1 or e.shape[-1] != width:
+        raise UserError(f"e {tuple(e.shape)} must be (..., {width}), as c has {d} features and rank {rank}")
     _check_frozen(frozen, v)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lossworks.catalogue.declaration import Case, Paper, number, numbers, switch
 from lossworks.errors import UserError
-from lossworks.head import LogSumExp, linear_cross_entropy
+from lossworks.head import LogSumExp, LowRankClassifier, linear_cross_entropy
 from lossworks.head.core.valid_rows import blanked
 from lossworks.losses.interface import RowLoss, active
 from lossworks.losses.rows import DenseRows, wide
@@ -90,7 +90,12 @@ class CrossEntropy(RowLoss):
         ).reshape(targets.shape)
 
     def linear(
-        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any
+        self,
+        e: Tensor,
+        c: Tensor | LowRankClassifier,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         """See :meth:`RowLoss.linear`; further options are those of :func:`lossworks.linear_cross_entropy`."""
         found = linear_cross_entropy(
@@ -98,7 +103,7 @@ class CrossEntropy(RowLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            class_weight=self._class_weights(c, len(c)),
+            class_weight=self._class_weights(e, len(c)),
             token_weight=options.pop("weight", None),
             z_loss=self.z_loss,
             **options,
@@ -162,7 +167,12 @@ class LogZ(CrossEntropy):
         return own(self, logits, targets, **given)
 
     def linear(
-        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any
+        self,
+        e: Tensor,
+        c: Tensor | LowRankClassifier,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         """See :meth:`RowLoss.linear`."""
         own = RowLoss.linear if self.alone else CrossEntropy.linear
