@@ -67,6 +67,16 @@ def without_values(*tensors: Tensor | None) -> bool:
     return any(tensor.is_meta or type(tensor).__name__ == "FakeTensor" for tensor in given)
 
 
+def shapes_alone() -> bool:
+    """Return whether this runs inside :func:`assumed_tensors`, where only shapes and memory count."""
+    return _ASSUMING.get()
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; those of inference mode aren't counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Assuming(TorchDispatchMode):
     """Answers whoever looks at the values of fake tensors as when every row counts and nothing is wrong.
 

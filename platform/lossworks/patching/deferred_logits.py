@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.adapters.torch_private import of_shape_alone, past_torch_function, tree_map_only
+from lossworks.adapters.torch_private import of_shape_alone, past_torch_function, tree_map_only, version_of
 from lossworks.head import Gathered, LogSumExp, LowRankClassifier, Mean, linear_row_statistics
-from lossworks.patching.linear_heads import Classifier
+from lossworks.patching.linear_heads import HeadClassifier
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class DeferredLogits(Tensor):
 
 
 def deferred_logits(
-    features: Tensor, classifier: Classifier, bias: Tensor | None, softcap: float | None
+    features: Tensor, classifier: HeadClassifier, bias: Tensor | None, softcap: float | None
 ) -> Tensor:
     """Return the logits of features (..., D), shape (..., V), formed only when they are read.
 
@@ -161,8 +161,8 @@ def _cast(
 
 
 def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Return how often tensors were changed in place; those of inference mode aren't counted."""
-    return tuple(0 if x is None or x.is_inference() else x._version for x in tensors)
+    """Return how often tensors were changed in place; 0 for None."""
+    return tuple(0 if x is None else version_of(x) for x in tensors)
 
 
 def _values(logits: DeferredLogits) -> Tensor:

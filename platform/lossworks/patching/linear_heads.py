@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lossworks.errors import UserError
 from lossworks.head import LowRankClassifier
 
-Classifier = Tensor | LowRankClassifier
+HeadClassifier = Tensor | LowRankClassifier
 """C, shape (V, D), or with adapters C + B·A for features that hold E·Aᵀ already."""
 
 
@@ -51,10 +51,10 @@ def stock_class(head: Any) -> type[nn.Module]:
     return found
 
 
-def classifier_of(features: Tensor, head: Any) -> tuple[Tensor, Classifier, Tensor | None]:
+def classifier_of(features: Tensor, head: Any) -> tuple[Tensor, HeadClassifier, Tensor | None]:
     """Return features (..., D) that were handed on as the classifier takes them, it and its bias."""
     layer, active = _layer(head), _active(head)
-    weight: Classifier = layer.weight
+    weight: HeadClassifier = layer.weight
     dtype = layer.weight.dtype
     if active:
         b = torch.cat([head.lora_B[name].weight for name in active], 1)

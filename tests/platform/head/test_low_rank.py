@@ -83,10 +83,8 @@ def test_value_and_gradients_are_those_of_the_formed_classifier(function, kind):
         low = LowRankClassifier(weight, a, b, 0.5)
         found, expected = function(e, low, y, bias), function(e, low.formed(), y, bias)
     leaves = (e, a, b, bias)
-    gradients = [
-        torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        for value in (found, expected)
-    ]
+    options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+    gradients = [torch.autograd.grad(value, leaves, **options) for value in (found, expected)]
 
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*gradients)

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from lossworks.errors import UserError
+from lossworks.head.cpu import backend as cpu
+from lossworks.head.cpu.tile_sizes import TileSizes
+from lossworks.head.cpu.tiles import Logits
 from lossworks.tasks import parse_train_spec
 from lossworks.training.measure.hardware import measure_peak
 from lossworks.training.planning import rehearsal
@@ -155,6 +158,21 @@ def test_parts_are_what_the_maths_says(words):
     assert less.peak[ACTIVATIONS] < 0.2 * found.peak[ACTIVATIONS]
     assert rehearse(language(words, micro_batch_size=2)).peak[GRADIENTS] == 4 * found.parameters
     assert found.units == 8 * 64
+
+
+def test_a_head_of_many_tiles_is_followed_in_a_few(words, monkeypatch):
+    """A million rows have more tiles than anybody waits for, and all but the last are alike."""
+    monkeypatch.setattr(cpu, "choose_tile_sizes", lambda *_, keep, filtered: TileSizes(32, 64, keep))
+    calls = []
+    uncapped = Logits.uncapped
+    monkeypatch.setattr(Logits, "uncapped", lambda *given: calls.append(0) or uncapped(*given))
+    found = rehearse(language(words))
+    assert len(calls) < 60
+    calls.clear()
+    monkeypatch.setattr(cpu, "walked", lambda parts: [(part, 1) for part in parts])
+
+    assert rehearse(language(words)).peak_bytes == pytest.approx(found.peak_bytes, rel=0.01)
+    assert len(calls) > 500
 
 
 def test_what_looks_at_values_is_named(words, monkeypatch):

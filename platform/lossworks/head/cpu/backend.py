@@ -26,7 +26,7 @@ from lossworks.head.core.problem import (
 )
 from lossworks.head.cpu.gradients import Slopes
 from lossworks.head.cpu.tile_sizes import TileSizes, borrowing, choose_tile_sizes
-from lossworks.head.cpu.tiles import Logits, RunningSums, Weighted, slices, view
+from lossworks.head.cpu.tiles import Logits, RunningSums, Weighted, slices, view, walked
 
 Rule = Callable[[RowSums, slice], tuple[Tensor, Coefficients]]
 """From the sums of some rows to their losses (T,) and the coefficients of the gradient of their sum."""
@@ -110,12 +110,12 @@ def row_sums(problem: LinearProblem, how: Pass) -> RowSums:
     plan = how.plan(logits, keep=False, filtered=False)
     buffer, scratch = (logits.buffer(plan.rows, plan.classes) for _ in range(2))
     parts = []
-    for rows in slices(len(logits), plan.rows):
+    for rows, times in walked(slices(len(logits), plan.rows)):
         sums = how.sums(logits, rows)
-        for block in slices(logits.classes, plan.classes):
+        for block, _ in walked(slices(logits.classes, plan.classes)):
             z = logits.tile(block, rows, view(buffer, block, rows))
             sums.add(z, block, view(scratch, block, rows))
-        parts.append(sums.finish())
+        parts += [sums.finish()] * times
     return _joined(parts)
 
 
@@ -138,9 +138,9 @@ def gradients(
     plan = how.plan(logits, keep=False, filtered=how.filtering is not None)
     slopes = Slopes(logits, how.softmax, wanted, how.filtering, in_blocks=not how.wide_results)
     buffer = logits.buffer(plan.rows, plan.classes)
-    chunks = slices(len(logits), plan.rows)
-    parts = [(rows, sums.part(rows), coefficients.part(rows)) for rows in chunks]
-    for block in slices(logits.classes, plan.classes):
+    chunks = walked(slices(len(logits), plan.rows))
+    parts = [(rows, sums.part(rows), coefficients.part(rows)) for rows, _ in chunks]
+    for block, _ in walked(slices(logits.classes, plan.classes)):
         for rows, row_part, coefficient_part in parts:
             x = logits.uncapped(block, rows, view(buffer, block, rows))
             bend = logits.bend(x)
@@ -212,7 +212,8 @@ def _kept(
 ) -> FusedResult:
     """Make the logits of a chunk of rows once, and its gradients from them."""
     slopes = Slopes(logits, how.softmax, wanted, how.filtering, in_blocks=False)
-    blocks, every = slices(logits.classes, plan.classes), slice(0, logits.classes)
+    blocks = [block for block, _ in walked(slices(logits.classes, plan.classes))]
+    every = slice(0, logits.classes)
     size = len(logits) if plan.borrow else plan.rows
     store = None if plan.borrow else logits.buffer(size, logits.classes)
     # Exponentials take the logits' place in the store, unless a part of the gradient asks for logits. With a
@@ -223,7 +224,7 @@ def _kept(
     capped = logits.buffer(size, plan.classes) if softcap else None
     done: list[tuple[Tensor, RowSums, Tensor | None]] = []
     weights = None
-    for rows in slices(len(logits), size):
+    for rows, times in walked(slices(len(logits), size)):
         chunk = slopes.borrowed() if store is None else view(store, every, rows)
         partial = how.sums(logits, rows)
         bases: list[Tensor | None] = []
@@ -245,7 +246,7 @@ def _kept(
                     bend, tile = logits.bend(tile), logits.capped(tile, block, place, tile)
                 slopes.add(tile, block, place, sums.part(part), coefficients.part(part), known, bend)
         weights = coefficients.constant_weights
-        done.append((losses, sums, coefficients.constant))
+        done += [(losses, sums, coefficients.constant)] * times
     losses_of, sums_of, constants = zip(*done, strict=True)
     constant = None if constants[0] is None else torch.cat(constants)
     return FusedResult(_joined(sums_of), torch.cat(losses_of), *slopes.finish(constant, weights))
@@ -259,12 +260,12 @@ def teacher_expected(
     plan = Pass(dtype, share=share).plan(student, keep=False, filtered=False)
     buffer, scratch = (head.buffer(plan.rows, plan.classes) for head in (student, theirs))
     parts = []
-    for rows in slices(len(student), plan.rows):
+    for rows, times in walked(slices(len(student), plan.rows)):
         sums = Weighted(len(student.e[rows]), scratch)
-        for block in slices(student.classes, plan.classes):
+        for block, _ in walked(slices(student.classes, plan.classes)):
             z = student.tile(block, rows, view(buffer, block, rows))
             sums.add(theirs.tile(block, rows, view(scratch, block, rows)).div_(temperature), z)
-        parts.append(sums.finish())
+        parts += [sums.finish()] * times
     expected, lse = zip(*parts, strict=True)
     return torch.cat(expected).to(student.wide), torch.cat(lse)
 
@@ -285,8 +286,8 @@ def teacher_gradients(
     plan = how.plan(student, keep=False, filtered=False)
     slopes = Slopes(student, how.softmax, wanted, None, in_blocks=True)
     buffer, scratch = (head.buffer(plan.rows, plan.classes) for head in (student, theirs))
-    for block in slices(student.classes, plan.classes):
-        for rows in slices(len(student), plan.rows):
+    for block, _ in walked(slices(student.classes, plan.classes)):
+        for rows, _ in walked(slices(len(student), plan.rows)):
             q = theirs.tile(block, rows, view(scratch, block, rows)).div_(temperature)
             g = q.sub_(lse[rows]).exp_().mul_(coefficient[rows]).to(student.wide)
             if problem.softcap is not None:

@@ -15,7 +15,7 @@ from lossworks.head.core.problem import Gradients, LinearProblem, RowSums, Softm
 from lossworks.head.cpu.backend import Combine
 from lossworks.head.cpu.gradients import Slopes
 from lossworks.head.cpu.tile_sizes import choose_tile_sizes
-from lossworks.head.cpu.tiles import Logits, slices, view
+from lossworks.head.cpu.tiles import Logits, slices, view, walked
 
 _FEW_ROWS = 64  # of a chunk whose logits would be above the limit
 
@@ -66,9 +66,10 @@ def divergence_sums(
     plan = choose_tile_sizes(len(student), classes, size, share, keep=True, filtered=False)
     rows_at_once = plan.rows if plan.keep else min(plan.rows, _FEW_ROWS)
     buffers = [head.buffer(rows_at_once, head.classes) for head in (student, theirs)]
-    every, blocks = slice(0, student.classes), slices(student.classes, plan.classes)
+    every = slice(0, student.classes)
+    blocks = [block for block, _ in walked(slices(student.classes, plan.classes))]
     found = []
-    for rows in slices(len(student), rows_at_once):
+    for rows, times in walked(slices(len(student), rows_at_once)):
         kept = [view(buffer, every, rows) for buffer in buffers]
         for block in blocks:
             for head, logits in zip((student, theirs), kept, strict=True):
@@ -79,7 +80,7 @@ def divergence_sums(
             log_p, log_q = (logits[block] - one for logits, one in zip(kept, lse, strict=True))
             values += divergences.parts(rule.kind, log_p, log_q, rule.weight).sum(0)
             totals += divergences.slopes(rule.kind, log_p, log_q, rule.weight).sum(0)
-        found.append((values, totals, *lse))
+        found += [(values, totals, *lse)] * times
     return DivergenceSums(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
@@ -101,8 +102,8 @@ def divergence_gradients(
     found = Slopes(student, Softmax(rule.temperature), wanted, None, in_blocks=True)
     own, others = (head.buffer(plan.rows, plan.classes) for head in (student, theirs))
     factor = upstream / rule.temperature
-    for block in slices(student.classes, plan.classes):
-        for rows in slices(len(student), plan.rows):
+    for block, _ in walked(slices(student.classes, plan.classes)):
+        for rows, _ in walked(slices(len(student), plan.rows)):
             x = student.uncapped(block, rows, view(own, block, rows))
             bend = student.bend(x)
             log_p = student.capped(x, block, rows, x).div_(rule.temperature).sub_(sums.student_lse[rows])

@@ -7,6 +7,7 @@ out are contiguous, and ∂C of a block of classes is one product.
 import torch
 from torch import Tensor
 
+from lossworks.adapters.torch_private import shapes_alone
 from lossworks.head.core.problem import LinearProblem, RowSums, Softmax
 
 
@@ -117,6 +118,17 @@ class Logits:
 def slices(size: int, step: int) -> list[slice]:
     """Cut range(size) into parts of ``step``; one empty part if there is nothing to cut."""
     return [slice(start, min(start + step, size)) for start in range(0, max(size, 1), max(step, 1))]
+
+
+def walked(parts: list[slice]) -> list[tuple[slice, int]]:
+    """Return the slices to walk, each with how many it stands for: itself.
+
+    Where tensors have shapes alone, as while a run is planned, one of equal slices between the first and the
+    last stands for all: a head of a million rows has more tiles than anybody waits for.
+    """
+    if len(parts) <= 3 or not shapes_alone():
+        return [(part, 1) for part in parts]
+    return [(parts[0], 1), (parts[1], len(parts) - 2), (parts[-1], 1)]
 
 
 def view(buffer: Tensor, block: slice, rows: slice) -> Tensor:
