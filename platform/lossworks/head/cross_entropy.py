@@ -56,6 +56,7 @@ def linear_cross_entropy(
     check: bool = False,
     return_mass: bool = False,
     return_predicted: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Return the cross-entropy of the linear classifier ``E·Cᵀ + b`` without building its logits.
 
@@ -120,6 +121,11 @@ def linear_cross_entropy(
         return_predicted: Also return the most likely class of each row, from the same pass, int64, shaped
             like the losses, −1 in ignored rows; which of equally likely ones is not defined. The accuracy is
             then ``(predicted == targets).sum() / (predicted >= 0).sum()``.
+        batch_invariant: Give a row's loss, its other numbers and its part of ∂E the same bits alone, in any
+            batch and at any place (∂E of ``"sum"`` and ``"none"``, since a mean's divisor is the batch's).
+            Evaluations that are compared need it, and policies whose log-probabilities are taken twice. It
+            costs a fourth product, and a row alone as much as 96. It holds on one machine at one number of
+            threads and of vocabulary-parallel ranks, and can't be combined with a filter.
 
     Returns:
         A float32 scalar (float64 for float64 inputs), or with ``reduction="none"`` the losses, shape (...)
@@ -140,7 +146,8 @@ def linear_cross_entropy(
     )
     impl = usable_impl(impl, e, c, targets, bias, class_weight, token_weight)
     options = Options(
-        softcap, ignore_index, temperature, filter_eps, filter_repair, accumulate, impl, buffer_share
+        *(softcap, ignore_index, temperature, filter_eps, filter_repair, accumulate, impl, buffer_share),
+        batch_invariant=batch_invariant,
     )
     soft = targets.is_floating_point()
     head = operands(e, c, bias, vocab_parallel, frozen)
@@ -231,6 +238,7 @@ def _fused(
         reduce_e,
         predicted,
         *(frozen or (None, None)),
+        options.batch_invariant,
     )
     return total, mass, best
 

@@ -154,6 +154,7 @@ def linear_log_probabilities(
     impl: Implementation = "auto",
     vocab_parallel: VocabParallel | dist.ProcessGroup | None = None,
     buffer_share: float = 0.05,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Return log p_ik of a list of classes of each row, differentiable, in one pass over C.
 
@@ -171,6 +172,7 @@ def linear_log_probabilities(
         impl: As for :func:`lossworks.linear_cross_entropy`.
         vocab_parallel: As there.
         buffer_share: Largest buffer as a share of the logits.
+        batch_invariant: As for :func:`lossworks.linear_cross_entropy`.
 
     Returns:
         log p, shape (..., K), float32 at least.
@@ -191,6 +193,7 @@ def linear_log_probabilities(
         impl=impl,
         vocab_parallel=vocab_parallel,
         buffer_share=buffer_share,
+        batch_invariant=batch_invariant,
     )
     tau = temperature.reshape(-1)[:, None] if isinstance(temperature, Tensor) else temperature
     return torch.where(there, ((z - lse[..., None]).flatten(0, -2) / tau).reshape(z.shape), 0)

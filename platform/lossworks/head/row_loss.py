@@ -44,6 +44,7 @@ def linear_row_loss(
     token_weight: Tensor | None = None,
     impl: Implementation = "auto",
     buffer_share: float = 0.05,
+    batch_invariant: bool = False,
 ) -> Tensor:
     r"""Return :math:`\sum_i φ(z_{i,y_i}, \mathrm{lse}_i)` with its gradient formed in the same pass.
 
@@ -67,6 +68,7 @@ def linear_row_loss(
             weigh 0 are left out, whatever they hold.
         impl: ``"auto"``, ``"cpu"`` or ``"triton"``.
         buffer_share: Largest work buffer as a share of the logits.
+        batch_invariant: As for :func:`lossworks.linear_cross_entropy`, of ∂E.
 
     Returns:
         The sum, a float32 scalar (float64 for float64 inputs).
@@ -80,7 +82,12 @@ def linear_row_loss(
         >>> round(linear_row_loss(e, c, y, focal).item(), 4)  # 2 · (3/4)² · ln 4
         1.5596
     """
-    options = Options(softcap, ignore_index, temperature, impl=impl, buffer_share=buffer_share)
+    options = Options(
+        *(softcap, ignore_index, temperature),
+        impl=impl,
+        buffer_share=buffer_share,
+        batch_invariant=batch_invariant,
+    )
     if impl == "reference":
         raise UserError("impl='reference' must be auto, cpu or triton: use linear_row_statistics for it")
     given = c
@@ -139,6 +146,7 @@ def _of_statistics(
         target_offset=None if target_offset is None else target_offset.detach(),
         impl=options.impl,  # type: ignore[arg-type]  # checked by the options
         buffer_share=options.buffer_share,
+        batch_invariant=options.batch_invariant,
     )
     # At a target of 0 and a logsumexp of 0, as if it were sure, φ may have no finite gradient.
     values = loss(torch.where(ignored, -1.0, target).reshape(-1), lse.reshape(-1))
@@ -190,7 +198,12 @@ def _total(
         *(e, c, targets, bias, options.softcap, options.ignore_index, None, offset), frozen=head.frozen
     )
     narrow = torch.float16 in (e.dtype, c.dtype)
-    how = Pass(head.dtype, Softmax(options.temperature), share=options.buffer_share, wide_results=narrow)
+    how = Pass(
+        *(head.dtype, Softmax(options.temperature)),
+        share=options.buffer_share,
+        wide_results=narrow,
+        batch_invariant=options.batch_invariant,
+    )
     with torch.autocast(e.device.type, enabled=False):
         backend = backends.get(options.impl, rows.problem)
         rule = differentiated(loss, options.temperature, rows.keep(weight), slopes=any(wanted))

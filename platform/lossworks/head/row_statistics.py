@@ -58,6 +58,7 @@ def linear_row_statistics(
     impl: Implementation = "auto",
     vocab_parallel: VocabParallel | dist.ProcessGroup | None = None,
     buffer_share: float = 0.05,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, ...]:
     r"""Return statistics of the rows of ``z = E·Cᵀ + b`` without building z, differentiable in E, C and b.
 
@@ -77,6 +78,7 @@ def linear_row_statistics(
         impl: As for :func:`lossworks.linear_cross_entropy`.
         vocab_parallel: As there; a teacher's classes are spread over the ranks like the student's.
         buffer_share: As there.
+        batch_invariant: As there; not with a teacher.
 
     Returns:
         One tensor a statistic, in order, float32 at least (predicted classes int64); (N,) reshaped to the
@@ -94,7 +96,9 @@ def linear_row_statistics(
     e, c, frozen = taken_apart(e, c)
     require_tensors(e=e, c=c, targets=targets, bias=bias, target_offset=target_offset)
     impl = usable_impl(impl, e, c, targets, bias, target_offset)
-    options = Options(softcap, ignore_index, impl=impl, buffer_share=buffer_share)
+    options = Options(
+        softcap, ignore_index, impl=impl, buffer_share=buffer_share, batch_invariant=batch_invariant
+    )
     head = operands(e, c, bias, vocab_parallel, frozen)
     check_parallel(head.group, impl)
     check_targets(e, targets, len(head.c), soft=False)

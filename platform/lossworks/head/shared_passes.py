@@ -56,7 +56,7 @@ class SharedPasses:
         self._blanked: Tensor | None = None
         self._passes: dict[tuple[object, object], RowSums] = {}
         # Whether mean and squares have to be summed over the tiles.
-        by_tiles = (options.softcap, offset, head.group, head.frozen)
+        by_tiles = (options.softcap, offset, head.group, head.frozen, options.batch_invariant or None)
         self._in_pass = any(reason is not None for reason in by_tiles)
 
     def all(self) -> list[Tensor]:
@@ -232,8 +232,12 @@ class SharedPasses:
         Raises:
             UserError: They differ in rows or classes.
         """
-        if self._head.frozen is not None:
-            raise UserError(f"{type(teacher).__name__} can't be combined with a LowRankClassifier")
+        for other, there in (
+            ("a LowRankClassifier", self._head.frozen is not None),
+            ("batch_invariant=True", self._options.batch_invariant),
+        ):
+            if there:
+                raise UserError(f"{type(teacher).__name__} can't be combined with {other}")
         theirs = operands(teacher.e.detach(), teacher.c.detach(), teacher.bias, None)
         student, k = self._head, teacher.classes
         if k is not None:
@@ -270,7 +274,11 @@ class SharedPasses:
         """Return the logits of K classes of this C for each row, index and result (N, K)."""
         bias = self._head.bias
         picked = self._head.classes(index, self._head.dtype).to(self._wide)
-        z = torch.bmm(picked, e.to(self._head.dtype).to(self._wide)[:, :, None]).squeeze(2)
+        wide = e.to(self._head.dtype).to(self._wide)
+        if self._options.batch_invariant:  # the order of a batched product's sums may follow the batch
+            z = (picked * wide[:, None]).sum(-1)
+        else:
+            z = torch.bmm(picked, wide[:, :, None]).squeeze(2)
         z = z if bias is None else z + bias.to(self._wide)[index]
         cap = self._options.softcap
         return z if cap is None else cap * (z / cap).tanh()

@@ -217,13 +217,13 @@ def test_operators_are_registered_soundly():
 
     e, c, y, b = (x.detach() for x in problem(dtype=torch.float32))
     tail = (None, 1.0, IGNORE, None, True, 0.05, torch.float32, [True] * 3, "cpu", "fp32", None, True, True)
-    tail = (*tail, None, None)  # nothing frozen
+    tail = (*tail, None, None, False)  # nothing frozen
     fused = (e, c, y, b, None, None, torch.ones(11), None, None, None, None, *tail)
     sums = (e, c, y, b, None, None, torch.ones(()), *(None,) * 5, IGNORE, True, True, True, 0.05)
     checks = ("test_schema", "test_faketensor")
 
     torch.library.opcheck(fused_cross_entropy, fused, test_utils=checks)
-    torch.library.opcheck(linear_row_sums, (*sums, torch.float32, "cpu", None), test_utils=checks)
+    torch.library.opcheck(linear_row_sums, (*sums, torch.float32, "cpu", None, False), test_utils=checks)
 
 
 def test_a_row_that_is_sure_keeps_its_gradient_in_bfloat16():

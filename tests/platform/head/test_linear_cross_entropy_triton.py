@@ -169,6 +169,34 @@ def test_each_coefficient_alone(interpreter, part, options):
     check(actual, problem, dense_gradient(problem, softmax, parts))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0, "bias": True, "temperature": "rows", "classes": True}]
+)
+@pytest.mark.parametrize("n", [20, 33])
+def test_a_row_has_the_same_bits_in_any_batch(interpreter, n, options):
+    """Alone, in another order and among fewer; and they are those of the definition."""
+    problem, softmax = make(n, 200, 40, **options)
+    parts = coefficients(n, 200)
+    same = {"rows_alike": True}
+
+    def numbers(index):
+        rows = replace(problem, e=problem.e[index], targets=problem.targets[index])
+        tau = softmax.temperature
+        of_rows = replace(softmax, temperature=tau[index] if isinstance(tau, torch.Tensor) else tau)
+        sums, _ = interpreter(launch.row_sums, rows, of_rows, expected=True, sums=True, **same)
+        some = Coefficients(*(x[index] for x in list(vars(parts).values())[:5]), parts.constant_weights)
+        found = interpreter(
+            launch.gradients, rows, of_rows, sums.logsumexp, some, ALL, expected=sums.expected, **same
+        )
+        return *sums[:7], found.e, found
+
+    *whole, found = numbers(torch.arange(n))
+    check(found, problem, dense_gradient(problem, softmax, parts), atol=1e-4)
+    for index in (torch.tensor([n - 1]), torch.randperm(n), torch.randperm(n)[: n // 2]):
+        for mine, theirs in zip(numbers(index)[:-1], whole, strict=True):
+            assert mine.equal(theirs[index])
+
+
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "bias": True, "temperature": "rows"}])
 def test_frozen_columns_and_a_low_rank_part(interpreter, quantised, options):

@@ -65,6 +65,7 @@ FUNCTIONS = {
     "of each row": lambda e, c, b, y: linear_cross_entropy(e, c, y, b, reduction="none").square().sum(),
     "every option": every_option,
     "predicted": lambda e, c, b, y: predicted(linear_cross_entropy(e, c, y, b, return_predicted=True)),
+    "batch-invariant": lambda e, c, b, y: linear_cross_entropy(e, c, y, b, batch_invariant=True),
     "filtered": lambda e, c, b, y: linear_cross_entropy(e, c, y, b, filter_eps=1e-3, return_mass=True)[0],
     "row loss": lambda e, c, b, y: linear_row_loss(e, c, y, focal, b, token_weight=e.new_ones(len(e))),
     "every statistic": every_statistic,

@@ -65,6 +65,7 @@ def differentiable_row_sums(
         reduce_e,
         options.eps,
         options.filter_repair,
+        options.batch_invariant,
     )
     lse, target, of_p, total, squares, maximum, log_total, best = found
     return RowSums(

@@ -49,6 +49,7 @@ def fuse(
     predicted: bool,
     frozen: Tensor | None,
     frozen_scale: Tensor | None,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the summed loss, gradients of E, C and the bias, the mass left out and the predicted classes.
 
@@ -88,6 +89,7 @@ def fuse(
         plan_classes=rows.plan_classes,
         accumulate=accumulate,
         wide_results=torch.float16 in (e.dtype, c.dtype),
+        batch_invariant=batch_invariant,
     )
     with torch.autocast(e.device.type, enabled=False):
         backend = backends.get(impl, rows.problem)

@@ -35,6 +35,7 @@ def sum_rows(
     dtype: torch.dtype,
     impl: str,
     group: str | None,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of :class:`RowSums` but ``largest``, empty where not asked for, 0 in ignored rows.
 
@@ -51,6 +52,7 @@ def sum_rows(
         weights,
         share=share,
         plan_classes=rows.plan_classes,
+        batch_invariant=batch_invariant,
     )
     with torch.autocast(e.device.type, enabled=False):
         sums = rows.combine(backends.get(impl, rows.problem).row_sums(rows.problem, how))
@@ -103,6 +105,7 @@ def slope_rows(
     reduce_e: bool,
     eps: float | None,
     repair: bool,
+    batch_invariant: bool,
     sums: list[Tensor],
     coefficients: list[Tensor],
     wanted: list[bool],
@@ -121,6 +124,7 @@ def slope_rows(
         share=share,
         plan_classes=rows.plan_classes,
         accumulate=accumulate,
+        batch_invariant=batch_invariant,
     )
     there = [rows.keep(x) if len(x) == len(e) else None for x in (*sums, *coefficients)]
     known = RowSums(*there[: len(sums)])  # type: ignore[arg-type]  # the first two always are
@@ -173,16 +177,18 @@ class LinearRowSums(torch.autograd.Function):
         reduce_e: bool,
         eps: float | None,
         repair: bool,
+        batch_invariant: bool,
     ) -> tuple[Tensor, ...]:
         """Return the sums, each of shape (N,), or empty where not asked for."""
         tensors = (e, c, targets, bias, probabilities, target_offset, temperature, classes, weights)
         # The temperature's own gradient needs Σ p z.
         expected = expected or temperature.requires_grad
-        call = linear_row_sums if without_values(e, c, targets) else sum_rows
+        call: Any = linear_row_sums if without_values(e, c, targets) else sum_rows
         plain = (softcap, ignore_index, expected, totals, predicted, share, dtype, impl, group)
-        sums: tuple[Tensor, ...] = call(*tensors, frozen, frozen_scale, *plain)
+        sums: tuple[Tensor, ...] = call(*tensors, frozen, frozen_scale, *plain, batch_invariant)
         ctx.save_for_backward(*tensors, frozen, frozen_scale, *sums[:7])
-        ctx.plain = (softcap, ignore_index, share, dtype, impl, accumulate, group, reduce_e, eps, repair)
+        ctx.plain = (softcap, ignore_index, share, dtype, impl, accumulate, group, reduce_e)
+        ctx.plain = (*ctx.plain, eps, repair, batch_invariant)
         ctx.mark_non_differentiable(*sums[5:])
         ctx.set_materialize_grads(False)
         return sums
@@ -217,7 +223,7 @@ class LinearRowSums(torch.autograd.Function):
         of_temperature = None
         if need[4] and lse is not None:
             of_temperature = (-lse * sums[2] / temperature.square()).sum_to_size(temperature.shape)
-        return of_e, of_c, of_bias, of_offset, of_temperature, *(None,) * 19
+        return of_e, of_c, of_bias, of_offset, of_temperature, *(None,) * 20
 
 
 def _takes_part(targets: Tensor, classes: Tensor | None) -> Tensor:

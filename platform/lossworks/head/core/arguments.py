@@ -38,6 +38,7 @@ class Options:
     accumulate: str = "fp32"
     impl: str = "auto"
     buffer_share: float = 0.05
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("temperature", "buffer_share"):
@@ -56,9 +57,15 @@ class Options:
             raise UserError(f"temperature={self.temperature} must be positive and finite in float32")
         if not 0 < self.buffer_share <= 1:
             raise UserError(f"buffer_share={self.buffer_share} must be above 0 and at most 1")
+        if not isinstance(self.batch_invariant, bool):
+            raise UserError(f"batch_invariant={self.batch_invariant!r} must be True or False")
         eps = self.filter_eps
         if eps not in (None, "auto") and (isinstance(eps, str) or not 0 <= eps < 1):
             raise UserError(f"filter_eps={eps!r} must be in [0, 1), None for the exact gradient, or 'auto'")
+
+        if self.batch_invariant and (eps not in (None, "auto") or self.impl == "reference"):
+            name = "impl='reference'" if self.impl == "reference" else f"filter_eps={eps}"
+            raise UserError(f"batch_invariant=True can't be combined with {name}, which looks at other rows")
 
     @property
     def eps(self) -> float | None:

@@ -10,11 +10,12 @@ is tuned for.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lossworks.head.core.fixed_rows import FixedRows
 from lossworks.head.core.problem import (
     Coefficients,
     Filter,
@@ -25,7 +26,13 @@ from lossworks.head.core.problem import (
     Wanted,
 )
 from lossworks.head.cpu.gradients import Slopes
-from lossworks.head.cpu.tile_sizes import TileSizes, borrowing, choose_tile_sizes
+from lossworks.head.cpu.tile_sizes import (
+    FIXED_ROWS,
+    TileSizes,
+    borrowing,
+    choose_tile_sizes,
+    fixed_tile_sizes,
+)
 from lossworks.head.cpu.tiles import Logits, RunningSums, Weighted, slices, view, walked
 
 Rule = Callable[[RowSums, slice], tuple[Tensor, Coefficients]]
@@ -52,6 +59,7 @@ class Pass:
             choose alike; None for those of C.
         accumulate: ``"fp32"``, or ``"input"`` for gradients added up in the inputs' dtype, where that is
             offered: not here.
+        batch_invariant: Whether a row's sums and gradient are to have the same bits in any batch.
         wide_results: Whether gradients stay float32 where the inputs are narrower, since what they will be
             multiplied by is not known yet.
     """
@@ -67,10 +75,13 @@ class Pass:
     plan_classes: int | None = None
     accumulate: str = "fp32"
     wide_results: bool = False
+    batch_invariant: bool = False
 
     def plan(self, logits: Logits, *, keep: bool, filtered: bool) -> TileSizes:
         """Choose the tiles of a pass over logits."""
         classes = self.plan_classes or logits.classes
+        if self.batch_invariant:
+            return fixed_tile_sizes(classes)
         size = logits.wide.itemsize
         return choose_tile_sizes(len(logits), classes, size, self.share, keep=keep, filtered=filtered)
 
@@ -106,6 +117,10 @@ class FusedResult:
 
 def row_sums(problem: LinearProblem, how: Pass) -> RowSums:
     """Return the sums of every row, in one product."""
+    given = slice(0, len(problem.e))
+    if how.batch_invariant:
+        filled = FixedRows(len(problem.e), FIXED_ROWS)
+        problem, how = filled.problem(problem), replace(how, softmax=filled.softmax(how.softmax))
     logits = Logits(problem, how.dtype)
     plan = how.plan(logits, keep=False, filtered=False)
     buffer, scratch = (logits.buffer(plan.rows, plan.classes) for _ in range(2))
@@ -116,7 +131,7 @@ def row_sums(problem: LinearProblem, how: Pass) -> RowSums:
             z = logits.tile(block, rows, view(buffer, block, rows))
             sums.add(z, block, view(scratch, block, rows))
         parts += [sums.finish()] * times
-    return _joined(parts)
+    return _joined(parts).part(given)
 
 
 def gradients(
@@ -134,9 +149,18 @@ def gradients(
     Returns:
         The gradients, and with a filter the probability left out of each row, shape (N,).
     """
+    given = slice(0, len(problem.e))
+    if how.batch_invariant:
+        filled = FixedRows(len(problem.e), FIXED_ROWS)
+        problem, how = filled.problem(problem), replace(how, softmax=filled.softmax(how.softmax))
+        sums, coefficients = filled.sums(sums), filled.coefficients(coefficients)
     logits = Logits(problem, how.dtype)
     plan = how.plan(logits, keep=False, filtered=how.filtering is not None)
-    slopes = Slopes(logits, how.softmax, wanted, how.filtering, in_blocks=not how.wide_results)
+    slopes = Slopes(
+        *(logits, how.softmax, wanted, how.filtering),
+        in_blocks=not how.wide_results,
+        rows_alike=how.batch_invariant,
+    )
     buffer = logits.buffer(plan.rows, plan.classes)
     chunks = walked(slices(len(logits), plan.rows))
     parts = [(rows, sums.part(rows), coefficients.part(rows)) for rows, _ in chunks]
@@ -146,7 +170,8 @@ def gradients(
             bend = logits.bend(x)
             z = logits.capped(x, block, rows, x)
             slopes.add(z, block, rows, row_part, coefficient_part, bend=bend)
-    return slopes.finish(coefficients.constant, coefficients.constant_weights)
+    found, mass = slopes.finish(coefficients.constant, coefficients.constant_weights)
+    return found._replace(e=None if found.e is None else found.e[given]), mass
 
 
 def fused(
@@ -169,6 +194,8 @@ def fused(
         wanted: Which gradients to form.
         combine: Completes the sums of some rows with those of other ranks' classes.
     """
+    if how.batch_invariant:  # the two orders of tiles round differently, so one is for all
+        return one_after_the_other(row_sums, gradients, problem, how, rule, wanted, combine)
     logits = Logits(problem, how.dtype)
     # A narrow ∂C would need a wide accumulator as large as C; class block by class block it needs none.
     may_keep = any(wanted) and problem.c.dtype == logits.wide

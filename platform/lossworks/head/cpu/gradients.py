@@ -21,6 +21,7 @@ class Slopes:
         filtering: Which columns may be left out, or None.
         in_blocks: Tiles come class block by class block, so that ∂C of a block is finished at once and needs
             no wide accumulator for all of C.
+        rows_alike: Whether ∂E has to have the same bits wherever a row stands.
     """
 
     def __init__(
@@ -31,10 +32,14 @@ class Slopes:
         filtering: Filter | None,
         *,
         in_blocks: bool,
+        rows_alike: bool = False,
     ) -> None:
         self._logits, self._softmax = logits, softmax
         problem, wide = logits.problem, logits.wide
-        self._e = torch.zeros(problem.e.shape, dtype=wide, device=problem.e.device) if wanted[0] else None
+        self._e = problem.e.new_zeros(problem.e.shape, dtype=wide) if wanted[0] else None
+        if rows_alike and self._e is not None:
+            # Rows along what is contiguous: BLAS takes those of a product with few features differently else.
+            self._e = problem.e.new_zeros(problem.e.shape[::-1], dtype=wide).t()
         final = problem.c.dtype if in_blocks else wide
         # The first rows write every class, unless a filter leaves some out; zeroing would cost a pass.
         new = torch.empty if filtering is None else torch.zeros

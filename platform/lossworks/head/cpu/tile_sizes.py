@@ -13,6 +13,10 @@ _FREE_BYTES = 64 * 2**20
 # Kept columns are those that any row of a tile wants: few rows want few.
 _FILTERED_ROWS = 256
 _ALIGNED = 16  # rows, for the vector units
+# Few, since a row on its own costs as many. A multiple of 24 and 48, the rows that BLAS takes at once in
+# float64 and float32: of other numbers the last rows get another order of sums (64 failed in float64).
+FIXED_ROWS = 96
+_FIXED_CLASSES = 1024
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ def choose_tile_sizes(
     else:
         keep, chunk = False, min(rows, good if filtered else 4 * _GOOD_ROWS)
     return TileSizes(chunk, _block(chunk, classes, itemsize, limit), keep)
+
+
+def fixed_tile_sizes(classes: int) -> TileSizes:
+    """Return tiles that follow neither the number of rows nor the machine, for the same bits in any batch."""
+    return TileSizes(FIXED_ROWS, min(classes, _FIXED_CLASSES), keep=False)
 
 
 def borrowing(plan: TileSizes, rows: int, features: int) -> TileSizes:

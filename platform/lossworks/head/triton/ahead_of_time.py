@@ -23,7 +23,14 @@ from triton.compiler import CompiledKernel, make_backend
 from lossworks.adapters.triton_private import source_of_launch
 from lossworks.errors import UserError
 from lossworks.head.core.problem import Coefficients, Gradients, LinearProblem, Softmax
-from lossworks.head.triton.calls import KernelCall, fused_call, parts_of, row_sums_call, slab_call
+from lossworks.head.triton.calls import (
+    KernelCall,
+    fused_call,
+    parts_of,
+    row_gradients_call,
+    row_sums_call,
+    slab_call,
+)
 from lossworks.head.triton.tiles import TARGETS, CompileTarget, Kernel, Tile
 
 BEGIN, END = "<!-- ahead of time: begin -->", "<!-- ahead of time: end -->"
@@ -117,6 +124,9 @@ def _calls(case: CompiledCase) -> list[KernelCall]:
     student = _problem(case, features)
     other = _problem(case, features * 2) if case.kernel == "teacher" else None
     softmax = Softmax(_vector(rows), _vector(classes, torch.bool)) if case.full else Softmax()
+    if case.kernel == "row_gradients":
+        e, slab = torch.empty(rows, features, device="meta"), _slab(case)
+        return [row_gradients_call(student, slab, student.c[: slab.shape[1]], e, case.tile)]
     if case.kernel == "fused":
         return [_fused(case, student, softmax)]
     sums = row_sums_call(
@@ -129,10 +139,13 @@ def _calls(case: CompiledCase) -> list[KernelCall]:
     row = _vector(rows)
     rich = Coefficients(row, row, row, row, row, _vector(classes))
     coefficients = rich if case.full and other is None else Coefficients(softmax=row, target=row)
-    slab = torch.empty(rows, 16384, dtype=case.dtype, device="meta")
     parts = parts_of(coefficients, row, row)
-    filled = slab_call(student, softmax, parts, other, slab, 0, case.tile)
+    filled = slab_call(student, softmax, parts, other, _slab(case), 0, case.tile)
     return [filled] if other is None else [sums, filled]
+
+
+def _slab(case: CompiledCase) -> Tensor:
+    return torch.empty(SHAPE[0], 16384, dtype=case.dtype, device="meta")
 
 
 def _problem(case: CompiledCase, features: int) -> LinearProblem:

@@ -33,6 +33,7 @@ def row_sums(problem: LinearProblem, how: Pass) -> RowSums:
     """
     problem = _rounded(problem, how.dtype)
     asked = {"expected": how.expected, "sums": how.totals, "predicted": how.predicted}
+    asked["rows_alike"] = how.batch_invariant
     sums, _ = launch.row_sums(problem, how.softmax, **asked)
     if not how.totals or how.weights is None:
         return sums
@@ -40,7 +41,9 @@ def row_sums(problem: LinearProblem, how: Pass) -> RowSums:
         raise UserError(
             "impl='triton' can't combine class_weight, label_smoothing and softcap; impl='cpu' does it"
         )
-    total = problem.e.float() @ weighted_classes(problem, how.weights.float())
+    classes = weighted_classes(problem, how.weights.float())
+    # A product's order of sums may follow the number of rows.
+    total = (problem.e.float() * classes).sum(1) if how.batch_invariant else problem.e.float() @ classes
     return sums._replace(total=total if problem.bias is None else total + how.weights @ problem.bias.float())
 
 
@@ -63,6 +66,7 @@ def gradients(
         filter=filtering,
         order=None if filtering is None else launch.mean_logits(problem).argsort().int(),
         deterministic=filtering is None,
+        rows_alike=how.batch_invariant,
         accumulate="input" if how.accumulate == "input" else "fp32",
     )
     # The kernels keep no count of the probability that they leave out of a row.

@@ -25,7 +25,7 @@ class KernelCall(NamedTuple):
 
     def __call__(self) -> None:
         """Launch the kernel on the device of its arguments."""
-        with torch.cuda.device_of(self.arguments["head"].e):
+        with torch.cuda.device_of(next(x for x in self.arguments.values() if isinstance(x, Tensor))):
             self.kernel[(self.programs,)](**self.arguments)
 
 
@@ -39,11 +39,15 @@ def row_sums_call(
     expected: bool,
     sums: bool,
     predicted: bool,
+    walk: int | None = None,
 ) -> KernelCall:
-    """Return the pass over the logits; its ``parts_ptr`` will hold the results."""
+    """Return the pass over the logits; its ``parts_ptr`` will hold the results.
+
+    A program takes ``walk`` blocks of classes, or as many as make about so many programs.
+    """
     rows, classes = len(problem.e), len(problem.c)
     row_blocks, class_blocks = triton.cdiv(rows, tile.rows), triton.cdiv(classes, tile.classes)
-    walk = triton.cdiv(class_blocks, triton.cdiv(programs, row_blocks))
+    walk = walk or triton.cdiv(class_blocks, triton.cdiv(programs, row_blocks))
     splits = triton.cdiv(class_blocks, walk)
     arguments = {
         "head": _head(problem),
@@ -84,6 +88,25 @@ def slab_call(
     }
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.classes)
     return KernelCall(kernels.slab_kernel, programs, arguments | _options(problem, tile))
+
+
+def row_gradients_call(problem: LinearProblem, slab: Tensor, c: Tensor, de: Tensor, tile: Tile) -> KernelCall:
+    """Return the call that adds a slab's (N, B) part, with its classes' rows (B, D), to ``de`` (N, D)."""
+    rows, width = slab.shape
+    c = c if c.stride(1) == 1 else c.contiguous()
+    arguments = {
+        "slab_ptr": slab,
+        "c_ptr": c,
+        "de_ptr": de,
+        "N": rows,
+        "width": width,
+        "features": c.shape[1],
+        "pitch": slab.stride(0),
+        "c_stride": c.stride(0),
+        "de_stride": de.stride(0),
+    }
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(c.shape[1], tile.features)
+    return KernelCall(kernels.row_gradients_kernel, programs, arguments | _options(problem, tile))
 
 
 def fused_call(

@@ -4,6 +4,7 @@ Inputs are float32, float16 or bfloat16 of any strides; results are float32. Und
 before Triton is imported, everything runs on the CPU, slowly: that is how it is tested.
 """
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from lossworks.head.triton.calls import (
     fused_call,
     is_lean,
     parts_of,
+    row_gradients_call,
     row_sums_call,
     slab_call,
     target_of,
@@ -42,6 +44,7 @@ def row_sums(
     sums: bool = False,
     predicted: bool = False,
     order: bool = False,
+    rows_alike: bool = False,
 ) -> tuple[RowSums, Tensor | None]:
     """Return the sums of each row after one pass over tiles of logits.
 
@@ -55,20 +58,22 @@ def row_sums(
         sums: Whether to return Σ_k z_ik and Σ_k z_ik².
         predicted: Whether to return the largest logit and its class.
         order: Whether to return the mean logits, by which classes are sorted for a :class:`Filter`.
+        rows_alike: Whether a row's sums are to have the same bits whatever rows there are.
 
     Returns:
         The sums, and :func:`mean_logits` or None.
     """
-    parts = _walk(problem, softmax, None, expected=expected, sums=sums, predicted=predicted)
+    asked = {"expected": expected, "sums": sums, "predicted": predicted}
+    parts = _walk(problem, softmax, None, **asked, rows_alike=rows_alike)
     top, log_total, mean = _merged(parts)
-    total, squares = (parts[4].sum(0), parts[5].sum(0)) if sums else (None, None)
+    total, squares = (_in_order(parts[4]), _in_order(parts[5])) if sums else (None, None)
     largest = best = None
     if predicted:
         largest, split = parts[6].max(0)
         best = parts[7].view(torch.int32).gather(0, split[None])[0].long()
     expected_logit = mean if expected else None
     found = RowSums(
-        *(top + log_total, parts[2].sum(0), expected_logit, total, squares, top, log_total, largest, best)
+        *(top + log_total, _in_order(parts[2]), expected_logit, total, squares, top, log_total, largest, best)
     )
     return found, mean_logits(problem) if order else None
 
@@ -87,7 +92,9 @@ def teacher_expected(
     Returns:
         Both of shape (N,), float32.
     """
-    parts = _walk(teacher, teacher_softmax, problem, expected=True, sums=False, predicted=False)
+    parts = _walk(
+        teacher, teacher_softmax, problem, expected=True, sums=False, predicted=False, rows_alike=False
+    )
     top, log_total, mean = _merged(parts)
     return mean, top + log_total
 
@@ -104,6 +111,7 @@ def gradients(
     filter: Filter | None = None,  # noqa: A002 - the name in the interface of the head
     order: Tensor | None = None,
     deterministic: bool = False,
+    rows_alike: bool = False,
     accumulate: Literal["fp32", "input"] = "fp32",
 ) -> Gradients:
     """Return the gradients of E, C and the bias.
@@ -124,6 +132,7 @@ def gradients(
             softcap, constant; with others, and for float32 inputs on a GPU, the gradients are exact.
         order: A permutation of classes, int32, shape (V,), in which the fused kernel's tiles take them.
         deterministic: Give the same bits each time; the filter is then ignored.
+        rows_alike: Whether a row of ∂E is to have the same bits whatever rows there are, too.
         accumulate: ``"fp32"``, or ``"input"`` for gradients in the dtype of the inputs. By slabs they are
             rounded once. In the fused kernel every tile rounds, and the error grows with their number: a
             bfloat16 sum stops growing where it is 2⁸ times its terms.
@@ -132,11 +141,16 @@ def gradients(
         The gradients, float32 unless ``accumulate`` is ``"input"``; the bias's always is.
     """
     dtype = torch.float32 if accumulate == "fp32" else problem.e.dtype
-    if filter is not None and not deterministic and _filterable(problem, coefficients):
+    if filter is not None and not (deterministic or rows_alike) and _filterable(problem, coefficients):
         return _fused(problem, softmax, logsumexp, coefficients, wanted, filter, order, dtype)
     source = _Source(problem, softmax, parts_of(coefficients, logsumexp, expected), None)
     lean = is_lean(problem, softmax, coefficients)
-    return _by_slabs(problem, source, wanted, dtype, lean=lean, search=not deterministic)
+    return _by_slabs(
+        *(problem, source, wanted, dtype),
+        lean=lean,
+        search=not (deterministic or rows_alike),
+        rows_alike=rows_alike,
+    )
 
 
 @torch.no_grad()
@@ -160,7 +174,7 @@ def teacher_gradients(
     """
     parts = parts_of(Coefficients(softmax=coefficient), teacher_logsumexp, None)
     source = _Source(teacher, teacher_softmax, parts, problem)
-    return _by_slabs(problem, source, wanted, torch.float32, lean=False, search=True)
+    return _by_slabs(problem, source, wanted, torch.float32, lean=False, search=True, rows_alike=False)
 
 
 def _walk(
@@ -171,16 +185,19 @@ def _walk(
     expected: bool,
     sums: bool,
     predicted: bool,
+    rows_alike: bool,
 ) -> Tensor:
     """Return what :func:`row_sums_kernel` writes for each split, (8, splits, N)."""
-    programs = target_of(problem.e).programs
+    target = target_of(problem.e)
+    steps = target.walk if rows_alike else None
 
     def call(tile: Tile) -> KernelCall:
         asked = {"expected": expected, "sums": sums, "predicted": predicted}
-        return row_sums_call(problem, softmax, other, tile, programs, **asked)
+        return row_sums_call(problem, softmax, other, tile, target.programs, **asked, walk=steps)
 
     lean = other is None and not (expected or sums or predicted) and is_lean(problem, softmax, Coefficients())
-    chosen = call(choose("row_sums" if other is None else "teacher", problem, lean=lean, trial=call))
+    kernel: Kernel = "row_sums" if other is None else "teacher"
+    chosen = call(choose(kernel, problem, lean=lean, trial=None if rows_alike else call))
     chosen()
     parts: Tensor = chosen.arguments["parts_ptr"]
     return parts
@@ -191,8 +208,13 @@ def _merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     top = parts[0].amax(0)
     # In a row without any class all are −inf, and −inf − (−inf) would be NaN.
     weights = (parts[0] - top.where(top > -torch.inf, 0.0)).exp()
-    total = (weights * parts[1]).sum(0)
-    return top, total.log(), (weights * parts[3]).sum(0) / total
+    total = _in_order(weights * parts[1])
+    return top, total.log(), _in_order(weights * parts[3]) / total
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """Return the sums (N,) of splits (S, N), each row's in the same order, whatever rows there are."""
+    return functools.reduce(torch.add, parts.unbind())
 
 
 def mean_logits(problem: LinearProblem) -> Tensor:
@@ -215,11 +237,18 @@ class _Source(NamedTuple):
 
 
 def _by_slabs(
-    problem: LinearProblem, source: _Source, wanted: Wanted, dtype: torch.dtype, *, lean: bool, search: bool
+    problem: LinearProblem,
+    source: _Source,
+    wanted: Wanted,
+    dtype: torch.dtype,
+    *,
+    lean: bool,
+    search: bool,
+    rows_alike: bool,
 ) -> Gradients:
     """Return the gradients of ``problem``, E's summed in float32 and C's rounded once to ``dtype``."""
     e, c = problem.e, problem.c
-    buffer = e.new_empty(len(e), _slab_width(e, len(c)))
+    buffer = e.new_empty(len(e), _slab_width(e, len(c), rows_alike=rows_alike))
 
     def call(tile: Tile, first: int = 0) -> KernelCall:
         return slab_call(*source, buffer[:, : len(c) - first], first, tile)
@@ -231,7 +260,11 @@ def _by_slabs(
         call(tile, first)()
         g, part = buffer[:, : len(c) - first], slice(first, first + buffer.shape[1])
         if sums.e is not None:
-            sums.e.add_(_product(g, problem.classes(part, e.dtype)))
+            classes = problem.classes(part, e.dtype)
+            if rows_alike:
+                row_gradients_call(problem, g, classes, sums.e, choose("row_gradients", problem))()
+            else:
+                sums.e.add_(_product(g, classes))
         if sums.c is not None:
             sums.c[part] = _product(g.t(), problem.own_e)
         if sums.bias is not None:
@@ -239,10 +272,12 @@ def _by_slabs(
     return sums._replace(e=None if sums.e is None else sums.e.to(dtype))
 
 
-def _slab_width(e: Tensor, classes: int) -> int:
+def _slab_width(e: Tensor, classes: int, *, rows_alike: bool) -> int:
     """Return how many classes a slab takes, a multiple of a tile's."""
     target = target_of(e)
     block = target.tiles["slab", e.element_size()][0].classes
+    if rows_alike:
+        return min(classes, target.walk * block)
     width = target.slab_bytes // (len(e) * e.element_size())
     return min(classes, max(block, width // block * block))
 

@@ -6,9 +6,9 @@ Where both suit, the first is the default and a real GPU tries them once.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Kernel = Literal["row_sums", "slab", "fused", "teacher"]
+Kernel = Literal["row_sums", "slab", "fused", "teacher", "row_gradients"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class CompileTarget:
             to 300 processors. It does not follow the GPU at hand, or sums would differ between GPUs.
         slab_bytes: Size of the slab of ∂L/∂z. At 8192 rows of bfloat16 it is 16,384 classes wide, enough for
             products at full speed; ∂E is read and written once a slab.
+        walk: Blocks of classes of a program, and of a slab, where sums must not follow the number of rows.
     """
 
     name: str
@@ -51,6 +52,7 @@ class CompileTarget:
     tiles: dict[tuple[Kernel, int], tuple[Tile, ...]]
     programs: int = 1024
     slab_bytes: int = 256 * 2**20
+    walk: int = 32
 
 
 # Larger tiles read less: a pass reads E and C from the L2 cache V/classes and N/rows times. At 128 × 256 the
@@ -75,18 +77,21 @@ _FLOAT32: _Table = {
     ("row_sums", 4): (Tile(64, 64, 32, warps=4, stages=2),),
     ("slab", 4): (Tile(64, 64, 32, warps=4, stages=2),),
     ("teacher", 4): (Tile(64, 64, 32, warps=8, stages=2),),
+    ("row_gradients", 4): (Tile(64, 32, 64, warps=4, stages=2),),
 }
 _HOPPER: _Table = _FLOAT32 | {
     ("row_sums", 2): (_WIDE, _EVEN),
     ("slab", 2): (_WIDE, _HALF),
     ("fused", 2): (_HALF,),
     ("teacher", 2): (_HALF,),
+    ("row_gradients", 2): (_EVEN,),
 }
 _BLACKWELL: _Table = _HOPPER | {("row_sums", 2): (_WIDE, _HALF)}
 _AMPERE: _Table = _HOPPER | {
     ("row_sums", 2): (_EVEN_LEAN, _HALF),
     ("slab", 2): (_EVEN_LEAN, _HALF),
     ("fused", 2): (_HALF_SHORT,),
+    ("row_gradients", 2): (_EVEN_SHORT,),
     ("teacher", 4): (Tile(64, 32, 32, warps=4, stages=2),),
 }
 _CDNA3: _Table = _FLOAT32 | {
@@ -94,10 +99,11 @@ _CDNA3: _Table = _FLOAT32 | {
     ("slab", 2): (_WIDE_SHORT, _EVEN_SHORT),
     ("fused", 2): (_NARROW,),
     ("teacher", 2): (_HALF_SHORT,),
+    ("row_gradients", 2): (_HALF_SHORT,),
 }
 # Small, so that tests with several tiles along every axis are small.
 _TINY = (Tile(16, 32, 16, warps=1, stages=1),)
-_INTERPRETED: _Table = {(k, w): _TINY for k in ("row_sums", "slab", "fused", "teacher") for w in (2, 4)}
+_INTERPRETED: _Table = {(k, w): _TINY for k in get_args(Kernel) for w in (2, 4)}
 
 TARGETS = {
     target.name: target
@@ -106,6 +112,6 @@ TARGETS = {
         CompileTarget("sm_90", 232_448, _HOPPER),
         CompileTarget("sm_100", 232_448, _BLACKWELL),
         CompileTarget("gfx942", 65_536, _CDNA3),
-        CompileTarget("interpreter", 0, _INTERPRETED, programs=4, slab_bytes=4096),
+        CompileTarget("interpreter", 0, _INTERPRETED, programs=4, slab_bytes=4096, walk=1),
     )
 }
