@@ -1,5 +1,6 @@
 """``train(spec)``: a sharded run on Ray, tracked in MLflow."""
 
+import importlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -67,6 +68,7 @@ def train(
     RunFolder.check_storage(spec)
     if resume is not None:
         _require_resumable(spec, resume)
+    _import_what_threads_share()
     with ThreadPoolExecutor(2) as pool:
         prepared = pool.submit(_prepare, spec, resume, changed_data, progress)
         # It takes seconds, which nobody should wait for: it is known before the workers start.
@@ -85,6 +87,14 @@ def train(
             if roomy is not None:
                 roomy.result()
             return Driver(spec, found, started, progress).run(resume)
+
+
+def _import_what_threads_share() -> None:
+    """Import torch's distributed checkpoints before several threads do.
+
+    Their modules import each other in a circle, and of two threads one may then find a module half made.
+    """
+    importlib.import_module("lossworks.training.start")
 
 
 def _require_memory(spec: RunSpec) -> None:
