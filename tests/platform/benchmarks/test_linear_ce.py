@@ -18,6 +18,7 @@ from lossworks.benchmarks.linear_ce.linear_ce_worker import HeadCase, reason_too
 from lossworks.benchmarks.table import BenchmarkRow, print_rows
 from lossworks.benchmarks.worker import _why, median_seconds, peak_growth
 from lossworks.cli import main
+from lossworks.head.cpu.tiles import product_dtype
 
 TINY = ["bench", "linear-ce", "shapes=64x600x128", "distributions=peaked", "dtypes=fp32"]
 
@@ -54,6 +55,22 @@ def test_the_table_has_every_method_with_its_figures_or_the_reason(tmp_path, mon
     assert 0.5 < figures["loss"] < 3
     assert "no kernel for this machine" in printed.out
     assert "3/3  64 x 600 x 128" in printed.err
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(product_dtype(torch.bfloat16, "cpu") != torch.float32, reason="has matrix units for bf16")
+def test_where_products_are_no_measure_times_are_ratios_to_plain_torch(tmp_path, capsys):
+    """Without matrix units for bfloat16, and the table says so."""
+    file, chart = tmp_path / "figures.json", tmp_path / "figures.png"
+    tiny = ["bench", "linear-ce", "shapes=256x2000x64", "distributions=peaked", "dtypes=bf16"]
+    methods = ["methods=exact,dense", "--repeats", "5", "--json", str(file), "--chart", str(chart)]
+    assert main([*tiny, *methods]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    dense = {row["metric"]: row for row in rows if row["method"] == "torch logits + cross_entropy"}
+
+    assert dense["forward+backward"]["unit"] == "x plain torch"
+    assert dense["forward"]["value"] > 0
+    assert "products are taken in float32, and times are ratios" in capsys.readouterr().out
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 

@@ -92,10 +92,16 @@ def _liger() -> "Loss":
     return loss
 
 
+def _quack() -> "Loss":
+    loss: Loss = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return loss
+
+
 COMPARED_METHODS = {
     "exact": ComparedMethod("lossworks exact", _ours(filter_eps=None)),
     "filtered": ComparedMethod("lossworks filtered", _ours(filter_eps=_FILTER_EPS), skips=True),
     "small-buffer": ComparedMethod("lossworks exact, 1% buffer", _ours(filter_eps=None, buffer_share=0.01)),
+    "batch-invariant": ComparedMethod("lossworks batch-invariant", _ours(batch_invariant=True)),
     "triton": ComparedMethod("lossworks triton", _ours(filter_eps=None, impl="triton"), device="cuda"),
     "triton-filtered": ComparedMethod(
         "lossworks triton, filtered",
@@ -111,6 +117,7 @@ COMPARED_METHODS = {
         "cut-cross-entropy", _cut_cross_entropy, 4, package="cut_cross_entropy", skips=True
     ),
     "liger-kernel": ComparedMethod("liger-kernel", _liger, 1, package="liger_kernel", device="cuda"),
+    "quack": ComparedMethod("quack", _quack, 1, package="quack", device="cuda"),
 }
 
 

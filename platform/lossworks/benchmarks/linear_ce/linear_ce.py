@@ -5,7 +5,7 @@ Every figure comes from a fresh process, in which the method and one plain produ
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.linear_ce.compared_methods import COMPARED_METHODS, methods_for
-from lossworks.benchmarks.linear_ce.linear_ce_chart import draw_linear_ce
+from lossworks.benchmarks.linear_ce.linear_ce_chart import PLAIN, draw_linear_ce
 from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.benchmarks.worker import run_worker
 from lossworks.errors import RunError, UserError, require_one
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from lossworks.benchmarks.linear_ce.linear_ce_worker import HeadCase
 
 _WORKER = "lossworks.benchmarks.linear_ce.linear_ce_worker"
+_NO_UNITS = (
+    "this CPU has no matrix units for the dtype: products are taken in float32, and times are ratios to "
+    "those of plain torch (logits and cross_entropy), taken in turns"
+)
 _SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
 
 
@@ -90,9 +94,9 @@ def run(overrides: Sequence[str], repeats: int, done: Sequence[BenchmarkRow] = (
 
     Yields:
         By case and method: seconds of the loss with both gradients, and of the loss alone, as multiples of
-        the product's; peak memory beyond the gradients, as a share of the fp32 logits' N·V·4 bytes; relative
-        errors of the gradients against float64; the mean loss; the product's seconds. A method that can't
-        run has one row that says why.
+        the product's (of plain torch's where a CPU has no matrix units for the dtype); peak memory beyond the
+        gradients, as a share of the fp32 logits' N·V·4 bytes; relative errors of the gradients against
+        float64; the mean loss; the product's seconds. A method that can't run has one row that says why.
 
     Raises:
         UserError: An override is wrong, or there is no such device.
@@ -110,7 +114,7 @@ def run(overrides: Sequence[str], repeats: int, done: Sequence[BenchmarkRow] = (
         if not rows:
             with console.status(what):
                 rows = _measured(case, spec.limit_s)
-        figures = rows[0].note or f"{rows[0].value:.3g} {rows[0].unit}"
+        figures = rows[0].note if rows[0].value is None else f"{rows[0].value:.3g} {rows[0].unit}"
         console.print(f"{what}: {figures}", markup=False, highlight=False, soft_wrap=True)
         yield from rows
 
@@ -171,9 +175,12 @@ def _rows(case: "HeadCase", result: dict[str, Any]) -> list[BenchmarkRow]:
     rows = sampled_rows(case.n, case.v, case.d)
     relative = "relative" if rows == case.n else f"first {rows} rows"
     resident = "% of logits" if result["peak"] != "ru_maxrss" else "% of logits, or more"
+    both, forward, unit = result["product_s"], result["product_s"], "products"
+    if result.get("plain_s"):
+        (both, forward), unit = result["plain_s"], PLAIN
     figures = [
-        ("forward+backward", result["forward_backward_s"] / result["product_s"], "products"),
-        ("forward", result["forward_s"] / result["product_s"], "products"),
+        ("forward+backward", result["forward_backward_s"] / both, unit),
+        ("forward", result["forward_s"] / forward, unit),
         ("extra memory", 100 * result["extra_bytes"] / logits, resident),
         ("error dE", result["error_e"], relative),
         ("error dC", result["error_c"], relative),
@@ -181,7 +188,10 @@ def _rows(case: "HeadCase", result: dict[str, Any]) -> list[BenchmarkRow]:
         ("product", result["product_s"], "s"),
     ]
     label = COMPARED_METHODS[case.method].label
-    return [BenchmarkRow(_title(case), label, metric, value, unit) for metric, value, unit in figures]
+    found = [BenchmarkRow(_title(case), label, metric, value, unit) for metric, value, unit in figures]
+    if result.get("plain_s") and case.method == "exact":
+        found[0] = replace(found[0], note=_NO_UNITS)
+    return found
 
 
 LINEAR_CE = Benchmark(

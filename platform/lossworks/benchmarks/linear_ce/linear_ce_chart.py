@@ -29,9 +29,11 @@ _STYLE: Any = {
     "ytick.color": DARK,
 }
 _TITLE = (
-    "Loss and gradients, in matrix products E·Cᵀ of the same dtype\n"
+    "Loss and gradients, in matrix products E·Cᵀ of the same dtype, or in times of plain torch,\n"
     "and peak memory beyond the gradients, in % of fp32 logits"
 )
+PLAIN = "x plain torch"
+"""The unit of times that are ratios to plain torch's, and not to a product's."""
 _LONGEST = 8.0  # products; longer bars are cut off there, so that the others can be told apart
 
 
@@ -49,6 +51,7 @@ def draw_linear_ce(rows: Sequence[BenchmarkRow], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     panels = _panels(rows)
+    plain = {_panel_of(row) for row in rows if row.unit == PLAIN}
     dtypes = len({title.split(", ")[1] for title in panels}) or 1
     lines = -(-len(panels) // dtypes) or 1
     most = max((len(panel) for panel in panels.values()), default=1)
@@ -59,7 +62,7 @@ def draw_linear_ce(rows: Sequence[BenchmarkRow], path: Path) -> Path:
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # type: ignore[union-attr,call-arg]
         grid = figure.subplots(lines, dtypes, squeeze=False).flat
         for axes, (title, panel) in zip(grid, panels.items(), strict=False):
-            _draw_panel(axes, title, panel)
+            _draw_panel(axes, title, panel, plain=title in plain)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         figure.suptitle(_TITLE, fontsize=14)
@@ -70,14 +73,19 @@ def draw_linear_ce(rows: Sequence[BenchmarkRow], path: Path) -> Path:
 def _panels(rows: Sequence[BenchmarkRow]) -> "dict[str, Panel]":
     panels: dict[str, Panel] = {}
     for row in rows:
-        shape, dtype, distribution, _ = row.case.split(", ")
         if row.value is not None:
-            panel = panels.setdefault(f"{shape}, {dtype}", {})
+            distribution = row.case.split(", ")[2]
+            panel = panels.setdefault(_panel_of(row), {})
             panel.setdefault(row.method, {}).setdefault(distribution, {})[row.metric] = row.value
     return panels
 
 
-def _draw_panel(axes: "Axes", title: str, panel: "Panel") -> None:
+def _panel_of(row: BenchmarkRow) -> str:
+    """Return the title of a figure's panel: its shape and dtype."""
+    return ", ".join(row.case.split(", ")[:2])
+
+
+def _draw_panel(axes: "Axes", title: str, panel: "Panel", *, plain: bool) -> None:
     axes.set_title(f"N x V x D = {title}")
     methods = list(panel)
     kinds = [kind for kind in _COLOURS if any(kind in panel[method] for method in methods)]
@@ -89,13 +97,15 @@ def _draw_panel(axes: "Axes", title: str, panel: "Panel") -> None:
             shift = offset if len(figures) > 1 else 0.0
             label = None if number else kind
             _draw_bar(axes, place + shift, height, figures[kind], _COLOURS[kind], label)
-    for products, style in ((1, ":"), (3, "--")):
+    for products, style in ((1, ":"),) if plain else ((1, ":"), (3, "--")):
         axes.axvline(products, color=ORANGE, linestyle=style, linewidth=1.4, zorder=3)
     axes.set_yticks(range(len(methods)), methods)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.set_xlim(0, _LONGEST * 1.35)
-    axes.set_xlabel("matrix products (dotted: one; dashed: three)")
+    axes.set_xlabel(
+        "times plain torch (dotted: as long)" if plain else "matrix products (dotted: one; dashed: three)"
+    )
     axes.legend(loc="lower right", frameon=False)
 
 

@@ -19,6 +19,7 @@ from lossworks.benchmarks.linear_ce.compared_methods import COMPARED_METHODS
 from lossworks.benchmarks.linear_ce.gradient_errors import gradient_errors
 from lossworks.benchmarks.linear_ce.head_inputs import DTYPES, make_inputs
 from lossworks.benchmarks.worker import median_seconds, peak_growth
+from lossworks.head.cpu.tiles import product_dtype
 
 _WARM_UP_ROWS = (32, 48)
 
@@ -51,6 +52,8 @@ class Figures:
         forward_backward_s: Median seconds of the loss and both gradients.
         forward_s: Median seconds of the loss under ``no_grad``.
         product_s: Median seconds of E·Cᵀ with a fresh result, in the inputs' dtype.
+        plain_s: Median seconds of plain torch's loss with gradients, and without, in the same turns, where a
+            product is no measure; else None.
         extra_bytes: Growth of the peak during loss and gradients, less the size of the gradients; with what
             the matrix library keeps for itself from its first large product on, some MiB.
         peak: How the peak was read.
@@ -62,11 +65,21 @@ class Figures:
     forward_backward_s: float
     forward_s: float
     product_s: float
+    plain_s: tuple[float, float] | None
     extra_bytes: int
     peak: str
     loss: float
     error_e: float
     error_c: float
+
+
+def in_full_precision_only(case: HeadCase) -> bool:
+    """Return whether ours take the products of a narrow dtype in float32, as it is the fastest way here.
+
+    One product of torch's in that dtype is then no measure: it has no matrix units, either, and is slow.
+    """
+    dtype = DTYPES[case.dtype]
+    return case.device == "cpu" and dtype.itemsize < 4 and product_dtype(dtype, "cpu") == torch.float32
 
 
 def reason_too_large(case: HeadCase, free_bytes: int) -> str | None:
@@ -76,8 +89,9 @@ def reason_too_large(case: HeadCase, free_bytes: int) -> str | None:
     the method's buffers and the product.
     """
     size = DTYPES[case.dtype].itemsize
+    copies = COMPARED_METHODS["dense" if in_full_precision_only(case) else case.method].copies
     factors = (case.n + case.v) * case.d * (4 + 2 * size + 4)
-    need = factors + case.n * case.v * max(4 * COMPARED_METHODS[case.method].copies, size)
+    need = factors + case.n * case.v * max(4 * copies, size)
     if need <= free_bytes:
         return None
     return f"needs about {need / 2**30:.1f} GiB of memory and {free_bytes / 2**30:.1f} GiB are free"
@@ -95,16 +109,26 @@ def measure(case: HeadCase) -> Figures:
     _warm_up(loss, e, c, y)
     growth, peak, value = peak_growth(forward_backward, case.device)
     error_e, error_c = gradient_errors(loss, e, c, y)
-    calls = (
+    calls: list[Callable[[], object]] = [
         forward_backward,
         torch.no_grad()(lambda: loss(e, c, y)),
         torch.no_grad()(lambda: e @ c.t()),
-    )
-    both, forward, product = median_seconds(calls, case.repeats, case.device, case.enough_s)
+    ]
+    plain = None
+    if in_full_precision_only(case):
+        dense = COMPARED_METHODS["dense"].build()
+        calls += [
+            lambda: torch.autograd.grad(dense(e, c, y), (e, c)),
+            torch.no_grad()(lambda: dense(e, c, y)),
+        ]
+    both, forward, product, *others = median_seconds(calls, case.repeats, case.device, case.enough_s)
+    if others:
+        plain = others[0], others[1]
     return Figures(
         forward_backward_s=both,
         forward_s=forward,
         product_s=product,
+        plain_s=plain,
         extra_bytes=max(0, growth - (e.numel() + c.numel()) * e.element_size()),
         peak=peak,
         loss=value,
