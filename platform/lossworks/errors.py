@@ -41,6 +41,18 @@ class NonFiniteLossError(RunError):
         return (_rebuild_non_finite, (str(self), self.step, self.ranks))
 
 
+class LossSpikesError(RunError):
+    """The loss was a spike more times in a row than a run leaves out; all its ranks raise it alike.
+
+    Attributes:
+        step: The optimiser step, counted from 1, at which it was seen.
+    """
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class StorageError(RunError):
     """Storage refused for longer than a run waits; all its ranks raise it alike."""
 

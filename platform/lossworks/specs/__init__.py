@@ -14,6 +14,7 @@ from lossworks.specs.parts import (
     ProfileSpec,
     RoleSpec,
     ShardingSpec,
+    SpikeSpec,
     TelemetrySpec,
     WeightSpec,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "ScheduleSpec",
     "ShardingSpec",
     "Spec",
+    "SpikeSpec",
     "TelemetrySpec",
     "TrackingSpec",
     "WeightSpec",

@@ -307,6 +307,40 @@ class ElasticSpec(Spec):
         return "no" if self.min_workers is None else f"from {self.min_workers} workers"
 
 
+class SpikeSpec(Spec):
+    """When a loss stands out, and what is done about it; ``spike=8`` is short for ``spike.height=8``."""
+
+    shorthand: ClassVar[str | None] = "height"
+
+    height: float | None = Field(
+        None,
+        gt=0.0,
+        description="a spike is a loss so many deviations above the median of the last 64; null for none",
+    )
+    action: Literal["warn", "skip", "rollback"] = Field(
+        "warn",
+        description="warn names the step and its examples; skip leaves the batch's update out and takes the "
+        "next batch; rollback goes back to the newest checkpoint, or the start, and on behind the batch",
+    )
+    most: int = Field(
+        5,
+        ge=1,
+        description="with skip and rollback: spikes in a row that are left out; one more ends the run as "
+        "diverged",
+    )
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the batch of a spike is left out of training."""
+        return self.action != "warn"
+
+    @model_validator(mode="after")
+    def _has_height(self) -> Self:
+        if self.height is None and self.leaves_out:
+            raise ValueError(f"action={self.action} needs a height above which a loss is a spike: height=8")
+        return self
+
+
 class TelemetrySpec(Spec):
     """What is looked at inside the loss while it trains; nothing unless asked for."""
 
@@ -319,11 +353,12 @@ class TelemetrySpec(Spec):
         "the logits and of the logits; 0 for none. A look costs a forward pass of a few examples",
     )
     rows: int = Field(256, ge=1, le=65536, description="rows of logits that each worker looks at")
-    spike: float | None = Field(
-        None,
-        gt=0.0,
-        description="report a step whose loss is so many deviations above the last 64; null for not",
-    )
+    spike: SpikeSpec = SpikeSpec()
+
+    @property
+    def looks(self) -> bool:
+        """Whether anything is looked at."""
+        return bool(self.every) or self.spike.height is not None
 
     def __str__(self) -> str:
         return f"every {self.every} steps" if self.every else "none"

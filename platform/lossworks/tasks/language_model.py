@@ -53,7 +53,7 @@ class TrainSpec(RunSpec):
         return self
 
     def _require_splittable_head(self) -> None:
-        if self.telemetry.every or self.telemetry.spike is not None:
+        if self.telemetry.looks:
             raise ValueError(
                 "telemetry can't be combined with sharding.vocab_parallel=true: no worker has whole rows of "
                 "logits"

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lossworks.catalogue.registry import create
 from lossworks.data.batch import Batch, on
-from lossworks.errors import NonFiniteLossError
+from lossworks.errors import LossSpikesError, NonFiniteLossError, RunError
 from lossworks.losses.objective import ElementLosses
 from lossworks.models import Outputs
 from lossworks.tasks.interface import Evaluation, ExampleRows, Measure
@@ -23,6 +23,7 @@ from lossworks.tasks.methods import Method, Trained, replaces_loss
 from lossworks.tasks.registry import task_of
 from lossworks.tensors import write_tensors
 from lossworks.training.batches import micro_batches
+from lossworks.training.checkpoints.checkpoint import Checkpoint, tensors_in
 from lossworks.training.distributed.communication import time_communication
 from lossworks.training.distributed.sharding import clip_gradients, distribute, gradient_sync, mesh_of
 from lossworks.training.distributed.world import World
@@ -53,6 +54,24 @@ def train(job: Job) -> Outcome:
         StorageError: A checkpoint can't be written.
     """
     return Trainer(job).run()
+
+
+def _copies(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return copies of nested tensors by name."""
+    return {
+        name: _copies(value) if isinstance(value, Mapping) else value.detach().clone()
+        for name, value in state.items()
+    }
+
+
+@torch.no_grad()
+def _fill(state: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Put values into nested tensors by name, in place."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _fill(state[name], value)
+        else:
+            state[name].copy_(value)
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,7 @@ class Trainer:
         )
         self.analyses = [create(analysis.name, **analysis.hyperparameters) for analysis in spec.analyses]
         self._companions: dict[str, Outputs] = {}
+        self._start: dict[str, Any] | None = None  # what a rollback without a checkpoint goes back to
         self.step, self.position = 0, 0
         self.metrics: dict[str, float] = {}
         self.evaluation: Evaluation | None = None  # the last
@@ -107,10 +127,11 @@ class Trainer:
         """Take all the steps that are left and say how it ended."""
         events.started(self.spec, self.world, self.speed.peak)
         self.clock.start()
+        if self.spec.telemetry.spike.action == "rollback":
+            self._start = _copies(self._weights())
         self._restore()
         self.model.train()
-        for method in self.methods:
-            method.start(self.task, self.model)
+        self._begin()
         try:
             status, reason = self._train()
         finally:
@@ -118,6 +139,11 @@ class Trainer:
         if status == "finished" and self.methods:
             self._finish_methods()
         return self._outcome(status, reason)
+
+    def _begin(self) -> None:
+        """Let methods look at what training begins with, or goes on with."""
+        for method in self.methods:
+            method.start(self.task, self.model)
 
     def _finish_methods(self) -> None:
         """Let methods do what follows training, and keep what they made and found."""
@@ -142,8 +168,9 @@ class Trainer:
             try:
                 with self.profiler.step(self.step + 1):
                     stop = self._advance()
-            except NonFiniteLossError as error:
-                events.diverged(error.step, error.ranks, str(error))
+            except (NonFiniteLossError, LossSpikesError) as error:
+                ranks = error.ranks if isinstance(error, NonFiniteLossError) else ()
+                events.diverged(error.step, ranks, str(error))
                 return "diverged", f"{error}; {self._last_good()}"
             if stop:
                 events.stopping(self.step)
@@ -152,11 +179,14 @@ class Trainer:
         return "finished", ""
 
     def _advance(self) -> bool:
-        """Take one step with what is due after it; return whether to stop early."""
+        """Take one step with what is due after it, or leave a batch out; return whether to stop early."""
         started = time.perf_counter()
         done = self._train_step(self.step + 1)
-        self.step += 1
         self.position += self.spec.batch_size
+        if done is None:
+            self.clock.settle()
+            return False
+        self.step += 1
         row = done.metrics | self.speed.metrics(done.units, time.perf_counter() - started)
         self.clock.settle()
         last = self.step == self.spec.steps
@@ -175,13 +205,15 @@ class Trainer:
             self._save()
         return done.stop and not last
 
-    def _train_step(self, step: int) -> "_Step":
-        """Take optimiser step ``step`` (from 1) and return its metrics.
+    def _train_step(self, step: int) -> "_Step | None":
+        """Take optimiser step ``step`` (from 1) and return its metrics; None if its batch was left out.
 
         Raises:
             NonFiniteLossError: On every rank alike, before the parameters change.
+            LossSpikesError: On every rank alike, before the parameters change.
         """
         world, spec = self.world, self.spec
+        undo = self._undoing() if spec.telemetry.spike.leaves_out else None
         # Noise is a function of seed, step and rank, so that resuming has nothing to restore.
         torch.manual_seed(int(np.random.SeedSequence([spec.seed, step, world.rank]).generate_state(1)[0]))
         rows = self.order.rows(self.position, world.rank, world.size)
@@ -206,12 +238,21 @@ class Trainer:
         stop = float(world.leads and self.job.stop_requested())
         ranks = self._gather([*sums.tolist(), stop, peak_memory_bytes(world.device)])
         of_ranks = ranks[:, :-2]
-        self._refuse_non_finite(step, of_ranks)
+        if undo is None:
+            self._refuse_non_finite(step, of_ranks)
         loss, parts = objective.value(of_ranks.sum(dim=0), counts)
-        seen, complaint = self.telemetry.look(step, loss, self.model, batches, rows)
+        # A value of sums that are not finite may be finite, such as a quotient of them.
+        seen = self.telemetry.look(
+            step, loss if bool(of_ranks.isfinite().all()) else math.nan, self.model, batches, rows
+        )
+        complaint = seen.complaint
+        if undo is not None and seen.left_out:
+            complaint = f"{complaint}; {undo()}"
         if complaint and world.leads:
             events.complained(step, complaint)
             self.job.notify(complaint)
+        if seen.left_out:
+            return None
         factor = lr_factor(spec.schedule, step=step, steps=spec.steps)
         with self.clock("optimizer"):
             for method in self.methods:
@@ -232,7 +273,7 @@ class Trainer:
             "train/grad_norm": norm,
             "train/lr": spec.optimizer.lr * factor,
             "train/peak_memory_bytes": float(ranks[:, -1].max()),
-            **seen,
+            **seen.metrics,
         }
         return _Step(metrics, units, stop=bool(ranks[0, -2]))
 
@@ -288,6 +329,52 @@ class Trainer:
         own = next((method for method in self.methods if replaces_loss(method)), None)
         found: Tensor = objective(outputs, batch) if own is None else own.loss(outputs, batch, objective)
         return found
+
+    def _undoing(self) -> Callable[[], str]:
+        """Return what takes back what a batch changes before the update, and says so in words.
+
+        Gradients go, and what losses and methods keep is as it was; or all is as at the newest checkpoint.
+        """
+        buffers = _copies(dict(self.model.named_buffers()))
+        states = [_copies(method.state()) for method in self.methods]
+
+        def undo() -> str:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            if self.spec.telemetry.spike.action == "rollback":
+                return self._go_back()
+            _fill(dict(self.model.named_buffers()), buffers)
+            for method, state in zip(self.methods, states, strict=True):
+                method.load_state(state)
+            return "its update is left out"
+
+        return undo
+
+    def _go_back(self) -> str:
+        """Take weights, optimiser state and all else but the place in the data from an older checkpoint.
+
+        It is that of the last step at which one is due, or else the start: checkpoints that an interruption
+        made are passed over, so that a run that went on goes back as far as one that had no interruption.
+        """
+        due = self._last_due()
+        with self.clock("checkpoint"):
+            found = self.job.checkpoints.newest(until=due)[0] if self.world.leads and due else None
+            checkpoint = self.world.agree(found)
+            if checkpoint is not None:
+                self._load(checkpoint, left_out=False)
+            elif self._start is None:
+                where = self.job.checkpoints.folder
+                raise RunError(f"telemetry.spike.action=rollback: no checkpoint in {where} to go back to")
+            else:
+                _fill(self._weights(), self._start)
+                for method in self.methods:
+                    method.load_state(_copies(self._start).get("methods", {}).get(method.slug, {}))
+                for optimizer in self.optimizers:
+                    optimizer.state.clear()
+                self.telemetry.load_state({}, left_out=False)
+        self._begin()
+        self.step = checkpoint.step if checkpoint else 0
+        return f"going back to {f'step {self.step}' if self.step else 'the start'}, and on behind its batch"
 
     def _refuse_non_finite(self, step: int, sums: Tensor) -> None:
         """Check the sums of every rank, shape (ranks, S), and name the term that is not finite."""
@@ -348,9 +435,20 @@ class Trainer:
                 step=self.step,
                 position=self.position,
                 held_out_loss=self.held_out_loss,
-                further=self._further(),
+                further=self._further() | ({"telemetry": seen} if (seen := self.telemetry.state()) else {}),
+                stays=self._last_due() if self.spec.telemetry.spike.action == "rollback" else None,
             )
+        self._forget_start()
         events.saved(self.step, self.checkpoint, time.perf_counter() - began)
+
+    def _last_due(self) -> int:
+        """Return the last step, up to the present one, at which a checkpoint is due; 0 for none."""
+        return self.step - self.step % self.spec.checkpoint.every
+
+    def _forget_start(self) -> None:
+        """Drop the weights of the start as soon as no rollback can go there."""
+        if self._last_due():
+            self._start = None
 
     def _restore(self) -> None:
         """Go on from the newest whole checkpoint, the same one on every rank."""
@@ -358,14 +456,11 @@ class Trainer:
             found = self.job.checkpoints.newest() if self.world.leads else None
             checkpoint, complaints = self.world.agree(found)
             if checkpoint is not None:
-                further = self._further()
-                with as_set(self.optimizers):
-                    self.job.checkpoints.load(checkpoint, self.model, self.optimizers, further)
-                for method in self.methods:
-                    method.load_state(further.get("methods", {}).get(method.slug, {}))
+                self._load(checkpoint)
         if checkpoint is not None:
             self.step, self.position = checkpoint.step, checkpoint.position
             self.checkpoint = checkpoint.folder
+            self._forget_start()
             events.restored(self.step, checkpoint.folder)
         if self.world.leads and (checkpoint is not None or complaints):
             origin = f"step {self.step}" if checkpoint else "the start"
@@ -373,6 +468,26 @@ class Trainer:
             if complaints:
                 events.complained(self.step, text)
             self.job.notify(text)
+
+    def _load(self, checkpoint: Checkpoint, *, left_out: bool = True) -> None:
+        """Take weights and states from a checkpoint, except for step and place in the data.
+
+        Args:
+            checkpoint: A whole one, the same on every rank.
+            left_out: Whether it also says which batches were left out.
+        """
+        further = self._further()
+        with as_set(self.optimizers):
+            self.job.checkpoints.load(checkpoint, self.model, self.optimizers, further)
+        for method in self.methods:
+            method.load_state(further.get("methods", {}).get(method.slug, {}))
+        if self.spec.telemetry.spike.height is not None:
+            # A checkpoint of a run that looked at nothing, or of an older Lossworks, has no such state.
+            self.telemetry.load_state(tensors_in(checkpoint.folder, "telemetry."), left_out=left_out)
+
+    def _weights(self) -> dict[str, Any]:
+        """Return the tensors of the model and of what else has a state, apart from the optimiser."""
+        return {"model": get_model_state_dict(self.model), **self._further()}
 
     def _further(self) -> dict[str, Any]:
         """Return the tensors of what else has a state: moving companions, and methods."""

@@ -46,7 +46,7 @@ def obstacle(spec: RunSpec) -> str | None:
             spec.optimizer.kind != "adamw"
         ),
         f"{', '.join(further)} is set": bool(further),
-        "telemetry is asked for": bool(spec.telemetry.every or spec.telemetry.spike),
+        "telemetry is asked for": spec.telemetry.looks,
         f"loss.name={', '.join(drawing)} draws random numbers for each part of a batch, and workers or "
         "micro_batch_size split batches": bool(drawing) and split,
     }

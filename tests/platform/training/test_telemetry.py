@@ -9,9 +9,9 @@ import torch
 from lossworks.errors import UserError
 from lossworks.losses.objective import ElementLosses, Objective
 from lossworks.models import Head, Outputs
-from lossworks.specs import LossSpec, TelemetrySpec
+from lossworks.specs import LossSpec, SpikeSpec, TelemetrySpec
 from lossworks.training.distributed.world import World
-from lossworks.training.measure.telemetry import SpikeWatch, Telemetry
+from lossworks.training.measure.telemetry import Look, SpikeWatch, Telemetry
 from lossworks_testing.classification import tiny
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, run_training, tiny_spec
@@ -131,13 +131,15 @@ def test_a_spike_names_the_examples_to_blame():
 
     halves = slice(0, 4), slice(4, None)
     batches = [{"inputs": hidden[half], "targets": targets[half]} for half in halves]
-    telemetry = Telemetry(TelemetrySpec(spike=5.0), losses_of, World(0, 1, torch.device("cpu")), bf16=False)
+    spec = TelemetrySpec.parse({"spike": 5.0})
+    telemetry = Telemetry(spec, losses_of, World(0, 1, torch.device("cpu")), bf16=False)
     for step in range(1, 31):
-        metrics, complaint = telemetry.look(step, 2.0 + 0.1 * math.sin(step), Model(), batches, rows)
-        assert (metrics, complaint) == ({}, None)
-    metrics, complaint = telemetry.look(31, 9.0, Model(), batches, rows)
+        assert telemetry.look(step, 2.0 + 0.1 * math.sin(step), Model(), batches, rows) == Look({})
+    look = telemetry.look(31, 9.0, Model(), batches, rows)
+    complaint = look.complaint
 
-    assert metrics["telemetry/spike"] > 5
+    assert look.metrics["telemetry/spike"] > 5
+    assert not look.left_out
     worst = each.argsort(descending=True)[:5]
     named = ", ".join(f"{rows[i]} ({each[i]:.4g})" for i in worst.tolist())
     assert complaint is not None
@@ -148,15 +150,15 @@ def test_a_spike_names_the_examples_to_blame():
 def test_what_is_a_spike():
     """Not the first steps, not noise, not rounding of a constant; a spike hides none after it."""
     noise = np.random.default_rng(0).normal(3.0, 0.1, 400)
-    watch = SpikeWatch(8.0)
+    watch = SpikeWatch(SpikeSpec(height=8.0))
     assert [watch.height(value) for value in noise] == [None] * 400
     assert watch.height(5.0) == pytest.approx(20, rel=0.5)
     assert watch.height(3.1) is None
     assert watch.height(1.0) is None
 
-    flat = SpikeWatch(8.0)
+    flat = SpikeWatch(SpikeSpec(height=8.0))
     assert [flat.height(1.0 + 1e-7 * (i % 2)) for i in range(100)] == [None] * 100
-    assert SpikeWatch(1.0).height(1e9) is None
+    assert SpikeWatch(SpikeSpec(height=1.0)).height(1e9) is None
 
 
 def test_a_split_head_is_refused(text):

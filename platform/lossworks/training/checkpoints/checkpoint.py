@@ -54,7 +54,12 @@ class _Facts:
 
     @property
     def name(self) -> str:
-        return f"step-{self.step:08d}"
+        return _name(self.step)
+
+
+def _name(step: int) -> str:
+    """Return the name of a checkpoint's folder; names sort as their steps do."""
+    return f"step-{step:08d}"
 
 
 class CheckpointStore:
@@ -90,6 +95,7 @@ class CheckpointStore:
         position: int,
         held_out_loss: float,
         further: Mapping[str, Any] | None = None,
+        stays: int | None = None,
     ) -> Path:
         """Write a checkpoint from all ranks and return its folder; every rank calls this.
 
@@ -103,13 +109,14 @@ class CheckpointStore:
             position: Rows consumed so far, over all ranks.
             held_out_loss: At this step.
             further: Tensors by name, nested, of what else has a state, such as companions and methods.
+            stays: Step of a checkpoint that stays besides the newest and the best.
 
         Raises:
             StorageError: On every rank: storage still refuses; the checkpoints before stay as they were.
         """
         facts = _Facts(step, position, held_out_loss)
         began, pause = time.monotonic(), _PAUSE_S
-        while (problem := self._try(model, optimizer, world, facts, further or {})) is not None:
+        while (problem := self._try(model, optimizer, world, facts, further or {}, stays)) is not None:
             left = world.agree(self.patience_s - (time.monotonic() - began))
             if left <= 0:
                 raise StorageError(
@@ -123,7 +130,13 @@ class CheckpointStore:
         return self.folder / facts.name
 
     def _try(
-        self, model: nn.Module, optimizer: Any, world: World, facts: "_Facts", further: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        world: World,
+        facts: "_Facts",
+        further: Mapping[str, Any],
+        stays: int | None,
     ) -> str | None:
         """Write a checkpoint; return what some rank met with, the same text on every rank, or None."""
         partial = self.folder / f".{facts.name}.partial"
@@ -133,16 +146,18 @@ class CheckpointStore:
             state = {"model": model_state, "optimizer": optimizer_state, **further}
             problem = world.first(_problem(lambda: _write_shards(state, partial)))
         if problem is None:
-            problem = world.first(_problem(lambda: self._complete(partial, facts)) if world.leads else None)
+            problem = world.first(
+                _problem(lambda: self._complete(partial, facts, stays)) if world.leads else None
+            )
         if problem is not None and world.leads:
             shutil.rmtree(partial, ignore_errors=True)  # what is left of it takes room
         return problem
 
-    def _complete(self, partial: Path, facts: "_Facts") -> None:
+    def _complete(self, partial: Path, facts: "_Facts", stays: int | None) -> None:
         """Turn the folder that all ranks have written into a checkpoint."""
         _write_manifest(partial, facts)
         _replace(partial, self.folder / facts.name)
-        self._prune()
+        self._prune(stays)
 
     def load(
         self,
@@ -164,10 +179,16 @@ class CheckpointStore:
         load_shards(state, checkpoint.folder)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
-    def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Return the newest checkpoint that is whole, and what is wrong with those passed over."""
+    def newest(self, until: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest checkpoint that is whole, and what is wrong with those passed over.
+
+        Args:
+            until: The last step that it may be of; None for any.
+        """
         complaints: list[str] = []
         for folder in sorted(self._folders(), reverse=True):
+            if until is not None and folder.name > _name(until):
+                continue
             problem = find_damage(folder)
             if problem is None:
                 return read_checkpoint(folder), complaints
@@ -183,11 +204,12 @@ class CheckpointStore:
     def _folders(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if (path / _MANIFEST).is_file()]
 
-    def _prune(self) -> None:
+    def _prune(self, stays: int | None) -> None:
         folders = sorted(self._folders())
         best = self.best()
+        kept = {best.folder.name if best else "", "" if stays is None else _name(stays)}
         for folder in folders[: -self.keep]:
-            if best is None or folder != best.folder:
+            if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

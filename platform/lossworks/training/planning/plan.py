@@ -247,4 +247,6 @@ def _notes(spec: RunSpec, room: Room) -> list[str]:
         notes.append("counted without compile, which may keep less")
     if spec.telemetry.every or spec.analyses:
         notes.append("telemetry and analyses are not counted")
+    if spec.telemetry.spike.action == "rollback":
+        notes.append("not counted: a copy of the first weights, which stays until the first checkpoint")
     return notes
