@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.cli import main
-from lossworks_testing.training import write_text
 
 
 @pytest.fixture

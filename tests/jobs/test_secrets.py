@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.reporting import TrainProgress
 from lossworks_jobs.training.run_summary import print_run
 from lossworks_jobs.training.train import train
-from lossworks_testing.training import tiny_spec, write_text
+from lossworks_testing.training import tiny_spec
 
 
 def holding(folder: Path, text: str) -> set[str]:

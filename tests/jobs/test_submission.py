@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.cli import main
 from lossworks.errors import UserError
 from lossworks.training.distributed.world import World
@@ -21,7 +22,7 @@ from lossworks_jobs.submission.package import write_package
 from lossworks_jobs.submission.submit import SubmitOptions, runtime_environment, start_script
 from lossworks_jobs.training.fitting import last_line
 from lossworks_jobs.training.worker import unshared
-from lossworks_testing.training import tiny_spec, write_text
+from lossworks_testing.training import tiny_spec
 
 MIB = 2**20
 FIND = """

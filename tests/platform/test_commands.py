@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.cli import Command, main
 from lossworks.errors import UserError
 from lossworks.runs import RunFolder
@@ -25,7 +26,7 @@ from lossworks.tracking import Journal, create_run
 from lossworks.tracking.client import connect
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
-from lossworks_testing.training import prepared, tiny_spec, write_text
+from lossworks_testing.training import prepared, tiny_spec
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ import random
 import numpy as np
 import pytest
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.cli import main
 from lossworks_testing.classification import tiny
-from lossworks_testing.training import prepared, run_in_folder, tiny_spec, write_text
+from lossworks_testing.training import prepared, run_in_folder, tiny_spec
 
 
 @pytest.fixture

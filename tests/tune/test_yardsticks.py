@@ -2,9 +2,10 @@
 
 import pytest
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.trainables import OWN_VALUES, trainable
 from lossworks_testing.classification import tiny
-from lossworks_testing.training import prepared, run_training, tiny_spec, write_text
+from lossworks_testing.training import prepared, run_training, tiny_spec
 
 
 def declared(task, values):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.benchmarks.filtering.filtered_gradients import (
     TileFiltered,
     errors,
@@ -23,7 +24,6 @@ from lossworks.benchmarks.filtering.filtering import (
 )
 from lossworks.benchmarks.filtering.filtering_study import Study, rare_classes
 from lossworks.cli import main
-from lossworks_testing.training import write_text
 
 
 def _inputs(rows=21, classes=45, features=6, scale=2.0):

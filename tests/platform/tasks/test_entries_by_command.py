@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.catalogue.registry import declarations
 from lossworks.cli import main
 from lossworks.tasks import read_train_spec
 from lossworks.tasks.registry import task_of
-from lossworks_testing.training import run_training, write_text
+from lossworks_testing.training import run_training
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = {slug: shlex.split(entry.example) for slug, entry in declarations().items()}

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.registry import task_of
 from lossworks_testing.classification import tiny
-from lossworks_testing.training import tiny_spec, write_text
+from lossworks_testing.training import tiny_spec
 
 
 def simplest(values):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.cli import main
 from lossworks.data import load_examples, prepare
 from lossworks.data.example_sources import read_examples
@@ -31,7 +32,7 @@ from lossworks.training.export import evaluate_folder, export_run
 from lossworks.training.loop import Job, train
 from lossworks_testing.classification import tiny
 from lossworks_testing.server import free_port
-from lossworks_testing.training import prepared, tiny_spec, write_text
+from lossworks_testing.training import prepared, tiny_spec
 
 TEN_LINES = """
 import sys, pandas as pd, mlflow

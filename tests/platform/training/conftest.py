@@ -2,7 +2,8 @@
 
 import pytest
 
-from lossworks_testing.training import prepared, tiny_spec, write_text
+from lossworks.benchmarks.equivalence.trainings import write_text
+from lossworks_testing.training import prepared, tiny_spec
 
 
 @pytest.fixture(scope="session")

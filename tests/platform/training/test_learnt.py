@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.errors import UserError
 from lossworks.models import load_classifier
 from lossworks.runs import RunFolder
@@ -17,7 +18,7 @@ from lossworks.training.loop import Job, Trainer
 from lossworks.training.start import learnt_by
 from lossworks_jobs.training.train import _prepare
 from lossworks_testing.classification import tiny
-from lossworks_testing.training import run_in_folder, tiny_spec, write_text
+from lossworks_testing.training import run_in_folder, tiny_spec
 
 
 @pytest.fixture(autouse=True)

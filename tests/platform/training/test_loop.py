@@ -1,4 +1,4 @@
-"""The training loop: the same numbers however it is split, interrupted or gone on with."""
+"""The training loop in one process: what it leaves, and what it does when something goes wrong."""
 
 import math
 
@@ -6,21 +6,11 @@ import pytest
 import torch
 
 from lossworks.tasks.language_model import TrainSpec
-from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import VOCABULARY, losses, run_training, tiny_spec
 
 
 def one_process(spec: TrainSpec, corpus, folder, **options):
     return run_training(spec.model_dump(mode="json"), corpus, str(folder), **options)
-
-
-def ranks(workers, spec: TrainSpec, corpus, folder, **options):
-    spec = spec.override([f"workers={workers}", f"sharding={options.pop('sharding', 'ddp')}"])
-    results = folder / "ranks"
-    results.mkdir(exist_ok=True)
-    return run_ranks(
-        workers, run_training, spec.model_dump(mode="json"), corpus, str(folder / "c"), folder=results
-    )
 
 
 def test_a_run_learns_and_says_how_it_ended(text, corpus, tmp_path):
@@ -48,58 +38,6 @@ def test_bits_per_byte_counts_the_bytes_of_the_targets(text, corpus, tmp_path):
     assert 1.0 < bytes_per_token < 8.0
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_workers_give_the_curve_of_one(text, corpus, tmp_path, sharding):
-    """The same global batch on two ranks gives the same losses, norms and held-out losses."""
-    spec = tiny_spec(text)
-    alone = one_process(spec, corpus, tmp_path / "alone")
-    together = ranks(2, spec, corpus, tmp_path, sharding=sharding)[0]
-
-    for (_, expected), (_, actual) in zip(alone["rows"], together["rows"], strict=True):
-        for name in ("train/loss", "train/grad_norm", "train/lr", "train/bits_per_byte"):
-            assert actual[name] == pytest.approx(expected[name], rel=2e-5)
-    assert together["metrics"]["eval/loss"] == pytest.approx(alone["metrics"]["eval/loss"], rel=2e-5)
-
-
-def test_workers_with_uneven_shares_give_the_curve_of_one(text, corpus, tmp_path):
-    """Four ranks share six sequences, two each having one less, with micro-batches of one."""
-    spec = tiny_spec(text, steps=3)
-    alone = one_process(spec, corpus, tmp_path / "alone")
-    together = ranks(4, spec.override(["micro_batch_size=1"]), corpus, tmp_path)[0]
-
-    assert losses(together) == pytest.approx(losses(alone), rel=2e-5)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"micro_batch_size": 4},
-        {"micro_batch_size": 1},
-        {"activation_checkpointing": True},
-        {"loss": {"impl": "reference"}},
-        {"sharding": "fsdp"},
-    ],
-)
-def test_how_a_step_is_computed_changes_nothing(text, corpus, tmp_path, change):
-    """Accumulation, recomputation, sharding of one and the dense head all give the same curve."""
-    plain = one_process(tiny_spec(text), corpus, tmp_path / "plain")
-    if change.get("sharding") == "fsdp":
-        other = ranks(1, tiny_spec(text), corpus, tmp_path, sharding="fsdp")[0]
-    else:
-        other = one_process(tiny_spec(text, **change), corpus, tmp_path / "other")
-
-    assert losses(other) == pytest.approx(losses(plain), rel=2e-5)
-
-
-def test_bfloat16_stays_close(text, corpus, tmp_path):
-    """Autocast changes the curve by no more than its eight bits."""
-    plain = one_process(tiny_spec(text), corpus, tmp_path / "plain")
-    half = one_process(tiny_spec(text, precision="bf16"), corpus, tmp_path / "half")
-
-    assert losses(half) == pytest.approx(losses(plain), rel=2e-2)
-    assert losses(half) != losses(plain)
-
-
 def test_the_same_spec_gives_the_same_bits(text, corpus, tmp_path):
     """Two runs of one spec agree exactly, and another seed does not."""
     first, second = (one_process(tiny_spec(text), corpus, tmp_path / name) for name in "ab")
@@ -121,22 +59,6 @@ def test_stopping_and_going_on_equals_no_interruption(text, corpus, tmp_path):
     assert losses(stopped) + losses(rest) == losses(whole)
     assert rest["metrics"]["eval/loss"] == whole["metrics"]["eval/loss"]
     assert rest["notices"] == ["going on from step 4"]
-
-
-@pytest.mark.parametrize(("first", "second"), [("ddp", "fsdp"), ("fsdp", "ddp")])
-def test_going_on_with_other_workers_and_sharding(text, corpus, tmp_path, first, second):
-    """Three steps on two ranks and the rest on three, sharded otherwise, follow the curve of one process."""
-    spec = tiny_spec(text)
-    whole = one_process(spec, corpus, tmp_path / "whole")
-    # The schedule is that of six steps: the run is cut off by its files, as a crash would.
-    part = ranks(2, spec, corpus, tmp_path, sharding=first)[0]
-    for folder in (tmp_path / "c").glob("step-00000006"):
-        (folder / "manifest.json").unlink()
-    rest = ranks(3, spec, corpus, tmp_path, sharding=second)[0]
-
-    assert losses(part)[:3] == pytest.approx(losses(whole)[:3], rel=2e-5)
-    assert [step for step, _ in rest["rows"]] == [4, 5, 6]
-    assert losses(rest) == pytest.approx(losses(whole)[3:], rel=5e-5)
 
 
 def test_a_truncated_checkpoint_is_passed_over(text, corpus, tmp_path):

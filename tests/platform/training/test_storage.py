@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.storage import save_under_limit
-from lossworks_testing.training import tiny_spec, write_text
+from lossworks_testing.training import tiny_spec
 
 
 @pytest.mark.parametrize("limited_ranks", [pytest.param((0,), marks=pytest.mark.slow), (1,)])

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lossworks.benchmarks.equivalence.trainings import write_text
 from lossworks.tasks import parse_train_spec, task_class
-from lossworks_testing.training import losses, run_training, tiny_spec, write_text
+from lossworks_testing.training import losses, run_training, tiny_spec
 
 FOLDER = Path(__file__).parents[2] / "golden"
 COMMAND = "PYTHONPATH=tests/support python -m lossworks_testing.golden"

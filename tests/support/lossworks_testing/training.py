@@ -1,6 +1,5 @@
 """Small training runs without Ray, for tests: a corpus, a spec, and one call."""
 
-import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,6 @@ from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 
 VOCABULARY = 300
-
-
-def write_text(path: Path, *, words: int = 6000, seed: int = 0) -> Path:
-    """Write a text with some structure to learn, the same for the same seed."""
-    rng = random.Random(seed)
-    vocabulary = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(80)]
-    follows = {word: rng.sample(vocabulary, 4) for word in vocabulary}
-    word, text = vocabulary[0], []
-    for _ in range(words):
-        word = rng.choice(follows[word])
-        text.append(word)
-    path.write_text(" ".join(text))
-    return path
 
 
 def tiny_spec(text: Path, **changes: Any) -> TrainSpec:

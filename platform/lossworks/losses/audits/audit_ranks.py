@@ -1,17 +1,15 @@
 """The part of the audit that needs two processes."""
 
-import multiprocessing
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from lossworks.losses.audits.subject import AuditFinding, Subject, judged, subject_of
+from lossworks.training.distributed.local_ranks import run_local_ranks
 
 _GRADIENT = "gradient.pt"
 _ROWS, _FIRST = 10, 4  # of which the first rank gets so many: whole bags, which are of two
@@ -23,32 +21,18 @@ def two_ranks(subject: Subject) -> AuditFinding:
         return AuditFinding("", None, subject.indivisible)
     alone = _gradient(subject, slice(None), distributed=False)
     with tempfile.TemporaryDirectory() as folder:
-        given = (folder, subject.name, subject.hyperparameters)
-        mp.start_processes(_rank, given, nprocs=2, start_method=_start_method())
+        run_local_ranks(2, _of_rank, folder, subject.name, subject.hyperparameters)
         together = torch.load(Path(folder) / _GRADIENT, weights_only=True)
     worst = float((together - alone).abs().max() / alone.abs().max().clamp(min=1e-12))
     return judged(worst, 1e-10, "relative difference of the gradients")
 
 
-def _start_method() -> str:
-    """Return how ranks start: forked, where that can be, from a process that has imported what they need."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return "spawn"
-    multiprocessing.set_forkserver_preload([__name__])
-    return "forkserver"
-
-
-def _rank(rank: int, folder: str, name: str, hyperparameters: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    # They meet in a file: a free port might be taken before they are there.
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    rows = slice(0, _FIRST) if rank == 0 else slice(_FIRST, None)
+def _of_rank(folder: str, name: str, hyperparameters: dict[str, Any]) -> None:
+    leads = dist.get_rank() == 0
+    rows = slice(0, _FIRST) if leads else slice(_FIRST, None)
     gradient = _gradient(subject_of(name, hyperparameters), rows, distributed=True)
-    if rank == 0:
+    if leads:
         torch.save(gradient, Path(folder) / _GRADIENT)
-    dist.barrier()
-    # gloo's threads may outlive the group, and abort a process that ends by itself.
-    os._exit(0)
 
 
 def _gradient(subject: Subject, rows: slice, *, distributed: bool) -> Tensor:

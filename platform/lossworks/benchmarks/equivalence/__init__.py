@@ -1,0 +1,1 @@
+"""Ways to train one spec, and whether they give one result."""
