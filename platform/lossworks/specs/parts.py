@@ -381,6 +381,11 @@ class CheckpointSpec(Spec):
 
     every: int = Field(100, ge=1, description="steps between checkpoints; the last step is always saved")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay, besides the best by held-out loss")
+    background: bool = Field(
+        False,
+        description="write checkpoints while training goes on, from a copy of weights and optimiser state "
+        "that each worker keeps in memory from the first one on; training waits for the copying alone",
+    )
     patience_s: float = Field(
         60.0, ge=0.0, description="seconds to try again while storage refuses, before the run ends"
     )

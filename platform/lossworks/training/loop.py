@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ class _Step:
     stop: bool
 
 
+@dataclass(frozen=True)
+class _Saving:
+    """A checkpoint that is being written: of which step, and since when (``time.perf_counter``)."""
+
+    future: "Future[Path]"
+    step: int
+    began: float
+
+
 class Trainer:
     """One process's part of a run: model, optimiser, data and where they stand."""
 
@@ -121,7 +131,9 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.evaluation: Evaluation | None = None  # the last
         self.held_out_loss = math.nan  # of this very step, or it would pass for a checkpoint's
-        self.checkpoint: Path | None = None
+        self.checkpoint: Path | None = None  # the last that is whole
+        self._beside = self.world.apart() if spec.checkpoint.background else None
+        self._saving: _Saving | None = None
 
     def run(self) -> Outcome:
         """Take all the steps that are left and say how it ended."""
@@ -134,6 +146,7 @@ class Trainer:
         self._begin()
         try:
             status, reason = self._train()
+            self._await_saved()
         finally:
             self.profiler.close()
         if status == "finished" and self.methods:
@@ -169,6 +182,7 @@ class Trainer:
                 with self.profiler.step(self.step + 1):
                     stop = self._advance()
             except (NonFiniteLossError, LossSpikesError) as error:
+                self._await_saved()
                 ranks = error.ranks if isinstance(error, NonFiniteLossError) else ()
                 events.diverged(error.step, ranks, str(error))
                 return "diverged", f"{error}; {self._last_good()}"
@@ -236,8 +250,10 @@ class Trainer:
         counts, (units, further) = gathered[:terms], gathered[terms:]
         sums = self._accumulate(batches, counts)
         stop = float(world.leads and self.job.stop_requested())
-        ranks = self._gather([*sums.tolist(), stop, peak_memory_bytes(world.device)])
-        of_ranks = ranks[:, :-2]
+        failed = float(self._saved_in_vain())
+        ranks = self._gather([*sums.tolist(), failed, stop, peak_memory_bytes(world.device)])
+        of_ranks = ranks[:, :-3]
+        self._await_failed(ranks[:, -3])
         if undo is None:
             self._refuse_non_finite(step, of_ranks)
         loss, parts = objective.value(of_ranks.sum(dim=0), counts)
@@ -357,6 +373,7 @@ class Trainer:
         made are passed over, so that a run that went on goes back as far as one that had no interruption.
         """
         due = self._last_due()
+        self._await_saved()
         with self.clock("checkpoint"):
             found = self.job.checkpoints.newest(until=due)[0] if self.world.leads and due else None
             checkpoint = self.world.agree(found)
@@ -424,22 +441,54 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        """Write a checkpoint, or begin to: the next one, a stop and the end wait for it."""
+        self._await_saved()
         if self.checkpoint is not None and self.checkpoint.name.endswith(f"{self.step:08d}"):
             return
-        began = time.perf_counter()
+        seen = self.telemetry.state()
+        given: dict[str, Any] = {
+            "step": self.step,
+            "position": self.position,
+            "held_out_loss": self.held_out_loss,
+            "further": self._further() | ({"telemetry": seen} if seen else {}),
+            "stays": self._last_due() if self.spec.telemetry.spike.action == "rollback" else None,
+        }
+        began, store = time.perf_counter(), self.job.checkpoints
         with self.clock("checkpoint"):
-            self.checkpoint = self.job.checkpoints.save(
-                self.model,
-                self.optimizers,
-                self.world,
-                step=self.step,
-                position=self.position,
-                held_out_loss=self.held_out_loss,
-                further=self._further() | ({"telemetry": seen} if (seen := self.telemetry.state()) else {}),
-                stays=self._last_due() if self.spec.telemetry.spike.action == "rollback" else None,
-            )
+            if self._beside is None:
+                self.checkpoint = store.save(self.model, self.optimizers, self.world, **given)
+                events.saved(self.step, self.checkpoint, time.perf_counter() - began)
+            else:
+                future = store.save_meanwhile(self.model, self.optimizers, self._beside, **given)
+                self._saving = _Saving(future, self.step, began)
         self._forget_start()
-        events.saved(self.step, self.checkpoint, time.perf_counter() - began)
+
+    def _saved_in_vain(self) -> bool:
+        """Return whether this rank knows that the checkpoint being written failed; note one that is done."""
+        if self._saving is None or not self._saving.future.done():
+            return False
+        if self._saving.future.exception() is not None:
+            return True
+        self._await_saved()
+        return False
+
+    def _await_failed(self, flags: Tensor) -> None:
+        """Wait for the checkpoint that some rank's flag, shape (ranks,), says has failed: it does on all."""
+        if bool(flags.any()):
+            self._await_saved()
+
+    def _await_saved(self) -> None:
+        """Wait for the checkpoint that is being written while training goes on, if there is one.
+
+        Raises:
+            StorageError: It could not be written; on every rank.
+        """
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        with self.clock("checkpoint"):
+            self.checkpoint = saving.future.result()
+        events.saved(saving.step, self.checkpoint, time.perf_counter() - saving.began)
 
     def _last_due(self) -> int:
         """Return the last step, up to the present one, at which a checkpoint is due; 0 for none."""

@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ class CheckpointStore:
         self.keep = keep
         self.patience_s = patience_s
         self._notify = notify
+        self._stager: Any = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # which starts with the first that it is given
 
     def save(
         self,
@@ -115,36 +118,65 @@ class CheckpointStore:
             StorageError: On every rank: storage still refuses; the checkpoints before stay as they were.
         """
         facts = _Facts(step, position, held_out_loss)
-        began, pause = time.monotonic(), _PAUSE_S
-        while (problem := self._try(model, optimizer, world, facts, further or {}, stays)) is not None:
-            left = world.agree(self.patience_s - (time.monotonic() - began))
-            if left <= 0:
-                raise StorageError(
-                    f"step {step}: the checkpoint in {self.folder} can't be written: {problem}; "
-                    f"{_free(self.folder)}; the checkpoints before are as they were"
-                )
-            if world.leads and pause == _PAUSE_S:
-                self._notify(f"step {step}: storage refuses the checkpoint ({problem}); trying again")
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
-        return self.folder / facts.name
+        return self._write(_state(model, optimizer, further), world, facts, stays)
 
-    def _try(
+    def save_meanwhile(
         self,
         model: nn.Module,
         optimizer: Any,
         world: World,
-        facts: "_Facts",
-        further: Mapping[str, Any],
-        stays: int | None,
-    ) -> str | None:
+        *,
+        step: int,
+        position: int,
+        held_out_loss: float,
+        further: Mapping[str, Any] | None = None,
+        stays: int | None = None,
+    ) -> "Future[Path]":
+        """Copy the state and let a thread write it; every rank calls this, after the last one has ended.
+
+        Args:
+            model: As for :meth:`save`, like all that follow but for ``world``.
+            optimizer: As there.
+            world: The ranks in a group of their own, :meth:`World.apart`.
+            step: As there.
+            position: As there.
+            held_out_loss: As there.
+            further: As there.
+            stays: As there.
+
+        Returns:
+            What :meth:`save` returns or raises, once it has; it ends alike on all ranks.
+        """
+        if self._stager is None:
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+            # Its copy stays, so that only the first one is made in new memory.
+            self._stager = DefaultStager(StagingOptions(*(False,) * 4))
+        copied = self._stager.stage(_state(model, optimizer, further))
+        facts = _Facts(step, position, held_out_loss)
+        return self._thread.submit(self._write, copied, world, facts, stays)
+
+    def _write(self, state: Mapping[str, Any], world: World, facts: "_Facts", stays: int | None) -> Path:
+        began, pause = time.monotonic(), _PAUSE_S
+        while (problem := self._try(state, world, facts, stays)) is not None:
+            left = world.agree(self.patience_s - (time.monotonic() - began))
+            if left <= 0:
+                raise StorageError(
+                    f"step {facts.step}: the checkpoint in {self.folder} can't be written: {problem}; "
+                    f"{_free(self.folder)}; the checkpoints before are as they were"
+                )
+            if world.leads and pause == _PAUSE_S:
+                self._notify(f"step {facts.step}: storage refuses the checkpoint ({problem}); trying again")
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        return self.folder / facts.name
+
+    def _try(self, state: Mapping[str, Any], world: World, facts: "_Facts", stays: int | None) -> str | None:
         """Write a checkpoint; return what some rank met with, the same text on every rank, or None."""
         partial = self.folder / f".{facts.name}.partial"
         problem = world.first(_problem(lambda: _make_empty(partial)) if world.leads else None)
         if problem is None:
-            model_state, optimizer_state = get_state_dict(model, optimizer)
-            state = {"model": model_state, "optimizer": optimizer_state, **further}
-            problem = world.first(_problem(lambda: _write_shards(state, partial)))
+            problem = world.first(_problem(lambda: _write_shards(state, partial, world)))
         if problem is None:
             problem = world.first(
                 _problem(lambda: self._complete(partial, facts, stays)) if world.leads else None
@@ -174,8 +206,7 @@ class CheckpointStore:
             optimizer: Its optimiser, or all of them.
             further: Tensors that are filled in place; as they were given to ``save``.
         """
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, **(further or {})}
+        state = _state(model, optimizer, further)
         load_shards(state, checkpoint.folder)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -306,9 +337,15 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_shards(state: dict[str, Any], folder: Path) -> None:
+def _state(model: nn.Module, optimizer: Any, further: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the tensors of a checkpoint, which are those that are trained."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state, **(further or {})}
+
+
+def _write_shards(state: Mapping[str, Any], folder: Path, world: World) -> None:
     with _without_group_warning():
-        dcp.save(state, checkpoint_id=folder)
+        dcp.save(dict(state), checkpoint_id=folder, process_group=world.group)
 
 
 def _free(folder: Path) -> str:

@@ -17,11 +17,13 @@ class World:
         rank: From 0 to size − 1.
         size: Number of processes.
         device: Where this process computes.
+        group: The processes' group that talks; None for the default one.
     """
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def current(cls) -> "World":
@@ -35,6 +37,15 @@ class World:
         device = _own_gpu() if "nccl" in dist.get_backend() else torch.device("cpu")
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
+    def apart(self) -> "World":
+        """Return the same processes in a group of their own over gloo, for a thread beside the training's.
+
+        All of them must call it. What two threads say in one group could cross.
+        """
+        if self.size == 1:
+            return self
+        return World(self.rank, self.size, torch.device("cpu"), dist.new_group(backend="gloo"))
+
     @property
     def leads(self) -> bool:
         """Whether this is the process that writes what is written once."""
@@ -46,7 +57,7 @@ class World:
         if self.size == 1:
             return own[None].cpu()
         rows = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(rows, own)
+        dist.all_gather(rows, own, group=self.group)
         return torch.stack(rows).cpu()
 
     def agree(self, value: Any) -> Any:
@@ -54,7 +65,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=self.device, group=self.group)
         return box[0]
 
     def first(self, value: str | None) -> str | None:
@@ -62,7 +73,7 @@ class World:
         if self.size == 1:
             return value
         texts: list[str | None] = [None] * self.size
-        dist.all_gather_object(texts, value)
+        dist.all_gather_object(texts, value, group=self.group)
         return next((text for text in texts if text is not None), None)
 
 

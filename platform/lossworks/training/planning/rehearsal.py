@@ -33,8 +33,8 @@ from lossworks.training.start import empty_companion
 
 WEIGHTS, GRADIENTS, MOMENTS = "weights", "gradients", "optimiser state"
 ACTIVATIONS, HEAD, COMPANIONS = "activations", "head", "companions"
-DATA, BATCHES, OTHER = "data", "batches", "other"
-PARTS = (WEIGHTS, GRADIENTS, MOMENTS, ACTIVATIONS, HEAD, EXCHANGE, COMPANIONS, DATA, BATCHES, OTHER)
+DATA, BATCHES, COPY, OTHER = "data", "batches", "copy that a checkpoint is written from", "other"
+PARTS = (WEIGHTS, GRADIENTS, MOMENTS, ACTIVATIONS, HEAD, EXCHANGE, COMPANIONS, DATA, BATCHES, COPY, OTHER)
 """What memory is put down to, in the order in which it is shown."""
 
 
@@ -121,10 +121,14 @@ class _Stage:
             self._evaluate(model)
             with self._moment("look at the head after the last step"), self.memory.labelled(HEAD):
                 own_head_peak(self.task, model, self.world)
+        moving = sum(role.ema is not None for role in self.spec.roles.values())
+        # It stays from the first checkpoint on.
+        copied = self.spec.checkpoint.background and self.spec.steps > self.spec.checkpoint.every
         for parts in self.peaks.values():
             parts[DATA] = self.task.data_bytes
+            if copied:
+                parts[COPY] = (1 + moving) * parts[WEIGHTS] + parts.get(MOMENTS, 0)
         moment = max(self.peaks, key=lambda name: sum(self.peaks[name].values()))
-        moving = sum(role.ema is not None for role in self.spec.roles.values())
         return Rehearsal(
             parameters=parameters,
             peak={part: self.peaks[moment][part] for part in PARTS if self.peaks[moment].get(part)},
