@@ -146,6 +146,22 @@ class HeadedModel(nn.Module, ABC):
 class LanguageModel(HeadedModel):
     """A causal language model; its inputs are tokens (B, L) int64, its features (B, L, D), after the norm."""
 
+    def isolate(self, separator: int) -> None:
+        """Have no token see a document before its own from now on.
+
+        A document begins with the token that ended the one before.
+
+        Args:
+            separator: The token that ends documents.
+
+        Raises:
+            UserError: The model can't do it.
+        """
+        del separator
+        raise UserError(
+            "data.isolate=true: needs model.source=transformer; models of transformers (hf:PATH) can't do it"
+        )
+
     @abstractmethod
     def depth_and_width(self) -> tuple[int, int] | None:
         """Return the number of attention layers and their features D, or None if they aren't known."""

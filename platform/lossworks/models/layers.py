@@ -47,6 +47,25 @@ def rotation(
     return angles.cos(), angles.sin()
 
 
+def isolation(tokens: Tensor, separator: int) -> Tensor:
+    """Return which tokens see which where documents don't see each other.
+
+    A document begins with the separator that ended the one before, so that its first token is predicted from
+    the separator alone. Rotary positions need not begin anew: attention depends on their differences only.
+
+    Args:
+        tokens: (B, L) int64.
+        separator: The token that ends documents.
+
+    Returns:
+        bool (B, 1, L, L), to be broadcast over the heads: whether the token of the third axis sees the token
+        of the fourth, which is in the same document and not after it.
+    """
+    documents = (tokens == separator).cumsum(1)
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()
+
+
 def rotate(features: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Return ``features`` (B, L, H, d) turned by the angles of ``rotation``, in their own dtype.
 
@@ -91,8 +110,15 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(self.head_features, eps=RMS_EPSILON) if spec.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_features, eps=RMS_EPSILON) if spec.qk_norm else None
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Return what the tokens (B, L, D) read from those before them and themselves."""
+    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Return what the tokens (B, L, D) read from those before them and themselves.
+
+        Args:
+            x: (B, L, D).
+            cosines: As :func:`rotation` gives them.
+            sines: The same.
+            seen: As :func:`isolation` gives it; None where every token sees all before it.
+        """
         parts = self.qkv(x).split(self.sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_features)) for part in parts)
         query = rotate(_norm(self.query_norm, query), cosines, sines)
@@ -101,7 +127,8 @@ class Attention(nn.Module):
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            is_causal=True,
+            attn_mask=seen,
+            is_causal=seen is None,
             enable_gqa=key.shape[2] != query.shape[2],
         )
         found: Tensor = self.output(read.transpose(1, 2).flatten(2))
@@ -177,17 +204,17 @@ class Block(nn.Module):
         self.feed_forward = make_feed_forward(spec)
         self.checkpointed = False
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """Return the residual stream (B, L, D) after this block."""
+    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Return the residual stream (B, L, D) after this block; arguments as for :class:`Attention`."""
         if self.checkpointed and torch.is_grad_enabled():
             # The block draws no random numbers, so there is no generator state to keep.
             how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            found: Tensor = checkpoint(self._apply_layers, x, cosines, sines, **how)
+            found: Tensor = checkpoint(self._apply_layers, x, cosines, sines, seen, **how)
             return found
-        return self._apply_layers(x, cosines, sines)
+        return self._apply_layers(x, cosines, sines, seen)
 
-    def _apply_layers(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cosines, sines)
+    def _apply_layers(self, x: Tensor, cosines: Tensor, sines: Tensor, seen: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cosines, sines, seen)
         found: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return found
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lossworks.models.interface import Head, LanguageModel
-from lossworks.models.layers import Block, make_norm, rotation
+from lossworks.models.layers import Block, isolation, make_norm, rotation
 from lossworks.specs import ModelSpec
 
 INIT_STD = 0.02
@@ -24,11 +24,15 @@ class Transformer(LanguageModel):
         spec: Shape; ``spec.source`` is ``transformer``.
         vocab_size: V.
         generator: Source of the initial parameters; the global one if None.
+
+    Attributes:
+        separator: The token that ends documents, where they don't see each other; None where they do.
     """
 
     def __init__(self, spec: ModelSpec, *, vocab_size: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.separator: int | None = None
         self.embedding = nn.Embedding(vocab_size, spec.width)
         self.layers = nn.ModuleList(Block(spec) for _ in range(spec.layers))
         self.final_norm = make_norm(spec)
@@ -64,8 +68,9 @@ class Transformer(LanguageModel):
             device=tokens.device,
             dtype=torch.promote_types(torch.float32, x.dtype),
         )
+        seen = None if self.separator is None else isolation(tokens, self.separator)
         for layer in self.layers:
-            x = layer(x, cosines, sines)
+            x = layer(x, cosines, sines, seen)
         found: Tensor = self.final_norm(x)
         return found
 
@@ -81,6 +86,10 @@ class Transformer(LanguageModel):
         """Keep only the blocks' inputs from now on, and compute the rest again in the backward pass."""
         for block in self._blocks():
             block.checkpointed = True
+
+    def isolate(self, separator: int) -> None:
+        """See :meth:`LanguageModel.isolate`."""
+        self.separator = separator
 
     def depth_and_width(self) -> tuple[int, int]:
         """Return ``spec.layers`` and ``spec.width``."""

@@ -32,6 +32,11 @@ class DataSpec(Spec):
     )
     max_bytes: int | None = Field(None, ge=1, description="read at most so many bytes of text; all if unset")
     sequence_length: int = Field(256, ge=2, le=2**20, description="tokens a sequence")
+    isolate: bool = Field(
+        False,
+        description="no token of a sequence sees a document before its own; each begins with the token that "
+        "ended the one before",
+    )
     held_out_fraction: float = Field(
         0.02, gt=0.0, le=0.5, description="share of the sequences kept for evaluation, from the corpus's end"
     )

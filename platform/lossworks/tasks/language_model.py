@@ -48,6 +48,11 @@ class TrainSpec(RunSpec):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         LanguageTask.require_entries(self)
+        if self.data.isolate and self.model.source != "transformer":
+            raise ValueError(
+                f"data.isolate=true can't be combined with model.source={self.model.source}: it needs "
+                "model.source=transformer"
+            )
         if self.sharding.vocab_parallel:
             self._require_splittable_head()
         return self
@@ -115,6 +120,11 @@ class LanguageTask(Task):
         super().__init__(spec)
         self.run, self.corpus = spec, corpus
         self.train, self.held_out = corpus.split(spec.data)
+        if spec.data.isolate and corpus.end_of_text is None:
+            raise UserError(
+                f"data.isolate=true: {spec.text().tokenizer} has no token that ends documents, such as "
+                "<|endoftext|>"
+            )
         self._token_bytes = torch.from_numpy(np.array(corpus.token_bytes))
         # Plain cross-entropy is measured beside any other loss, and isn't computed twice.
         plain = LossSpec(impl=spec.loss.impl)
@@ -161,7 +171,8 @@ class LanguageTask(Task):
         """See :meth:`Task.reopen`; the text is tokenised with the model's own tokenizer."""
         del fill
         model, _ = load_model(folder)
-        return cls.open(spec, None, learnt), model
+        task = cls.open(spec, None, learnt)
+        return task, task._isolating(model)
 
     @classmethod
     def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
@@ -177,14 +188,20 @@ class LanguageTask(Task):
     def build_model(self, model: Mapping[str, Any] | None = None) -> LanguageModel:
         """See :meth:`Task.build_model`."""
         spec = self.run.model if model is None else ModelSpec.parse(model, source="model")
-        return build_model(spec, vocab_size=self.corpus.vocab_size, seed=self.run.seed)
+        return self._isolating(build_model(spec, vocab_size=self.corpus.vocab_size, seed=self.run.seed))
+
+    def _isolating(self, model: LanguageModel) -> LanguageModel:
+        """Have a model keep documents apart if the run does."""
+        if self.run.data.isolate and self.corpus.end_of_text is not None:
+            model.isolate(self.corpus.end_of_text)
+        return model
 
     def empty_model(self, model: Mapping[str, Any] | None = None) -> LanguageModel:
         """See :meth:`Task.empty_model`; of a checkpoint of transformers, the configuration is read."""
         spec = self.run.model if model is None else ModelSpec.parse(model, source="model")
         if spec.source == "transformer":
             return self.build_model(model)
-        return from_config(local_folder(spec), device="cpu")
+        return self._isolating(from_config(local_folder(spec), device="cpu"))
 
     @property
     def units_per_row(self) -> int:  # type: ignore[override]  # of the run, not of the kind

@@ -22,7 +22,7 @@ class BlankCorpus(TokenizedCorpus):
         self.vocab_size = vocab_size
         self.tokens = self.text_bytes = _TOKENS
         self.documents = 0
-        self.end_of_text = None
+        self.end_of_text = 0
         self.fingerprint = ""
 
     @functools.cached_property
