@@ -154,7 +154,9 @@ PRIVATE = {
     "lossworks_federated.strategies.interface": {"_check_and_log_replies"},
 }
 DOCUMENTED = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library
-ADAPTERS = re.compile(r"lossworks\.adapters\.\w+|lossworks_federated\.flower_private")
+ADAPTERS = re.compile(
+    r"lossworks\.adapters\.\w+|lossworks_federated\.flower_private|lossworks_jobs\.ray_train_private"
+)
 
 
 def own_names(tree: ast.AST) -> set[str]:

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
+from pathlib import Path
 from threading import Thread
 
-from lossworks.adapters.ray_private import TALKATIVE_LOGGERS, ray_command, version_at
+from lossworks.adapters.ray_private import TALKATIVE_LOGGERS, WITHOUT_IDLE_WORKERS, ray_command, version_at
+from lossworks_jobs.ray_train_private import TrainerOnOwnNode, start_coordinator
 
 AUTHENTICATION = """
 import os
@@ -65,6 +67,38 @@ def test_a_job_client_knows_its_servers_version():
         server.shutdown()
 
     assert version_at(client) == "2.40.0", "JobSubmissionClient keeps the server's version elsewhere"
+
+
+def test_ray_knows_of_idle_workers():
+    """A node of its own with a setting that it doesn't know would not start."""
+    import ray
+
+    raylet = Path(ray.__file__).parent / "core/src/ray/raylet/raylet"
+
+    assert set(WITHOUT_IDLE_WORKERS) == {"_system_config"}
+    assert all(name.encode() in raylet.read_bytes() for name in WITHOUT_IDLE_WORKERS["_system_config"])
+
+
+def test_a_trainer_on_an_own_node_leaves_out_the_cleaner_alone():
+    """What Train does besides, such as the process group of the workers, stays."""
+    from ray.train.torch import TorchTrainer
+
+    plain, own = (
+        [type(callback).__name__ for callback in kind(print)._create_default_callbacks()]
+        for kind in (TorchTrainer, TrainerOnOwnNode)
+    )
+
+    assert [name for name in plain if name not in own] == ["PlacementGroupCleanerCallback"]
+    assert own == [name for name in plain if name in own]
+
+
+def test_the_coordinator_is_the_one_that_the_controller_asks(cluster):
+    """By the name under which Train's controller looks for it."""
+    import ray
+
+    start_coordinator()
+
+    assert ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
 
 
 def test_the_loggers_that_are_silenced_exist():

@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 
+from lossworks.adapters.ray_private import WITHOUT_IDLE_WORKERS
 from lossworks.errors import UserError
 from lossworks.home import ray_variables
 from lossworks.ports import require_answer
@@ -41,6 +43,10 @@ def cluster(spec: RunSpec, address: str | None) -> Iterator[None]:
         yield
         return
     _start(address)
+    if OwnNode().there:
+        from lossworks_jobs.ray_train_private import start_coordinator
+
+        start_coordinator()
     try:
         require_room(spec, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
@@ -51,12 +57,14 @@ def cluster(spec: RunSpec, address: str | None) -> Iterator[None]:
 def _start(address: str | None) -> None:
     import ray
 
+    own: dict[str, Any] = {}
     require_answer(address)
     if address is not None:
         use_token(address)
     elif "RAY_ADDRESS" not in os.environ:
         # What runs here may be another run's own, which lets nobody in and ends with it.
         address = "local"
+        own = WITHOUT_IDLE_WORKERS
     try:
         with hangups_ignored():
             ray.init(
@@ -66,6 +74,7 @@ def _start(address: str | None) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": ray_variables()},
+                **own,
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -82,6 +91,11 @@ class OwnNode:
         children = psutil.Process().children()
         self._raylet = next((child for child in children if child.name() == "raylet"), None)
         self._lost_at: float | None = None
+
+    @property
+    def there(self) -> bool:
+        """Whether this process has started one."""
+        return self._raylet is not None
 
     @property
     def lost(self) -> bool:

@@ -34,14 +34,15 @@ class RunResult:
         outcome: How it ended.
         notices: Sentences that a person should see.
         simplest: What the model must be better than; None if the task knows none.
-        first_step_s: Seconds from the call of ``train`` to the end of the first step; None if there was none.
+        start_up: Seconds by part from the call of ``train`` to the end of the first step; empty if there was
+            none.
     """
 
     folder: RunFolder
     outcome: Outcome
     notices: tuple[str, ...]
     simplest: "Simplest | None"
-    first_step_s: float | None
+    start_up: dict[str, float]
 
 
 class Driver:
@@ -56,9 +57,9 @@ class Driver:
     ) -> None:
         self.spec = spec
         self.prepared = prepared
-        self.started = started
         self.progress = progress
-        self.first_step_s: float | None = None
+        self.start_up: dict[str, float] = {}
+        self._lap_at = started
         self.notices: list[str] = []
 
     def run(self, resume: RunFolder | None) -> RunResult:
@@ -71,6 +72,7 @@ class Driver:
         """
         from lossworks.reporting.finish import TRACKED_STATUS
 
+        self._lap("data and Ray")
         folder = self._open(resume)
         with folder.hold(), watched(folder), writing_logs(folder.logs, run=folder.run_id, who="driver"):
             EVENTS.info("started", extra=fields(name=self.spec.name, resumed=resume is not None))
@@ -92,7 +94,7 @@ class Driver:
             raise RunError(f"run {folder.run_id}: {outcome.reason}")
         if outcome.status == "failed":
             raise UserError(f"run {folder.run_id}: {outcome.reason}")
-        return RunResult(folder, outcome, tuple(self.notices), self.prepared.simplest, self.first_step_s)
+        return RunResult(folder, outcome, tuple(self.notices), self.prepared.simplest, self.start_up)
 
     def _open(self, resume: RunFolder | None) -> RunFolder:
         """Return the folder of a new run, or of the one to go on with, entered in MLflow."""
@@ -126,6 +128,7 @@ class Driver:
             on_message=self._say,
         )
         with follower:
+            self._lap("MLflow")
             try:
                 run_until_done(
                     lambda: fit(spec, folder, self.prepared.folder),
@@ -147,9 +150,17 @@ class Driver:
                 f"{follower.undelivered} rows wait for the tracking server: {program()} sync {folder.run_id}"
             )
 
+    def _lap(self, part: str, until: float | None = None) -> None:
+        """Put the seconds since the last lap down to a part of the start."""
+        until = time.time() if until is None else until
+        self.start_up[part] = until - self._lap_at
+        self._lap_at = until
+
     def _show(self, row: "JournalRow") -> None:
-        if self.first_step_s is None and "train/loss" in row["metrics"]:
-            self.first_step_s = row["time_ms"] / 1000 - self.started
+        if "first step" not in self.start_up and "train/loss" in row["metrics"]:
+            ended, seconds = row["time_ms"] / 1000, row["metrics"]["train/step_seconds"]
+            self._lap("workers", ended - seconds)
+            self._lap("first step", ended)
         if self.progress:
             self.progress.update(row)
 

@@ -9,7 +9,7 @@ from lossworks.errors import RunError
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.training.outcome import Outcome
-from lossworks_jobs.clusters.ray_cluster import threads
+from lossworks_jobs.clusters.ray_cluster import OwnNode, threads
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -29,6 +29,7 @@ def fit(spec: RunSpec, folder: RunFolder, prepared: Path | None) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    from lossworks_jobs.ray_train_private import TrainerOnOwnNode
     from lossworks_jobs.training.worker import run_ray_worker
 
     config = {
@@ -38,7 +39,7 @@ def fit(spec: RunSpec, folder: RunFolder, prepared: Path | None) -> None:
         "threads": threads(spec),
     }
     least = spec.elastic.min_workers
-    trainer = TorchTrainer(
+    trainer = (TrainerOnOwnNode if OwnNode().there else TorchTrainer)(
         run_ray_worker,
         train_loop_config=config,
         scaling_config=ScalingConfig(

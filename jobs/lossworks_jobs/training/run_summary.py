@@ -28,8 +28,10 @@ def print_run(spec: RunSpec, result: RunResult, *, seconds_before: float = 0.0) 
         + _memory(outcome.head_memory)
         + _time(outcome.seconds)
     )
-    if result.first_step_s is not None:
-        facts.append(("first step done after", f"{seconds_before + result.first_step_s:.1f} s"))
+    if "first step" in result.start_up:
+        parts = {"imports": seconds_before, **result.start_up}
+        told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+        facts.append(("first step done after", f"{sum(parts.values()):.1f} s: {told}"))
     facts += [("checkpoint", outcome.best or outcome.checkpoint or "none"), ("picture", str(folder.report))]
     run = folder.run_id
     commands = [

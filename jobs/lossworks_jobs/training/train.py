@@ -69,16 +69,16 @@ def train(
     if resume is not None:
         _require_resumable(spec, resume)
     _import_what_threads_share()
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         prepared = pool.submit(_prepare, spec, resume, changed_data, progress)
-        # It takes seconds, which nobody should wait for: it is known before the workers start.
-        roomy = pool.submit(_require_memory, spec) if local and not over_memory else None
         # What is read at once is read before Ray starts, so that a mistake in it is all there is to see. Text
         # is another matter: bad or cached text shows within moments; otherwise Ray starts meanwhile.
         wait([prepared], timeout=2.0 if task_of(spec).prepares_long else None)
         if prepared.done():
             prepared.result()
+        # Both take seconds of one CPU, in which Ray's processes start on the others.
         opened = pool.submit(_open_store, spec)
+        roomy = pool.submit(_require_memory, spec) if local and not over_memory else None
         if progress:
             progress.message(f"starting {spec.workers} worker{'s' * (spec.workers > 1)} on Ray")
         with cluster(spec, address):

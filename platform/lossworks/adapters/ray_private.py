@@ -1,4 +1,4 @@
-"""Ray besides its documented interface: authentication read again, its command, its version, its loggers.
+"""Ray besides its documented interface: authentication read again, command, version, loggers, idle workers.
 
 The library never imports Ray; these functions act on what somebody else has imported.
 """
@@ -8,6 +8,8 @@ from typing import Any
 
 # They tell of each upload.
 TALKATIVE_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+# Ray starts as many idle workers as there are CPUs; Train's have an environment of their own, and use none.
+WITHOUT_IDLE_WORKERS = {"_system_config": {"prestart_worker_first_driver": False}}
 _COMMAND_MODULE = "ray.scripts.scripts"
 
 

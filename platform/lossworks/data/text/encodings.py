@@ -2,6 +2,7 @@
 
 import codecs
 import itertools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _BLOCK = 2**20
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as `surrogateescape` gives them
 _ZEROS = "holds zero bytes, which no text has; leave it out, or save it as UTF-8"
 
 
@@ -53,12 +55,12 @@ def _narrow(path: Path, blocks: Iterable[bytes]) -> str:
             raise UserError(f"{path}: {_ZEROS}")
         text = decoder.decode(block, final=not block)
         if not block.isascii() or not text.isascii():
-            escaped = [at for at, character in enumerate(text) if "\udc80" <= character <= "\udcff"]
+            escaped = [found.start() for found in _ESCAPED.finditer(text)]
             if escaped and not wrong:
                 line, byte = lines + text.count("\n", 0, escaped[0]) + 1, ord(text[escaped[0]]) - 0xDC00
                 first = f"line {line} holds the byte 0x{byte:02x}"
             wrong += len(escaped)
-            right += sum(character > "\x7f" for character in text) - len(escaped)
+            right += len(text) - len(text.encode("ascii", "ignore")) - len(escaped)
         lines += text.count("\n")
     if wrong and right >= wrong:
         raise UserError(f"{path}: {first}, which is no UTF-8, and the rest of the file is; mend it")
