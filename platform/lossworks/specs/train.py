@@ -1,6 +1,6 @@
 """What the specs of all training runs have in common."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,8 +32,10 @@ class RunSpec(Spec):
     seed: Seed = Field(0, description="seed of the parameters, the data order and all noise")
     steps: int = Field(200, ge=1, description="optimiser steps")
     batch_size: int = Field(32, ge=1, description="sequences or examples a step, over all workers")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="how many of them a worker takes at once; gradients accumulate over a step"
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="how many of them a worker takes at once; gradients accumulate over a step; auto tries "
+        "sizes before the first step and keeps the fastest that there is memory for",
     )
     workers: int = Field(2, ge=1, le=65536, description="processes that train together")
     resources_per_worker: dict[str, float] = Field(
@@ -85,6 +87,18 @@ class RunSpec(Spec):
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"names {twice} twice; once is enough")
         return value
+
+    @field_validator("micro_batch_size", mode="before")
+    @classmethod
+    def _a_size(cls, value: Any) -> Any:
+        if value in (None, "auto") or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            return value
+        raise ValueError("must be an integer of at least 1, auto, or null")
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """Rows that a worker takes at once; None where a run has to find that out, or takes all of a step."""
+        return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @property
     def least_workers(self) -> int:

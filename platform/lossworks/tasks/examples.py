@@ -46,7 +46,7 @@ def require_whole_bags(spec: RunSpec, bag_size: int) -> None:
     """
     for name in ("batch_size", "micro_batch_size"):
         size = getattr(spec, name)
-        if size is not None and size % bag_size:
+        if isinstance(size, int) and size % bag_size:
             raise ValueError(f"{name}={size} must be a multiple of data.bag_size={bag_size}: bags stay whole")
 
 

@@ -257,7 +257,7 @@ class LanguageTask(Task):
         """Return the tokens of a rank's micro-batch."""
         run = self.run
         share = math.ceil(run.batch_size / ranks)
-        return min(run.micro_batch_size or run.batch_size, share) * run.data.sequence_length
+        return min(run.rows_at_once or run.batch_size, share) * run.data.sequence_length
 
     @classmethod
     def predict(cls, folder: Path, file: Path) -> Predictions:

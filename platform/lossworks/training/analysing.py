@@ -73,7 +73,7 @@ def of_model(analysis: Analysis, folder: RunFolder) -> Finding:
         World.current(),
         analysis,
         limit=spec.evaluation.sequences,
-        micro_batch_size=spec.micro_batch_size,
+        micro_batch_size=spec.rows_at_once,
         bf16=False,
     )
 

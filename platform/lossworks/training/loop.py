@@ -34,6 +34,7 @@ from lossworks.training.measure import events
 from lossworks.training.measure.finite import blame_gradient, refuse_non_finite
 from lossworks.training.measure.hardware import Peak, peak_memory_bytes
 from lossworks.training.measure.head_memory import measure_head_memory
+from lossworks.training.measure.micro_batch_size import TriedSize, try_sizes, with_settled_size
 from lossworks.training.measure.phases import PHASES, PhaseClock, shares
 from lossworks.training.measure.profiling import StepProfiler
 from lossworks.training.measure.speed import Speed
@@ -54,7 +55,10 @@ def train(job: Job) -> Outcome:
     Raises:
         StorageError: A checkpoint can't be written.
     """
-    return Trainer(job).run()
+    if job.spec.micro_batch_size != "auto":
+        return Trainer(job).run()
+    job, found = with_settled_size(job, lambda trial: Trainer(trial).try_sizes())
+    return Trainer(job, found).run()
 
 
 def _copies(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,9 +98,14 @@ class _Saving:
 
 
 class Trainer:
-    """One process's part of a run: model, optimiser, data and where they stand."""
+    """One process's part of a run: model, optimiser, data and where they stand.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        job: What it takes part in; a number of rows, or all, are taken at once.
+        found: What was measured before, by tracked name; it is recorded with each evaluation.
+    """
+
+    def __init__(self, job: Job, found: Mapping[str, float] | None = None) -> None:
         spec = job.spec
         self.job, self.spec, self.world = job, spec, World.current()
         self.task = task_of(spec).open(spec, job.prepared, job.learnt)
@@ -125,6 +134,7 @@ class Trainer:
             spec.telemetry, losses, self.world, bf16=self.bf16, completed=self._completed
         )
         self.analyses = [create(analysis.name, **analysis.hyperparameters) for analysis in spec.analyses]
+        self._found = dict(found or {})
         self._companions: dict[str, Outputs] = {}
         self._start: dict[str, Any] | None = None  # what a rollback without a checkpoint goes back to
         self.step, self.position = 0, 0
@@ -160,7 +170,7 @@ class Trainer:
 
     def _finish_methods(self) -> None:
         """Let methods do what follows training, and keep what they made and found."""
-        size = self.spec.micro_batch_size or AT_ONCE
+        size = self.spec.rows_at_once or AT_ONCE
 
         def over(measure: Measure, data: ExampleRows, rows: np.ndarray) -> Tensor:
             return collected(self.model, measure, data, rows, self.world, size=size, bf16=self.bf16)
@@ -209,7 +219,7 @@ class Trainer:
         if save or self.step % self.spec.evaluation.every == 0:
             evaluation = self._evaluate()
             self.held_out_loss, self.evaluation = evaluation.loss, evaluation
-            row |= evaluation.metrics() | self._lap() | self._of_companions()
+            row |= evaluation.metrics() | self._lap() | self._of_companions() | self._found
             events.evaluated(self.step, evaluation.metrics())
         self.metrics |= row
         self.job.watch(self.step, {"train/peak_memory_bytes": float(peak_memory_bytes(self.world.device))})
@@ -231,23 +241,10 @@ class Trainer:
         # Noise is a function of seed, step and rank, so that resuming has nothing to restore.
         torch.manual_seed(int(np.random.SeedSequence([spec.seed, step, world.rank]).generate_state(1)[0]))
         rows = self.order.rows(self.position, world.rank, world.size)
-        with self.clock("data"):
-            batches = list(
-                micro_batches(
-                    self.task.train,
-                    rows,
-                    size=spec.micro_batch_size,
-                    largest_share=self.order.largest_share(world.size),
-                )
-            )
-            for method in self.methods:
-                batches = [method.batch(batch, step) for batch in batches]
-            objective = self.task.objective
-            objective.begin(step)
-            terms = len(objective.titles)
-            own = [(*objective.counts(batch), *self.task.counts(batch)) for batch in batches]
-        gathered = self._gather([sum(column) for column in zip(*own, strict=True)]).sum(dim=0).tolist()
-        counts, (units, further) = gathered[:terms], gathered[terms:]
+        objective, terms = self.task.objective, len(self.task.objective.titles)
+        batches, (*counts, units, further) = self._counted(
+            rows, step, size=spec.rows_at_once, share=self.order.largest_share(world.size)
+        )
         sums = self._accumulate(batches, counts)
         stop = float(world.leads and self.job.stop_requested())
         failed = float(self._saved_in_vain())
@@ -292,6 +289,55 @@ class Trainer:
             **seen.metrics,
         }
         return _Step(metrics, units, stop=bool(ranks[0, -2]))
+
+    def _counted(
+        self, rows: np.ndarray, step: int, *, size: int | None, share: int
+    ) -> tuple[list[Batch], list[float]]:
+        """Return this rank's micro-batches of a step, and what objective and task count over all ranks.
+
+        Args:
+            rows: Of this rank.
+            step: From 1.
+            size: Rows a micro-batch; None for all at once.
+            share: The most rows that a rank has.
+
+        Returns:
+            The batches, and T counts of the objective's terms with two of the task behind them.
+        """
+        with self.clock("data"):
+            batches = list(micro_batches(self.task.train, rows, size=size, largest_share=share))
+            for method in self.methods:
+                batches = [method.batch(batch, step) for batch in batches]
+            self.task.objective.begin(step)
+            own = [(*self.task.objective.counts(batch), *self.task.counts(batch)) for batch in batches]
+        counts: list[float] = self._gather([sum(c) for c in zip(*own, strict=True)]).sum(dim=0).tolist()
+        return batches, counts
+
+    def try_sizes(self) -> list[TriedSize]:
+        """Return what taking so many rows at once costs, size by size; this is not to be trained any more."""
+        self.model.train()
+        self._begin()
+        # The optimisers' state takes memory from the first step on.
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self._drop_gradients()
+        share = self.order.largest_share(self.world.size)
+        return try_sizes(self.spec, self._descend_and_drop, share, self.world)
+
+    def _descend_and_drop(self, size: int, count: int) -> None:
+        """Take so many micro-batches of the first step forward and backward, as a step does, for nothing."""
+        share = min(size * count, self.order.largest_share(self.world.size))
+        # Alike on every rank: one that had less memory left than the others would keep them waiting.
+        rows = np.resize(self.order.rows(0, self.world.rank, self.world.size), share)
+        batches, (*counts, _, _) = self._counted(rows, 1, size=size, share=share)
+        self._accumulate(batches, counts)
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _accumulate(self, batches: list[Batch], counts: list[float]) -> Tensor:
         """Run all micro-batches forward and backward; return this rank's sums (S,) of the objective.
@@ -355,8 +401,7 @@ class Trainer:
         states = [_copies(method.state()) for method in self.methods]
 
         def undo() -> str:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients()
             if self.spec.telemetry.spike.action == "rollback":
                 return self._go_back()
             _fill(dict(self.model.named_buffers()), buffers)
@@ -434,7 +479,7 @@ class Trainer:
                 self.task,
                 self.world,
                 limit=self.spec.evaluation.sequences,
-                micro_batch_size=self.spec.micro_batch_size,
+                micro_batch_size=self.spec.rows_at_once,
                 bf16=self.bf16,
                 analyses=self.analyses,
                 roles=self.roles.outputs if self.roles else None,

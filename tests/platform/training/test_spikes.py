@@ -143,6 +143,7 @@ def test_a_resumed_run_leaves_out_the_same(odd, tmp_path, action, stop):
     assert state["left_out"][1] == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_out_what_one_does(odd, tmp_path):
     """The decision is one of gathered numbers; under FSDP all that goes back is split over the ranks."""
     file, culprits = odd

@@ -1,11 +1,13 @@
 """What the device can do at most, and what the process has used."""
 
+import contextlib
 import math
 import resource
 import sys
 import time
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -95,6 +97,15 @@ def _product_seconds(side: int, dtype: torch.dtype, device: torch.device) -> flo
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Look for the peak anew from here on; on CPUs of other systems than Linux nothing can be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5\n", encoding="ascii")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from lossworks.errors import UserError
 from lossworks.files import write_atomically
 from lossworks.specs import RunSpec
 from lossworks.tasks.registry import task_of
+from lossworks.training.measure.micro_batch_size import sizes_of, with_rows
 from lossworks.training.planning.rehearsal import Rehearsal, rehearse
 from lossworks.training.planning.sizes import size_in_words
 
@@ -122,9 +123,9 @@ def make_plan(
     Raises:
         UserError: The data that are read can't be used, or the model doesn't fit them.
     """
-    kind, found = task_of(spec), rehearse(spec)
-    room = _room(spec, memory)
+    kind, room = task_of(spec), _room(spec, memory)
     base = None if _on_gpu(spec) else base_bytes
+    spec, found, further = _settled(spec, room, base)
     needed = _needed(found, room, base)
     fits = None if room.size is None else needed <= room.size
     units = found.units * spec.steps
@@ -145,7 +146,7 @@ def make_plan(
         flops=None if per_step is None else per_step * spec.steps,
         seconds=None if speed is None else units / speed,
         checkpoints_kept=min(spec.checkpoint.keep + 1, -(-spec.steps // spec.checkpoint.every)),
-        notes=tuple(_notes(spec, room)),
+        notes=(*further, *_notes(spec, room)),
     )
 
 
@@ -159,7 +160,7 @@ def require_memory(spec: RunSpec) -> None:
     if room.size is None:
         return
     try:
-        found = rehearse(spec)
+        _, found, _ = _settled(spec, room, None)
     except UserError:
         return  # whoever prepares the run says it
     needed = _needed(found, room, None)
@@ -169,6 +170,25 @@ def require_memory(spec: RunSpec) -> None:
             f"workers, and {room.source} has {size_in_words(room.size)} in all; `lossworks train SPEC "
             "--plan` says what to change, and --over-memory starts it knowingly"
         )
+
+
+def _settled(spec: RunSpec, room: Room, base: int | None) -> tuple[RunSpec, Rehearsal, tuple[str, ...]]:
+    """Return a run with a number of rows at once, what it takes, and a note if its spec leaves that open.
+
+    It is the largest that fits, as far as a run that measures would try.
+
+    Raises:
+        UserError: As :func:`rehearse`.
+    """
+    if spec.micro_batch_size != "auto":
+        return spec, rehearse(spec), ()
+    share = task_of(spec).open_blank(spec).order().largest_share(spec.workers)
+    for rows in reversed(sizes_of(spec, share)):
+        tried = with_rows(spec, rows)
+        found = rehearse(tried)
+        if room.size is None or _needed(found, room, base) <= room.size:
+            break
+    return tried, found, (f"micro_batch_size=auto measures when the run starts; planned with {rows} at most",)
 
 
 def _needed(found: Rehearsal, room: Room, base: int | None) -> int:
@@ -201,7 +221,7 @@ def _whole_room(spec: RunSpec) -> Room:
 def _changes(spec: RunSpec, memory: int | None, base: int | None, now: int) -> list[SpecChange]:
     """Return the changes that make less of the bytes ``now``, and together those that change no model."""
     share = -(-spec.batch_size // spec.workers)
-    size = min(spec.micro_batch_size or share, share)
+    size = min(spec.rows_at_once or share, share)
     effects = {
         f"a worker takes {rows} of its rows at once; gradients accumulate": (f"micro_batch_size={rows}",)
         for rows in (size // 2, 1)

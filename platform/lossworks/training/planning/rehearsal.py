@@ -72,7 +72,8 @@ def rehearse(spec: RunSpec) -> Rehearsal:
     are telemetry, analyses and what methods do besides their loss. Blocks are not compiled.
 
     Args:
-        spec: The run; its data are read if the shapes of its batches are not in the spec.
+        spec: The run; its data are read if the shapes of its batches are not in the spec. With
+            ``micro_batch_size=auto`` a worker takes all its rows at once.
 
     Raises:
         UserError: The data can't be read, the model doesn't fit them, or something in the run looks at values
@@ -156,7 +157,7 @@ class _Stage:
                 optimizer.zero_grad(set_to_none=True)
         self._follow_gradients(model)
         share = self.task.order().largest_share(self.world.size)
-        sizes = _sizes(share, self.spec.micro_batch_size)
+        sizes = _sizes(share, self.spec.rows_at_once)
         with self._moment("training step"):
             with self.memory.labelled(BATCHES):
                 batches = [self._batch(size) for size in sizes]
@@ -197,7 +198,7 @@ class _Stage:
     @torch.no_grad()
     def _evaluate(self, model: nn.Module) -> None:
         rows = min(self.spec.evaluation.sequences, len(self.task.held_out))
-        size = min(self.spec.micro_batch_size or AT_ONCE, largest_share(rows, self.world))
+        size = min(self.spec.rows_at_once or AT_ONCE, largest_share(rows, self.world))
         model.eval()
         with self._moment("evaluation"):
             with self.memory.labelled(BATCHES):
