@@ -15,6 +15,7 @@ from lossworks.tasks.registry import task_of
 from lossworks.training.checkpoints.checkpoint import tensors_in
 from lossworks.training.measure.telemetry import SpikeWatch
 from lossworks_testing.classification import tiny
+from lossworks_testing.offered import Distillation, Recorder, offer
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, run_several, run_training
 
@@ -196,6 +197,36 @@ def test_a_loss_that_is_not_finite_is_a_spike(tmp_path, monkeypatch, action, los
     assert "step 1: the loss nan is not finite; " in found["notices"][0]
     assert losses(found) == losses(lacking)
     assert_equal(weights(found), weights(lacking))
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_companions_and_methods_go_back_too(tmp_path, monkeypatch, action):
+    """A moving copy, and a method whose state decides how far a step goes; back at the start where rolled."""
+    offer(monkeypatch, Distillation, Recorder)
+    values = tiny(
+        loss=["cross-entropy", {"name": "to-teacher", "weight": 0.5}],
+        roles={"teacher": {"ema": 0.8}},
+        methods=["recorder"],
+        telemetry={"spike": {"height": 8, "action": action}},
+        checkpoint={"every": 100},
+    )
+    with monkeypatch.context() as patch:
+        poisoned(patch, {2})
+        found = run_training(values, None, str(tmp_path / "found"))
+    plain = SequenceOrder.rows
+
+    def rows(self, position, rank, workers):
+        at = position + 90 if action == "rollback" else position + 30 * (position >= 60)
+        return plain(self, at, rank, workers)
+
+    monkeypatch.setattr(SequenceOrder, "rows", rows)
+    lacking = run_training(values, None, str(tmp_path / "lacking"))
+
+    assert_equal(weights(found), weights(lacking))
+    for part in ("roles.", "methods."):
+        kept = tensors_in(found["checkpoint"], part)
+        assert kept
+        assert_equal(kept, tensors_in(lacking["checkpoint"], part))
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
