@@ -26,7 +26,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="key.path=value", help="fields that replace the spec's"
     )
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", metavar="RUN", help="go on with a run from its newest checkpoint")
+    again.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run from its newest checkpoint; also ADDRESS/RUN of its checkpoint.mirror",
+    )
     again.add_argument("--from-run", metavar="RUN", help="start a new run with the stored spec of another")
     parser.add_argument(
         "--address", help="Ray cluster to join, HOST:PORT or auto; default: $RAY_ADDRESS, or a new one here"
@@ -143,8 +147,14 @@ def _resolve(arguments: argparse.Namespace) -> tuple[RunSpec, RunFolder | None]:
         raise UserError(f"{file}: a stored run brings its own spec; give overrides only")
     if name is None:
         return read_train_spec(file, overrides), None
-    folder = RunFolder.find(name)
+    folder = _mirrored(name) if arguments.resume and "://" in name else RunFolder.find(name)
     return read_train_spec(folder.spec_file, overrides), folder if arguments.resume else None
+
+
+def _mirrored(url: str) -> RunFolder:
+    from lossworks.training.checkpoints.mirror import CheckpointMirror
+
+    return CheckpointMirror(url).run_here()
 
 
 TRAIN = Command(

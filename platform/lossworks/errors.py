@@ -95,5 +95,5 @@ def printable(text: str) -> str:
 
 def redact(text: str) -> str:
     """Return a text with ``user:password@`` in every address replaced by ``***@``."""
-    # A slash ends the part before the host, but people write passwords into http addresses as they are.
-    return re.sub(r"(?<=http://)\S*@|(?<=https://)\S*@|(?<=://)[^\s/]*@", "***@", text)
+    # A slash ends the part before the host, but people write passwords into these addresses as they are.
+    return re.sub(r"(?<=http://)\S*@|(?<=https://)\S*@|(?<=s3://)\S*@|(?<=://)[^\s/]*@", "***@", text)

@@ -18,7 +18,7 @@ from lossworks.models import load_classifier
 from lossworks.runs import RunFolder
 from lossworks.tracking import read_all
 from lossworks.tracking.client import connect
-from lossworks.training.checkpoints.checkpoint import find_damage
+from lossworks.training.checkpoints.manifest import find_damage
 from lossworks.training.outcome import Outcome
 from lossworks_jobs.clusters.ray_cluster import OwnNode, is_there
 from lossworks_jobs.training.train import train

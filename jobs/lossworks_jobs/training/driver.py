@@ -113,9 +113,12 @@ class Driver:
     def _follow(self, folder: RunFolder) -> None:
         """Run the workers to their end while their journal goes to MLflow and to the terminal."""
         from lossworks.tracking import Follower
+        from lossworks.training.checkpoints.mirror import CheckpointMirror
 
         spec = self.spec
         folder.store(spec)
+        if (mirror := CheckpointMirror.of(spec, folder.run_id)) is not None:
+            mirror.keep_run(folder)
         folder.stop_file.unlink(missing_ok=True)
         folder.outcome_file.unlink(missing_ok=True)
         waiting = _Waiting(folder, spec, self._say)

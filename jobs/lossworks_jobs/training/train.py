@@ -55,6 +55,7 @@ def train(
         KeyboardInterrupt: It was stopped at once, by a second Ctrl-C.
     """
     from lossworks.tracking import check_tracking
+    from lossworks.training.checkpoints.mirror import CheckpointMirror
 
     started = time.time()
     spec = located(spec)
@@ -66,6 +67,7 @@ def train(
         require_answer(address)
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
+    CheckpointMirror.check(spec)
     if resume is not None:
         _require_resumable(spec, resume)
     _import_what_threads_share()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lossworks.errors import RunError
+from lossworks.errors import RunError, UserError, redact
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.tasks.registry import parse_train_spec, task_of
@@ -17,7 +17,13 @@ _OWN: dict[str, Direction] = {"eval/loss": "min", "train/loss": "min"}
 
 
 def _parse(values: Mapping[str, Any], source: str) -> RunSpec:
-    return parse_train_spec(values, source=source)
+    spec = parse_train_spec(values, source=source)
+    if spec.checkpoint.mirror is not None:
+        raise UserError(
+            f"{source}: checkpoint.mirror={redact(spec.checkpoint.mirror)}: is for `lossworks train`; trials "
+            "keep their checkpoints in the sweep's folder"
+        )
+    return spec
 
 
 def _seeded(values: Mapping[str, Any], seed: int) -> dict[str, Any]:

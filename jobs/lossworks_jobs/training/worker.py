@@ -60,6 +60,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
     from lossworks.tasks import parse_train_spec
     from lossworks.tracking import Journal
     from lossworks.training.checkpoints.checkpoint import CheckpointStore
+    from lossworks.training.checkpoints.mirror import CheckpointMirror
     from lossworks.training.job import Job
     from lossworks.training.loop import train
     from lossworks.training.outcome import Outcome, RunStatus
@@ -86,6 +87,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
                     keep=spec.checkpoint.keep,
                     patience_s=patience_s,
                     notify=folder.notify,
+                    mirror=CheckpointMirror.of(spec, folder.run_id),
                 ),
                 record=record,
                 notify=folder.notify,

@@ -394,3 +394,28 @@ class CheckpointSpec(Spec):
     patience_s: float = Field(
         60.0, ge=0.0, description="seconds to try again while storage refuses, before the run ends"
     )
+    mirror: str | None = Field(
+        None,
+        description="address of a folder in an object store, such as s3://BUCKET/PREFIX, to which whole "
+        "checkpoints are copied; `lossworks train --resume ADDRESS/RUN` goes on from there elsewhere",
+    )
+
+    @field_validator("mirror")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        scheme, slashes, rest = value.partition("://")
+        if not slashes or not rest.strip("/") or (scheme == "file" and not rest.startswith("/")):
+            raise ValueError(
+                "must be an address such as s3://bucket/prefix, gs://bucket/prefix or file:///folder"
+            )
+        if ":" in rest.rpartition("@")[0]:
+            raise ValueError("must hold no password: the store's library reads them from the environment")
+        if scheme == "memory":
+            raise ValueError("must not be memory://, which is gone with the process")
+        from fsspec import available_protocols
+
+        if scheme not in available_protocols():
+            raise ValueError(f"{scheme}:// is no kind of store that fsspec knows")
+        return value

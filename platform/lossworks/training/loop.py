@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lossworks.catalogue.registry import create
 from lossworks.data.batch import Batch, on
-from lossworks.errors import LossSpikesError, NonFiniteLossError, RunError
+from lossworks.errors import LossSpikesError, NonFiniteLossError, RunError, StorageError
 from lossworks.losses.objective import ElementLosses
 from lossworks.models import Outputs
 from lossworks.tasks.interface import Evaluation, ExampleRows, Measure
@@ -24,7 +24,8 @@ from lossworks.tasks.methods import Method, Trained, replaces_loss
 from lossworks.tasks.registry import task_of
 from lossworks.tensors import write_tensors
 from lossworks.training.batches import micro_batches
-from lossworks.training.checkpoints.checkpoint import Checkpoint, tensors_in
+from lossworks.training.checkpoints.checkpoint import tensors_in
+from lossworks.training.checkpoints.manifest import Checkpoint
 from lossworks.training.distributed.communication import time_communication
 from lossworks.training.distributed.sharding import clip_gradients, distribute, gradient_sync, mesh_of
 from lossworks.training.distributed.world import World
@@ -420,8 +421,7 @@ class Trainer:
         due = self._last_due()
         self._await_saved()
         with self.clock("checkpoint"):
-            found = self.job.checkpoints.newest(until=due)[0] if self.world.leads and due else None
-            checkpoint = self.world.agree(found)
+            checkpoint = self._newest(until=due)[0] if due else None
             if checkpoint is not None:
                 self._load(checkpoint, left_out=False)
             elif self._start is None:
@@ -545,10 +545,13 @@ class Trainer:
             self._start = None
 
     def _restore(self) -> None:
-        """Go on from the newest whole checkpoint, the same one on every rank."""
+        """Go on from the newest whole checkpoint, the same one on every rank.
+
+        Raises:
+            StorageError: On every rank alike: there is a mirror, and it can't be read.
+        """
         with self.clock("checkpoint"):
-            found = self.job.checkpoints.newest() if self.world.leads else None
-            checkpoint, complaints = self.world.agree(found)
+            checkpoint, complaints = self._newest()
             if checkpoint is not None:
                 self._load(checkpoint)
         if checkpoint is not None:
@@ -562,6 +565,23 @@ class Trainer:
             if complaints:
                 events.complained(self.step, text)
             self.job.notify(text)
+
+    def _newest(self, until: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest whole checkpoint, and complaints about others, the same on every rank.
+
+        Raises:
+            StorageError: On every rank: the mirror can't be read.
+        """
+        found: tuple[Checkpoint | None, list[str]] | str | None = None
+        if self.world.leads:
+            try:
+                found = self.job.checkpoints.newest(until)
+            except StorageError as error:
+                found = str(error)
+        agreed: tuple[Checkpoint | None, list[str]] | str = self.world.agree(found)
+        if isinstance(agreed, str):
+            raise StorageError(agreed)
+        return agreed
 
     def _load(self, checkpoint: Checkpoint, *, left_out: bool = True) -> None:
         """Take weights and states from a checkpoint, except for step and place in the data.

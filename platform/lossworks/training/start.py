@@ -15,7 +15,8 @@ from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Task
 from lossworks.tasks.registry import task_of
-from lossworks.training.checkpoints.checkpoint import Checkpoint, CheckpointStore, find_damage, tensors_in
+from lossworks.training.checkpoints.checkpoint import CheckpointStore, tensors_in
+from lossworks.training.checkpoints.manifest import Checkpoint, find_damage
 from lossworks.training.optimizer import OBJECTIVE
 
 ATTACHED = f"{OBJECTIVE}."

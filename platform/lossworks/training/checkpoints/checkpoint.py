@@ -1,10 +1,6 @@
 """Sharded checkpoints: written atomically, checked before use, the newest k and the best kept."""
 
 import contextlib
-import hashlib
-import json
-import math
-import os
 import shutil
 import time
 import warnings
@@ -12,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,29 +16,25 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lossworks.errors import RunError, StorageError
+from lossworks.errors import RunError, StorageError, redact
+from lossworks.training.checkpoints.manifest import (
+    MANIFEST,
+    UNREADABLE,
+    Checkpoint,
+    best_of,
+    checkpoint_name,
+    find_damage,
+    read_checkpoint,
+    superfluous,
+    write_manifest,
+)
 from lossworks.training.checkpoints.shard_reader import PlainValuePlanner, ShardReader
 from lossworks.training.distributed.world import World
 
-_MANIFEST = "manifest.json"
+if TYPE_CHECKING:
+    from lossworks.training.checkpoints.mirror import CheckpointMirror
+
 _PAUSE_S, _LONGEST_PAUSE_S = 0.5, 5.0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on storage.
-
-    Attributes:
-        folder: Holds one file a rank, their metadata and the manifest.
-        step: Optimiser steps done.
-        position: Sequences consumed so far, over all ranks.
-        held_out_loss: Nats a token on held-out text at that step.
-    """
-
-    folder: Path
-    step: int
-    position: int
-    held_out_loss: float
 
 
 @dataclass(frozen=True)
@@ -52,15 +44,6 @@ class _Facts:
     step: int
     position: int
     held_out_loss: float
-
-    @property
-    def name(self) -> str:
-        return _name(self.step)
-
-
-def _name(step: int) -> str:
-    """Return the name of a checkpoint's folder; names sort as their steps do."""
-    return f"step-{step:08d}"
 
 
 class CheckpointStore:
@@ -76,12 +59,20 @@ class CheckpointStore:
         keep: Newest checkpoints that stay.
         patience_s: Seconds to try again while storage refuses.
         notify: Called by rank 0 with a sentence that a person should see.
+        mirror: Where whole checkpoints are copied by rank 0; None for nowhere.
     """
 
     def __init__(
-        self, folder: Path, *, keep: int, patience_s: float = 0.0, notify: Callable[[str], object] = str
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        patience_s: float = 0.0,
+        notify: Callable[[str], object] = str,
+        mirror: "CheckpointMirror | None" = None,
     ) -> None:
         self.folder = folder
+        self.mirror = mirror
         self.keep = keep
         self.patience_s = patience_s
         self._notify = notify
@@ -156,24 +147,48 @@ class CheckpointStore:
         facts = _Facts(step, position, held_out_loss)
         return self._thread.submit(self._write, copied, world, facts, stays)
 
-    def _write(self, state: Mapping[str, Any], world: World, facts: "_Facts", stays: int | None) -> Path:
+    def _write(self, state: Mapping[str, Any], world: World, facts: _Facts, stays: int | None) -> Path:
+        final = self.folder / checkpoint_name(facts.step)
+
+        def copy() -> str | None:
+            mirror = self.mirror if world.leads else None
+            return world.first(_problem(lambda: mirror.copy(final, self.keep, stays)) if mirror else None)
+
+        problem = self._tried(lambda: self._try(state, world, facts, stays), world, facts.step)
+        if problem is not None:
+            raise StorageError(
+                f"step {facts.step}: the checkpoint in {self.folder} can't be written: {problem}; "
+                f"{_free(self.folder)}; the checkpoints before are as they were"
+            )
+        if self.mirror is not None and (problem := self._tried(copy, world, facts.step)) is not None:
+            raise StorageError(
+                f"step {facts.step}: the checkpoint can't be copied to {redact(self.mirror.url)}: {problem}; "
+                f"it is whole in {final}"
+            )
+        return final
+
+    def _tried(self, attempt: Callable[[], str | None], world: World, step: int) -> str | None:
+        """Try something, again where it fails; return what it still meets with when patience has ended.
+
+        Args:
+            attempt: Called by all ranks; returns None, or what some rank met with, the same on every rank.
+            world: The ranks.
+            step: Of the checkpoint.
+        """
         began, pause = time.monotonic(), _PAUSE_S
-        while (problem := self._try(state, world, facts, stays)) is not None:
+        while (problem := attempt()) is not None:
             left = world.agree(self.patience_s - (time.monotonic() - began))
             if left <= 0:
-                raise StorageError(
-                    f"step {facts.step}: the checkpoint in {self.folder} can't be written: {problem}; "
-                    f"{_free(self.folder)}; the checkpoints before are as they were"
-                )
+                return problem
             if world.leads and pause == _PAUSE_S:
-                self._notify(f"step {facts.step}: storage refuses the checkpoint ({problem}); trying again")
+                self._notify(f"step {step}: storage refuses the checkpoint ({problem}); trying again")
             time.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-        return self.folder / facts.name
+        return None
 
-    def _try(self, state: Mapping[str, Any], world: World, facts: "_Facts", stays: int | None) -> str | None:
+    def _try(self, state: Mapping[str, Any], world: World, facts: _Facts, stays: int | None) -> str | None:
         """Write a checkpoint; return what some rank met with, the same text on every rank, or None."""
-        partial = self.folder / f".{facts.name}.partial"
+        partial = self.folder / f".{checkpoint_name(facts.step)}.partial"
         problem = world.first(_problem(lambda: _make_empty(partial)) if world.leads else None)
         if problem is None:
             problem = world.first(_problem(lambda: _write_shards(state, partial, world)))
@@ -185,10 +200,10 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)  # what is left of it takes room
         return problem
 
-    def _complete(self, partial: Path, facts: "_Facts", stays: int | None) -> None:
+    def _complete(self, partial: Path, facts: _Facts, stays: int | None) -> None:
         """Turn the folder that all ranks have written into a checkpoint."""
-        _write_manifest(partial, facts)
-        _replace(partial, self.folder / facts.name)
+        write_manifest(partial, **vars(facts))
+        _replace(partial, self.folder / checkpoint_name(facts.step))
         self._prune(stays)
 
     def load(
@@ -213,12 +228,55 @@ class CheckpointStore:
     def newest(self, until: int | None = None) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest checkpoint that is whole, and what is wrong with those passed over.
 
+        If the mirror has a newer one, it is fetched, and so is the best one.
+
         Args:
             until: The last step that it may be of; None for any.
+
+        Raises:
+            StorageError: The mirror can't be read.
         """
+        here, complaints = self._newest_here(until)
+        if self.mirror is None:
+            return here, complaints
+        try:
+            fetched = self._fetch(self.mirror, -1 if here is None else here.step, until, complaints)
+        except OSError as error:
+            raise StorageError(f"{redact(self.mirror.url)}: can't be read: {error}") from None
+        return fetched or here, complaints
+
+    def _fetch(
+        self, mirror: "CheckpointMirror", than: int, until: int | None, complaints: list[str]
+    ) -> Checkpoint | None:
+        """Fetch what a mirror has after a step, the best one, too; return the newest that is whole, or None.
+
+        Complaints are added about those that are not.
+        """
+        for newer in mirror.newer(than):
+            if until is not None and newer.step > until:
+                continue
+            if (found := self._fetched(mirror, newer.folder.name, complaints)) is not None:
+                best = mirror.best()
+                if best is not None and not (self.folder / best.folder.name).exists():
+                    self._fetched(mirror, best.folder.name, complaints)
+                return found
+        return None
+
+    def _fetched(self, mirror: "CheckpointMirror", name: str, complaints: list[str]) -> Checkpoint | None:
+        partial = self.folder / f".{name}.partial"
+        _make_empty(partial)
+        mirror.fetch(name, partial)
+        if (damage := find_damage(partial)) is not None:
+            shutil.rmtree(partial)
+            complaints.append(f"checkpoint {name} in {redact(mirror.url)} is damaged ({damage})")
+            return None
+        _replace(partial, self.folder / name)
+        return read_checkpoint(self.folder / name)
+
+    def _newest_here(self, until: int | None) -> tuple[Checkpoint | None, list[str]]:
         complaints: list[str] = []
         for folder in sorted(self._folders(), reverse=True):
-            if until is not None and folder.name > _name(until):
+            if until is not None and folder.name > checkpoint_name(until):
                 continue
             problem = find_damage(folder)
             if problem is None:
@@ -228,20 +286,23 @@ class CheckpointStore:
 
     def best(self) -> Checkpoint | None:
         """Return the checkpoint with the least held-out loss, without checking its files."""
-        known = [_readable(folder) for folder in self._folders()]
-        finite = [item for item in known if item is not None and math.isfinite(item.held_out_loss)]
-        return min(finite, key=lambda item: item.held_out_loss, default=None)
+        return best_of(self._readable())
+
+    def _readable(self) -> list[Checkpoint]:
+        """Return the checkpoints whose manifests can be read."""
+        found = []
+        for folder in self._folders():
+            with contextlib.suppress(*UNREADABLE):
+                found.append(read_checkpoint(folder))
+        return found
 
     def _folders(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*") if (path / _MANIFEST).is_file()]
+        return [path for path in self.folder.glob("step-*") if (path / MANIFEST).is_file()]
 
     def _prune(self, stays: int | None) -> None:
-        folders = sorted(self._folders())
-        best = self.best()
-        kept = {best.folder.name if best else "", "" if stays is None else _name(stays)}
-        for folder in folders[: -self.keep]:
-            if folder.name not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
+        names = [folder.name for folder in self._folders()]
+        for name in superfluous(names, self._readable(), self.keep, stays):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 def load_shards(state: dict[str, Any], folder: Path) -> None:
@@ -287,39 +348,6 @@ def _without_group_warning() -> Iterator[None]:
         yield
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Return what a checkpoint's manifest says."""
-    manifest = json.loads((folder / _MANIFEST).read_text())
-    loss = float(manifest["held_out_loss"])
-    return Checkpoint(folder, manifest["step"], manifest["position"], loss)
-
-
-def _readable(folder: Path) -> Checkpoint | None:
-    """Return a checkpoint, or None if its manifest is damaged: then it is passed over."""
-    try:
-        return read_checkpoint(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, or None if all are as they were written."""
-    try:
-        files: Mapping[str, Mapping[str, Any]] = json.loads((folder / _MANIFEST).read_text())["files"]
-        read_checkpoint(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{_MANIFEST} can't be read"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _digest(path) != expected["sha256"]:
-            return f"{name} has changed since it was written"
-    return None
-
-
 def _problem(work: Callable[[], None]) -> str | None:
     """Do something with storage; return what went wrong, in one line, or None."""
     try:
@@ -353,28 +381,6 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
     except OSError as error:
         return f"it can't be reached: {error.strerror}"
-
-
-def _write_manifest(folder: Path, facts: _Facts) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(folder.iterdir())
-    }
-    manifest = {
-        "step": facts.step,
-        "position": facts.position,
-        "held_out_loss": str(facts.held_out_loss),
-        "files": files,
-    }
-    with (folder / _MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(partial: Path, final: Path) -> None:
