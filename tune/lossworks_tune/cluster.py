@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lossworks.adapters.ray_private import start_ray
 from lossworks.errors import UserError
 from lossworks.home import ray_variables
 from lossworks.ports import require_answer
@@ -58,7 +59,8 @@ def cluster(address: str | None) -> Iterator[float]:
     usable = usable_cpus()
     alone = address is None and "RAY_ADDRESS" not in os.environ
     try:
-        ray.init(
+        start_ray(
+            ray,
             address="local" if alone else address,
             # One more than there are, for the processes that wait for the workers they have started.
             num_cpus=usable + 1 if alone else None,

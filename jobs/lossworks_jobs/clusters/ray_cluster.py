@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from lossworks.adapters.ray_private import WITHOUT_IDLE_WORKERS
+from lossworks.adapters.ray_private import WITHOUT_IDLE_WORKERS, start_ray
 from lossworks.errors import UserError
 from lossworks.home import ray_variables
 from lossworks.ports import require_answer
@@ -67,7 +67,8 @@ def _start(address: str | None) -> None:
         own = WITHOUT_IDLE_WORKERS
     try:
         with hangups_ignored():
-            ray.init(
+            start_ray(
+                ray,
                 address=address,
                 include_dashboard=False,
                 # Workers leave what a person should see in the run's folder; the rest is in Ray's own logs.

@@ -1,16 +1,46 @@
-"""Ray besides its documented interface: authentication read again, command, version, loggers, idle workers.
+"""Ray besides its documented interface: its start, authentication read again, its command, its loggers.
 
 The library never imports Ray; these functions act on what somebody else has imported.
 """
 
+import contextlib
 import sys
 from typing import Any
+
+import psutil
+
+from lossworks.errors import RunError
 
 # They tell of each upload.
 TALKATIVE_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 # Ray starts as many idle workers as there are CPUs; Train's have an environment of their own, and use none.
 WITHOUT_IDLE_WORKERS = {"_system_config": {"prestart_worker_first_driver": False}}
 _COMMAND_MODULE = "ray.scripts.scripts"
+_NOT_UP = "timed out during startup"
+
+
+def start_ray(ray: Any, **options: Any) -> None:
+    """Call ``ray.init`` with these options, again if its own node was not up in the 30 s that it waits.
+
+    Raises:
+        RunError: It was not up the second time, either. What else ``ray.init`` raises is raised as it is.
+    """
+    for last in (False, True):
+        before = set(psutil.Process().children())
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if _NOT_UP not in str(error):
+                raise
+        for process in set(psutil.Process().children()) - before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if last:
+            raise RunError(
+                "Ray's processes were not up within 30 s, twice: this machine is too busy; try again (what "
+                "was to go on with --resume still can)"
+            )
 
 
 def read_token_again() -> None:
