@@ -70,7 +70,9 @@ def open_run(spec: TrackingSpec, run_id: str) -> None:
     client = _connect_existing(spec)
     run = _get_run(client, spec, run_id)
     if run is None:
-        raise UserError(f"run {run_id}: is not in {redact(tracking_uri(spec))}")
+        raise UserError(
+            f"run {run_id}: is not in {redact(tracking_uri(spec))}; set tracking.uri to the store that has it"
+        )
     with store_errors(spec):
         client.update_run(run_id, status="RUNNING")
         if _REASON in run.data.tags:
