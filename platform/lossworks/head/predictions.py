@@ -15,7 +15,7 @@ from lossworks.head.core.arguments import (
     operands,
     require_tensors,
 )
-from lossworks.head.core.low_rank import Frozen, LowRankClassifier, taken_apart
+from lossworks.head.core.low_rank import LowRankClassifier, frozen_of, taken_apart
 from lossworks.head.core.problem import LinearProblem
 from lossworks.head.core.vocab_parallel import VocabParallel
 from lossworks.head.cpu.tile_sizes import choose_tile_sizes
@@ -98,7 +98,7 @@ def _top_k(
     """Return log-probabilities and classes, both (N, K)."""
     nowhere = torch.full((len(e),), -1, device=e.device)
     with torch.autocast(e.device.type, enabled=False):
-        fixed = None if frozen is None else Frozen(frozen, frozen_scale)
+        fixed = frozen_of(frozen, frozen_scale)
         logits = Logits(LinearProblem(e, c, nowhere, bias, softcap, frozen=fixed), dtype)
         values, classes, lse = _walk(logits, k, temperature, share)
         return values - lse[:, None], classes

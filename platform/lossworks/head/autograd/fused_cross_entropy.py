@@ -15,7 +15,7 @@ from torch import Tensor
 from lossworks.adapters.torch_private import without_values
 from lossworks.head import backends
 from lossworks.head.autograd.once_differentiable import once_differentiable
-from lossworks.head.core.low_rank import Frozen
+from lossworks.head.core.low_rank import frozen_of
 from lossworks.head.core.problem import Filter, Softmax
 from lossworks.head.core.row_formulas import CrossEntropyFormula
 from lossworks.head.core.valid_rows import ValidRows, stored
@@ -100,11 +100,6 @@ def fuse(
         mass = torch.zeros_like(result.losses)
     best = rows.predicted(result.sums.predicted)
     return result.losses.sum(), *gradients, rows.total_mass(mass), best
-
-
-def frozen_of(values: Tensor | None, scale: Tensor | None) -> Frozen | None:
-    """Return the two tensors of frozen columns as one, for operators take only tensors; None for None."""
-    return None if values is None else Frozen(values, scale)
 
 
 fused_cross_entropy = torch.library.custom_op("lossworks::linear_cross_entropy", fuse, mutates_args=())

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lossworks.adapters.torch_private import without_values
 from lossworks.head import backends
-from lossworks.head.autograd.fused_cross_entropy import empty_gradients, frozen_of
+from lossworks.head.autograd.fused_cross_entropy import empty_gradients
 from lossworks.head.autograd.once_differentiable import once_differentiable
+from lossworks.head.core.low_rank import frozen_of
 from lossworks.head.core.problem import Coefficients, Filter, RowSums, Softmax
 from lossworks.head.core.valid_rows import ValidRows
 from lossworks.head.cpu.backend import Pass

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lossworks.adapters.torch_private import transformed
 from lossworks.errors import UserError
-from lossworks.head.core.low_rank import Frozen
+from lossworks.head.core.low_rank import Frozen, beside_frozen
 from lossworks.head.core.vocab_parallel import Shard, VocabParallel, agree
 
 Reduction = Literal["mean", "sum", "none"]
@@ -97,8 +97,7 @@ class Operands(NamedTuple):
     def classes(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Return some classes' rows of the whole classifier, (B, D) or (…, D), in a dtype, differentiable."""
         own = self.c[index] if isinstance(index, slice) else F.embedding(index, self.c)
-        own = own.to(dtype)
-        return own if self.frozen is None else torch.cat([self.frozen.rows(index, dtype), own], -1)
+        return beside_frozen(own.to(dtype), self.frozen, index)
 
 
 def operands(

@@ -97,6 +97,16 @@ class Frozen(NamedTuple):
         return (part.to(torch.float32) * self.scale[index][..., None]).to(dtype)
 
 
+def frozen_of(values: Tensor | None, scale: Tensor | None) -> Frozen | None:
+    """Return the two tensors of frozen columns as one, for operators take only tensors; None for None."""
+    return None if values is None else Frozen(values, scale)
+
+
+def beside_frozen(own: Tensor, frozen: Frozen | None, index: slice | Tensor) -> Tensor:
+    """Return classes' own columns (…, r) with the frozen ones of the same classes before them, (…, D)."""
+    return own if frozen is None else torch.cat([frozen.rows(index, own.dtype), own], -1)
+
+
 def taken_apart(e: Tensor, c: "Tensor | LowRankClassifier") -> tuple[Tensor, Tensor, Frozen | None]:
     """Return the features (..., D + r), B and the frozen C of a low-rank classifier; others as they are.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lossworks.head.core.low_rank import Frozen
+from lossworks.head.core.low_rank import Frozen, beside_frozen
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no equality that gives one bool
@@ -41,8 +41,7 @@ class LinearProblem:
 
     def classes(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Return some classes' rows of the whole classifier, (B, D) or (…, D), in a dtype."""
-        own = self.c[index].to(dtype)
-        return own if self.frozen is None else torch.cat([self.frozen.rows(index, dtype), own], -1)
+        return beside_frozen(self.c[index].to(dtype), self.frozen, index)
 
     @property
     def own_e(self) -> Tensor:
