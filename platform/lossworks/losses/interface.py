@@ -30,7 +30,7 @@ from lossworks.head.core.low_rank import taken_apart
 from lossworks.head.core.valid_rows import blanked
 from lossworks.losses.problems import Problem, of_classes
 from lossworks.losses.rows import DenseRows, LinearRows, LogitRows, wide
-from lossworks.models.interface import Outputs
+from lossworks.models.interface import HeadedModel, Outputs
 
 Addition = Literal["elements", "statistics", "batches"]
 """How the losses of parts make that of the whole.
@@ -109,6 +109,19 @@ class Loss(Entry, nn.Module):
         twin = copy(self)
         twin.reduction = reduction
         return twin
+
+    def fit_to(self, model: HeadedModel) -> None:
+        """Make parameters of its own whose shapes depend on the model, once, before the model is trained.
+
+        Args:
+            model: Before it is distributed; it is left as it is.
+        """
+        del model
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has parameters of its own, or will have once it has seen the model."""
+        return type(self).fit_to is not Loss.fit_to or next(self.parameters(), None) is not None
 
     def prediction(self, outputs: Outputs) -> Tensor:
         """Return what ``forward`` takes of a model's outputs: the logits, unless a kind of loss differs."""
@@ -386,7 +399,7 @@ class RowLoss(Loss):
 
         The pass gives no gradient to parameters of the loss itself; where there are any, autograd has to.
         """
-        return type(self).values is RowLoss.values and next(self.parameters(), None) is None
+        return type(self).values is RowLoss.values and not self.learns
 
     def _folded(
         self,

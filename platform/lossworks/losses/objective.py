@@ -18,7 +18,7 @@ from lossworks.errors import UserError
 from lossworks.head import VocabParallel, linear_row_loss
 from lossworks.losses.gathered_rows import gather_rows, head_group
 from lossworks.losses.interface import Loss, RowLoss
-from lossworks.models.interface import Head, Outputs
+from lossworks.models.interface import Head, HeadedModel, Outputs
 from lossworks.specs import LossSpec
 
 
@@ -55,6 +55,16 @@ class Objective(nn.Module):
     def two_passes(self) -> bool:
         """Whether a term is a function of sums over the whole batch, which a first pass has to give."""
         return any(loss.adds == "statistics" for loss in self.terms)
+
+    @property
+    def learns(self) -> bool:
+        """Whether a term has parameters of its own."""
+        return any(loss.learns for loss in self.terms)
+
+    def fit_to(self, model: HeadedModel) -> None:
+        """Let the terms make their own parameters for a model, before it is trained."""
+        for loss in self.terms:
+            loss.fit_to(model)
 
     def begin(self, step: int) -> None:
         """Set the weights of a step, counted from 1."""

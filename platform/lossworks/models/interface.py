@@ -144,7 +144,15 @@ class HeadedModel(nn.Module, ABC):
 
 
 class LanguageModel(HeadedModel):
-    """A causal language model; its inputs are tokens (B, L) int64, its features (B, L, D), after the norm."""
+    """A causal language model; its inputs are tokens (B, L) int64, its features (B, L, D), after the norm.
+
+    ``outputs`` takes more axes before L, too, such as several answers to each of B prompts.
+    """
+
+    def outputs(self, inputs: Tensor) -> Outputs:
+        """See :meth:`HeadedModel.outputs`; inputs are (B, …, L), features (B, …, L, D)."""
+        hidden = self.hidden(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])
+        return Outputs(hidden, self.head(), rerun=self.outputs)
 
     def isolate(self, separator: int) -> None:
         """Have no token see a document before its own from now on.

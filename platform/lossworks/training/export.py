@@ -76,6 +76,7 @@ def evaluate_folder(folder: Path, *, overrides: Sequence[str] = (), limit: int |
         begin_from(trained_weights(str(folder), "model"), model)
 
     task, model = task_of(spec).reopen(spec, folder, learnt_in(folder), fill)
+    task.objective.fit_to(model)
     return evaluate(model, task, World.current(), limit=limit, micro_batch_size=None, bf16=False)
 
 

@@ -116,6 +116,7 @@ class Trainer:
             begin_from(trained_weights(spec.start, "start"), model)
         mesh = mesh_of(spec, self.world)
         self.roles = Roles(spec, self.task, model, self.world, mesh)
+        self.task.objective.fit_to(model)
         model.attach(OBJECTIVE, self.task.objective)
         self.headed_model = model
         self.methods: list[Method] = [create(one.name, **one.hyperparameters) for one in spec.methods]

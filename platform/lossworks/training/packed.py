@@ -51,7 +51,7 @@ def obstacle(spec: RunSpec) -> str | None:
         "micro_batch_size split batches": bool(drawing) and split,
     }
     found = task_of(spec).obstacle(spec) or next((why for why, holds in reasons.items() if holds), None)
-    if found is None and any(True for _ in Objective(spec.loss).parameters()):
+    if found is None and Objective(spec.loss).learns:
         return f"loss.name={spec.loss.name} has parameters of its own"
     return found
 

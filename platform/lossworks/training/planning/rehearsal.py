@@ -143,6 +143,7 @@ class _Stage:
         model = self.task.empty_model()
         # Anew, or its parameters would have values.
         self.task.objective = Objective(self.spec.loss)
+        self.task.objective.fit_to(model)
         model.attach(OBJECTIVE, self.task.objective)
         return model.train()
 
