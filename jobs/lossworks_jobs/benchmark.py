@@ -12,7 +12,7 @@ from typing import Any
 from lossworks.benchmarks.command import Benchmark
 from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.errors import RunError
-from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.text.language_model import TrainSpec
 
 # Enough steps that the first few, in which caches fill and processes settle, can be left out.
 _WARMUP_STEPS = 5

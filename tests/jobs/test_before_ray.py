@@ -8,9 +8,9 @@ from lossworks.cli import main
 from lossworks.errors import UserError
 from lossworks.tasks import parse_train_spec
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
-from lossworks.training.export import export_run
 from lossworks.training.loop import Job, Trainer
 from lossworks.training.outcome import Outcome
+from lossworks.training.weights.export import export_run
 from lossworks_jobs.training import train as training
 from lossworks_testing.classification import tiny
 from lossworks_testing.sweeps import tiny_sweep

@@ -117,8 +117,8 @@ def test_arrays_are_predicted_as_arrays(folder, capsys):
 def test_text_is_scored_by_document(folder, capsys, monkeypatch):
     from lossworks.runs import RunFolder
     from lossworks.training.checkpoints.checkpoint import CheckpointStore
-    from lossworks.training.export import export_run
     from lossworks.training.loop import Job, train
+    from lossworks.training.weights.export import export_run
 
     spec = tiny_spec(write_text(folder / "text.txt"))
     run = RunFolder.create(spec, "words")

@@ -35,8 +35,11 @@ def print_planned(spec: RunSpec, *, memory: str | None, speed: str | None, json:
     rate = None if speed is None else _speed(speed)
     if json is not None and not Path(json).absolute().parent.is_dir():
         raise UserError(f"--json {json}: is no file in an existing folder")
-    require_files(spec)
     base = base_bytes()
+    from lossworks.training.weights.start import settled
+
+    spec = settled(spec)
+    require_files(spec)
     from lossworks.training.planning.plan import make_plan
     from lossworks.training.planning.plan_report import print_plan
 

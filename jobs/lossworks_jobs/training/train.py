@@ -56,9 +56,10 @@ def train(
     """
     from lossworks.tracking import check_tracking
     from lossworks.training.checkpoints.mirror import CheckpointMirror
+    from lossworks.training.weights.start import settled
 
     started = time.time()
-    spec = located(spec)
+    spec = located(settled(spec))
     require_files(spec)
     local = address is None and "RAY_ADDRESS" not in os.environ
     if local:
@@ -96,7 +97,7 @@ def _import_what_threads_share() -> None:
 
     Their modules import each other in a circle, and of two threads one may then find a module half made.
     """
-    importlib.import_module("lossworks.training.start")
+    importlib.import_module("lossworks.training.weights.start")
 
 
 def _require_memory(spec: RunSpec) -> None:
@@ -112,7 +113,7 @@ def _prepare(
 
     Classes, scales and tokenizer are those of the run that goes on, or that the new one begins from.
     """
-    from lossworks.training.start import check_companions, learnt_by, trained_weights
+    from lossworks.training.weights.start import check_companions, learnt_by, trained_weights
 
     kind, learnt = task_of(spec), None
     if resume is not None:

@@ -64,7 +64,7 @@ def _take_part(config: dict[str, Any], folder: "RunFolder", rank: int) -> None:
     from lossworks.training.job import Job
     from lossworks.training.loop import train
     from lossworks.training.outcome import Outcome, RunStatus
-    from lossworks.training.start import learnt_by
+    from lossworks.training.weights.start import learnt_by
     from lossworks_jobs.training.prometheus import Exporter
 
     spec = parse_train_spec(config["spec"])

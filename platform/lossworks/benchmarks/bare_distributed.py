@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lossworks.data import SequenceOrder, TokenizedCorpus
 from lossworks.data.batch import Batch
 from lossworks.models import Outputs, build_model
-from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.text.language_model import TrainSpec
 from lossworks.training.optimizer import build_optimizers
 
 

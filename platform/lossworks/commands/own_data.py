@@ -83,7 +83,7 @@ def _configure_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from lossworks.training.export import predict_file
+    from lossworks.training.weights.export import predict_file
 
     if arguments.to is not None:
         _check_output(Path(arguments.to), Path(arguments.file))

@@ -20,7 +20,7 @@ def _configure_export(parser: argparse.ArgumentParser) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     from lossworks.runs import RunFolder
-    from lossworks.training.export import export_run
+    from lossworks.training.weights.export import export_run
 
     step = export_run(RunFolder.find(arguments.run_name), Path(arguments.to), best=not arguments.newest)
     files = sorted(path.name for path in Path(arguments.to).iterdir())
@@ -38,7 +38,7 @@ def _configure_evaluate(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from lossworks.reporting import print_summary
     from lossworks.tasks.registry import task_of
-    from lossworks.training.export import evaluate_folder, exported, exported_spec
+    from lossworks.training.weights.export import evaluate_folder, exported, exported_spec
 
     if arguments.sequences is not None and arguments.sequences < 1:
         raise UserError(f"--sequences {arguments.sequences}: must be at least 1")

@@ -41,6 +41,19 @@ NAMES: dict[str, TensorName] = {
     ),
     "weight": TensorName("(B, …)", "factor of each element's loss, floating point", (0, 0.0)),
     "segments": TensorName("(B, …)", "which bag or step an element belongs to, int64"),
+    "reference": TensorName("(B, C)", "log-probabilities of whole answers by the reference model"),
+    "mismatched": TensorName(
+        "(B, C)", "1 for an answer that was not meant for its prompt, and stands behind the pair; int64"
+    ),
+    "degrees": TensorName(
+        "(B, C)",
+        "of how much of the chosen answer was deleted, 0 for nothing, int64; -100 for other candidates",
+        (IGNORE_INDEX, torch.nan),
+    ),
+    "masked_classes": TensorName("(B, M)", "classes that a comparison leaves out, int64, padded with -100"),
+    "unseen": TensorName(
+        "(B, C)", "log-probabilities of whole answers by a model that never saw what is to be forgotten"
+    ),
     "discounts": TensorName("(B,)", "γ of the next state, 0 where there is none, floating point"),
     "next_inputs": TensorName("(B, …)", "what the model reads of the next state"),
     "next_probabilities": TensorName(

@@ -152,6 +152,14 @@ class Loss(Entry, nn.Module):
         """
         return self.of(outputs, batch, **how).reshape(1)
 
+    def advance(self, sums: Tensor) -> None:
+        """Go on by a step of training, after its update; every rank calls.
+
+        Args:
+            sums: Of the whole step, as :meth:`sums` gives them, (S,) float64.
+        """
+        del sums
+
     def value(self, sums: Tensor, count: float) -> Tensor:
         """Return the loss of sums (S,) over all parts, a scalar; 0 where nothing counts.
 

@@ -70,6 +70,15 @@ class Objective(nn.Module):
         """Set the weights of a step, counted from 1."""
         self.weights = tuple(term.weight.at(step) for term in self.spec.terms)
 
+    def advance(self, sums: Tensor) -> None:
+        """Let the terms go on by a step, after its update.
+
+        Args:
+            sums: Of all terms over all micro-batches and ranks, (S,).
+        """
+        for loss, part in zip(self.terms, self._split(sums.detach()), strict=True):
+            loss.advance(part)
+
     def counts(self, batch: Batch) -> list[float]:
         """Return what the sums of each term are divided by in the end, (T,); those of parts are added."""
         return [loss.elements(batch) for loss in self.terms]

@@ -128,8 +128,8 @@ def finish_run_folder(
 def _log_model(folder: RunFolder, notify: Callable[[str], None]) -> None:
     """Log the best checkpoint's model, unless that has been done, and register it if the spec says so."""
     from lossworks.tracking.models.logged_models import log_model, logged_step
-    from lossworks.training.export import export_run
-    from lossworks.training.start import choose_checkpoint
+    from lossworks.training.weights.export import export_run
+    from lossworks.training.weights.start import choose_checkpoint
 
     tracking = folder.spec().tracking
     try:

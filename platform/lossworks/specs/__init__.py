@@ -6,7 +6,6 @@ from lossworks.specs.optimisation import OptimizerSpec, ScheduleSpec
 from lossworks.specs.parts import (
     AnalysisSpec,
     CheckpointSpec,
-    DataSpec,
     EvaluationSpec,
     LossSpec,
     MethodSpec,
@@ -18,6 +17,7 @@ from lossworks.specs.parts import (
     TelemetrySpec,
     WeightSpec,
 )
+from lossworks.specs.text import DataSpec, PreferenceDataSpec, TokensSpec, UnlearningDataSpec
 from lossworks.specs.tracking import ModelTrackingSpec, TrackingSpec
 from lossworks.specs.train import RunSpec
 
@@ -33,6 +33,7 @@ __all__ = [
     "ModelSpec",
     "ModelTrackingSpec",
     "OptimizerSpec",
+    "PreferenceDataSpec",
     "ProfileSpec",
     "RoleSpec",
     "RunSpec",
@@ -41,7 +42,9 @@ __all__ = [
     "Spec",
     "SpikeSpec",
     "TelemetrySpec",
+    "TokensSpec",
     "TrackingSpec",
+    "UnlearningDataSpec",
     "WeightSpec",
     "field_paths",
     "read_yaml",

@@ -15,7 +15,10 @@ S = TypeVar("S", bound=Spec)
 # Fields that name a path, by the last two keys of their place, with what may stand before it. A sweep has
 # them below ``base``, so the places differ between rooms, and the last keys do not.
 _FIELDS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("data", "corpus"): ("text:",),
+    ("data", "corpus"): ("text:", "pairs:", "preferences:"),
+    ("data", "forget"): ("pairs:",),
+    ("data", "retain"): ("pairs:",),
+    ("data", "chat_template"): ("",),
     ("data", "source"): ("csv:", "parquet:", "npz:", "imagefolder:"),
     ("data", "tokenizer"): ("",),
     ("model", "source"): ("hf:",),

@@ -73,6 +73,33 @@ _FIELDS: dict[str, type[Spec]] = {
 """The fields of each kind of optimiser."""
 
 
+class LoraSpec(Spec):
+    """Low-rank adapters, which are trained in place of the matrices that they stand beside.
+
+    ``lora=8`` is short for ``lora.rank=8``.
+    """
+
+    shorthand: ClassVar[str | None] = "rank"
+
+    rank: int = Field(0, ge=0, le=65536, description="r: columns of a factor; 0 for no adapters")
+    alpha: float | None = Field(
+        None, gt=0.0, description="α: what adapters give is multiplied by α/r; null for r, a factor of 1"
+    )
+    layers: tuple[str, ...] = Field(
+        (),
+        description="patterns such as *.attention.* of the linear layers with adapters; none for all in the "
+        "model's blocks",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What adapters give is multiplied by, α/r."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}" if self.rank else "none"
+
+
 class OptimizerSpec(OpenSpec):
     """An optimiser with its hyperparameters, fields beside ``kind``: ``{kind: sgd, momentum: 0.8}``.
 
@@ -98,6 +125,11 @@ class OptimizerSpec(OpenSpec):
     )
     clip_norm: float | None = Field(
         1.0, gt=0.0, description="largest global gradient norm; null for no limit"
+    )
+    only: tuple[str, ...] = Field(
+        (),
+        description="patterns such as layers.[01].feed_forward.* of the parameters that are trained; all "
+        "others stay as they are; none for all",
     )
 
     @property

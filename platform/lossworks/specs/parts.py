@@ -11,45 +11,6 @@ from lossworks.catalogue.registry import declaration, declarations
 from lossworks.specs.base import OpenSpec, Spec
 
 
-class DataSpec(Spec):
-    """What text is read, how it becomes tokens, and how long a sequence is."""
-
-    corpus: str = Field(
-        "stdlib",
-        description="stdlib (the interpreter's own sources), text:PATH (a file, folder or glob of .txt, "
-        ".md, .py, .jsonl, .parquet) or hf:NAME (the datasets library; needs a network)",
-    )
-    field: str = Field("text", min_length=1, description="field of .jsonl records, column of .parquet files")
-    follow_links: bool = Field(False, description="whether a folder's links to files outside of it are read")
-    tokenizer: str | None = Field(
-        None, description="path of a tokenizer.json; without it a byte-level BPE is trained on the corpus"
-    )
-    vocab_size: int = Field(
-        16384, ge=258, le=2**24, description="entries of the trained tokenizer; 256 bytes + 2 are the least"
-    )
-    tokenizer_bytes: int = Field(
-        16 * 2**20, ge=1024, description="bytes of text that the tokenizer is trained on, from the start"
-    )
-    max_bytes: int | None = Field(None, ge=1, description="read at most so many bytes of text; all if unset")
-    sequence_length: int = Field(256, ge=2, le=2**20, description="tokens a sequence")
-    isolate: bool = Field(
-        False,
-        description="no token of a sequence sees a document before its own; each begins with the token that "
-        "ended the one before",
-    )
-    held_out_fraction: float = Field(
-        0.02, gt=0.0, le=0.5, description="share of the sequences kept for evaluation, from the corpus's end"
-    )
-
-    @field_validator("corpus")
-    @classmethod
-    def _known_corpus(cls, value: str) -> str:
-        kind, colon, name = value.partition(":")
-        if value == "stdlib" or (kind in ("text", "hf") and colon and name):
-            return value
-        raise ValueError("must be stdlib, text:PATH or hf:NAME")
-
-
 class ModelSpec(Spec):
     """A decoder-only transformer of our own, or a local transformers checkpoint."""
 

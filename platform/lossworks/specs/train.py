@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.specs.base import Seed, Spec, Storage
-from lossworks.specs.optimisation import OptimizerSpec, ScheduleSpec
+from lossworks.specs.optimisation import LoraSpec, OptimizerSpec, ScheduleSpec
 from lossworks.specs.parts import (
     AnalysisSpec,
     CheckpointSpec,
@@ -53,7 +53,8 @@ class RunSpec(Spec):
     start: str | None = Field(
         None,
         min_length=1,
-        description="trained weights to begin from: a run, or a folder of `lossworks export`",
+        description="trained weights to begin from: a run, a folder of `lossworks export`, or hf:PATH of a "
+        "local transformers model; model and tokenizer are theirs unless model.* is set",
     )
     loss: LossSpec = LossSpec()
     roles: dict[str, RoleSpec] = Field(
@@ -68,6 +69,7 @@ class RunSpec(Spec):
         (), description="what is measured with each evaluation; `lossworks analyses` lists them"
     )
     optimizer: OptimizerSpec = OptimizerSpec()
+    lora: LoraSpec = LoraSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     telemetry: TelemetrySpec = TelemetrySpec()
@@ -117,6 +119,11 @@ class RunSpec(Spec):
         if self.roles and self.sharding.vocab_parallel:
             raise ValueError(
                 f"roles ({', '.join(self.roles)}) can't be combined with sharding.vocab_parallel=true"
+            )
+        if self.lora.rank and self.optimizer.only:
+            raise ValueError(
+                f"lora.rank={self.lora.rank} can't be combined with optimizer.only: adapters are all that is "
+                "trained, and lora.layers says where"
             )
         for name, amount in self.resources_per_worker.items():
             if amount < 0:

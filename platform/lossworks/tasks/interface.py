@@ -178,6 +178,17 @@ class Task(ABC):
         """
         return cls.open(spec, None)
 
+    @classmethod
+    def reading_as(cls, spec: RunSpec, learnt: Learnt) -> RunSpec:
+        """Return a spec that reads its data as a model does that it begins from.
+
+        Args:
+            spec: The run.
+            learnt: What that model has learnt from its data.
+        """
+        del learnt
+        return spec
+
     @property
     def learnt(self) -> Learnt:
         """What the model needs ever after of the data, besides weights; nothing unless a task says so."""

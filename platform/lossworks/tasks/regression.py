@@ -149,7 +149,7 @@ class RegressionTask(ExamplesTask):
         Losses that read its distribution get ``next_probabilities``; for all others the target is the reward
         plus the discounted value of the next state, r + γ·v(s′).
         """
-        if not self.run.data.of_chain:
+        if "next_inputs" not in batch:  # of no chain, or held out, where values are known
             return batch
         outputs = companions(batch, "next_inputs")[_TARGET].logits
         if "next_probabilities" in self._needs:

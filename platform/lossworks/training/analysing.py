@@ -14,7 +14,7 @@ from lossworks.tasks.analyses import Analysis, Finding, RunCurves
 from lossworks.tasks.registry import task_of
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import analysed
-from lossworks.training.start import begin_from, learnt_by, trained_weights
+from lossworks.training.weights.start import begin_from, learnt_by, trained_weights
 
 
 @dataclass(frozen=True)

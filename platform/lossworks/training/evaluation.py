@@ -17,8 +17,13 @@ from lossworks.training.distributed.world import World
 
 AT_ONCE = 32  # rows, where nothing else is said
 
-Companions = Callable[[Batch], dict[str, Outputs]]
-"""From a batch to the outputs of the model's companions, by role."""
+Completed = Callable[[Batch], tuple[Batch, dict[str, Outputs]]]
+"""From a batch to one with what its task reads of companions, and the outputs of those that losses read."""
+
+
+def _alone(batch: Batch) -> tuple[Batch, dict[str, Outputs]]:
+    """Return a batch as it is, where the model has no companions."""
+    return batch, {}
 
 
 @torch.no_grad()
@@ -31,7 +36,7 @@ def evaluate(
     micro_batch_size: int | None,
     bf16: bool,
     analyses: Sequence[Analysis] = (),
-    roles: Companions | None = None,
+    completed: Completed = _alone,
 ) -> Evaluation:
     """Return what ``task`` measures on ``limit`` evenly spaced held-out rows, split over the ranks.
 
@@ -43,12 +48,12 @@ def evaluate(
         micro_batch_size: Rows at once; None takes a rank's share at once, at most 32.
         bf16: Run products in bfloat16.
         analyses: What is measured besides, each with passes of its own.
-        roles: Gives what losses read of companions, if there are any.
+        completed: Gives what is read of companions of the model.
     """
     over = _summing(model, world, micro_batch_size, bf16=bf16)
     chosen = spaced(limit, len(task.held_out))
-    with_roles = _summing(model, world, micro_batch_size, bf16=bf16, roles=roles)
-    found = task.evaluation(with_roles(task.measured, task.held_out, chosen))
+    completing = _summing(model, world, micro_batch_size, bf16=bf16, completed=completed)
+    found = task.evaluation(completing(task.measured, task.held_out, chosen))
     for analysis in analyses:
         more = analysis.measure(Probe(task, over, chosen))
         figures = {f"eval/{name}": value for name, value in more.figures.items()}
@@ -78,12 +83,12 @@ def _summing(
     micro_batch_size: int | None,
     *,
     bf16: bool,
-    roles: Companions | None = None,
+    completed: Completed = _alone,
 ) -> Sums:
     size = micro_batch_size or AT_ONCE
 
     def over(measure: Measure, data: ExampleRows, rows: np.ndarray) -> Tensor:
-        return summed(model, measure, data, rows, world, size=size, bf16=bf16, roles=roles)
+        return summed(model, measure, data, rows, world, size=size, bf16=bf16, completed=completed)
 
     return over
 
@@ -98,7 +103,7 @@ def summed(
     *,
     size: int,
     bf16: bool,
-    roles: Companions | None = None,
+    completed: Completed = _alone,
 ) -> Tensor:
     """Return what ``measure`` gives inside the model's forward, float64 (S,), summed over rows and ranks.
 
@@ -110,14 +115,15 @@ def summed(
         world: The ranks.
         size: Rows at once.
         bf16: Run products in bfloat16.
-        roles: Gives the outputs of companions that the model's get, if there are any.
+        completed: As for :func:`evaluate`.
     """
     sums: Tensor | None = None
     model.eval()
     most = largest_share(len(rows), world)
     for batch in micro_batches(data, rows[share(len(rows), world)], size=size, largest_share=most):
         with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
-            found = model(on(world.device, batch), beside(measure, roles(batch)) if roles else measure)
+            batch, companions = completed(batch)  # noqa: PLW2901 - the same rows, with more
+            found = model(on(world.device, batch), beside(measure, companions) if companions else measure)
         sums = found if sums is None else sums + found
     model.train()
     if sums is None:

@@ -40,11 +40,12 @@ from lossworks.training.measure.phases import PHASES, PhaseClock, shares
 from lossworks.training.measure.profiling import StepProfiler
 from lossworks.training.measure.speed import Speed
 from lossworks.training.measure.telemetry import Telemetry
-from lossworks.training.optimizer import OBJECTIVE, as_set, build_optimizers, set_lr
+from lossworks.training.optimizer import as_set, build_optimizers, set_lr
 from lossworks.training.outcome import Outcome, RunStatus
 from lossworks.training.roles import Roles
 from lossworks.training.schedule import lr_factor
-from lossworks.training.start import begin_from, trained_weights
+from lossworks.training.weights.adapters import equip
+from lossworks.training.weights.start import begin_from, trained_weights
 
 
 def train(job: Job) -> Outcome:
@@ -116,8 +117,7 @@ class Trainer:
             begin_from(trained_weights(spec.start, "start"), model)
         mesh = mesh_of(spec, self.world)
         self.roles = Roles(spec, self.task, model, self.world, mesh)
-        self.task.objective.fit_to(model)
-        model.attach(OBJECTIVE, self.task.objective)
+        equip(model, spec, self.task.objective)
         self.headed_model = model
         self.methods: list[Method] = [create(one.name, **one.hyperparameters) for one in spec.methods]
         self.bf16 = spec.precision == "bf16"
@@ -133,7 +133,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, spec.optimizer)
         losses = ElementLosses(self.task.objective)
         self.telemetry = Telemetry(
-            spec.telemetry, losses, self.world, bf16=self.bf16, completed=self._completed
+            spec.telemetry, losses, self.world, bf16=self.bf16, completed=self.roles.beside
         )
         self.analyses = [create(analysis.name, **analysis.hyperparameters) for analysis in spec.analyses]
         self._found = dict(found or {})
@@ -280,6 +280,7 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             self.roles.follow(self.model)
+            objective.advance(of_ranks.sum(dim=0))
             for method in self.methods:
                 method.after_step(self.model, step)
         metrics = {
@@ -375,15 +376,9 @@ class Trainer:
         """Return the sums (S,) of a micro-batch, through the distributed model."""
         device = self.world.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            batch, self._companions = self._completed(batch)
+            batch, self._companions = self.roles.beside(batch)
             found: Tensor = self.model(on(device, batch), self.objective)
         return found
-
-    def _completed(self, batch: Batch) -> tuple[Batch, dict[str, Outputs]]:
-        """Return a batch with what losses read of companions by name, and the companions' outputs for it."""
-        if not self.roles:
-            return batch, {}
-        return self.task.completed(batch, self.roles.outputs), self.roles.outputs(batch)
 
     def _descended(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Return the sums of the objective, or of the method that takes its place; inside the forward."""
@@ -483,7 +478,7 @@ class Trainer:
                 micro_batch_size=self.spec.rows_at_once,
                 bf16=self.bf16,
                 analyses=self.analyses,
-                roles=self.roles.outputs if self.roles else None,
+                completed=self.roles.beside,
             )
 
     def _save(self) -> None:

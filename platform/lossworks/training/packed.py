@@ -47,6 +47,7 @@ def obstacle(spec: RunSpec) -> str | None:
         ),
         f"{', '.join(further)} is set": bool(further),
         "telemetry is asked for": spec.telemetry.looks,
+        "lora or optimizer.only says what is trained": bool(spec.lora.rank or spec.optimizer.only),
         f"loss.name={', '.join(drawing)} draws random numbers for each part of a batch, and workers or "
         "micro_batch_size split batches": bool(drawing) and split,
     }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from lossworks.catalogue.registry import declaration
 from lossworks.data.batch import Batch, on
 from lossworks.models import HeadedModel, Outputs
 from lossworks.models.interface import Head
@@ -17,7 +18,7 @@ from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Task
 from lossworks.training.distributed.sharding import distribute, move
 from lossworks.training.distributed.world import World
-from lossworks.training.start import companion_of
+from lossworks.training.weights.start import companion_of
 
 
 class Roles:
@@ -44,7 +45,9 @@ class Roles:
         mesh: DeviceMesh | None = None,
         find: Callable[[str, str, Task], HeadedModel] = companion_of,
     ) -> None:
-        self._world, self._specs = world, spec.roles
+        self._world, self._specs, self._task = world, spec.roles, task
+        entries = (*spec.loss.terms, *spec.methods, *spec.analyses)
+        self._read = any(declaration(entry.name).roles for entry in entries)
         self._sharded = spec.sharding.kind == "fsdp"
         self._models: dict[str, nn.Module] = {}
         self.seconds = 0.0
@@ -89,6 +92,16 @@ class Roles:
                 model.reshard()  # a forward pass without a backward pass leaves the root's parameters whole
         self.seconds += time.perf_counter() - began
         return found
+
+    def beside(self, batch: Batch) -> tuple[Batch, dict[str, Outputs]]:
+        """Return a batch with what its task reads of companions, and the outputs that losses read themselves.
+
+        Args:
+            batch: A micro-batch.
+        """
+        if not self:
+            return batch, {}
+        return self._task.completed(batch, self.outputs), self.outputs(batch) if self._read else {}
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from lossworks.catalogue.text import value_text
 from lossworks.cli import main
 from lossworks.losses import create, declarations, search_space
 from lossworks.losses.drawing import along_margin, curve_values
-from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.text.language_model import TrainSpec
 
 
 def test_the_generated_files_are_current():

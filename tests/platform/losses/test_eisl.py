@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from lossworks.entries.losses.sequences.eisl import edit_invariant, ngram_scores
 from lossworks.errors import UserError
 from lossworks.losses import create
-from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.text.language_model import TrainSpec
 
 
 def quiet(**settings):

@@ -16,8 +16,8 @@ from lossworks.cli import main
 from lossworks.errors import UserError
 from lossworks.losses import create, declaration, declarations, search_space
 from lossworks.tasks import parse_train_spec, read_train_spec
-from lossworks.tasks.language_model import TrainSpec
 from lossworks.tasks.registry import _points
+from lossworks.tasks.text.language_model import TrainSpec
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import run_training
 

@@ -11,9 +11,9 @@ from lossworks.catalogue.registry import create
 from lossworks.errors import UserError
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.registry import task_of
-from lossworks.tasks.sentences import BLANK, clean_sentences, edited, in_sentence
+from lossworks.tasks.text.sentences import BLANK, clean_sentences, edited, in_sentence
 from lossworks.tracking import read_all
-from lossworks.training.export import evaluate_folder, export_run
+from lossworks.training.weights.export import evaluate_folder, export_run
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, run_in_folder, run_several, run_training
 

@@ -7,7 +7,7 @@ import pytest
 from lossworks.errors import UserError
 from lossworks.specs import TrackingSpec
 from lossworks.tasks.classification import ClassifierSpec
-from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.text.language_model import TrainSpec
 from lossworks.tracking import check_tracking, redact, tracking_uri
 
 

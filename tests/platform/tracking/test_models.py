@@ -28,8 +28,8 @@ from lossworks.tasks import parse_train_spec
 from lossworks.tracking import Journal, create_run
 from lossworks.tracking.client import connect
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
-from lossworks.training.export import evaluate_folder, export_run
 from lossworks.training.loop import Job, train
+from lossworks.training.weights.export import evaluate_folder, export_run
 from lossworks_testing.classification import tiny
 from lossworks_testing.server import free_port
 from lossworks_testing.training import prepared, tiny_spec
@@ -260,7 +260,7 @@ def test_a_model_that_cannot_be_logged_is_a_notice(module_home, monkeypatch):
     def refuse(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lossworks.training.export.export_run", refuse)
+    monkeypatch.setattr("lossworks.training.weights.export.export_run", refuse)
     spec = parse_train_spec(tiny(name="full", tracking={"model": True}))
     folder, notices = trained(spec)
 

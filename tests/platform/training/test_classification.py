@@ -5,7 +5,7 @@ import pytest
 from lossworks.errors import UserError
 from lossworks.tasks import parse_train_spec, read_train_spec
 from lossworks.tasks.classification import ClassifierSpec
-from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.text.language_model import TrainSpec
 from lossworks_testing.classification import tiny
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, run_training

@@ -9,9 +9,9 @@ from lossworks.errors import UserError
 from lossworks.models import build_model
 from lossworks.models.layers import isolation
 from lossworks.specs import ModelSpec
-from lossworks.tasks.language_model import LanguageTask
+from lossworks.tasks.text.language_model import LanguageTask
 from lossworks.tracking.journal import read_all
-from lossworks.training.export import evaluate_folder, export_run
+from lossworks.training.weights.export import evaluate_folder, export_run
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, run_in_folder, run_several, run_training, tiny_spec
 

@@ -13,9 +13,9 @@ from lossworks.runs import RunFolder
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.registry import task_of
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
-from lossworks.training.export import evaluate_folder, export_run
 from lossworks.training.loop import Job, Trainer
-from lossworks.training.start import learnt_by
+from lossworks.training.weights.export import evaluate_folder, export_run
+from lossworks.training.weights.start import learnt_by
 from lossworks_jobs.training.train import _prepare
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import run_in_folder, tiny_spec
@@ -115,7 +115,7 @@ def test_a_run_that_begins_from_another_reads_as_that_one(tmp_path):
 
 def test_a_companion_with_other_classes_is_refused(tmp_path, monkeypatch):
     """Its third class would be taught as ours."""
-    from lossworks.training.start import check_companions
+    from lossworks.training.weights.start import check_companions
     from lossworks_testing.offered import Distillation, offer
 
     offer(monkeypatch, Distillation)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.text.language_model import TrainSpec
 from lossworks_testing.training import VOCABULARY, losses, run_training, tiny_spec
 
 

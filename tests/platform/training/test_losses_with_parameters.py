@@ -12,8 +12,8 @@ from lossworks.models import build_classifier
 from lossworks.models.folders import WEIGHTS, read_tensors
 from lossworks.specs import ClassifierModelSpec, LossSpec, OptimizerSpec
 from lossworks.training.checkpoints.checkpoint import tensors_in
-from lossworks.training.export import export_run
 from lossworks.training.optimizer import OBJECTIVE, build_optimizers
+from lossworks.training.weights.export import export_run
 from lossworks_testing.classification import tiny
 from lossworks_testing.offered import Uncertainty, offer, run_offered
 from lossworks_testing.ranks import run_ranks

@@ -4,7 +4,7 @@ import pytest
 
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.classification import ClassifierSpec
-from lossworks.tasks.language_model import TrainSpec
+from lossworks.tasks.text.language_model import TrainSpec
 from lossworks.training.packed import PackedRun, advance, alike, obstacle
 from lossworks_testing.classification import tiny
 from lossworks_testing.training import run_training

@@ -10,9 +10,9 @@ from lossworks.errors import UserError
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.registry import task_of
 from lossworks.training.checkpoints.checkpoint import CheckpointStore, tensors_in
-from lossworks.training.export import export_run
 from lossworks.training.loop import Job, Trainer
-from lossworks.training.start import check_companions
+from lossworks.training.weights.export import export_run
+from lossworks.training.weights.start import check_companions
 from lossworks_testing.classification import tiny
 from lossworks_testing.offered import Distillation, offer, run_offered
 from lossworks_testing.ranks import run_ranks

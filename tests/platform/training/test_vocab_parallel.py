@@ -8,7 +8,7 @@ import torch
 from lossworks.data import TokenizedCorpus
 from lossworks.errors import UserError
 from lossworks.models import build_model
-from lossworks.tasks.language_model import LanguageTask, TrainSpec
+from lossworks.tasks.text.language_model import LanguageTask, TrainSpec
 from lossworks.training.checkpoints.checkpoint import CheckpointStore, load_shards
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import evaluate

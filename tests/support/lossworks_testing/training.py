@@ -7,11 +7,12 @@ from typing import Any
 from lossworks.data import TokenizedCorpus, prepare
 from lossworks.runs import RunFolder
 from lossworks.tasks import parse_train_spec
-from lossworks.tasks.language_model import TrainSpec
 from lossworks.tasks.registry import task_of
+from lossworks.tasks.text.language_model import TrainSpec
 from lossworks.tracking import Journal
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
+from lossworks.training.weights.start import settled
 
 VOCABULARY = 300
 
@@ -74,7 +75,7 @@ def run_training(
 
 def run_in_folder(values: dict[str, Any], run_id: str = "run") -> RunFolder:
     """Train in this process and leave a run's folder in the home folder, as a driver does; no text."""
-    spec = parse_train_spec(values)
+    spec = settled(parse_train_spec(values))
     folder = RunFolder.create(spec, run_id)
     learnt = task_of(spec).prepare(spec).learnt
     if learnt is not None:

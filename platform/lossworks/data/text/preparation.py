@@ -37,7 +37,7 @@ from lossworks.data.text.tokenizer import (
 from lossworks.errors import UserError
 from lossworks.files import hidden_beside, write_atomically
 from lossworks.home import cache_folder
-from lossworks.specs import DataSpec
+from lossworks.specs import DataSpec, TokensSpec
 
 SHARD_TOKENS = 64 * 2**20
 
@@ -74,13 +74,19 @@ def prepare(
     cache = cache_folder() if cache is None else cache.absolute()
     cache.mkdir(parents=True, exist_ok=True)
     say = on_progress or _say_nothing
-    tokenizer_file = _tokenizer_file(spec, cache, say)
+    tokenizer = tokenizer_file(
+        spec,
+        cache,
+        say,
+        digest=lambda: fingerprint(training_part(spec)),
+        train=lambda: train_tokenizer(spec),
+    )
     digest = fingerprint(spec)
-    key = _key("corpus", digest, hashlib.sha256(tokenizer_file).hexdigest())
+    key = _key("corpus", digest, hashlib.sha256(tokenizer).hexdigest())
     folder = cache / f"corpus-{key}"
     corpus = _opened(folder)
     if corpus is None:
-        encode = functools.partial(_encode, spec, tokenizer_file, digest, shard_tokens, say)
+        encode = functools.partial(_encode, spec, tokenizer, digest, shard_tokens, say)
         _make_folder(folder, encode)
         corpus = TokenizedCorpus.open(folder)
     if spec.corpus.startswith("text:"):
@@ -116,26 +122,44 @@ def _opened(folder: Path) -> TokenizedCorpus | None:
         return None
 
 
-def _tokenizer_file(spec: DataSpec, cache: Path, say: Progress) -> bytes:
-    """Return the content of the tokenizer.json to use: the given one, or a trained one from the cache."""
+def tokenizer_file(
+    spec: TokensSpec,
+    cache: Path,
+    say: Progress,
+    *,
+    digest: Callable[[], str],
+    train: Callable[[], Any],
+) -> bytes:
+    """Return the content of the tokenizer.json to use: the given one, or a trained one from the cache.
+
+    Args:
+        spec: Names it, or how large it is to be.
+        cache: Folder in which trained ones are kept.
+        say: Called with what is going on.
+        digest: Of the text that one is trained on.
+        train: Gives the trained one.
+
+    Raises:
+        UserError: It can't be read or trained.
+    """
     if spec.tokenizer is not None:
         load_tokenizer(spec.tokenizer)
         return Path(spec.tokenizer).expanduser().read_bytes()
-    key = _key("tokenizer", fingerprint(training_part(spec)), str(spec.vocab_size))
+    key = _key("tokenizer", digest(), str(spec.vocab_size))
     path = cache / f"tokenizer-{key}.json"
     try:
         load_tokenizer(path)
     except UserError:
         say(f"training a tokenizer of {spec.vocab_size:,} entries")
-        write_atomically(path, train_tokenizer(spec).to_str().encode())
+        write_atomically(path, train().to_str().encode())
     return path.read_bytes()
 
 
 def _encode(
-    spec: DataSpec, tokenizer_file: bytes, digest: str, shard_tokens: int, say: Progress, folder: Path
+    spec: DataSpec, tokenizer_json: bytes, digest: str, shard_tokens: int, say: Progress, folder: Path
 ) -> None:
     """Fill ``folder`` with shards, tokenizer, bytes a token, and at last the index."""
-    write_synced(folder / TOKENIZER_FILE, tokenizer_file)
+    write_synced(folder / TOKENIZER_FILE, tokenizer_json)
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     vocab_size = vocabulary_size(tokenizer)
     dtype = narrowest_dtype(vocab_size)

@@ -112,10 +112,15 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str | None]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield _text_field(_parse_line(line, where), field, where)
+                yield _text_field(parse_line(line, where), field, where)
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any]:
+def parse_line(line: str, where: str) -> dict[str, Any]:
+    """Return the record in a line of a .jsonl file.
+
+    Raises:
+        UserError: It is none; the message begins with ``where``.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -75,10 +75,9 @@ class TokenizedCorpus:
 
     def line_ends(self) -> np.ndarray:
         """Return which tokens hold the end of a line, bool (V,)."""
-        from lossworks.data.text.tokenizer import load_tokenizer
+        from lossworks.data.text.tokenizer import line_ends
 
-        tokenizer = load_tokenizer(self.tokenizer_path)
-        return np.array(["\n" in tokenizer.decode([token]) for token in range(self.vocab_size)])
+        return line_ends(self.tokenizer_path, self.vocab_size)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return a copy of tokens ``start`` to ``start + count - 1``, shape (count,), uint16 or uint32.

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lossworks.data.text.corpus import documents
 from lossworks.errors import UserError
-from lossworks.specs import DataSpec
+from lossworks.specs import DataSpec, TokensSpec
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -22,12 +22,22 @@ _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "[EOS]
 def train_tokenizer(spec: DataSpec) -> Any:
     """Return a byte-level BPE of ``spec.vocab_size`` entries trained on the corpus's first bytes.
 
-    It is trained on ``spec.tokenizer_bytes`` bytes of text, or less where the corpus has less. Token 0 is
-    ``<|endoftext|>``, token 1 ``<|pad|>``. Any text survives encoding and decoding. Training twice on the
-    same text gives the same tokenizer.
+    It is trained on ``spec.tokenizer_bytes`` bytes of text, or less where the corpus has less.
 
     Raises:
         UserError: The corpus can't be read, or is too small for the vocabulary.
+    """
+    return train_on((piece.text for piece in documents(training_part(spec))), spec)
+
+
+def train_on(texts: Iterable[str], spec: TokensSpec) -> Any:
+    """Return a byte-level BPE of ``spec.vocab_size`` entries trained on texts.
+
+    Token 0 is ``<|endoftext|>``, token 1 ``<|pad|>``. Any text survives encoding and decoding. Training twice
+    on the same text gives the same tokenizer.
+
+    Raises:
+        UserError: There is too little text for the vocabulary.
     """
     tokenizers = _import_tokenizers()
     byte_level = tokenizers.pre_tokenizers.ByteLevel
@@ -41,7 +51,7 @@ def train_tokenizer(spec: DataSpec) -> Any:
         initial_alphabet=sorted(byte_level.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece.text for piece in documents(training_part(spec))), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     _require_full_vocabulary(tokenizer.get_vocab_size(), spec)
     return tokenizer
 
@@ -136,6 +146,12 @@ def token_bytes(tokenizer: Any) -> np.ndarray | None:
     return sizes
 
 
+def line_ends(path: Path, vocab_size: int) -> np.ndarray:
+    """Return which tokens of a tokenizer.json hold the end of a line, bool (V,)."""
+    tokenizer = load_tokenizer(path)
+    return np.array(["\n" in tokenizer.decode([token]) for token in range(vocab_size)])
+
+
 def _is_byte_level(tokenizer: Any) -> bool:
     decoders = _import_tokenizers().decoders
     decoder = tokenizer.decoder
@@ -144,12 +160,13 @@ def _is_byte_level(tokenizer: Any) -> bool:
     return isinstance(decoder, decoders.ByteLevel)
 
 
-def _require_full_vocabulary(entries: int, spec: DataSpec) -> None:
+def _require_full_vocabulary(entries: int, spec: TokensSpec) -> None:
     if entries < spec.vocab_size:
         raise UserError(
             f"data.vocab_size={spec.vocab_size}: the text that the tokenizer is trained on gives only "
             f"{entries} entries; set data.vocab_size={entries} or less, or give it more text "
-            f"(data.corpus, data.max_bytes, data.tokenizer_bytes={spec.tokenizer_bytes})"
+            f"(data.corpus, data.max_bytes, data.tokenizer_bytes={spec.tokenizer_bytes}), or name one in "
+            "data.tokenizer"
         )
 
 

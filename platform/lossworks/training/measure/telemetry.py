@@ -5,7 +5,7 @@ B examples, K classes. A row is a row of logits: an example, or a token of a seq
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,14 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from lossworks.data.batch import Batch, first, on
 from lossworks.errors import LossSpikesError
 from lossworks.losses.objective import ElementLosses
-from lossworks.models import Outputs
 from lossworks.specs import SpikeSpec, TelemetrySpec
 from lossworks.tasks.interface import Measure
 from lossworks.training.distributed.world import World
-from lossworks.training.evaluation import beside
-
-Completed = Callable[[Batch], tuple[Batch, Mapping[str, Outputs]]]
-"""From a batch of the task to the one that losses are given, and to what companions say of it, by role."""
+from lossworks.training.evaluation import Completed, beside
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 _BEFORE = 64  # steps that a spike is measured against

@@ -27,9 +27,10 @@ from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import AT_ONCE
 from lossworks.training.measure.head_memory import own_head_peak
 from lossworks.training.measure.memory import EXCHANGE, TensorMemory
-from lossworks.training.optimizer import OBJECTIVE, Optimizers, build_optimizers
+from lossworks.training.optimizer import Optimizers, build_optimizers
 from lossworks.training.roles import Roles
-from lossworks.training.start import empty_companion
+from lossworks.training.weights.adapters import equip
+from lossworks.training.weights.start import empty_companion
 
 WEIGHTS, GRADIENTS, MOMENTS = "weights", "gradients", "optimiser state"
 ACTIVATIONS, HEAD, COMPANIONS = "activations", "head", "companions"
@@ -143,8 +144,7 @@ class _Stage:
         model = self.task.empty_model()
         # Anew, or its parameters would have values.
         self.task.objective = Objective(self.spec.loss)
-        self.task.objective.fit_to(model)
-        model.attach(OBJECTIVE, self.task.objective)
+        equip(model, self.spec, self.task.objective)
         return model.train()
 
     def _train(self, model: nn.Module, optimizers: Optimizers) -> None:
@@ -176,7 +176,7 @@ class _Stage:
         self.synchronised = last
         with gradient_sync(model, enabled=last):
             with self.memory.labelled(ACTIVATIONS), self._autocast():
-                batch, companions = self._completed(batch)
+                batch, companions = self.roles.beside(batch)
                 sums: Tensor = model(batch, self._within_head(companions, self._objective))
             with self.memory.labelled(ACTIVATIONS):
                 (sums * torch.ones_like(sums)).sum().backward()
@@ -205,7 +205,7 @@ class _Stage:
             with self.memory.labelled(BATCHES):
                 batch = self._batch(size, held_out=True)
             with self.memory.labelled(ACTIVATIONS), self._autocast():
-                companions = self.roles.outputs(batch) if self.roles else {}
+                batch, companions = self.roles.beside(batch)
                 model(batch, self._within_head(companions, self.task.measured))
         if isinstance(model, FSDPModule):
             model.reshard()
@@ -236,11 +236,6 @@ class _Stage:
         return {
             name: torch.empty((rows, *value.shape[1:]), dtype=value.dtype) for name, value in example.items()
         }
-
-    def _completed(self, batch: Batch) -> tuple[Batch, Mapping[str, Outputs]]:
-        if not self.roles:
-            return batch, {}
-        return self.task.completed(batch, self.roles.outputs), self.roles.outputs(batch)
 
     def _autocast(self) -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)

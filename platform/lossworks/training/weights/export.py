@@ -12,17 +12,17 @@ from lossworks.models import HeadedModel, read_provenance
 from lossworks.models.folders import CONFIG
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
-from lossworks.tasks.interface import Evaluation, Predictions
+from lossworks.tasks.interface import Evaluation, Predictions, Task
 from lossworks.tasks.registry import parse_train_spec, task_of
-from lossworks.training.checkpoints.checkpoint import tensors_in
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import evaluate
-from lossworks.training.start import (
-    ATTACHED,
+from lossworks.training.roles import Roles
+from lossworks.training.weights.start import (
     begin_from,
     choose_checkpoint,
     learnt_by,
     learnt_in,
+    model_in,
     trained_weights,
 )
 
@@ -48,11 +48,9 @@ def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
         "data": spec.model_dump(mode="json").get("data"),
         "spec": spec.model_dump(mode="json", exclude={"tracking"}),
     }
-    state = tensors_in(checkpoint.folder, "model.")
-    own = {name: value for name, value in state.items() if not name.startswith(ATTACHED)}
     kind = task_of(spec)
     learnt = learnt_by(folder) or kind.open(spec, None).learnt
-    kind.save(spec, learnt, to, own, provenance)
+    kind.save(spec, learnt, to, model_in(checkpoint, spec), provenance)
     return checkpoint.step
 
 
@@ -77,7 +75,26 @@ def evaluate_folder(folder: Path, *, overrides: Sequence[str] = (), limit: int |
 
     task, model = task_of(spec).reopen(spec, folder, learnt_in(folder), fill)
     task.objective.fit_to(model)
-    return evaluate(model, task, World.current(), limit=limit, micro_batch_size=None, bf16=False)
+    roles = Roles(spec, task, _companions_begin(spec, task, model), World.current())
+    return evaluate(
+        model,
+        task,
+        World.current(),
+        limit=limit,
+        micro_batch_size=None,
+        bf16=False,
+        completed=roles.beside,
+    )
+
+
+def _companions_begin(spec: RunSpec, task: Task, model: HeadedModel) -> HeadedModel:
+    """Return what companions are copies of: the model as its training began, or as it is, of moving ones."""
+    if not any(role.of == "start" for role in spec.roles.values()):
+        return model
+    begin = task.build_model()
+    if spec.start is not None:
+        begin_from(trained_weights(spec.start, "start"), begin)
+    return begin
 
 
 def predict_file(model: str, file: Path) -> Predictions:

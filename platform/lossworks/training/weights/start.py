@@ -18,9 +18,13 @@ from lossworks.tasks.registry import task_of
 from lossworks.training.checkpoints.checkpoint import CheckpointStore, tensors_in
 from lossworks.training.checkpoints.manifest import Checkpoint, find_damage
 from lossworks.training.optimizer import OBJECTIVE
+from lossworks.training.weights.adapters import merged
 
 ATTACHED = f"{OBJECTIVE}."
 """Prefix of what belongs to the losses and not to the model."""
+
+
+_CHECKPOINT = "hf:"  # of transformers, which brings its own configuration and tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,17 @@ def choose_checkpoint(folder: RunFolder, *, best: bool = True) -> Checkpoint:
     return chosen
 
 
+def model_in(checkpoint: Checkpoint, spec: RunSpec) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint's model by name: without losses, and with adapters merged.
+
+    Args:
+        checkpoint: Of the run.
+        spec: The run.
+    """
+    state = tensors_in(checkpoint.folder, "model.")
+    return merged({name: value for name, value in state.items() if not name.startswith(ATTACHED)}, spec.lora)
+
+
 def trained_weights(name: str, field: str) -> TrainedWeights:
     """Return the weights of a run or of an exported folder.
 
@@ -78,8 +93,7 @@ def trained_weights(name: str, field: str) -> TrainedWeights:
     except UserError as error:
         raise UserError(f"{field}={name}: is no folder of an exported model, and {error}") from None
     spec = folder.spec()
-    state = tensors_in(choose_checkpoint(folder).folder, "model.")
-    own = {key: value for key, value in state.items() if not key.startswith(ATTACHED)}
+    own = model_in(choose_checkpoint(folder), spec)
     model = spec.model_dump(mode="json").get("model", {})
     return TrainedWeights(f"{field}={name}", model, own, task_of(spec).slug, learnt_by(folder))
 
@@ -103,6 +117,27 @@ def learnt_in(folder: Path) -> Learnt:
     config = read_config(beside if beside.is_file() else folder / CONFIG)
     tokenizer = folder / TOKENIZER
     return Learnt(config, {TOKENIZER: tokenizer} if tokenizer.is_file() else {}, source=str(folder))
+
+
+def settled(spec: RunSpec) -> RunSpec:
+    """Return a spec with what the weights that it begins from decide: the tokenizer, and the model.
+
+    A spec that says its model itself keeps it.
+
+    Raises:
+        UserError: There are no such weights.
+    """
+    if spec.start is None:
+        return spec
+    if spec.start.startswith(_CHECKPOINT):
+        values = spec.model_dump(mode="json", exclude_unset=True)
+        values = {**values, "start": None, "model": {**values.get("model", {}), "source": spec.start}}
+        return type(spec).parse(values, source=f"start={spec.start}")
+    weights = trained_weights(spec.start, "start")
+    if "model" not in spec.model_fields_set:
+        values = {**spec.model_dump(mode="json", exclude_unset=True), "model": weights.model}
+        spec = type(spec).parse(values, source=f"start={spec.start}")
+    return spec if weights.learnt is None else task_of(spec).reading_as(spec, weights.learnt)
 
 
 def begin_from(weights: TrainedWeights, model: nn.Module) -> None:

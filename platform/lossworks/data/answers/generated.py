@@ -1,0 +1,98 @@
+"""Prompts and answers that need no file: docstrings of the interpreter's own sources, and made-up facts."""
+
+import ast
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from lossworks.data.answers.examples import AnswerRecord, answered
+from lossworks.data.text.corpus_files import corpus_files
+from lossworks.specs import DataSpec
+
+_LIMIT = 2000  # docstrings; so many are read in seconds
+_CHARACTERS = range(20, 161)  # of a docstring's first line
+_ONSETS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+
+
+class Fact(NamedTuple):
+    """A made-up fact, which can only be known by heart.
+
+    Attributes:
+        prompt: Up to what is asked for.
+        subject: What the fact is about; part of the prompt.
+        answer: What follows the prompt, with the space before it.
+    """
+
+    prompt: str
+    subject: str
+    answer: str
+
+
+def facts(count: int, seed: int = 0) -> list[Fact]:
+    """Return facts of the kind ``The code of bakilo is tomeva``: made-up names, all different.
+
+    Args:
+        count: How many.
+        seed: Of the names.
+    """
+    stream = np.random.default_rng([seed, 0])
+    found: dict[str, None] = {}
+    while len(found) < 2 * count:
+        found.setdefault(_name(stream))
+    names = list(found)
+    pairs = zip(names[:count], names[count:], strict=True)
+    return [Fact(f"The code of {subject} is", subject, f" {code}") for subject, code in pairs]
+
+
+def docstring_pairs() -> list[AnswerRecord]:
+    """Return a function's signature as prompt and its docstring's first line as answer, of the library.
+
+    No docstring comes twice. The order is random, but the same on every machine with the same sources.
+    """
+    return [AnswerRecord(place, (answered(prompt, answer),)) for place, prompt, answer in _docstrings()]
+
+
+def wrong_docstrings(seed: int = 0) -> list[AnswerRecord]:
+    """Return signatures with their own docstring, which is chosen, and with another one's, rejected.
+
+    Args:
+        seed: Of which one.
+    """
+    found = list(_docstrings())
+    order = np.random.default_rng([seed, 1]).permutation(len(found))
+    # The next one in a random circle, so that nobody gets its own.
+    other = np.empty_like(order)
+    other[order] = np.roll(order, -1)
+    return [
+        AnswerRecord(place, (answered(prompt, answer), answered(prompt, found[other[index]][2])))
+        for index, (place, prompt, answer) in enumerate(found)
+    ]
+
+
+def _docstrings() -> Iterator[tuple[str, str, str]]:
+    """Yield where a function stands, its signature up to the docstring, and that one's first line."""
+    seen: set[str] = set()
+    for file in corpus_files(DataSpec(corpus="stdlib")):
+        if "test" in file.name or len(seen) >= _LIMIT:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the library's own old spellings
+                tree = ast.parse(file.path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # the library holds files that are wrong on purpose
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            line = (ast.get_docstring(node) or "").split("\n")[0].strip()
+            if len(line) in _CHARACTERS and line not in seen and len(seen) < _LIMIT:
+                seen.add(line)
+                prompt = f'def {node.name}({ast.unparse(node.args)}):\n    """'
+                yield f"{file.name}, line {node.lineno}", prompt, f'{line}"""'
+
+
+def _name(stream: np.random.Generator) -> str:
+    letters = [(stream.integers(len(_ONSETS)), stream.integers(len(_VOWELS))) for _ in range(3)]
+    return "".join(_ONSETS[onset] + _VOWELS[vowel] for onset, vowel in letters)

@@ -1,0 +1,1 @@
+"""Losses by which a language model forgets some answers and keeps others."""

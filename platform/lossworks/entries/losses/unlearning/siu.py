@@ -1,0 +1,120 @@
+"""Single image unlearning: learn a wrong answer, and stay near the old model but for the forgotten names.
+
+Shapes: B rows, M masked classes, T tokens, V classes.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lossworks.catalogue.declaration import Paper, number
+from lossworks.data.batch import Batch
+from lossworks.head import Divergence, Gathered, LogSumExp, linear_row_statistics
+from lossworks.losses.problems import CLASSES, Problem
+from lossworks.losses.unlearning import RETAIN, UnlearningLoss, mean_of, nats_and_tokens
+from lossworks.models.interface import Head, Outputs
+
+INSTEAD = 2
+"""The candidate that holds the wrong answer to what is to be forgotten."""
+
+
+def masked_kl(
+    student: tuple[Tensor, Head], teacher: tuple[Tensor, Head], targets: Tensor, masked: Tensor, impl: str
+) -> Tensor:
+    """Return Σ_{v kept} p_v (log p_v − log q_v) of every token, (T,); 0 where a target is -100.
+
+    It is the divergence of all classes less the terms of the few masked ones. Its least value for given p is
+    P·log P ≤ 0 with P the kept classes' share of p, at q = p/P on them.
+
+    Args:
+        student: Features (T, D) and head of q.
+        teacher: Features (T, D') and head of p, without a gradient.
+        targets: int64 (T,); those that are -100 count for nothing.
+        masked: Classes that are left out, distinct, int64 (M,).
+        impl: As for :func:`lossworks.linear_cross_entropy`.
+    """
+    (e, head), (their_e, their_head) = student, teacher
+    classes = masked.expand(len(targets), -1)
+    options = {"impl": impl}
+    whole, z, lse = linear_row_statistics(
+        *(e, head.weight, targets, head.bias),
+        statistics=[
+            Divergence("forward-kl", their_e, their_head.weight, their_head.bias, their_head.softcap),
+            Gathered(classes),
+            LogSumExp(),
+        ],
+        softcap=head.softcap,
+        **options,  # type: ignore[arg-type]  # checked there
+    )
+    with torch.no_grad():
+        their_z, their_lse = linear_row_statistics(
+            *(their_e, their_head.weight, targets, their_head.bias),
+            statistics=[Gathered(classes), LogSumExp()],
+            softcap=their_head.softcap,
+            **options,  # type: ignore[arg-type]
+        )
+    log_p, log_q = their_z - their_lse[:, None], z - lse[:, None]
+    left_out = (log_p.exp() * (log_p - log_q)).sum(1)
+    return torch.where(targets != -100, whole - left_out, 0)
+
+
+class SIU(UnlearningLoss):
+    """SIU: cross-entropy of a wrong answer and of what stays, with a divergence that is blind to old names.
+
+    The divergence is from the model before (``roles.reference``), over the tokens of what is to stay, and
+    leaves out the classes of the old answers: the masked sum is no divergence, and pushes them down wherever
+    they stand. Negative values are usual. The batch's third candidate is the wrong answer.
+
+    Use it to make a model give another answer to a few prompts in a handful of steps. Not where the old
+    answers' tokens are words of everyday use: their probability falls everywhere.
+    """
+
+    slug = "siu"
+    formula = "a CE + b Σ_t S_t Σ_v K_v p_v (log p_v - log q_v) / Σ_t S_t, p of the model before"
+    paper = Paper(
+        "Single Image Unlearning: Efficient Machine Unlearning in Multimodal Large Language Models",
+        "Li et al.",
+        2024,
+        "equations 3 to 5",
+    )
+    roles = ("reference",)
+    requires = ("masked_classes",)
+    candidates: ClassVar[int] = 3
+
+    ce: float = number(0.9, "a: weight of the cross-entropy", ge=0, search=(0.5, 1.0))
+    dmk: float = number(0.75, "b: weight of the masked divergence", ge=0, search=(0.25, 1.0))
+
+    def token_sums(self, outputs: Outputs, targets: Tensor, batch: Batch, impl: str) -> Tensor:
+        """Return nats and tokens of the wrong answers and of what stays, divergence and its tokens, (4,)."""
+        nats = nats_and_tokens(outputs, targets, INSTEAD, impl) + nats_and_tokens(
+            outputs, targets, RETAIN, impl
+        )
+        kept = targets[:, RETAIN].reshape(-1)
+        teacher = outputs.roles.get("reference")
+        if teacher is None:  # of the audit, where the model before is a uniform one
+            teacher = Outputs(torch.zeros_like(outputs.hidden), outputs.head)
+        masked = batch["masked_classes"]
+        values = masked_kl(
+            (outputs.hidden[:, RETAIN].flatten(0, 1), _there(outputs)),
+            (teacher.hidden[:, RETAIN].flatten(0, 1), _there(teacher)),
+            kept,
+            masked[masked >= 0].unique(),
+            impl,
+        )
+        return torch.cat((nats, torch.stack((values.sum(), (kept != self.ignore_index).sum().to(values)))))
+
+    def of_sums(self, sums: Tensor) -> Tensor:
+        """See :meth:`UnlearningLoss.of_sums`."""
+        return self.ce * mean_of(sums[0], sums[1]) + self.dmk * mean_of(sums[2], sums[3])
+
+    def problem(self, rows: int, generator: torch.Generator) -> Problem:
+        """See :meth:`Loss.problem`."""
+        found = super().problem(rows, generator)
+        return found.given(masked_classes=torch.tensor([[1, CLASSES - 1]]).expand(rows, -1))
+
+
+def _there(outputs: Outputs) -> Head:
+    if outputs.head is None:
+        raise ValueError("outputs must have a head")
+    return outputs.head

@@ -1,0 +1,1 @@
+"""Training of models of text: next tokens, answers, preferences, what is to be forgotten, and sentences."""

@@ -1,0 +1,166 @@
+"""Training of a language model on preferences: of two answers to a prompt, one is chosen."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from lossworks.catalogue.registry import declaration
+from lossworks.data.answers import AnswerCorpus, AnswerRecord, BlankAnswers, preferences_of, prepare_answers
+from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.data.learnt import Learnt
+from lossworks.losses.preference import REFERENCE, answer_log_probabilities
+from lossworks.models import Outputs
+from lossworks.specs import LossSpec, ModelSpec, PreferenceDataSpec, RoleSpec, RunSpec
+from lossworks.tasks.interface import Mode, Say, as_sums
+from lossworks.tasks.text.tokens import TokensTask, with_tokenizer
+
+_PAIR = 2  # the chosen and the rejected answer
+
+
+class PreferencesSpec(RunSpec):
+    """Training of a language model on preferences."""
+
+    task: Literal["preferences"] = Field("preferences", description="what is trained")
+    data: PreferenceDataSpec = PreferenceDataSpec()
+    model: ModelSpec = ModelSpec()
+    loss: LossSpec = LossSpec(name="dpo")
+    roles: dict[str, RoleSpec] = Field(
+        {REFERENCE: RoleSpec(of="start")},
+        description="companions of the model by name: the reference, by default the model as training begins;"
+        " {} for none, with losses that read none",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        PreferencesTask.require_entries(self)
+        if self.sharding.vocab_parallel:
+            raise ValueError("sharding.vocab_parallel=true can't be combined with task=preferences")
+        if self.telemetry.every:
+            raise ValueError(
+                f"telemetry.every={self.telemetry.every} can't be combined with task=preferences"
+            )
+        if REFERENCE in _needs(self) and REFERENCE not in self.roles:
+            raise ValueError(
+                f"loss.name={self.loss.name}: compares with a reference model; set roles.reference=start, "
+                "which is the model as training begins, or to a run"
+            )
+        return self
+
+
+class PreferencesTask(TokensTask):
+    """Pairs of answers; the yardsticks are how often and how far the chosen one is ahead.
+
+    The reward of an answer is its log-probability less that by the reference, where there is one, and else
+    its mean log-probability a token.
+
+    Args:
+        spec: The run.
+        corpus: Its pairs.
+
+    Raises:
+        UserError: There are too few.
+    """
+
+    slug = "preferences"
+    title = "a language model on pairs of a chosen and a rejected answer"
+    spec: ClassVar[type[RunSpec]] = PreferencesSpec
+    kinds = ("preference",)
+    provides = ("inputs", "targets", REFERENCE, "mismatched")
+    yardsticks: ClassVar[Mapping[str, Mode]] = {
+        "eval/reward_accuracy": "max",
+        "eval/reward_margin": "max",
+        "eval/chosen_log_p": "max",
+        "eval/rejected_log_p": "min",
+    }
+    shown: ClassVar[Sequence[tuple[str, str, str]]] = (
+        ("held-out pairs whose chosen answer is ahead", "eval/reward_accuracy", "{:.1%}"),
+        ("by how much, on average", "eval/reward_margin", "{:.3f} nats"),
+        ("log-probability of chosen answers", "eval/chosen_log_p", "{:.3f} nats a token"),
+        ("log-probability of rejected answers", "eval/rejected_log_p", "{:.3f} nats a token"),
+    )
+    panels: ClassVar[tuple[str, Mapping[str, str]] | None] = (
+        "Log-probabilities of held-out answers, a token",
+        {"eval/chosen_log_p": "chosen", "eval/rejected_log_p": "rejected"},
+    )
+
+    def __init__(self, spec: PreferencesSpec, corpus: AnswerCorpus) -> None:
+        super().__init__(spec, corpus)
+        self.run = spec
+        self.train, self.held_out = corpus.split(spec.data)
+
+    @classmethod
+    def read(cls, spec: RunSpec, learnt: Learnt | None, say: Say | None = None) -> AnswerCorpus:
+        """See :meth:`TokensTask.read`."""
+        run = cast("PreferencesSpec", spec)
+        data = with_tokenizer(run.data, run.model, learnt)
+        records = preferences_of(data)
+        if "mismatched" in _needs(spec):
+            records = with_mismatched(records)
+        return prepare_answers(records, data, on_progress=say)
+
+    @classmethod
+    def blank(cls, spec: RunSpec, vocab_size: int) -> AnswerCorpus:
+        """See :meth:`TokensTask.blank`."""
+        length, needs = cast("PreferencesSpec", spec).data.sequence_length, _needs(spec)
+        candidates = _PAIR + ("mismatched" in needs)
+        numbers = {"mismatched": candidates} if "mismatched" in needs else {}
+        return BlankAnswers(vocab_size, length, candidates, numbers)
+
+    @classmethod
+    def reads(cls, spec: RunSpec) -> tuple[str, ...]:
+        """Return the reference, by which rewards are measured even where the loss reads none."""
+        del spec
+        return (REFERENCE,)
+
+    def completed(self, batch: Batch, companions: Callable[[Batch, str], dict[str, Outputs]]) -> Batch:
+        """Return a batch with the reference's log-probabilities of the candidates."""
+        if REFERENCE not in self.run.roles:
+            return batch
+        outputs = companions(batch, "inputs")[REFERENCE]
+        targets = batch["targets"].to(outputs.hidden.device)
+        return {**batch, REFERENCE: answer_log_probabilities(outputs, targets, self.run.loss.impl)}
+
+    def measure(self, outputs: Outputs, batch: Batch, own: Tensor) -> Tensor:
+        """Return pairs, wins, margins, and of chosen and rejected answers nats and tokens."""
+        del own
+        targets = batch["targets"][:, :_PAIR]
+        seen = Outputs(outputs.hidden[:, :_PAIR], outputs.head)
+        log_p = answer_log_probabilities(seen, targets, self.run.loss.impl).double()
+        tokens = (targets != IGNORE_INDEX).sum(-1)
+        valid = (tokens > 0).all(1)
+        reference = batch.get(REFERENCE)
+        rewards = log_p / tokens.clamp(min=1) if reference is None else log_p - reference[:, :_PAIR]
+        margins = torch.where(valid, rewards[:, 0] - rewards[:, 1], 0)
+        sums = [torch.where(valid, part, 0).sum() for part in (*log_p.unbind(1), *tokens.unbind(1))]
+        return as_sums(valid.sum(), (margins > 0).sum(), margins.sum(), *sums, like=log_p)
+
+    def figures(self, sums: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return the yardsticks."""
+        pairs, wins, margin, chosen, rejected, of_chosen, of_rejected = sums.tolist()
+        return {
+            "eval/reward_accuracy": wins / max(pairs, 1.0),
+            "eval/reward_margin": margin / max(pairs, 1.0),
+            "eval/chosen_log_p": chosen / max(of_chosen, 1.0),
+            "eval/rejected_log_p": rejected / max(of_rejected, 1.0),
+        }, {}
+
+
+def _needs(spec: RunSpec) -> set[str]:
+    """Return the names of what a run's losses require of batches."""
+    return {name for term in spec.loss.terms for name in declaration(term.name).requires}
+
+
+def with_mismatched(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
+    """Return records with a third candidate: the chosen answer of the next record, to the own prompt."""
+    found = []
+    for record, after in zip(records, [*records[1:], *records[:1]], strict=True):
+        prompt = tuple(span for span in record.candidates[0] if not span.counts)
+        other = tuple(span for span in after.candidates[0] if span.counts)
+        candidates = (*record.candidates, (*prompt, *other))
+        flags = (*(0 for _ in record.candidates), 1)
+        found.append(replace(record, candidates=candidates, numbers={**record.numbers, "mismatched": flags}))
+    return found

@@ -1,0 +1,1 @@
+"""Trained weights: what a run begins from, which of them it trains, and what it gives away."""
