@@ -1,5 +1,6 @@
 """Studies: what they train, packed or not, killed and gone on with, tracked, drawn, and refused."""
 
+import contextlib
 import os
 import signal
 import struct
@@ -125,6 +126,76 @@ def test_what_can_not_be_packed_is_trained_by_its_task(home, cluster, tmp_path):
     assert trained == [training.digest]
     ours = result.outcome.results[training.key].metrics
     assert ours["eval/accuracy"] == pytest.approx(alone["eval/accuracy"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_variants_begin_from_what_is_trained_first(home, cluster, tmp_path):
+    """One run a seed: a variant gives what its training gives alone, begun from that run's weights."""
+    spec = tiny_study(
+        first={"start": {"loss": "ldr", "steps": 16}},
+        compare={"on": {"steps": 4}, "anew": {"steps": 4, "start": None}},
+        over={},
+        yardsticks=["eval/accuracy", "eval/cross_entropy"],
+    )
+    result = study(spec)
+    plan, trainings = result.outcome.plan, result.folder.path / "trainings"
+    before = plan.first("start", 1)
+    after = next(one for one in plan.trainings if one.key == ("on", "", 1))
+    alone = plan.placed(after, lambda one: str(trainings / one.digest))
+    expected = run_training(alone, None, str(tmp_path / "alone"))["metrics"]
+    anew = next(one for one in plan.trainings if one.key == ("anew", "", 1))
+
+    assert (before.spec.steps, before.spec.loss.name, before.spec.start) == (16, "ldr", None)
+    assert alone["start"] == str(trainings / before.digest)
+    assert anew.spec.start is None
+    for name in result.outcome.yardsticks:
+        assert result.outcome.results[after.key].metrics[name] == pytest.approx(expected[name], abs=1e-6)
+    assert set(result.outcome.results) == {one.key for one in plan.trainings}
+    again = study(read_study_spec(result.folder), resume=result.folder).outcome
+    assert again.results == result.outcome.results
+    stored = ResultStore(result.folder.path / "results.jsonl").of(plan.firsts)
+    assert set(stored) == {("first:start", "", 0), ("first:start", "", 1)}
+
+
+def test_what_is_trained_first_decides_over_results():
+    """Digests of variants change with it; without any they are as they always were."""
+    one, other = (
+        tiny_study(first={"start": {"steps": steps}}, compare={"a": {}, "b": {"steps": 2}}).make_plan()
+        for steps in (8, 9)
+    )
+    whole = {"task": "language-model", "steps": 3, "model": {"width": 16}}
+    variants = {"a": {"start": "first:big"}, "b": {}}
+    base = {"task": "language-model", "workers": 1, "sharding": "none"}
+    plan = tiny_study(first={"big": whole}, compare=variants, base=base, over={}).make_plan()
+
+    assert {a.digest for a in one.trainings}.isdisjoint({b.digest for b in other.trainings})
+    assert [(t.variant, t.seed, t.spec.model.width, t.spec.workers) for t in plan.firsts] == [
+        ("first:big", 0, 16, 2),  # a whole spec, of which nothing is the base's
+        ("first:big", 1, 16, 2),
+    ]
+    assert [t.needs for t in plan.trainings] == [("big",), ("big",), (), ()]
+    assert tiny_study(first={}).digest == tiny_study().digest
+
+
+def test_nothing_begins_from_what_failed(home, monkeypatch):
+    """It is said of each training that needed it, and the others are trained."""
+    started = []
+
+    def fake(plan, trainings, folder, free, keep):
+        started.extend(one.key for one in trainings)
+        for one in trainings:
+            failed = one.key == ("first:start", "", 0)
+            keep(one, Result({}, "the loss became NaN") if failed else Result({"eval/accuracy": 0.5}))
+
+    monkeypatch.setattr("lossworks_tune.studies.training._at_once", fake)
+    monkeypatch.setattr("lossworks_tune.studies.training.cluster", lambda _: contextlib.nullcontext(2.0))
+    variants = {"a": {}, "b": {"steps": 2, "evaluation.every": 2}}
+    spec = tiny_study(first={"start": {"steps": 4}}, compare=variants, over={}, yardsticks=["eval/accuracy"])
+    found = study(spec).outcome
+
+    assert started == [("first:start", "", 0), ("first:start", "", 1), ("a", "", 1), ("b", "", 1)]
+    assert set(found.failures.values()) == {"first:start failed: the loss became NaN"}
+    assert set(found.failures) == {("a", "", 0), ("b", "", 0)}
 
 
 @pytest.mark.slow

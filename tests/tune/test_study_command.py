@@ -113,6 +113,22 @@ def test_the_command_refuses_in_one_line(arguments, message, home, capsys):
         ({"expect": [{"better": "ldr", "to": "dice", "on": "eval/ece"}]}, "write {better: VARIANT, than"),
         ({"expect": [{"equal": "ldr", "to": "cross-entropy", "on": "eval/ece"}]}, "needs `by`"),
         ({"entries": ["ldrr"]}, "ldrr: no such loss; did you mean ldr"),
+        ({"first": {"steps": 3}}, "first.*write {start: {field: value"),
+        ({"first": {"start": {"stepz": 3}}}, "first.start: stepz: unknown key; did you mean steps"),
+        ({"first": {"start": {"seed": 3}}}, "seed: seeds are the study's own field"),
+        ({"first": {"big": {}}}, "first.big: nothing names it; write first:big where its run is meant"),
+        (
+            {"first": {"start": {}}, "compare": {"a": {}, "b": {"start": "first:strat"}}},
+            "compare.b.*: first:strat is no training before it; those: start",
+        ),
+        (
+            {"first": {"one": {"start": "first:start"}, "start": {}}},
+            "first.one: first:start is no training before it; those: none",
+        ),
+        (
+            {"first": {"start": {}}, "base": {**tiny_study().base, "start": "a-run"}},
+            "first.start: base.start is set, too",
+        ),
         ({"base": {"base": {}}}, "describes a sweep"),
         ({"clame": "x"}, "did you mean claim"),
     ],

@@ -77,8 +77,12 @@ def _setting(outcome: StudyOutcome) -> str:
     spec = outcome.spec
     fields = {name: value for name, value in leaves(spec.base) if name.partition(".")[0] not in _UNTOLD}
     told = " ".join(f"{name}={value}" for name, value in fields.items())
-    variants = "; ".join(f"{variant}: {_fields(fields)}" for variant, fields in spec.compare.items())
-    return f"Trained: `{told}`, over {len(spec.seeds)} seeds. Compared: {variants}."
+    variants, first = (
+        "; ".join(f"{name}: {_fields(fields)}" for name, fields in of.items())
+        for of in (spec.compare, spec.first)
+    )
+    before = f" First, for each seed: {first}." if first else ""
+    return f"Trained: `{told}`, over {len(spec.seeds)} seeds.{before} Compared: {variants}."
 
 
 def _fields(fields: dict[str, object]) -> str:

@@ -104,6 +104,7 @@ class _Run:
         self._spec, self._plan, self._folder, self._listener = spec, plan, folder, listener
         self._store = ResultStore(folder.path / "results.jsonl")
         self._results: dict[Key, Result] = self._store.of(plan.trainings)
+        self._firsts: dict[Key, Result] = self._store.of(plan.firsts)
         self._runs = VariantRuns(self._outcome(), folder)
         self._complaint = ""
 
@@ -113,7 +114,8 @@ class _Run:
             self._listener.message(note)
         with closing(self._close):
             with repeated(self._look):
-                train(self._plan, self._waiting(), self._folder.path / "trainings", address, self._keep)
+                folder = self._folder.path / "trainings"
+                train(self._plan, self._waiting(), folder, address, self._keep, self._lacking)
             outcome = self._outcome()
             if len(outcome.failures) == len(self._plan.trainings):
                 raise RunError(f"run {self._folder.run_id}: {failures(outcome)}")
@@ -122,11 +124,23 @@ class _Run:
         return StudyResult(self._folder, outcome, self._folder.path / "study.json", pictures)
 
     def _waiting(self) -> Sequence[Training]:
-        return [one for one in self._plan.trainings if one.key not in self._results]
+        waiting = [one for one in self._plan.trainings if one.key not in self._results]
+        return [*(one for one in self._plan.firsts if one.key not in self._firsts), *waiting]
 
     def _keep(self, training: Training, result: Result) -> None:
         self._store.add(training, result)
+        if training.variant not in self._plan.variants:
+            self._firsts[training.key] = result
+            return
         self._results = {**self._results, training.key: result}  # another thread may be reading the old one
+
+    def _lacking(self, training: Training) -> str:
+        """Return why a training can't begin, or nothing: one before it has failed."""
+        for name in training.needs:
+            before = self._plan.first(name, training.seed)
+            if (found := self._firsts.get(before.key)) is not None and found.failure:
+                return f"{before.variant} failed: {found.failure}"
+        return ""
 
     def _outcome(self) -> StudyOutcome:
         return StudyOutcome(self._spec, self._plan, self._results)

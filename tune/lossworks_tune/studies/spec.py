@@ -80,6 +80,12 @@ class StudySpec(Spec):
         description="spec of the training that is varied, as `lossworks train` or `lossworks federate` takes "
         "it; in a file also the path of one, from the file's folder, or spec: PATH with what differs from it",
     )
+    first: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="trainings that come before the variants, one a seed, by name: each with the fields that "
+        "differ from the base, or all of them where task is one; all variants begin from the one named "
+        "start, and first:NAME as a value stands for the run of NAME: {roles.teacher.of: first:NAME}",
+    )
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="variants by name, each with the fields that differ from the base; the others are "
@@ -109,6 +115,13 @@ class StudySpec(Spec):
             return {name: nested(fields) for name, fields in value.items()}
         return value
 
+    @field_validator("first", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and all(isinstance(fields, Mapping) for fields in value.values()):
+            return {name: nested(fields) for name, fields in value.items()}
+        raise ValueError("write {start: {field: value, …}}: names of trainings, each with its fields")
+
     @field_validator("over", mode="before")
     @classmethod
     def _dotted(cls, value: Any) -> Any:
@@ -129,12 +142,13 @@ class StudySpec(Spec):
         Raises:
             UserError: The base is wrong.
         """
-        return StudyPlan(self.base, self.compare, self.over, self.seeds)
+        return StudyPlan(self.base, self.compare, self.over, self.seeds, self.first)
 
     @property
     def digest(self) -> str:
-        """Digest of what is trained: it changes with base, variants, settings and seeds as they are given."""
-        values = self.model_dump(mode="json", include={"base", "compare", "over", "seeds"})
+        """Digest of what is trained: it changes with base, variants and so on as they are given."""
+        names = {"base", "compare", "over", "seeds", *(["first"] if self.first else [])}
+        values = self.model_dump(mode="json", include=names)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @model_validator(mode="after")

@@ -88,7 +88,7 @@ def _write(outcome: StudyOutcome, variant: str, setting: Setting, path: Path) ->
 
 def parameters(spec: StudySpec) -> dict[str, Any]:
     """Return what MLflow is told of a study; names of variants are no names of parameters there."""
-    whole = ("compare", "over", "expect", "seeds", "yardsticks", "entries")
+    whole = ("first", "compare", "over", "expect", "seeds", "yardsticks", "entries")
     values = spec.model_dump(mode="json")
     named = {name: json.dumps(values.pop(name), ensure_ascii=False) for name in whole}
     return {**dict(leaves(values)), **named}
