@@ -44,8 +44,10 @@ def _yardsticks(spec: RunSpec) -> Mapping[str, Direction]:
 
 def _train(spec: RunSpec, path: Path, report: StepReport) -> None:
     from lossworks.tracking import rows_while
+    from lossworks.training.weights.start import settled
     from lossworks_jobs.training.fitting import fit, read_outcome
 
+    spec = settled(spec)
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
     folder.store(spec)

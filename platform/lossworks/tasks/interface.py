@@ -179,6 +179,15 @@ class Task(ABC):
         return cls.open(spec, None)
 
     @classmethod
+    def takes_models_of(cls, slug: str) -> bool:
+        """Return whether a model that another task has trained can be a companion here.
+
+        Args:
+            slug: Of that task.
+        """
+        return slug == cls.slug
+
+    @classmethod
     def reading_as(cls, spec: RunSpec, learnt: Learnt) -> RunSpec:
         """Return a spec that reads its data as a model does that it begins from.
 

@@ -21,6 +21,7 @@ from lossworks.models.huggingface import from_config, local_folder
 from lossworks.models.pretrained import TOKENIZER
 from lossworks.specs import ModelSpec, RunSpec, TokensSpec
 from lossworks.tasks.interface import Prepared, Say, Task
+from lossworks.tasks.registry import task_class
 
 D = TypeVar("D", bound=TokensSpec)
 Corpus = TokenizedCorpus | AnswerCorpus
@@ -92,6 +93,11 @@ class TokensTask(Task):
         """Return a corpus that has shapes alone."""
         del spec
         return BlankCorpus(vocab_size)
+
+    @classmethod
+    def takes_models_of(cls, slug: str) -> bool:
+        """See :meth:`Task.takes_models_of`: all tasks on tokens train the same kind of model."""
+        return issubclass(task_class(slug), TokensTask)
 
     @classmethod
     def reading_as(cls, spec: RunSpec, learnt: Learnt) -> RunSpec:

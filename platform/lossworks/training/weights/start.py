@@ -179,7 +179,7 @@ def companion_of(name: str, field: str, task: Task) -> HeadedModel:
         found = task.build_model({"source": name})
     else:
         weights = trained_weights(name, field)
-        if weights.task not in (None, task.slug):
+        if weights.task is not None and not task.takes_models_of(weights.task):
             raise UserError(f"{weights.source}: was trained as task={weights.task}, not {task.slug}")
         if weights.learnt is not None:
             _require_same_reading(weights, task)
