@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         linear_log_probabilities,
         linear_row_loss,
         linear_row_statistics,
+        linear_teacher_loss,
         linear_top_k,
     )
     from lossworks.patching.causal_models import patch
@@ -54,6 +55,7 @@ __all__ = [
     "linear_log_probabilities",
     "linear_row_loss",
     "linear_row_statistics",
+    "linear_teacher_loss",
     "linear_top_k",
     "patch",
 ]

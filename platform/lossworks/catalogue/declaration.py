@@ -185,8 +185,8 @@ class Declaration:
         kind: What it works on, of losses: ``row`` (row statistics of logits, with or without the logits),
             ``sequence`` (the same, reduced per sequence before a nonlinearity), ``logits`` (dense logits (N,
             K)), ``margin`` (one logit a row, two classes), ``value`` (outputs of a head against a scalar
-            target), ``multi-label`` (sets of classes), ``bag`` (mean responses of groups of rows), or what a
-            package brings.
+            target), ``multi-label`` (sets of classes), ``bag`` (mean responses of groups of rows),
+            ``distillation`` (what a teacher says of the same rows), or what a package brings.
         title: One line.
         formula: The formula as text.
         paper: Its source.
@@ -200,7 +200,8 @@ class Declaration:
         roles: Companions of the model that it reads, such as ``teacher``; a spec names them in ``roles``.
         flags: ``random``: draws random numbers; ``unmonitored``: its value says nothing about progress;
             ``whole-batch``: splitting a batch changes it; ``own-outputs``: predictions must not have seen
-            the targets.
+            the targets; ``other-tokens``: the teacher may read with another tokenizer; ``plain-torch``: it
+            has no Triton kernel.
         module: Where the code is, as ``package.module:Class``.
         example: A command line that runs it; empty if no command does.
         package: The installed distribution that it comes from.

@@ -24,6 +24,7 @@ from lossworks.head.statistics import (
     TopKDivergence,
     Variance,
 )
+from lossworks.head.teacher_loss import linear_teacher_loss
 
 __all__ = [
     "Divergence",
@@ -46,6 +47,7 @@ __all__ = [
     "linear_log_probabilities",
     "linear_row_loss",
     "linear_row_statistics",
+    "linear_teacher_loss",
     "linear_top_k",
     "row_statistics",
 ]

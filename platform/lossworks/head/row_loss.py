@@ -1,7 +1,6 @@
 """Any loss of a row's own target logit and logsumexp, folded into the pass over the logits."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from lossworks.adapters.torch_private import transformed, without_values
 from lossworks.errors import UserError
 from lossworks.head import backends
-from lossworks.head.autograd.once_differentiable import once_differentiable
+from lossworks.head.autograd.folded_loss import FoldedLoss
 from lossworks.head.core.arguments import (
     Implementation,
     Operands,
@@ -108,18 +107,12 @@ def linear_row_loss(
     if token_weight is not None:
         flat = flat.masked_fill(token_weight.detach().reshape(-1) == 0, ignore_index)
     grad = torch.is_grad_enabled()
-    wanted = tuple(grad and x is not None and x.requires_grad for x in (head.e, head.c, head.bias))
-    result: Tensor = _Folded.apply(
-        head.e,
-        head.c,
-        head.bias,
-        flat,
-        _column(target_offset),
-        _column(token_weight),
-        loss,
-        options,
-        head,
-        wanted,
+    of_e, of_c, of_bias = (grad and x is not None and x.requires_grad for x in (head.e, head.c, head.bias))
+    wanted = (of_e, of_c, of_bias)
+    offset, weight = _column(target_offset), _column(token_weight)
+    result: Tensor = FoldedLoss.apply(
+        *(head.e, head.c, head.bias),
+        lambda e, c, bias: _total(e, c, bias, flat, offset, weight, loss, options, head, wanted),
     )
     return result
 
@@ -157,28 +150,6 @@ def _of_statistics(
 
 def _column(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.detach().reshape(-1)
-
-
-class _Folded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, e: Tensor, c: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        total, ctx.gradients = _total(e, c, bias, *rest)
-        ctx.rest = rest
-        ctx.save_for_backward(e, c, bias)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, gradients = ctx.saved_tensors, ctx.gradients
-        ctx.gradients = None  # given away: as large as C, they must not stay while the loss has a name
-        if gradients is None:
-            _, gradients = _total(*inputs, *ctx.rest)
-        scaled = [
-            g.mul_(upstream[0]).to(x.dtype) if need else None
-            for g, x, need in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
-        ]
-        return *scaled, *(None for _ in ctx.rest)
 
 
 def _total(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lossworks.catalogue.entry import Entry
 from lossworks.data.batch import IGNORE_INDEX, NAMES, Batch
 from lossworks.errors import UserError, nearest
-from lossworks.head import LogSumExp, LowRankClassifier, Target, VocabParallel, linear_row_loss
+from lossworks.head import Divergence, LogSumExp, LowRankClassifier, Target, VocabParallel, linear_row_loss
 from lossworks.head.core.arguments import (
     Implementation,
     Reduction,
@@ -50,6 +50,7 @@ class Context:
         segments: Which sequence, step or bag each row belongs to, int64 in [0, S), shaped like the targets.
         next_probabilities: Of the next state's bins by the target network, shape (..., m).
         discounts: γ of the next state, 0 where there is none, shaped like the targets.
+        teacher: A teacher's logits, shaped like the model's.
         others: What other packages' batches hold besides, by the names that they declare.
     """
 
@@ -57,6 +58,7 @@ class Context:
     segments: Tensor | None = None
     next_probabilities: Tensor | None = None
     discounts: Tensor | None = None
+    teacher: Tensor | None = None
     others: Mapping[str, Tensor | None] = field(default_factory=dict)
 
     @classmethod
@@ -76,6 +78,19 @@ class Context:
                 raise UserError(f"{owner}: needs the input {name}")
         others = {name: value for name, value in given.items() if name not in own}
         return cls(**{name: given.get(name) for name in own}, others=others)
+
+
+@dataclass(frozen=True, eq=False)
+class Taught:
+    """A loss of rows that is a multiple of their divergence from a teacher.
+
+    Attributes:
+        divergence: With the teacher's features and head.
+        factor: What it is multiplied by.
+    """
+
+    divergence: Divergence
+    factor: float
 
 
 class Loss(Entry, nn.Module):
@@ -143,6 +158,11 @@ class Loss(Entry, nn.Module):
         del how
         found: Tensor = self(self.prediction(outputs), batch["targets"], **self.given(batch))
         return found
+
+    def taught(self, outputs: Outputs) -> Taught | None:
+        """Return what a loss is that can share a pass over both heads with row losses; None if it can't."""
+        del outputs
+        return None
 
     def sums(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
         """Return numbers (S,) that add up over rows, micro-batches, ranks and clients; arguments as ``of``.
@@ -223,9 +243,10 @@ class Loss(Entry, nn.Module):
             values: Shape (...).
             divisors: What each element weighs in a mean, shape (...), 0 where it doesn't count.
         """
-        if self.reduction == "none":
-            return values
-        total = values.sum()
+        return values if self.reduction == "none" else self.of_total(values.sum(), divisors)
+
+    def of_total(self, total: Tensor, divisors: Tensor) -> Tensor:
+        """Return a sum of losses as it is, or their mean; arguments as for :meth:`reduce`."""
         return total if self.reduction == "sum" else _divided(total, divisors)
 
     def weights(self, valid: Tensor, context: Context, like: Tensor) -> Tensor:
@@ -429,7 +450,7 @@ class RowLoss(Loss):
             token_weight=weight,
             **options,
         )
-        return total if self.reduction == "sum" else _divided(total, weight)
+        return self.of_total(total, weight)
 
     def _finish(self, rows: LogitRows, context: Context) -> Tensor:
         return self.reduce_elements(self.values(rows, context), self.valid(rows, context), context)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lossworks.catalogue.registry import create
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.errors import UserError
-from lossworks.head import VocabParallel, linear_row_loss
+from lossworks.head import VocabParallel, linear_row_loss, linear_teacher_loss
 from lossworks.losses.gathered_rows import gather_rows, head_group
-from lossworks.losses.interface import Loss, RowLoss
+from lossworks.losses.interface import Loss, RowLoss, Taught
 from lossworks.models.interface import Head, HeadedModel, Outputs
 from lossworks.specs import LossSpec
 
@@ -26,7 +26,8 @@ class Objective(nn.Module):
     """A weighted sum of losses; called inside a model's forward it gives numbers that add up.
 
     Row losses that see a row only through the label's logit and one logsumexp share a single pass over the
-    logits, whatever their number: three products, as plain cross-entropy takes.
+    logits, whatever their number: three products, as plain cross-entropy takes. A divergence from a teacher
+    joins them there, for the one product of the teacher's logits.
 
     Args:
         spec: The losses, with their weights.
@@ -148,15 +149,31 @@ class Objective(nn.Module):
         if head is None or impl == "reference" or len(self.terms) == 1 or "weight" in batch:
             return {}
         found: dict[int, Tensor] = {}
+        taught = self._taught(outputs)
         for places in self._sharing():
             losses = [cast("RowLoss", self.terms[place]) for place in places]
+            beside = taught if losses[0].target_offset == 0 else None
+            if beside is not None:
+                places.append(beside[0])
+                taught = None
+            if len(places) < 2:
+                continue
             weights = [self.weights[place] for place in places]
-            sums = _pass_of(losses, weights, outputs.hidden, head, batch["targets"], impl)
+            divergence = None if beside is None else beside[1]
+            sums = _pass_of(losses, divergence, weights, outputs.hidden, head, batch["targets"], impl)
             found |= dict(zip(places, sums, strict=True))
         return found
 
+    def _taught(self, outputs: Outputs) -> tuple[int, Taught] | None:
+        """Return the first term that is a divergence from a teacher, with its place."""
+        for place, loss in enumerate(self.terms):
+            taught = loss.taught(outputs) if self.weights[place] else None
+            if taught is not None:
+                return place, taught
+        return None
+
     def _sharing(self) -> Iterator[list[int]]:
-        """Yield the places of terms that read the same two numbers of a row, at least two of them."""
+        """Yield the places of terms that read the same two numbers of a row."""
 
         def read(place: int) -> tuple[float, float]:
             loss = cast("RowLoss", self.terms[place])
@@ -168,47 +185,47 @@ class Objective(nn.Module):
             if isinstance(loss, RowLoss) and loss.joint and self.weights[place]
         ]
         for _, group in groupby(sorted(joint, key=read), key=read):
-            places = sorted(group)
-            if len(places) > 1:
-                yield places
+            yield sorted(group)
 
 
 def _pass_of(
     losses: Sequence[RowLoss],
+    taught: Taught | None,
     weights: Sequence[float],
     hidden: Tensor,
     head: Head,
     targets: Tensor,
     impl: Any,
 ) -> list[Tensor]:
-    """Return the sum of each of some row losses, (1,) each, from one pass over the logits.
+    """Return the sum of each of some row losses, and of a divergence behind them, (1,) each, from one pass.
 
     Their values are their own; the gradient of all of them, weighted, is at the first, over its weight.
     """
     first, classes = losses[0], len(head.weight)
-    own = [0.0 * hidden.new_zeros(1, dtype=torch.float64) for _ in losses]
+    own = [0.0 * hidden.new_zeros(1, dtype=torch.float64) for _ in weights]
 
-    def phi(target: Tensor, lse: Tensor) -> Tensor:
+    def phi(target: Tensor, lse: Tensor, *divergence: Tensor) -> Tensor:
+        values = [loss.phi(target, lse, classes) for loss in losses]
+        values += [taught.factor * one for one in divergence] if taught is not None else []
         total = torch.zeros_like(target)
-        for place, (loss, weight) in enumerate(zip(losses, weights, strict=True)):
-            values = loss.phi(target, lse, classes)
-            own[place] += values.detach().double().sum()
-            total = total + weight * values
+        for place, (value, weight) in enumerate(zip(values, weights, strict=True)):
+            own[place] += value.detach().double().sum()
+            total = total + weight * value
         return total
 
     offset = first.target_offset
-    total = linear_row_loss(
-        hidden,
-        head.weight,
-        targets,
-        phi,
-        head.bias,
-        ignore_index=first.ignore_index,
-        softcap=head.softcap,
-        temperature=first.lse_temperature,
-        target_offset=hidden.new_full(targets.shape, offset, dtype=torch.float32) if offset else None,
-        impl=impl,
-    ).reshape(1)
+    how: dict[str, Any] = {
+        "ignore_index": first.ignore_index,
+        "softcap": head.softcap,
+        "temperature": first.lse_temperature,
+        "impl": impl,
+    }
+    if taught is not None:
+        found = linear_teacher_loss(*(hidden, head.weight, targets, taught.divergence, phi, head.bias), **how)
+    else:
+        margin = hidden.new_full(targets.shape, offset, dtype=torch.float32) if offset else None
+        found = linear_row_loss(*(hidden, head.weight, targets, phi, head.bias), target_offset=margin, **how)
+    total = found.reshape(1)
     sums = [value.to(total) for value in own]
     # Where a term is not finite, the others' values must stay theirs, or a wrong one would be blamed.
     sums[0] = sums[0] + (total - total.detach()).nan_to_num() / weights[0]

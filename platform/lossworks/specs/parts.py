@@ -205,6 +205,11 @@ class LossSpec(EntrySpec):
         for place, term in enumerate(self.terms if self.plus else ()):
             if "name" not in term.model_fields_set:
                 raise ValueError(f"item {place} of the list has no name; write {{name: LOSS, weight: …}}")
+        for term in self.terms:
+            if self.impl == "triton" and "plain-torch" in declaration(term.name).flags:
+                raise ValueError(
+                    f"impl=triton: {term.name} has no Triton kernel; use auto, which runs it on GPUs, too"
+                )
         for term in self.plus:
             if term.plus:
                 raise ValueError(f"plus: {term.name} has further terms of its own; put all into one list")

@@ -55,7 +55,7 @@ class ClassificationTask(ExamplesTask):
     slug = "classification"
     title = "a classifier of examples, or of bags of examples"
     spec: ClassVar[type[RunSpec]] = ClassifierSpec
-    kinds = ("row", "logits", "margin", "bag", "sequence")
+    kinds = ("row", "logits", "margin", "bag", "sequence", "distillation")
     provides = ("inputs", "targets", "segments")
     classifies = True
     yardsticks: ClassVar[Mapping[str, Mode]] = {

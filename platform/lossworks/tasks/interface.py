@@ -188,14 +188,15 @@ class Task(ABC):
         return slug == cls.slug
 
     @classmethod
-    def reading_as(cls, spec: RunSpec, learnt: Learnt) -> RunSpec:
-        """Return a spec that reads its data as a model does that it begins from.
+    def adopting(cls, spec: RunSpec, learnt: Learnt, role: str | None = None) -> RunSpec:
+        """Return a run with what it leaves to another model, such as the tokenizer; as it is, mostly.
 
         Args:
             spec: The run.
-            learnt: What that model has learnt from its data.
+            learnt: What the other model has learnt of its data besides weights.
+            role: What that model is to this one; None where this one begins from it.
         """
-        del learnt
+        del learnt, role
         return spec
 
     @property
@@ -272,8 +273,7 @@ class Task(ABC):
 
     @classmethod
     def _require_roles(cls, spec: RunSpec) -> None:
-        entries = (*spec.loss.terms, *spec.methods, *spec.analyses)
-        read = {role: entry.name for entry in entries for role in declaration(entry.name).roles}
+        read = {role: entry.slug for entry in readers(spec) for role in entry.roles}
         for role, reader in read.items():
             if role not in spec.roles:
                 raise ValueError(
@@ -488,6 +488,12 @@ class Task(ABC):
         Raises:
             UserError: ``to`` isn't empty.
         """
+
+
+def readers(spec: RunSpec) -> list[Declaration]:
+    """Return the losses, methods and analyses of a run that read companions of the model."""
+    named = (*spec.loss.terms, *spec.methods, *spec.analyses)
+    return [entry for entry in (declaration(one.name) for one in named) if entry.roles]
 
 
 def as_sums(*values: Tensor | float, like: Tensor) -> Tensor:

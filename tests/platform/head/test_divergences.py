@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from lossworks import Divergence, TopKDivergence, linear_row_statistics
+from lossworks import (
+    Divergence,
+    TopKDivergence,
+    linear_row_loss,
+    linear_row_statistics,
+    linear_teacher_loss,
+)
 from lossworks.errors import UserError
 from lossworks.head.cpu import divergences as cpu
 from lossworks.head.cpu.tile_sizes import TileSizes
@@ -144,6 +151,71 @@ def test_all_classes_stored_leave_no_rest(kind):
 
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
     assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), (e, c, b)))
+
+
+@each_kind
+@pytest.mark.parametrize("bare", [False, True], ids=["biases", "no bias"])
+@pytest.mark.parametrize("temperature", [1.7, 0.6])
+def test_a_loss_of_the_divergence_and_the_label_is_folded_into_one_pass(kind, bare, temperature, tiles):
+    """Value and gradients of any formula of a row's own numbers, weighted; the teacher has a softcap."""
+    (e, c, b), teacher, y = problem()
+    y = torch.where(y == -100, -100, torch.tensor([3, 0, 1, 10, 4, 2, 9]))
+    if bare:
+        b, teacher[2] = None, None
+    weight = torch.tensor([1.0, 0.0, 2.0, -0.5, 1.0, 3.0, 0.7], dtype=torch.float64)
+
+    def formula(target, lse, divergence):
+        return 0.3 * (lse - target) * (1 + divergence) + divergence.square()
+
+    wanted = Divergence(kind, *teacher, softcap=3.0, temperature=1.7, weight=0.3)
+    found = linear_teacher_loss(*(e, c, y, wanted, formula, b), temperature=temperature, token_weight=weight)
+    z, t = (x @ w.T + (0 if v is None else v) for x, w, v in ((e, c, b), teacher))
+    d = by_definition(kind, z, 3 * (t / 3).tanh(), 1.7, 0.3)
+    lse = temperature * (z / temperature).logsumexp(1)
+    values = formula(z.gather(1, y.clamp(min=0)[:, None]).squeeze(1), lse, d)
+    expected = torch.where(y == -100, 0, values * weight).sum()
+    inputs = [x for x in (e, c, b) if x is not None]
+
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(2 * found, inputs),
+        torch.autograd.grad(2 * expected, inputs),
+        rtol=1e-8,
+        atol=1e-10,
+    )
+    torch.testing.assert_close(linear_teacher_loss(e, c, y, wanted, bias=b), d[y != -100].sum())
+
+
+@each_kind
+def test_what_is_folded_is_what_the_statistics_give(kind):
+    """With a softcap, and with narrow weights, it is made of them."""
+    (e, c, b), teacher, y = problem(torch.float32)
+    for dtype, softcap in ((torch.float32, 2.0), (torch.bfloat16, None)):
+        own = [x.detach().to(dtype).requires_grad_() for x in (e, c, b)]
+        wanted = Divergence(kind, *(x.to(dtype) for x in teacher))
+        found = linear_teacher_loss(*own[:2], y, wanted, bias=own[2], softcap=softcap)
+        (each,) = linear_row_statistics(*own[:2], y, own[2], statistics=[wanted], softcap=softcap)
+
+        torch.testing.assert_close(found, each.sum())
+        torch.testing.assert_close(*(torch.autograd.grad(value, own) for value in (found, each.sum())))
+
+
+def test_a_folded_loss_costs_one_product_more_than_cross_entropy():
+    """That with the teacher's classes; a term of cross-entropy at another temperature costs none."""
+    e, c, teacher = torch.randn(32, 8), torch.randn(50, 8), (torch.randn(32, 8), torch.randn(50, 8))
+    y = torch.zeros(32, dtype=torch.int64)
+
+    def products(loss, *wanted):
+        inputs = [x.clone().requires_grad_() for x in (e, c)]
+        with FlopCounterMode(display=False) as counter:
+            loss(*inputs, y, *wanted).backward()
+        return counter.get_total_flops() / (2 * 32 * 50 * 8)
+
+    wanted = Divergence("reverse-kl", *teacher, temperature=2.0)
+    plain = products(linear_row_loss, lambda z, lse: lse - z)
+
+    assert products(linear_teacher_loss, wanted) == plain + 1
+    assert products(linear_teacher_loss, wanted, lambda z, lse, d: lse - z + d) == plain + 1
 
 
 E, C, Y = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64)

@@ -23,7 +23,7 @@ def check_divergence(kind: str, weight: float) -> None:
         raise UserError(f"weight={weight} must be between 0 and 1; their limits are the two KL divergences")
 
 
-def parts(kind: str, log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
+def parts(kind: str, log_p: Tensor, log_q: Tensor, weight: float, *, finite: bool = False) -> Tensor:
     """Return each class's part of a divergence of p and q, shaped like their logarithms.
 
     Where a probability is 0 its part is the limit: 0, or infinite where the other one is not 0.
@@ -34,27 +34,29 @@ def parts(kind: str, log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
         log_p: Of the student.
         log_q: Of the teacher.
         weight: β, of Jensen-Shannon alone.
+        finite: Whether no logarithm is −∞, which saves the looks for it.
     """
     if kind == "forward-kl":
-        return _times_log_ratio(log_q, log_p)
+        return _times_log_ratio(log_q, log_p, finite=finite)
     if kind == "reverse-kl":
-        return _times_log_ratio(log_p, log_q)
+        return _times_log_ratio(log_p, log_q, finite=finite)
     if kind == "total-variation":
         return (log_p.exp() - log_q.exp()).abs() / 2
     log_m = _mixture(log_p, log_q, weight)
-    return weight * _times_log_ratio(log_q, log_m) + (1 - weight) * _times_log_ratio(log_p, log_m)
+    of_teacher, own = (_times_log_ratio(x, log_m, finite=finite) for x in (log_q, log_p))
+    return weight * of_teacher + (1 - weight) * own
 
 
-def slopes(kind: str, log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
-    """Return ∂/∂log p of :func:`parts`, in the same shape."""
-    p = log_p.exp()
+def slopes(kind: str, log_p: Tensor, log_q: Tensor, weight: float, *, finite: bool = False) -> Tensor:
+    """Return ∂/∂log p of :func:`parts`, in the same shape; arguments as there."""
     if kind == "forward-kl":
-        return -log_q.exp()
+        return log_q.exp().neg_()
     if kind == "reverse-kl":
-        return _times_log_ratio(log_p, log_q) + p
+        return _times_log_ratio(log_p, log_q, finite=finite) + log_p.exp()
     if kind == "total-variation":
-        return (p - log_q.exp()).sign() * p / 2
-    return (1 - weight) * _times_log_ratio(log_p, _mixture(log_p, log_q, weight))
+        p = log_p.exp()
+        return (p - log_q.exp()).sign_().mul_(p).div_(2)
+    return (1 - weight) * _times_log_ratio(log_p, _mixture(log_p, log_q, weight), finite=finite)
 
 
 def with_rest(log_p: Tensor) -> Tensor:
@@ -72,8 +74,10 @@ def _mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     return torch.logaddexp(log_q + shares[0], log_p + shares[1])
 
 
-def _times_log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
+def _times_log_ratio(log_a: Tensor, log_b: Tensor, *, finite: bool) -> Tensor:
     """Return a log(a/b), 0 where a is, with finite gradients there."""
+    if finite:
+        return log_a.exp() * (log_a - log_b)
     there = log_a > -torch.inf
     log_a, log_b = (torch.where(there, x, 0) for x in (log_a, log_b))
     return torch.where(there, log_a.exp() * (log_a - log_b), 0)

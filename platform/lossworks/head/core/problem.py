@@ -80,6 +80,7 @@ class RowSums(NamedTuple):
         log_total: log Σ_k exp(z_ik/τ_i − m_i), so that logsumexp is m + log_total, or None.
         largest: max_k z_ik over all classes, without τ, or None if it was not asked for.
         predicted: The class of the largest logit, int64, or None.
+        divergence: Of the row's softmax from a teacher's, or None.
     """
 
     logsumexp: Tensor
@@ -91,6 +92,7 @@ class RowSums(NamedTuple):
     log_total: Tensor | None = None
     largest: Tensor | None = None
     predicted: Tensor | None = None
+    divergence: Tensor | None = None
 
     def part(self, rows: slice) -> "RowSums":
         """Return the sums of some rows."""
@@ -110,7 +112,7 @@ class Coefficients:
     """The gradient of a loss with respect to the logits, one number per row and part.
 
     ∂L/∂z_ik = softmax_i·p_ik + expected_i·p_ik·(1 + (z_ik − E_i)/τ_i) + target_i·[k = y_i]
-             + constant_i·w_k + linear_i·z_ik,
+             + constant_i·w_k + linear_i·z_ik + divergence_i·∂D_i/∂z_ik,
 
     with E_i = Σ_k p_ik z_ik; where there is a softcap it is multiplied by 1 − (z_ik/softcap)² of the capped
     logit *before* the target's offset. Each is of shape (N,), float32 at least, or None for 0.
@@ -122,6 +124,7 @@ class Coefficients:
         constant: Of every class.
         linear: Of z_ik.
         constant_weights: w, shape (V,); 1 if None.
+        divergence: Of the gradient of the divergence D_i from a teacher's softmax.
 
     For soft targets ``[k = y_i]`` is q_ik.
     """
@@ -132,12 +135,14 @@ class Coefficients:
     constant: Tensor | None = None
     linear: Tensor | None = None
     constant_weights: Tensor | None = None
+    divergence: Tensor | None = None
 
     def part(self, rows: slice) -> "Coefficients":
         """Return the coefficients of some rows."""
         columns = (self.softmax, self.target, self.expected, self.constant, self.linear)
         softmax, target, expected, constant, linear = (None if c is None else c[rows] for c in columns)
-        return Coefficients(softmax, target, expected, constant, linear, self.constant_weights)
+        divergence = None if self.divergence is None else self.divergence[rows]
+        return Coefficients(softmax, target, expected, constant, linear, self.constant_weights, divergence)
 
 
 Wanted = tuple[bool, bool, bool]

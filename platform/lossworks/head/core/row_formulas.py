@@ -122,7 +122,7 @@ def require_one_a_row(losses: Tensor, target: Tensor) -> None:
 
 
 def differentiated(
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     temperature: float,
     weight: Tensor | None = None,
     *,
@@ -130,28 +130,29 @@ def differentiated(
 ) -> Callable[[RowSums, slice], tuple[Tensor, Coefficients]]:
     """Turn a differentiable loss of (target, τ·logsumexp), both (T,), into a rule.
 
-    Its coefficients are its partial derivatives, one number per row, so no row may look at another. Losses
-    are multiplied by ``weight`` (N,), if there is one. Without ``slopes`` nothing is differentiated, as under
-    ``torch.inference_mode``, which forbids it.
+    Where the sums hold a divergence it is the loss's third argument. The coefficients are the partial
+    derivatives, one number per row, so no row may look at another. Losses are multiplied by ``weight`` (N,),
+    if there is one. Without ``slopes`` nothing is differentiated, as under ``torch.inference_mode``, which
+    forbids it.
 
     Raises:
         UserError: By the rule: the loss returns another shape.
     """
 
-    def values(target: Tensor, lse: Tensor, rows: slice) -> Tensor:
-        losses = loss(target, lse)
-        require_one_a_row(losses, target)
-        return losses if weight is None else weight[rows] * losses
-
     def rule(sums: RowSums, rows: slice) -> tuple[Tensor, Coefficients]:
-        if not slopes:
-            return values(sums.target, sums.logsumexp * temperature, rows), Coefficients()
-        with torch.enable_grad():
-            lse, target = (x.detach().requires_grad_() for x in (sums.logsumexp * temperature, sums.target))
-            losses = values(target, lse, rows)
-            by_lse, by_target = torch.autograd.grad(
-                losses.sum(), (lse, target), allow_unused=True, materialize_grads=True
-            )
-        return losses.detach(), Coefficients(softmax=by_lse, target=by_target)
+        further = () if sums.divergence is None else (sums.divergence,)
+        seen = [x.detach() for x in (sums.target, sums.logsumexp * temperature, *further)]
+        with torch.set_grad_enabled(slopes):
+            seen = [x.requires_grad_(slopes) for x in seen]
+            losses = loss(*seen)
+            require_one_a_row(losses, sums.target)
+            losses = losses if weight is None else weight[rows] * losses
+            if not slopes:
+                return losses, Coefficients()
+            found = torch.autograd.grad(losses.sum(), seen, allow_unused=True, materialize_grads=not further)
+        by_target, by_lse, *by_divergence = found
+        return losses.detach(), Coefficients(
+            softmax=by_lse, target=by_target, divergence=by_divergence[0] if by_divergence else None
+        )
 
     return rule

@@ -95,7 +95,7 @@ class LanguageTask(TokensTask):
     slug = "language-model"
     title = "a language model on the next tokens of a text, or of answers to prompts"
     spec: ClassVar[type[RunSpec]] = TrainSpec
-    kinds = ("row", "sequence")
+    kinds = ("row", "sequence", "distillation")
     provides = ("inputs", "targets", "segments")
     yardsticks: ClassVar[Mapping[str, Mode]] = {
         "eval/cross_entropy": "min",

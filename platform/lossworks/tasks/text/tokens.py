@@ -20,7 +20,7 @@ from lossworks.models import HeadedModel, LanguageModel, build_model, load_model
 from lossworks.models.huggingface import from_config, local_folder
 from lossworks.models.pretrained import TOKENIZER
 from lossworks.specs import ModelSpec, RunSpec, TokensSpec
-from lossworks.tasks.interface import Prepared, Say, Task
+from lossworks.tasks.interface import Prepared, Say, Task, readers
 from lossworks.tasks.registry import task_class
 
 D = TypeVar("D", bound=TokensSpec)
@@ -100,9 +100,13 @@ class TokensTask(Task):
         return issubclass(task_class(slug), TokensTask)
 
     @classmethod
-    def reading_as(cls, spec: RunSpec, learnt: Learnt) -> RunSpec:
-        """See :meth:`Task.reading_as`: with the same tokenizer."""
+    def adopting(cls, spec: RunSpec, learnt: Learnt, role: str | None = None) -> RunSpec:
+        """See :meth:`Task.adopting`: the tokenizer; a companion's where nothing else says which."""
         run = _run(spec)
+        said = spec.start is not None or with_tokenizer(run.data, run.model).tokenizer is not None
+        foreign = any("other-tokens" in entry.flags for entry in readers(spec))
+        if TOKENIZER not in learnt.files or (role is not None and (said or foreign)):
+            return spec
         return spec.model_copy(update={"data": with_tokenizer(run.data, run.model, learnt)})
 
     @property

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lossworks import __version__
+from lossworks.catalogue.registry import declaration
 from lossworks.errors import UserError
 from lossworks.files import reading
 from lossworks.models import HeadedModel, read_provenance
@@ -57,6 +58,8 @@ def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
 def evaluate_folder(folder: Path, *, overrides: Sequence[str] = (), limit: int | None = None) -> Evaluation:
     """Return what an exported model's task measures on the held-out part of its data, or of others.
 
+    Terms of the loss that read companions, such as a teacher, are left out: an exported model has none.
+
     Args:
         folder: What ``export_run`` made.
         overrides: ``data.key=value``, to evaluate on other data.
@@ -68,7 +71,7 @@ def evaluate_folder(folder: Path, *, overrides: Sequence[str] = (), limit: int |
     wrong = [text for text in overrides if not text.startswith("data.")]
     if wrong:
         raise UserError(f"override {wrong[0]!r}: only data.key=value says what to evaluate on")
-    spec = exported_spec(folder).override(overrides)
+    spec = _alone(exported_spec(folder)).override(overrides)
 
     def fill(model: HeadedModel) -> None:
         begin_from(trained_weights(str(folder), "model"), model)
@@ -95,6 +98,21 @@ def _companions_begin(spec: RunSpec, task: Task, model: HeadedModel) -> HeadedMo
     if spec.start is not None:
         begin_from(trained_weights(spec.start, "start"), begin)
     return begin
+
+
+def _alone(spec: RunSpec) -> RunSpec:
+    """Return a run without the terms of its loss that read companions; the usual loss if none is left."""
+    kept = [term for term in spec.loss.terms if not declaration(term.name).roles]
+    if len(kept) == len(spec.loss.terms):
+        return spec
+    values = spec.model_dump(mode="json")
+    values["loss"] = [{**term.model_dump(mode="json"), "plus": []} for term in kept]
+    if not kept:
+        del values["loss"]
+    read = {role for one in (*spec.methods, *spec.analyses) for role in declaration(one.name).roles}
+    read |= set(task_of(spec).reads(spec))
+    values["roles"] = {name: role for name, role in values["roles"].items() if name in read}
+    return type(spec).parse(values)
 
 
 def predict_file(model: str, file: Path) -> Predictions:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lossworks.catalogue.registry import declarations
 from lossworks.data.learnt import Learnt
 from lossworks.errors import UserError
 from lossworks.models import HeadedModel
@@ -88,10 +89,7 @@ def trained_weights(name: str, field: str) -> TrainedWeights:
         config = read_config(path / CONFIG)
         model, state = dict(config.get("model") or {}), read_tensors(path / WEIGHTS)
         return TrainedWeights(f"{field}={name}", model, state, learnt=learnt_in(path))
-    try:
-        folder = RunFolder.find(name)
-    except UserError as error:
-        raise UserError(f"{field}={name}: is no folder of an exported model, and {error}") from None
+    folder = _run_of(name, field)
     spec = folder.spec()
     own = model_in(choose_checkpoint(folder), spec)
     model = spec.model_dump(mode="json").get("model", {})
@@ -117,27 +115,6 @@ def learnt_in(folder: Path) -> Learnt:
     config = read_config(beside if beside.is_file() else folder / CONFIG)
     tokenizer = folder / TOKENIZER
     return Learnt(config, {TOKENIZER: tokenizer} if tokenizer.is_file() else {}, source=str(folder))
-
-
-def settled(spec: RunSpec) -> RunSpec:
-    """Return a spec with what the weights that it begins from decide: the tokenizer, and the model.
-
-    A spec that says its model itself keeps it.
-
-    Raises:
-        UserError: There are no such weights.
-    """
-    if spec.start is None:
-        return spec
-    if spec.start.startswith(_CHECKPOINT):
-        values = spec.model_dump(mode="json", exclude_unset=True)
-        values = {**values, "start": None, "model": {**values.get("model", {}), "source": spec.start}}
-        return type(spec).parse(values, source=f"start={spec.start}")
-    weights = trained_weights(spec.start, "start")
-    if "model" not in spec.model_fields_set:
-        values = {**spec.model_dump(mode="json", exclude_unset=True), "model": weights.model}
-        spec = type(spec).parse(values, source=f"start={spec.start}")
-    return spec if weights.learnt is None else task_of(spec).reading_as(spec, weights.learnt)
 
 
 def begin_from(weights: TrainedWeights, model: nn.Module) -> None:
@@ -187,7 +164,7 @@ def companion_of(name: str, field: str, task: Task) -> HeadedModel:
         begin_from(weights, found)
     own, theirs = (len(model.head().weight) for model in (task.build_model(), found))
     if own != theirs:
-        raise UserError(f"{field}={name}: has {theirs} outputs; the model has {own}")
+        raise UserError(f"{field}={name}: has {theirs} outputs; the model has {own}{_of_other_tokens(task)}")
     return found
 
 
@@ -214,7 +191,78 @@ def _require_same_reading(weights: TrainedWeights, task: Task) -> None:
     for name, file in own.files.items():
         other = theirs.files.get(name)
         if other is not None and other.read_bytes() != file.read_bytes():
-            raise UserError(f"{weights.source}: reads with another {name} than the model; use one for both")
+            raise UserError(
+                f"{weights.source}: reads with another {name} than the model; use one for both"
+                + _of_other_tokens(task)
+            )
+
+
+def _of_other_tokens(task: Task) -> str:
+    """Return which losses take a companion that reads with another tokenizer, for messages about one."""
+    able = [slug for slug, entry in declarations("losses").items() if "other-tokens" in entry.flags]
+    there = able and TOKENIZER in task.learnt.files
+    return f"; what compares models of different tokens: {', '.join(able)}" if there else ""
+
+
+def settled(spec: RunSpec) -> RunSpec:
+    """Return a run with what other models decide settled, before it starts.
+
+    What it begins from brings its model, unless the spec says one itself, and what the task takes from it,
+    such as the tokenizer; what the task leaves to companions is taken from them. A run's name becomes its
+    id, since a newer run may take the name.
+
+    Raises:
+        UserError: There is no such run or model.
+    """
+    if spec.start is not None:
+        spec = _begun(spec, spec.start)
+    for name, role in spec.roles.items():
+        field, of = f"roles.{name}.of", role.of
+        if of is None or of == "start":
+            continue
+        named = _id_of(of, field)
+        roles = {**spec.roles, name: role.model_copy(update={"of": named})}
+        spec = task_of(spec).adopting(
+            spec.model_copy(update={"roles": roles}), _learnt_of(named, field), name
+        )
+    return spec
+
+
+def _begun(spec: RunSpec, start: str) -> RunSpec:
+    values = spec.model_dump(mode="json", exclude_unset=True)
+    if start.startswith(_CHECKPOINT):
+        values = {**values, "start": None, "model": {**values.get("model", {}), "source": start}}
+        return type(spec).parse(values, source=f"start={start}")
+    named = _id_of(start, "start")
+    weights = trained_weights(named, "start")
+    values = {"model": weights.model, **values, "start": named}
+    spec = type(spec).parse(values, source=f"start={start}")
+    return spec if weights.learnt is None else task_of(spec).adopting(spec, weights.learnt)
+
+
+def _id_of(name: str, field: str) -> str:
+    """Return the id of a run by its name; folders and addresses stay as they are."""
+    if name.startswith(_CHECKPOINT) or Path(name).expanduser().is_dir():
+        return name
+    return _run_of(name, field).run_id
+
+
+def _learnt_of(name: str, field: str) -> Learnt:
+    """Return what a companion has learnt of its data besides weights; arguments as of ``companion_of``."""
+    if name.startswith("hf:"):
+        tokenizer = Path(name.removeprefix("hf:")).expanduser() / TOKENIZER
+        return Learnt({}, {TOKENIZER: tokenizer} if tokenizer.is_file() else {})
+    path = Path(name).expanduser()
+    if (path / WEIGHTS).is_file():
+        return learnt_in(path)
+    return learnt_by(_run_of(name, field)) or Learnt({})
+
+
+def _run_of(name: str, field: str) -> RunFolder:
+    try:
+        return RunFolder.find(name)
+    except UserError as error:
+        raise UserError(f"{field}={name}: is no folder of an exported model, and {error}") from None
 
 
 def check_companions(spec: RunSpec, task: Task) -> None:

@@ -1,0 +1,1 @@
+"""Losses that train a model to say what a teacher says."""
