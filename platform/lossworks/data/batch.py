@@ -54,6 +54,19 @@ NAMES: dict[str, TensorName] = {
     "unseen": TensorName(
         "(B, C)", "log-probabilities of whole answers by a model that never saw what is to be forgotten"
     ),
+    "chunks": TensorName("(B, L)", "which chunk of a text a target belongs to, int64, -1 for none"),
+    "teacher_inputs": TensorName("(B, L)", "the same text in the tokens of a teacher, int64"),
+    "teacher_targets": TensorName(
+        "(B, L)", "tokens that follow those of the teacher, int64", (IGNORE_INDEX, torch.nan)
+    ),
+    "teacher_chunks": TensorName(
+        "(B, L)", "which chunk a target of the teacher belongs to, int64, -1 for none"
+    ),
+    "teacher_log_p": TensorName("(B, M)", "log-probabilities of chunks by the teacher"),
+    "teacher_word_ends": TensorName(
+        "(B, M)", "log-probability that a word ends behind a chunk, by the teacher"
+    ),
+    "word_classes": TensorName("(B, V)", "whether a class begins with white space, bool, alike in all rows"),
     "discounts": TensorName("(B,)", "γ of the next state, 0 where there is none, floating point"),
     "next_inputs": TensorName("(B, …)", "what the model reads of the next state"),
     "next_probabilities": TensorName(

@@ -121,6 +121,7 @@ class Task(ABC):
         yardsticks: What it measures besides the trained loss, by tracked name, and which direction is better.
         shown: For tables and summaries: label, tracked name and format of each figure.
         prepares_long: Whether ``prepare`` may take minutes, so that Ray starts meanwhile.
+        companions_read_alike: Whether a companion must read inputs and classes as the model does.
         classifies: Whether its targets are classes and its outputs logits, one class a row.
         flops_formula: How ``flops_per_unit`` counts, in words.
         units_per_row: Units of throughput that a row holds.
@@ -138,6 +139,7 @@ class Task(ABC):
     shown: ClassVar[Sequence[tuple[str, str, str]]] = ()
     prepares_long: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
+    companions_read_alike: ClassVar[bool] = True
     panels: ClassVar[tuple[str, Mapping[str, str]] | None] = None
 
     flops_formula: ClassVar[str] = "three times the products of a forward pass, counted as it runs"
@@ -177,6 +179,18 @@ class Task(ABC):
             UserError: The data that are read can't be used.
         """
         return cls.open(spec, None)
+
+    def build_companion(self, model: Mapping[str, Any], *, empty: bool = False) -> HeadedModel:
+        """Return the untrained model of a companion.
+
+        Args:
+            model: The model's part of its spec, as plain data.
+            empty: Whether its parameters may hold anything.
+
+        Raises:
+            UserError: The model doesn't fit the data.
+        """
+        return self.empty_model(model) if empty else self.build_model(model)
 
     @classmethod
     def takes_models_of(cls, slug: str) -> bool:

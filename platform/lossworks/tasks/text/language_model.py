@@ -26,7 +26,7 @@ from lossworks.models.pretrained import read_provenance
 from lossworks.models.scoring import TextScorer
 from lossworks.specs import DataSpec, LossSpec, ModelSpec, RunSpec
 from lossworks.tasks.interface import ExampleRows, Mode, Predictions, Say, Simplest, as_sums
-from lossworks.tasks.text.tokens import Corpus, TokensTask, with_tokenizer
+from lossworks.tasks.text.tokens import TokensTask, with_tokenizer
 
 _SAMPLED_ROWS = 4096
 _ACCURACY = "eval/answer_accuracy"
@@ -109,7 +109,7 @@ class LanguageTask(TokensTask):
         ("answers that are wholly right", _ACCURACY, "{:.1%}"),
     )
 
-    def __init__(self, spec: TrainSpec, corpus: Corpus) -> None:
+    def __init__(self, spec: TrainSpec, corpus: TokenizedCorpus | AnswerCorpus) -> None:
         super().__init__(spec, corpus)
         self.run = spec
         # What can only be known by heart is measured where it was learnt.
@@ -132,7 +132,9 @@ class LanguageTask(TokensTask):
             self.train, self.held_out = (part.with_steps(lines) for part in (self.train, self.held_out))
 
     @classmethod
-    def read(cls, spec: RunSpec, learnt: Learnt | None, say: Say | None = None) -> Corpus:
+    def read(
+        cls, spec: RunSpec, learnt: Learnt | None, say: Say | None = None
+    ) -> TokenizedCorpus | AnswerCorpus:
         """See :meth:`TokensTask.read`."""
         run = cast("TrainSpec", spec)
         data = with_tokenizer(run.data, run.model, learnt)
@@ -141,7 +143,7 @@ class LanguageTask(TokensTask):
         return prepare_answers(records_of(data), data, packed=data.packed, on_progress=say)
 
     @classmethod
-    def opened(cls, spec: RunSpec, folder: Path) -> Corpus:
+    def opened(cls, spec: RunSpec, folder: Path) -> TokenizedCorpus | AnswerCorpus:
         """See :meth:`TokensTask.opened`."""
         answered = cast("TrainSpec", spec).data.answered
         return AnswerCorpus.open(folder) if answered else TokenizedCorpus.open(folder)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lossworks.data.answers import AnswerCorpus
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.learnt import Learnt
+from lossworks.data.text.aligned_corpus import AlignedCorpus
 from lossworks.data.text.blank_corpus import BlankCorpus
 from lossworks.data.text.tokenized_corpus import TokenizedCorpus
 from lossworks.data.text.tokenizer import load_tokenizer
@@ -24,7 +25,7 @@ from lossworks.tasks.interface import Prepared, Say, Task, readers
 from lossworks.tasks.registry import task_class
 
 D = TypeVar("D", bound=TokensSpec)
-Corpus = TokenizedCorpus | AnswerCorpus
+Corpus = TokenizedCorpus | AnswerCorpus | AlignedCorpus
 
 
 class TokensRunSpec(Protocol):

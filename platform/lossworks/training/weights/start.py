@@ -152,16 +152,18 @@ def companion_of(name: str, field: str, task: Task) -> HeadedModel:
     Raises:
         UserError: It can't be read, or doesn't fit the task.
     """
-    if name.startswith("hf:"):
-        found = task.build_model({"source": name})
+    if name.startswith(_CHECKPOINT):
+        found = task.build_companion({"source": name})
     else:
         weights = trained_weights(name, field)
         if weights.task is not None and not task.takes_models_of(weights.task):
             raise UserError(f"{weights.source}: was trained as task={weights.task}, not {task.slug}")
-        if weights.learnt is not None:
+        if weights.learnt is not None and task.companions_read_alike:
             _require_same_reading(weights, task)
-        found = task.build_model(weights.model)
+        found = task.build_companion(weights.model)
         begin_from(weights, found)
+    if not task.companions_read_alike:
+        return found
     own, theirs = (len(model.head().weight) for model in (task.build_model(), found))
     if own != theirs:
         raise UserError(f"{field}={name}: has {theirs} outputs; the model has {own}{_of_other_tokens(task)}")
@@ -174,8 +176,8 @@ def empty_companion(name: str, field: str, task: Task) -> HeadedModel:
     Raises:
         UserError: There is nothing of that name, or it can't be read.
     """
-    model = {"source": name} if name.startswith("hf:") else trained_weights(name, field).model
-    return task.empty_model(model)
+    model = {"source": name} if name.startswith(_CHECKPOINT) else trained_weights(name, field).model
+    return task.build_companion(model, empty=True)
 
 
 def _require_same_reading(weights: TrainedWeights, task: Task) -> None:
