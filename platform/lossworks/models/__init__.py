@@ -1,6 +1,7 @@
 """Models behind one interface: language models, ours and local checkpoints, and small classifiers."""
 
 from lossworks.models.classifiers import Classifier, build_classifier
+from lossworks.models.generation.texts import TextGenerator
 from lossworks.models.huggingface import HuggingFaceModel
 from lossworks.models.interface import Head, HeadedModel, LanguageModel, ModelObjective, Outputs
 from lossworks.models.predictors import Predictor, load_predictor, save_predictor
@@ -19,6 +20,7 @@ __all__ = [
     "ModelObjective",
     "Outputs",
     "Predictor",
+    "TextGenerator",
     "TextScorer",
     "TextScores",
     "TrainedClassifier",

@@ -1,5 +1,6 @@
 """Local checkpoints of the transformers library, with their head taken off."""
 
+import inspect
 import textwrap
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +35,7 @@ class HuggingFaceModel(LanguageModel):
         super().__init__()
         self.model: Any = model
         self.config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        self._reads_alike = False  # until it was compared
         self._require_usable()
 
     @classmethod
@@ -77,6 +79,42 @@ class HuggingFaceModel(LanguageModel):
         """Return the features (B, L, D), after the final norm, of ``tokens`` (B, L) int64."""
         found: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return found
+
+    def reader(self, rows: int, length: int) -> "HuggingFaceReader":
+        """See :meth:`LanguageModel.reader`; the keys and values are in the library's own cache.
+
+        Raises:
+            UserError: The model has fewer positions than ``length``, keeps no such cache, or gives other
+                features with it than without.
+        """
+        del rows
+        most = getattr(self.config, "max_position_embeddings", None)
+        if most is not None and length > most:
+            raise UserError(
+                f"{length} tokens of prompt and continuation are more than the {most} positions of this "
+                f"{self.config.model_type} model; give shorter prompts or fewer new tokens"
+            )
+        if not self._reads_alike:
+            self._require_alike()
+            self._reads_alike = True
+        return HuggingFaceReader(self.model.base_model, self.config.model_type)
+
+    @torch.no_grad()
+    def _require_alike(self) -> None:
+        """Compare features with the cache and filling with those without: not every architecture has them."""
+        device = self.head().weight.device
+        tokens = (torch.arange(10, device=device).reshape(2, 5) + 1) % self.head().weight.shape[0]
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        valid[1, :2] = False
+        reader = HuggingFaceReader(self.model.base_model, self.config.model_type)
+        reader.read(tokens[:, :4], valid[:, :4])
+        found = reader.read(tokens[:, 4:], valid[:, 4:])
+        alone = [self.hidden(row[own][None])[0, -1] for row, own in zip(tokens, valid, strict=True)]
+        if not torch.allclose(found, torch.stack(alone), rtol=1e-3, atol=1e-3):
+            raise UserError(
+                f"{self.config.model_type} model: can't generate: with the library's cache and prompts of "
+                "unequal length it gives other features than without"
+            )
 
     def head(self) -> Head:
         """Return the output embeddings, and the softcap that the configuration gives."""
@@ -136,6 +174,49 @@ class HuggingFaceModel(LanguageModel):
             raise UserError(
                 f"{folder}: {self.config.model_type} models compute their logits not by a linear head"
             )
+
+
+class HuggingFaceReader:
+    """A model of transformers that reads rows piece by piece, with the library's own cache.
+
+    See :class:`lossworks.models.generation.decoding.Reader`.
+
+    Args:
+        base: The model without its head, in eval mode.
+        kind: What messages call it.
+    """
+
+    def __init__(self, base: Any, kind: str) -> None:
+        self._base, self._kind = base, kind
+        self._positioned = "position_ids" in inspect.signature(base.forward).parameters
+        self._cache: Any = None
+        self._valid: Tensor | None = None
+
+    def read(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """See :meth:`lossworks.models.generation.decoding.Reader.read`.
+
+        Raises:
+            UserError: The architecture keeps no keys and values.
+        """
+        self._valid = valid if self._valid is None else torch.cat((self._valid, valid), dim=1)
+        positions = (self._valid.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        found = self._base(
+            input_ids=tokens,
+            attention_mask=self._valid.long(),
+            past_key_values=self._cache,
+            use_cache=True,
+            **({"position_ids": positions} if self._positioned else {}),
+        )
+        self._cache = getattr(found, "past_key_values", None)
+        if self._cache is None:
+            raise UserError(f"{self._kind} model: can't generate: it keeps no keys and values")
+        features: Tensor = found.last_hidden_state[:, -1]
+        return features
+
+    def keep(self, rows: Tensor) -> None:
+        """See :meth:`lossworks.models.generation.decoding.Reader.keep`."""
+        self._cache.batch_select_indices(rows)
+        self._valid = None if self._valid is None else self._valid[rows]
 
 
 def local_folder(spec: ModelSpec) -> Path:

@@ -5,7 +5,7 @@ vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lossworks.errors import UserError
+from lossworks.models.generation.decoding import Ended, Reader, decode, require_prompts
+from lossworks.models.generation.sampling import DrawSeed, Sampling
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no equality that gives one bool
@@ -174,45 +176,65 @@ class LanguageModel(HeadedModel):
     def depth_and_width(self) -> tuple[int, int] | None:
         """Return the number of attention layers and their features D, or None if they aren't known."""
 
-    @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,
-        new_tokens: int,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return ``tokens`` with ``new_tokens`` sampled ones behind them.
-
-        Nothing is cached between tokens, so the cost grows with the square of the length.
+    @abstractmethod
+    def reader(self, rows: int, length: int) -> Reader:
+        """Return what reads rows piece by piece, and keeps keys and values of what it has read.
 
         Args:
-            tokens: (B, L) int64 prompts of one length, L ≥ 1.
-            new_tokens: How many tokens to add.
-            temperature: Divides the logits; 0 takes the most likely token.
-            generator: Source of the randomness, on the device of ``tokens``; the global one if None.
-
-        Returns:
-            (B, L + new_tokens) int64.
+            rows: B.
+            length: Tokens that a row will have at most, filling included.
 
         Raises:
-            UserError: A number is negative, or a prompt is empty.
+            UserError: The architecture can't do it, or its positions don't reach so far.
         """
-        if new_tokens < 0:
-            raise UserError(f"new_tokens={new_tokens}: must be at least 0")
-        if not temperature >= 0.0:  # so written that NaN is refused, too
-            raise UserError(f"temperature={temperature}: must be at least 0")
-        if tokens.ndim != 2 or not tokens.shape[1]:
-            raise UserError(f"tokens of shape {tuple(tokens.shape)}: must be (B, L) with at least one token")
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seeds: Sequence[DrawSeed] | None = None,
+        ended: Ended | None = None,
+    ) -> list[list[int]]:
+        """Return the tokens that the model writes behind each prompt; the prompts are not among them.
+
+        Keys and values are kept between tokens, so that each costs a pass of one token. Prompts of unequal
+        length go together: every row gets what it would get alone, but for the rounding of products of
+        another shape.
+
+        Args:
+            prompts: Tokens of each row, at least one.
+            new_tokens: How many to add at most.
+            temperature: Divides the logits; 0 takes the most likely token.
+            top_p: See :class:`lossworks.models.generation.sampling.Sampling`.
+            seeds: Of each row's draws, which depend on nothing else; the row's number if None.
+            ended: Called with a row's number and its new tokens after each; a row ends where it says so.
+
+        Raises:
+            UserError: A number is out of its range, a prompt is empty, or the model can't read so far.
+            RunError: The model's logits are not finite.
+        """
+        require_prompts(prompts, new_tokens)
+        sampling = Sampling(temperature, top_p)
+        if not prompts or not new_tokens:
+            return [[] for _ in prompts]
         training = self.training
         self.eval()
         try:
-            for _ in range(new_tokens):
-                logits = self.head().logits(self.hidden(tokens)[:, -1])
-                tokens = torch.cat((tokens, _sample(logits, temperature, generator)), dim=1)
+            return decode(
+                self.reader(len(prompts), max(map(len, prompts)) + new_tokens),
+                self.head().logits,
+                prompts,
+                new_tokens,
+                sampling=sampling,
+                seeds=seeds,
+                ended=ended,
+                device=next(self.parameters()).device,
+            )
         finally:
             self.train(training)
-        return tokens
 
     def flops_per_token(self, sequence_length: int) -> float | None:
         """Return the floating-point operations of one training step per token, or None if not known.
@@ -239,12 +261,3 @@ class LanguageModel(HeadedModel):
         }
         matrices = (p for p in self.parameters() if p.ndim >= 2 and id(p) not in apart)
         return head.numel() + sum(matrix.numel() for matrix in matrices)
-
-
-def _sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """Return one token (B, 1) int64 for each row of ``logits`` (B, V)."""
-    if temperature == 0.0:
-        return logits.argmax(dim=-1, keepdim=True)
-    # Shifted before the division, so that a tiny temperature gives −inf at worst, and never inf − inf.
-    shifted = logits.float() - logits.float().amax(dim=-1, keepdim=True)
-    return torch.multinomial((shifted / temperature).softmax(dim=-1), 1, generator=generator)

@@ -16,34 +16,25 @@ from lossworks.specs import ModelSpec
 RMS_EPSILON = 1e-6
 
 
-def rotation(
-    length: int,
-    features: int,
-    base: float,
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
+def rotation(positions: Tensor, features: int, base: float) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of rotary position embeddings.
 
     Pair i of a head's features turns by the angle position · base^(−2i/d).
 
     Args:
-        length: L, any number of positions; they count from 0.
+        positions: (…, L), in the precision of the angles; half precision can't tell positions beyond a few
+            hundred apart.
         features: d, even.
         base: θ of the paper, 10000 there.
-        device: Where to compute.
-        dtype: Precision of the angles; half precision can't tell positions beyond a few hundred apart.
 
     Returns:
-        Two tensors (L, 1, d/2), to be broadcast over the heads.
+        Two tensors (…, L, 1, d/2), to be broadcast over the heads.
 
     References:
         Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", equation 15.
     """
-    exponents = torch.arange(0, features, 2, device=device, dtype=dtype) / features
-    positions = torch.arange(length, device=device, dtype=dtype)
-    angles = (positions[:, None] * base**-exponents)[:, None, :]
+    exponents = torch.arange(0, features, 2, device=positions.device, dtype=positions.dtype) / features
+    angles = (positions[..., None] * base**-exponents)[..., None, :]
     return angles.cos(), angles.sin()
 
 
@@ -90,6 +81,32 @@ def make_norm(spec: ModelSpec) -> nn.Module:
     return nn.LayerNorm(spec.width, bias=False)
 
 
+class KeyValues:
+    """Keys and values of what a layer's attention has read, of B rows; there is room for so many tokens.
+
+    Args:
+        length: Tokens of a row at most.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length, self._filled = length, 0
+        self._kept: Tensor | None = None  # (2, B, length, K, d)
+
+    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of T tokens, (B, T, K, d), and return those of all, (B, S, K, d)."""
+        if self._kept is None:
+            self._kept = key.new_empty(2, len(key), self._length, *key.shape[2:])
+        start, self._filled = self._filled, self._filled + key.shape[1]
+        self._kept[0, :, start : self._filled] = key
+        self._kept[1, :, start : self._filled] = value
+        keys, values = self._kept[:, :, : self._filled]
+        return keys, values
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but those at the places (R,) int64."""
+        self._kept = None if self._kept is None else self._kept[:, rows]
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, grouped key-value heads and optional qk-norm.
 
@@ -110,7 +127,14 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(self.head_features, eps=RMS_EPSILON) if spec.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_features, eps=RMS_EPSILON) if spec.qk_norm else None
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, seen: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        seen: Tensor | None = None,
+        memory: KeyValues | None = None,
+    ) -> Tensor:
         """Return what the tokens (B, L, D) read from those before them and themselves.
 
         Args:
@@ -118,11 +142,15 @@ class Attention(nn.Module):
             cosines: As :func:`rotation` gives them.
             sines: The same.
             seen: As :func:`isolation` gives it; None where every token sees all before it.
+            memory: What was read before, which these tokens read, too, and are added to; ``seen`` then says
+                of all S tokens which are seen, (B, 1, L, S).
         """
         parts = self.qkv(x).split(self.sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_features)) for part in parts)
         query = rotate(_norm(self.query_norm, query), cosines, sines)
         key = rotate(_norm(self.key_norm, key), cosines, sines)
+        if memory is not None:
+            key, value = memory.extended(key, value)
         read = functional.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -204,17 +232,31 @@ class Block(nn.Module):
         self.feed_forward = make_feed_forward(spec)
         self.checkpointed = False
 
-    def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, seen: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        seen: Tensor | None = None,
+        memory: KeyValues | None = None,
+    ) -> Tensor:
         """Return the residual stream (B, L, D) after this block; arguments as for :class:`Attention`."""
         if self.checkpointed and torch.is_grad_enabled():
             # The block draws no random numbers, so there is no generator state to keep.
             how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             found: Tensor = checkpoint(self._apply_layers, x, cosines, sines, seen, **how)
             return found
-        return self._apply_layers(x, cosines, sines, seen)
+        return self._apply_layers(x, cosines, sines, seen, memory)
 
-    def _apply_layers(self, x: Tensor, cosines: Tensor, sines: Tensor, seen: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cosines, sines, seen)
+    def _apply_layers(
+        self,
+        x: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        seen: Tensor | None,
+        memory: KeyValues | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cosines, sines, seen, memory)
         found: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
         return found
 

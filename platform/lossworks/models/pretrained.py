@@ -20,6 +20,7 @@ from lossworks.files import appearing
 from lossworks.models.folders import (
     CLASSIFIER_FORMAT,
     CONFIG,
+    PREDICTOR_FORMAT,
     WEIGHTS,
     config_text,
     read_config,
@@ -153,9 +154,15 @@ def _read_config(path: Path) -> tuple[ModelSpec, int]:
         raise UserError(
             f"{path.parent}: holds a classifier, no language model; lossworks.models.load_classifier reads it"
         )
+    if config.get("format") == PREDICTOR_FORMAT:
+        raise UserError(
+            f"{path.parent}: holds a model of examples, no language model; lossworks.models.load_predictor "
+            "reads it"
+        )
     if config.get("format") != FORMAT:
         raise UserError(
-            f"{path}: isn't a Lossworks model; train on a transformers folder by model.source=hf:PATH"
+            f"{path}: isn't a Lossworks model; a folder of transformers is named hf:PATH, in a spec as "
+            "model.source=hf:PATH"
         )
     require_version(config, path, FORMAT_VERSION)
     vocab_size = config.get("vocab_size")

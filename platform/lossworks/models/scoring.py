@@ -1,4 +1,4 @@
-"""A trained language model asked for the loss of a text, and for its continuation."""
+"""A trained language model asked for the loss of a text."""
 
 import math
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ class TextScorer:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, length: int) -> None:
-        self._model, self._tokenizer, self._length = model, tokenizer, length
+        self._model, self._tokenizer, self.length = model, tokenizer, length
         self._end = end_of_text_id(tokenizer)
 
     @classmethod
@@ -73,28 +73,6 @@ class TextScorer:
         nats = sum(self._nats(part) for part in self._sequences(tokens))
         return TextScores(nats / predicted, nats / math.log(2) / size)
 
-    def continuation(self, text: str, new_tokens: int, *, temperature: float = 1.0, seed: int = 0) -> str:
-        """Return what the model writes behind a text, up to the end of the document.
-
-        The same seed gives the same continuation, whatever else is asked for.
-
-        Args:
-            text: The prompt; the model sees its last L tokens.
-            new_tokens: How many tokens to add at most.
-            temperature: Divides the logits; 0 takes the most likely token.
-            seed: Of the sampling.
-
-        Raises:
-            UserError: A number is negative, or there is nothing to continue.
-        """
-        prompt = self._encode(text)[-self._length :]
-        generator = torch.Generator().manual_seed(seed)
-        found = self._model.generate(prompt[None], new_tokens, temperature, generator)
-        tokens = found[0, len(prompt) :].tolist()
-        if self._end in tokens:
-            tokens = tokens[: tokens.index(self._end)]
-        return str(self._tokenizer.decode(tokens))
-
     def _encode(self, text: str) -> Tensor:
         """Return the tokens (T,) int64 of a text, behind the token that ends the document before."""
         tokens = [int(token) for token in next(iter(encode_texts(self._tokenizer, [text])))]
@@ -105,8 +83,8 @@ class TextScorer:
 
     def _sequences(self, tokens: Tensor) -> Iterator[Tensor]:
         """Yield sequences (at most L + 1,), of which neighbours share a token, as in training."""
-        for start in range(0, len(tokens) - 1, self._length):
-            yield tokens[start : start + self._length + 1]
+        for start in range(0, len(tokens) - 1, self.length):
+            yield tokens[start : start + self.length + 1]
 
     def _nats(self, tokens: Tensor) -> float:
         """Return the summed loss of tokens (T,) after the first."""

@@ -1,15 +1,17 @@
 """Our own decoder-only transformer."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lossworks.models.interface import Head, LanguageModel
-from lossworks.models.layers import Block, isolation, make_norm, rotation
+from lossworks.models.layers import Block, KeyValues, isolation, make_norm, rotation
 from lossworks.specs import ModelSpec
 
 INIT_STD = 0.02
+_FILLING = -1  # the document of what fills a row in front
 
 
 class Transformer(LanguageModel):
@@ -59,20 +61,29 @@ class Transformer(LanguageModel):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Return the features (B, L, D), after the final norm, of ``tokens`` (B, L) int64."""
+        seen = None if self.separator is None else isolation(tokens, self.separator)
+        return self._read(tokens, torch.arange(tokens.shape[1], device=tokens.device), seen)
+
+    def _read(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        seen: Tensor | None,
+        memories: Sequence[KeyValues | None] | None = None,
+    ) -> Tensor:
+        """Return the features (B, L, D) of tokens at positions (L) or (B, L)."""
         x = self.embedding(tokens)
         spec = self.spec
-        cosines, sines = rotation(
-            tokens.shape[1],
-            spec.width // spec.heads,
-            spec.rope_base,
-            device=tokens.device,
-            dtype=torch.promote_types(torch.float32, x.dtype),
-        )
-        seen = None if self.separator is None else isolation(tokens, self.separator)
-        for layer in self.layers:
-            x = layer(x, cosines, sines, seen)
+        precise = positions.to(torch.promote_types(torch.float32, x.dtype))
+        cosines, sines = rotation(precise, spec.width // spec.heads, spec.rope_base)
+        for layer, memory in zip(self.layers, memories or [None] * len(self.layers), strict=True):
+            x = layer(x, cosines, sines, seen, memory)
         found: Tensor = self.final_norm(x)
         return found
+
+    def reader(self, rows: int, length: int) -> "TransformerReader":
+        """See :meth:`LanguageModel.reader`; there is no limit to the positions."""
+        return TransformerReader(self, rows, length)
 
     def head(self) -> Head:
         """Return the head, which has neither bias nor softcap."""
@@ -98,3 +109,50 @@ class Transformer(LanguageModel):
     def _blocks(self) -> list[Block]:
         """Return the blocks under their own type, which ``ModuleList`` doesn't keep."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
+
+
+class TransformerReader:
+    """A transformer that reads rows piece by piece; see :class:`lossworks.models.generation.decoding.Reader`.
+
+    Every row counts its own positions and documents, whatever fills it in front.
+
+    Args:
+        model: In eval mode.
+        rows: B.
+        length: Tokens of a row at most, filling included.
+    """
+
+    def __init__(self, model: Transformer, rows: int, length: int) -> None:
+        device = model.embedding.weight.device
+        self._model = model
+        self._memories = [KeyValues(length) for _ in model.layers]
+        self._filled = 0
+        self._next = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # position of the next token
+        self._document = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # of the last token
+        self._documents = torch.full((rows, length), _FILLING, device=device)  # of every token
+
+    def read(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """See :meth:`lossworks.models.generation.decoding.Reader.read`."""
+        model, end = self._model, self._filled + tokens.shape[1]
+        positions = (self._next + valid.cumsum(1) - 1).clamp(min=0)
+        documents = self._document
+        if model.separator is not None:
+            documents = documents + ((tokens == model.separator) & valid).cumsum(1)
+        documents = documents.expand(tokens.shape)
+        self._documents[:, self._filled : end] = documents.where(valid, _FILLING)
+        own = torch.arange(self._filled, end, device=tokens.device)[:, None]
+        keys = torch.arange(end, device=tokens.device)
+        same = self._documents[:, None, :end] == documents[:, :, None]
+        # Filling sees itself, since a softmax over nothing is NaN.
+        seen = (same & (keys < own)) | (keys == own)
+        features = model._read(tokens, positions, seen[:, None], self._memories)
+        self._next, self._document = positions[:, -1:] + 1, documents[:, -1:]
+        self._filled = end
+        return features[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """See :meth:`lossworks.models.generation.decoding.Reader.keep`."""
+        for memory in self._memories:
+            memory.keep(rows)
+        self._next, self._document = self._next[rows], self._document[rows]
+        self._documents = self._documents[rows]

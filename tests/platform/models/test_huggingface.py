@@ -90,16 +90,14 @@ def test_flops_are_unknown_without_the_configuration_s_fields(save_hf):
     assert model.flops_per_token(32) is None
 
 
-def test_generation_is_deterministic_and_switches_dropout_off(save_hf):
+def test_generation_switches_dropout_off(save_hf):
     model = build(save_hf("gpt2"))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.9
+    found = [model.generate(TOKENS[:, :4].tolist(), 6) for _ in range(2)]
 
-    def generate():
-        return model.generate(TOKENS[:, :4], 6, 1.0, torch.Generator().manual_seed(0))
-
-    assert torch.equal(generate(), generate())
+    assert found[0] == found[1]
     assert model.training
 
 

@@ -22,7 +22,7 @@ TINY = ModelSpec(layers=1, width=8, heads=2, hidden=12)
 
 
 def angles(length, features, dtype=torch.float64):
-    return rotation(length, features, 10000.0, dtype=dtype)
+    return rotation(torch.arange(length, dtype=dtype), features, 10000.0)
 
 
 @settings(deadline=None, max_examples=25)
@@ -63,7 +63,7 @@ def test_rotation_keeps_lengths_and_leaves_position_zero():
 
 def test_rotation_is_float32_under_autocast_and_keeps_the_features_dtype():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cosines, sines = rotation(4096, 8, 10000.0)
+        cosines, sines = rotation(torch.arange(4096.0), 8, 10000.0)
         turned = rotate(torch.ones(1, 4096, 1, 8, dtype=torch.bfloat16), cosines, sines)
     exact, _ = angles(4096, 8)
 

@@ -147,11 +147,10 @@ def test_configuration_tells_format_spec_and_provenance(saved):
 
 def test_a_dozen_lines_load_a_model_and_continue_a_text(saved):
     model, tokenizer = load_model(saved)
-    prompt = torch.tensor([tokenizer.encode("w1 w2 w3").ids])
-    generator = torch.Generator().manual_seed(0)
-    tokens = model.generate(prompt, new_tokens=5, temperature=0.8, generator=generator)
+    prompt = tokenizer.encode("w1 w2 w3").ids
+    (tokens,) = model.generate([prompt], new_tokens=5, temperature=0.8)
 
-    assert tokenizer.decode(tokens[0].tolist()).startswith("w1 w2 w3 w")
+    assert tokenizer.decode(tokens).startswith("w")
 
 
 def test_a_full_folder_is_refused_and_an_empty_one_is_used(saved, tmp_path, tokenizer_path):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lossworks.errors import UserError
 from lossworks.models import Head, build_model
 from lossworks.specs import ModelSpec
 
@@ -189,44 +188,3 @@ def test_model_has_no_buffers_and_takes_any_length():
 
     assert not list(model.buffers())
     assert model.hidden(torch.zeros(1, 3000, dtype=torch.int64)).shape == (1, 3000, 16)
-
-
-def test_generation_follows_its_generator_and_keeps_the_prompt():
-    model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    prompt = batch(length=4)["inputs"]
-
-    def generate(seed, temperature=1.0):
-        return model.generate(prompt, 8, temperature, torch.Generator().manual_seed(seed))
-
-    state = torch.get_rng_state()
-    first = generate(0)
-    assert torch.equal(first, generate(0))
-    assert not torch.equal(first, generate(1))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first.shape == (2, 12)
-    assert torch.equal(first[:, :4], prompt)
-    assert model.training
-
-
-def test_generation_at_temperature_zero_is_greedy_and_the_limit_of_cold():
-    model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    tokens = batch(length=4)["inputs"]
-    greedy = model.generate(tokens, 3, 0.0)
-    expected = tokens
-    for _ in range(3):
-        expected = torch.cat((expected, model.logits(expected)[:, -1].argmax(-1, keepdim=True)), dim=1)
-
-    assert torch.equal(greedy, expected)
-    assert torch.equal(model.generate(tokens, 3, 1e-38), greedy)
-
-
-def test_generation_refuses_what_it_cannot_do():
-    model = build_model(TINY, vocab_size=VOCAB, seed=0)
-    tokens = batch(length=4)["inputs"]
-
-    with pytest.raises(UserError, match="new_tokens=-1: must be at least 0"):
-        model.generate(tokens, -1)
-    with pytest.raises(UserError, match="temperature=nan: must be at least 0"):
-        model.generate(tokens, 1, float("nan"))
-    with pytest.raises(UserError, match=r"tokens of shape \(2, 0\): must be \(B, L\) with at least one"):
-        model.generate(tokens[:, :0], 1)

@@ -20,7 +20,8 @@ from lossworks.cli import main
 from lossworks.data import load_examples, prepare
 from lossworks.data.example_sources import read_examples
 from lossworks.errors import UserError
-from lossworks.models import TextScorer, load_classifier, load_model, load_predictor
+from lossworks.models import TextGenerator, TextScorer, load_classifier, load_model, load_predictor
+from lossworks.models.generation.texts import Writing
 from lossworks.reporting.finish import finish_run_folder, sync_run
 from lossworks.runs import RunFolder
 from lossworks.specs import ModelTrackingSpec
@@ -126,13 +127,16 @@ def test_the_scorer_is_the_plain_formula(held_out):
 
 def test_continuations_follow_the_seed(held_out):
     """The same seed gives the same text, another one another."""
-    scorer = TextScorer.load(held_out[2])
-    found = [scorer.continuation("abc", 30, seed=seed) for seed in (1, 1, 2)]
+    generator = TextGenerator.load(held_out[2])
+
+    def written(prompts, **how):
+        return [one.text for (one,) in generator.continuations(prompts, Writing(**how))]
+
+    found = [written(["abc"], tokens=30, seed=seed) for seed in (1, 1, 2)]
 
     assert found[0] == found[1] != found[2]
-    assert scorer.continuation("abc", 0) == ""
-    with pytest.raises(UserError, match="temperature"):
-        scorer.continuation("abc", 1, temperature=-1.0)
+    assert written(["a longer text", "abc"], tokens=30, seed=1)[1:] == found[0]
+    assert written(["abc"], tokens=0) == [""]
 
 
 def test_what_is_logged_holds_no_pickle_and_exact_versions(language_run, module_home):
@@ -308,7 +312,8 @@ def test_mlflow_serves_it_over_http(language_run, held_out, module_home, tmp_pat
 
     assert found["loss"] == pytest.approx(scorer.score(text).loss, rel=1e-6)
     assert found["bits_per_byte"] == pytest.approx(scorer.score(text).bits_per_byte, rel=1e-6)
-    assert found["continuation"] == scorer.continuation(text, 5)
+    ((written,),) = TextGenerator.load(exported).continuations([text], Writing(tokens=5), most=scorer.length)
+    assert found["continuation"] == written.text
 
 
 def wait_for(url, process, log: Path):

@@ -97,7 +97,7 @@ def test_one_process_reads_the_checkpoint_of_a_split_head(trained, text, corpus)
     )
 
     assert found.loss == pytest.approx(results["split"]["metrics"]["eval/loss"], rel=2e-6)
-    assert model.generate(torch.tensor([[1]]), 3).shape == (1, 4)
+    assert len(model.generate([[1]], 3)[0]) == 3
 
 
 def test_going_on_with_other_workers_and_sharding(trained, text, corpus, tmp_path):

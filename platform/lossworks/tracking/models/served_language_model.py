@@ -9,7 +9,9 @@ import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from lossworks.models import TextScorer
+from lossworks.models import TextGenerator, TextScorer
+from lossworks.models.generation.sampling import Sampling
+from lossworks.models.generation.texts import Writing
 
 
 class ServedLanguageModel(PythonModel):
@@ -18,6 +20,7 @@ class ServedLanguageModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Read the model's folder."""
         self._scorer = TextScorer.load(context.artifacts["model"])
+        self._generator = TextGenerator.load(context.artifacts["model"])
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -27,17 +30,23 @@ class ServedLanguageModel(PythonModel):
         Args:
             context: Where the files are; they have been read.
             model_input: With the column ``text``.
-            params: ``new_tokens`` to write behind each text as ``continuation``, ``temperature``, ``seed``.
+            params: ``new_tokens`` to write behind each text as ``continuation``, ``temperature``, ``seed``. A
+                text's last tokens are read, as many as a sequence of the training had.
         """
         del context
         texts = [str(text) for text in model_input["text"]]
         answers = pd.DataFrame(
             [self._scorer.score(text) for text in texts], columns=["loss", "bits_per_byte"]
         )
-        sampling = dict(params or {})
-        new_tokens = sampling.pop("new_tokens", 0)
-        if new_tokens:
-            answers["continuation"] = [self._scorer.continuation(t, new_tokens, **sampling) for t in texts]
+        given = dict(params or {})
+        if given.get("new_tokens"):
+            writing = Writing(
+                tokens=given["new_tokens"],
+                sampling=Sampling(given.get("temperature", 1.0)),
+                seed=given.get("seed", 0),
+            )
+            written = self._generator.continuations(texts, writing, most=self._scorer.length)
+            answers["continuation"] = [one.text for (one,) in written]
         return answers
 
 

@@ -1,0 +1,1 @@
+"""Text that language models write: token by token, with what they have read kept between tokens."""
