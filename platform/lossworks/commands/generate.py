@@ -160,7 +160,7 @@ def _loaded(model: str) -> "TextGenerator":
     """Return the model, on the device where this process would train."""
     from lossworks.models.generation.texts import TextGenerator
     from lossworks.training.distributed.world import World
-    from lossworks.training.export import exported
+    from lossworks.training.weights.export import exported
 
     if model.startswith("hf:"):
         generator = TextGenerator.of_transformers(model.removeprefix("hf:"))

@@ -16,6 +16,8 @@ from lossworks.specs import ModelSpec
 
 # Names under which architectures (Cohere, Granite, Falcon-H1) multiply or divide their logits.
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+IDENTITY_GAIN = 2.0**20
+"""Gain of a GPT-2's norms that are to take nothing away: over √(IDENTITY_GAIN² + var) it is 1."""
 
 
 class HuggingFaceModel(LanguageModel):
@@ -224,11 +226,12 @@ def local_folder(spec: ModelSpec) -> Path:
     return Path(spec.source.removeprefix("hf:")).expanduser()
 
 
-def from_config(folder: Path, device: str = "meta") -> HuggingFaceModel:
-    """Return the model of ``folder/config.json`` with untrained parameters.
+def from_config(spec: ModelSpec, device: str = "meta") -> HuggingFaceModel:
+    """Return the model of the ``config.json`` in the folder of ``spec.source`` with untrained parameters.
 
     Args:
-        folder: Its weights are not read.
+        spec: Its folder's weights are not read. With ``norm=none`` the norms are those of a GPT-2 from which
+            they were removed: the library has no GPT-2 without any.
         device: Where the parameters are; on the meta device they have shapes only.
 
     Raises:
@@ -237,9 +240,12 @@ def from_config(folder: Path, device: str = "meta") -> HuggingFaceModel:
     switch_off_usage_reports()
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    folder = local_folder(spec)
     _require_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if spec.norm == "none":
+            config.layer_norm_epsilon, config.tie_word_embeddings = IDENTITY_GAIN**2, False
         with torch.device(device):
             return HuggingFaceModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     except UserError:

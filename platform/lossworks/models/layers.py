@@ -70,12 +70,14 @@ def rotate(features: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def make_norm(spec: ModelSpec) -> nn.Module:
-    """Return the norm of the residual stream, (..., D) to (..., D), with a gain and without a bias.
+    """Return the norm of the residual stream, (..., D) to (..., D), with a gain and without a bias, or none.
 
     References:
         Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
         Ba et al. 2016, "Layer Normalization".
     """
+    if spec.norm == "none":
+        return nn.Identity()
     if spec.norm == "rmsnorm":
         return nn.RMSNorm(spec.width, eps=RMS_EPSILON)
     return nn.LayerNorm(spec.width, bias=False)
@@ -180,6 +182,11 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
+    @property
+    def inputs(self) -> nn.Linear:
+        """The product that reads the layer's input."""
+        return self.gate_up
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's values (B, L, D) for ``x`` (B, L, D)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -198,6 +205,11 @@ class GELU(nn.Module):
         super().__init__()
         self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
+
+    @property
+    def inputs(self) -> nn.Linear:
+        """The product that reads the layer's input."""
+        return self.up
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's values (B, L, D) for ``x`` (B, L, D)."""

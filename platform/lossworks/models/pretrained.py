@@ -29,7 +29,7 @@ from lossworks.models.folders import (
     require_free,
     require_version,
 )
-from lossworks.models.huggingface import HuggingFaceModel, from_config, local_folder
+from lossworks.models.huggingface import HuggingFaceModel, from_config
 from lossworks.models.interface import LanguageModel
 from lossworks.models.transformer import Transformer
 from lossworks.specs import ModelSpec
@@ -67,17 +67,14 @@ def save_model(
     require_free(folder)
     config = _config_text(spec, vocab_size, provenance)
     _read_tokenizer(Path(tokenizer_path))
-    model = _empty_model(spec, vocab_size)
-    state = _complete(model, state)
-    require_fit(model, state, source="state")
+    model = model_with(spec, vocab_size, state)
     with appearing(folder) as temporary:
         if isinstance(model, HuggingFaceModel):
-            model.load_state_dict(state, assign=True)
-            model.model.tie_weights()
             model.model.save_pretrained(temporary)
             (temporary / CONFIG_BESIDE_TRANSFORMERS).write_text(config, encoding="utf-8")
         else:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS)
+            own = model.state_dict()
+            save_file({name: tensor.contiguous() for name, tensor in own.items()}, temporary / WEIGHTS)
             (temporary / CONFIG).write_text(config, encoding="utf-8")
         shutil.copyfile(tokenizer_path, temporary / TOKENIZER)
 
@@ -103,6 +100,27 @@ def load_model(folder: str | Path) -> tuple[LanguageModel, Tokenizer]:
     return model.eval(), tokenizer
 
 
+def model_with(spec: ModelSpec, vocab_size: int, state: Mapping[str, Tensor]) -> LanguageModel:
+    """Return a model with given tensors, on their device and in training mode.
+
+    Args:
+        spec: What it was built from; of an ``hf:PATH``, the configuration is read from there.
+        vocab_size: V of our own transformer.
+        state: Its unsharded ``state_dict()``, which becomes the model's own; one name of tied tensors is
+            enough.
+
+    Raises:
+        UserError: ``state`` doesn't fit ``spec``, or the configuration can't be read.
+    """
+    model = _empty_model(spec, vocab_size)
+    whole = _complete(model, state)
+    require_fit(model, whole, source="state")
+    model.load_state_dict(whole, assign=True)
+    if isinstance(model, HuggingFaceModel):
+        model.model.tie_weights()
+    return model
+
+
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """Return where the model in a folder comes from, as ``save_model`` was told.
 
@@ -119,7 +137,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
 def _empty_model(spec: ModelSpec, vocab_size: int) -> LanguageModel:
     """Return the model with parameters on the meta device: names and shapes, no memory, no random numbers."""
     if spec.source != "transformer":
-        return from_config(local_folder(spec))
+        return from_config(spec)
     with torch.device("meta"):
         return Transformer(spec, vocab_size=vocab_size)
 

@@ -51,7 +51,9 @@ class Transformer(LanguageModel):
         References:
             Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
         """
-        residual = {projection for block in self._blocks() for projection in block.residual_projections()}
+        residual = {
+            projection for block in self.decoder_blocks() for projection in block.residual_projections()
+        }
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 scale = 1.0 / math.sqrt(2 * self.spec.layers) if module in residual else 1.0
@@ -95,7 +97,7 @@ class Transformer(LanguageModel):
 
     def checkpoint_activations(self) -> None:
         """Keep only the blocks' inputs from now on, and compute the rest again in the backward pass."""
-        for block in self._blocks():
+        for block in self.decoder_blocks():
             block.checkpointed = True
 
     def isolate(self, separator: int) -> None:
@@ -106,7 +108,7 @@ class Transformer(LanguageModel):
         """Return ``spec.layers`` and ``spec.width``."""
         return self.spec.layers, self.spec.width
 
-    def _blocks(self) -> list[Block]:
+    def decoder_blocks(self) -> list[Block]:
         """Return the blocks under their own type, which ``ModuleList`` doesn't keep."""
         return [layer for layer in self.layers if isinstance(layer, Block)]
 

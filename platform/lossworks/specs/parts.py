@@ -24,8 +24,8 @@ class ModelSpec(Spec):
     hidden: int | None = Field(
         None, ge=1, description="feed-forward features; default 8/3 width (SwiGLU) or 4 width (GELU)"
     )
-    norm: Literal["rmsnorm", "layernorm"] = Field(
-        "rmsnorm", description="normalisation of the residual stream"
+    norm: Literal["rmsnorm", "layernorm", "none"] = Field(
+        "rmsnorm", description="normalisation of the residual stream; none for a model without norms"
     )
     activation: Literal["swiglu", "gelu"] = Field("swiglu", description="feed-forward activation")
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")

@@ -11,7 +11,7 @@ from lossworks.catalogue.entry import Settings
 from lossworks.catalogue.registry import create
 from lossworks.data.batch import Batch
 from lossworks.losses.objective import Objective
-from lossworks.models import Outputs
+from lossworks.models import HeadedModel, Outputs
 from lossworks.specs import RunSpec
 from lossworks.tasks.analyses import Finding
 from lossworks.tasks.interface import ExampleRows, Measure, Mode, Task
@@ -37,17 +37,21 @@ class Trained:
 class Method(Settings):
     """A method; the hooks do nothing unless a subclass overrides them.
 
-    They are called on every rank alike, in this order: ``start`` once, then at every step ``batch`` for each
+    They are called on every rank alike, in this order: ``fit_to`` once, before the model is distributed and
+    before a checkpoint is read; ``start`` once, then at every step ``batch`` for each
     micro-batch, ``loss`` inside the model's forward, ``gradients`` after the last backward pass,
     ``after_step`` after the update; and ``finish`` once, when all steps are done.
 
     Attributes:
         yardsticks: What ``finish`` finds by which runs can be compared, and which direction is better.
+        newest: Whether a run's newest checkpoint stands for it, and not that of the least held-out loss,
+            since the method comes to its end by a schedule.
     """
 
     section: ClassVar[str] = "methods"
     kind: ClassVar[str] = "method"
     yardsticks: ClassVar[Mapping[str, Mode]] = {}
+    newest: ClassVar[bool] = False
 
     def check(self, task: type[Task], spec: RunSpec) -> None:
         """Refuse runs that it can't be part of, before anything starts.
@@ -56,6 +60,16 @@ class Method(Settings):
             UserError: Naming what it needs.
         """
         del task, spec
+
+    def fit_to(self, task: Task, model: HeadedModel) -> None:
+        """Change the model's parts, and make the state that depends on them; the whole model is here.
+
+        Names and shapes of its tensors must stay.
+
+        Raises:
+            UserError: It is no model for this.
+        """
+        del task, model
 
     def start(self, task: Task, model: nn.Module) -> None:
         """Look at the task and the distributed model before the first step, or before going on."""
@@ -97,6 +111,28 @@ class Method(Settings):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from a state."""
         del state
+
+    def exported(
+        self, spec: RunSpec, state: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    ) -> tuple[RunSpec, Mapping[str, Tensor]]:
+        """Return what a checkpoint is a model of, where the method has made it another than the spec says.
+
+        It is called on a method that has seen no model, wherever the weights of a run are used: exported,
+        evaluated, analysed, begun from, or put beside another model.
+
+        Args:
+            spec: The run.
+            state: The model's tensors by name, whole.
+            kept: The method's own state in the same checkpoint.
+
+        Returns:
+            The spec with the part of the model as it is to be built, and its tensors.
+
+        Raises:
+            UserError: The checkpoint is of no use yet.
+        """
+        del kept
+        return spec, state
 
     def result(self) -> dict[str, Tensor]:
         """Return what was made for use after training; it is kept in the run's folder."""

@@ -65,8 +65,9 @@ def of_model(analysis: Analysis, folder: RunFolder) -> Finding:
     kind = task_of(spec)
     analysis.check(kind, spec)
     task = kind.open(spec, None, learnt_by(folder))
-    model = task.build_model()
-    begin_from(trained_weights(str(folder.path), "run"), model)
+    weights = trained_weights(str(folder.path), "run")
+    model = task.empty_model(weights.model)
+    begin_from(weights, model)
     return analysed(
         model,
         task,

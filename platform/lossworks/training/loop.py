@@ -120,6 +120,8 @@ class Trainer:
         equip(model, spec, self.task.objective)
         self.headed_model = model
         self.methods: list[Method] = [create(one.name, **one.hyperparameters) for one in spec.methods]
+        for method in self.methods:
+            method.fit_to(self.task, model)
         self.bf16 = spec.precision == "bf16"
         flops, peak = self.task.flops_per_unit(model), Peak.of(self.world, bf16=self.bf16)
         self.speed = Speed(self.task.unit, flops, peak)

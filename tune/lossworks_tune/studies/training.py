@@ -139,7 +139,8 @@ def _train_one(task: str, values: Mapping[str, Any], folder: str) -> tuple[dict[
     spec: Any = kind.parse(values, "study")
     last: dict[int, dict[str, float]] = {}
     try:
-        kind.train(spec, Path(folder), lambda step, metrics: last.update({step: metrics}))
+        # What methods find at the end comes with the last step again.
+        kind.train(spec, Path(folder), lambda step, row: last.setdefault(step, {}).update(row))
     except LossworksError as error:
         return {}, str(error)
     steps = kind.steps(spec)

@@ -136,7 +136,7 @@ class AlignedCorpus:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """How many rows there are, N."""
         return len(self._arrays["own-rows"]) - 1
 
     def side(self, side: str, row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from lossworks.entries.losses.distillation.alm import (
 )
 from lossworks.errors import UserError
 from lossworks.models import LanguageModel, Outputs, build_model
-from lossworks.models.huggingface import from_config, local_folder
+from lossworks.models.huggingface import from_config
 from lossworks.models.pretrained import TOKENIZER
 from lossworks.specs import DataSpec, LossSpec, ModelSpec, RoleSpec, RunSpec
 from lossworks.tasks.interface import Mode, Say, as_sums
@@ -152,7 +152,7 @@ class CrossTokenizerTask(TokensTask):
         """See :meth:`Task.build_companion`: with the vocabulary of its own tokenizer."""
         spec = ModelSpec.parse(model, source="model")
         if empty and spec.source != "transformer":
-            return from_config(local_folder(spec), device="cpu")
+            return from_config(spec, device="cpu")
         return build_model(spec, vocab_size=self.aligned.teacher_vocab_size, seed=self.run.seed)
 
     def completed(self, batch: Batch, companions: Callable[[Batch, str], dict[str, Outputs]]) -> Batch:

@@ -18,7 +18,7 @@ from lossworks.data.text.blank_corpus import BlankCorpus
 from lossworks.data.text.tokenized_corpus import TokenizedCorpus
 from lossworks.data.text.tokenizer import load_tokenizer
 from lossworks.models import HeadedModel, LanguageModel, build_model, load_model, save_model
-from lossworks.models.huggingface import from_config, local_folder
+from lossworks.models.huggingface import from_config
 from lossworks.models.pretrained import TOKENIZER
 from lossworks.specs import ModelSpec, RunSpec, TokensSpec
 from lossworks.tasks.interface import Prepared, Say, Task, readers
@@ -154,7 +154,7 @@ class TokensTask(Task):
         spec = _run(self.spec_of_run).model if model is None else ModelSpec.parse(model, source="model")
         if spec.source == "transformer":
             return self.build_model(model)
-        return self.adapted(from_config(local_folder(spec), device="cpu"))
+        return self.adapted(from_config(spec, device="cpu"))
 
     def adapted(self, model: LanguageModel) -> LanguageModel:
         """Return a model that reads as the run wants it."""

@@ -335,8 +335,8 @@ def tensors_in(folder: Path, prefix: str) -> dict[str, Tensor]:
         for name, found in stored.items()
         if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
     }
-    state: dict[str, Any] = {prefix.removesuffix("."): wanted}
-    load_shards(state, folder)
+    if wanted:
+        load_shards({prefix.removesuffix("."): wanted}, folder)
     return wanted
 
 

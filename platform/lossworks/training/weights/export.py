@@ -23,7 +23,7 @@ from lossworks.training.weights.start import (
     choose_checkpoint,
     learnt_by,
     learnt_in,
-    model_in,
+    run_weights,
     trained_weights,
 )
 
@@ -51,7 +51,8 @@ def export_run(folder: RunFolder, to: Path, *, best: bool = True) -> int:
     }
     kind = task_of(spec)
     learnt = learnt_by(folder) or kind.open(spec, None).learnt
-    kind.save(spec, learnt, to, model_in(checkpoint, spec), provenance)
+    used, state = run_weights(folder, checkpoint)
+    kind.save(used, learnt, to, state, provenance)
     return checkpoint.step
 
 

@@ -1,12 +1,13 @@
 """Trained weights to begin from, or to be a companion: of a run's checkpoint, or of an exported folder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lossworks.catalogue.registry import declarations
+from lossworks.catalogue.registry import create, declarations
 from lossworks.data.learnt import Learnt
 from lossworks.errors import UserError
 from lossworks.models import HeadedModel
@@ -15,6 +16,7 @@ from lossworks.models.pretrained import CONFIG_BESIDE_TRANSFORMERS, TOKENIZER
 from lossworks.runs import RunFolder
 from lossworks.specs import RunSpec
 from lossworks.tasks.interface import Task
+from lossworks.tasks.methods import Method
 from lossworks.tasks.registry import task_of
 from lossworks.training.checkpoints.checkpoint import CheckpointStore, tensors_in
 from lossworks.training.checkpoints.manifest import Checkpoint, find_damage
@@ -50,11 +52,14 @@ class TrainedWeights:
 def choose_checkpoint(folder: RunFolder, *, best: bool = True) -> Checkpoint:
     """Return a run's whole checkpoint with the least held-out loss, or the newest.
 
+    Of a run with a method that comes to its end by a schedule it is always the newest.
+
     Raises:
         UserError: There is none.
     """
-    store = CheckpointStore(folder.checkpoints, keep=folder.spec().checkpoint.keep)
-    chosen = store.best() if best else None
+    spec = folder.spec()
+    store = CheckpointStore(folder.checkpoints, keep=spec.checkpoint.keep)
+    chosen = store.best() if best and not any(method.newest for method in _methods(spec)) else None
     if chosen is None or find_damage(chosen.folder) is not None:
         chosen, complaints = store.newest()
         if chosen is None:
@@ -63,15 +68,26 @@ def choose_checkpoint(folder: RunFolder, *, best: bool = True) -> Checkpoint:
     return chosen
 
 
-def model_in(checkpoint: Checkpoint, spec: RunSpec) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint's model by name: without losses, and with adapters merged.
+def _methods(spec: RunSpec) -> list[Method]:
+    return [create(one.name, **one.hyperparameters) for one in spec.methods]
 
-    Args:
-        checkpoint: Of the run.
-        spec: The run.
+
+def run_weights(folder: RunFolder, checkpoint: Checkpoint) -> tuple[RunSpec, dict[str, Tensor]]:
+    """Return a run's spec and its model's tensors in a checkpoint, as they are used.
+
+    Losses are left out, adapters are merged, and the run's methods say what they have made of the model.
+
+    Raises:
+        UserError: A method says that the checkpoint is of no use yet.
     """
+    spec = folder.spec()
     state = tensors_in(checkpoint.folder, "model.")
-    return merged({name: value for name, value in state.items() if not name.startswith(ATTACHED)}, spec.lora)
+    own = {name: value for name, value in state.items() if not name.startswith(ATTACHED)}
+    found: Mapping[str, Tensor] = merged(own, spec.lora)
+    for method in _methods(spec):
+        kept = tensors_in(checkpoint.folder, f"methods.{method.slug}.")
+        spec, found = method.exported(spec, found, kept)
+    return spec, dict(found)
 
 
 def trained_weights(name: str, field: str) -> TrainedWeights:
@@ -90,8 +106,7 @@ def trained_weights(name: str, field: str) -> TrainedWeights:
         model, state = dict(config.get("model") or {}), read_tensors(path / WEIGHTS)
         return TrainedWeights(f"{field}={name}", model, state, learnt=learnt_in(path))
     folder = _run_of(name, field)
-    spec = folder.spec()
-    own = model_in(choose_checkpoint(folder), spec)
+    spec, own = run_weights(folder, choose_checkpoint(folder))
     model = spec.model_dump(mode="json").get("model", {})
     return TrainedWeights(f"{field}={name}", model, own, task_of(spec).slug, learnt_by(folder))
 
@@ -160,7 +175,7 @@ def companion_of(name: str, field: str, task: Task) -> HeadedModel:
             raise UserError(f"{weights.source}: was trained as task={weights.task}, not {task.slug}")
         if weights.learnt is not None and task.companions_read_alike:
             _require_same_reading(weights, task)
-        found = task.build_companion(weights.model)
+        found = task.build_companion(weights.model, empty=True)
         begin_from(weights, found)
     if not task.companions_read_alike:
         return found
