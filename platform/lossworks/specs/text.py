@@ -40,7 +40,8 @@ class DataSpec(TokensSpec):
         description="stdlib (the interpreter's own sources), text:PATH (a file, folder or glob of .txt, "
         ".md, .py, .jsonl, .parquet), hf:NAME (the datasets library; needs a network), or prompts with "
         "answers, of which the answers are trained: pairs:PATH (.jsonl or .parquet with prompt and answer, "
-        "or messages), docstrings (a function's signature, and its docstring), facts:N (codes of N names)",
+        "or messages), docstrings (a function's signature, and its docstring), names (a docstring, and its "
+        "function's name), facts:N (codes of N names)",
     )
     field: str = Field("text", min_length=1, description="field of .jsonl records, column of .parquet files")
     follow_links: bool = Field(False, description="whether a folder's links to files outside of it are read")
@@ -59,7 +60,7 @@ class DataSpec(TokensSpec):
     @property
     def answered(self) -> bool:
         """Whether it is prompts with answers, of which the answers are trained."""
-        return self.corpus.partition(":")[0] in ("pairs", "docstrings", "facts")
+        return self.corpus.partition(":")[0] in ("pairs", "docstrings", "names", "facts")
 
     @property
     def by_heart(self) -> bool:
@@ -70,11 +71,11 @@ class DataSpec(TokensSpec):
     @classmethod
     def _known_corpus(cls, value: str) -> str:
         kind, colon, name = value.partition(":")
-        if value in ("stdlib", "docstrings") or (kind in ("text", "hf", "pairs") and colon and name):
+        if value in ("stdlib", "docstrings", "names") or (kind in ("text", "hf", "pairs") and colon and name):
             return value
         if value.startswith(_FACTS):
             return _counted(value)
-        raise ValueError("must be stdlib, text:PATH, hf:NAME, pairs:PATH, docstrings or facts:N")
+        raise ValueError("must be stdlib, text:PATH, hf:NAME, pairs:PATH, docstrings, names or facts:N")
 
     @model_validator(mode="after")
     def _packs_answers(self) -> Self:

@@ -219,6 +219,12 @@ class Task(ABC):
         return Learnt({})
 
     @classmethod
+    def answers(cls, spec: RunSpec) -> bool:
+        """Return whether a run's held-out rows have answers that are wholly right or wrong."""
+        del spec
+        return cls.classifies
+
+    @classmethod
     def require_classifier(cls, what: str) -> None:
         """Refuse if it doesn't train classifiers.
 

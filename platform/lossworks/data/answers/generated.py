@@ -54,6 +54,18 @@ def docstring_pairs() -> list[AnswerRecord]:
     return [AnswerRecord(place, (answered(prompt, answer),)) for place, prompt, answer in _docstrings()]
 
 
+def function_names() -> list[AnswerRecord]:
+    """Return a docstring's first line as prompt and its function's name as answer, of the library.
+
+    A name is a few tokens, of which several may be right, so that it matters how many one may try.
+    """
+    found = []
+    for place, prompt, answer in _docstrings():
+        name = prompt.removeprefix("def ").partition("(")[0]
+        found.append(AnswerRecord(place, (answered(f'"""{answer}\ndef ', f"{name}("),)))
+    return found
+
+
 def wrong_docstrings(seed: int = 0) -> list[AnswerRecord]:
     """Return signatures with their own docstring, which is chosen, and with another one's, rejected.
 

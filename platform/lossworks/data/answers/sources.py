@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lossworks.data.answers.examples import AnswerRecord, answered
-from lossworks.data.answers.generated import docstring_pairs, facts, wrong_docstrings
+from lossworks.data.answers.generated import docstring_pairs, facts, function_names, wrong_docstrings
 from lossworks.data.answers.records import read_examples, read_preferences
 from lossworks.data.answers.templates import ChatTemplate
 from lossworks.specs import DataSpec, PreferenceDataSpec, TokensSpec, UnlearningDataSpec
@@ -16,8 +16,9 @@ def records_of(spec: DataSpec) -> list[AnswerRecord]:
     Raises:
         UserError: They can't be read.
     """
-    if spec.corpus == "docstrings":
-        return docstring_pairs()
+    generated = {"docstrings": docstring_pairs, "names": function_names}
+    if spec.corpus in generated:
+        return generated[spec.corpus]()
     if spec.by_heart:
         return fact_records(facts_in(spec.corpus))
     return list(read_examples(_path(spec.corpus), _template(spec)))

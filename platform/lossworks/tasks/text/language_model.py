@@ -148,6 +148,11 @@ class LanguageTask(TokensTask):
         answered = cast("TrainSpec", spec).data.answered
         return AnswerCorpus.open(folder) if answered else TokenizedCorpus.open(folder)
 
+    @classmethod
+    def answers(cls, spec: RunSpec) -> bool:
+        """See :meth:`Task.answers`: those to prompts."""
+        return cast("TrainSpec", spec).data.answered
+
     @property
     def guess(self) -> float:
         """The nats of a uniform guess."""
