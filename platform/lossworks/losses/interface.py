@@ -133,6 +133,16 @@ class Loss(Entry, nn.Module):
         """
         del model
 
+    def own_logits(self, outputs: Outputs, valid: Tensor) -> Tensor | None:
+        """Return the logits (..., K) of a head of the loss's own, for analyses; None if it has none.
+
+        Args:
+            outputs: Of the model.
+            valid: Which rows count, bool (...).
+        """
+        del outputs, valid
+        return None
+
     @property
     def learns(self) -> bool:
         """Whether it has parameters of its own, or will have once it has seen the model."""

@@ -48,6 +48,7 @@ def prepare_answers(
     spec: TokensSpec,
     *,
     packed: bool = False,
+    spoken: Sequence[AnswerRecord] | None = None,
     cache: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> "AnswerCorpus":
@@ -61,6 +62,7 @@ def prepare_answers(
         records: All with as many candidates, and numbers of the same names.
         spec: How text becomes tokens.
         packed: Put several examples into a sequence; they have one candidate.
+        spoken: On whose text a tokenizer is trained, where none is given; the records themselves if None.
         cache: Folder to keep tokens in; by default ``lossworks.home.cache_folder()``.
         on_progress: Called with a line of text now and then.
 
@@ -70,9 +72,11 @@ def prepare_answers(
     cache = cache_folder() if cache is None else cache.absolute()
     cache.mkdir(parents=True, exist_ok=True)
     say = on_progress or (lambda _: None)
-    digest = _digest(records)
-    texts = ["".join(span.text for span in example) for record in records for example in record.candidates]
-    tokenizer = tokenizer_file(spec, cache, say, digest=lambda: digest, train=lambda: train_on(texts, spec))
+    digest, spoken = _digest(records), records if spoken is None else spoken
+    texts = ["".join(span.text for span in example) for record in spoken for example in record.candidates]
+    tokenizer = tokenizer_file(
+        spec, cache, say, digest=lambda: _digest(spoken), train=lambda: train_on(texts, spec)
+    )
     key = _key(digest, hashlib.sha256(tokenizer).hexdigest(), spec.sequence_length, packed)
     folder = cache / f"answers-{key}"
     if not (folder / _INDEX).is_file():

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from lossworks.catalogue.registry import declaration
 from lossworks.data.answers import AnswerCorpus, AnswerRecord, BlankAnswers, preferences_of, prepare_answers
+from lossworks.data.answers.examples import Example, Span
+from lossworks.data.answers.key_phrases import degraded, key_phrases
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.learnt import Learnt
+from lossworks.errors import UserError
 from lossworks.losses.preference import REFERENCE, answer_log_probabilities
 from lossworks.models import Outputs
 from lossworks.specs import LossSpec, ModelSpec, PreferenceDataSpec, RoleSpec, RunSpec
@@ -69,7 +72,7 @@ class PreferencesTask(TokensTask):
     title = "a language model on pairs of a chosen and a rejected answer"
     spec: ClassVar[type[RunSpec]] = PreferencesSpec
     kinds = ("preference",)
-    provides = ("inputs", "targets", REFERENCE, "mismatched")
+    provides = ("inputs", "targets", REFERENCE, "mismatched", "degrees")
     yardsticks: ClassVar[Mapping[str, Mode]] = {
         "eval/reward_accuracy": "max",
         "eval/reward_margin": "max",
@@ -97,17 +100,19 @@ class PreferencesTask(TokensTask):
         """See :meth:`TokensTask.read`."""
         run = cast("PreferencesSpec", spec)
         data = with_tokenizer(run.data, run.model, learnt)
-        records = preferences_of(data)
+        records = pairs = preferences_of(data)
+        if degrees := _degrees(spec):
+            records = with_degrees(records, degrees)
         if "mismatched" in _needs(spec):
             records = with_mismatched(records)
-        return prepare_answers(records, data, on_progress=say)
+        return prepare_answers(records, data, spoken=pairs, on_progress=say)
 
     @classmethod
     def blank(cls, spec: RunSpec, vocab_size: int) -> AnswerCorpus:
         """See :meth:`TokensTask.blank`."""
         length, needs = cast("PreferencesSpec", spec).data.sequence_length, _needs(spec)
-        candidates = _PAIR + ("mismatched" in needs)
-        numbers = {"mismatched": candidates} if "mismatched" in needs else {}
+        candidates = _PAIR + max(_degrees(spec) - 1, 0) + ("mismatched" in needs)
+        numbers = dict.fromkeys(sorted(needs & {"mismatched", "degrees"}), candidates)
         return BlankAnswers(vocab_size, length, candidates, numbers)
 
     @classmethod
@@ -154,6 +159,45 @@ def _needs(spec: RunSpec) -> set[str]:
     return {name for term in spec.loss.terms for name in declaration(term.name).requires}
 
 
+def _degrees(spec: RunSpec) -> int:
+    """Return how many versions of an answer a run's losses ask for; 0 where none does.
+
+    A loss that requires ``degrees`` has a hyperparameter of that name.
+    """
+    own = [term for term in spec.loss.terms if "degrees" in declaration(term.name).requires]
+    found = {int(term.hyperparameters["degrees"]) for term in own}
+    if len(found) > 1:
+        raise UserError(f"loss: degrees={sorted(found)} of several losses must be alike")
+    return found.pop() if found else 0
+
+
+def with_degrees(records: Sequence[AnswerRecord], degrees: int) -> list[AnswerRecord]:
+    """Return records with versions of the chosen answer behind the pair, of which more and more is deleted.
+
+    An answer with fewer key phrases than degrees has none, and no degree.
+
+    Args:
+        records: Of a chosen and a rejected answer.
+        degrees: K; K − 1 candidates are added.
+    """
+    found = []
+    for record in records:
+        chosen = record.candidates[0]
+        prompt = tuple(span for span in chosen if not span.counts)
+        text = "".join(span.text for span in chosen if span.counts)
+        phrases = key_phrases(text)
+        if len(phrases) < degrees:
+            thinned: list[Example] = [() for _ in range(degrees - 1)]
+            labels = (IGNORE_INDEX,) * (_PAIR + degrees - 1)
+        else:
+            texts = [degraded(text, phrases, degree, degrees) for degree in range(1, degrees)]
+            thinned = [(*prompt, Span(thin, counts=True)) for thin in texts]
+            labels = (0, IGNORE_INDEX, *range(1, degrees))
+        candidates = (*record.candidates, *thinned)
+        found.append(replace(record, candidates=candidates, numbers={**record.numbers, "degrees": labels}))
+    return found
+
+
 def with_mismatched(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
     """Return records with a third candidate: the chosen answer of the next record, to the own prompt."""
     found = []
@@ -161,6 +205,7 @@ def with_mismatched(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
         prompt = tuple(span for span in record.candidates[0] if not span.counts)
         other = tuple(span for span in after.candidates[0] if span.counts)
         candidates = (*record.candidates, (*prompt, *other))
-        flags = (*(0 for _ in record.candidates), 1)
-        found.append(replace(record, candidates=candidates, numbers={**record.numbers, "mismatched": flags}))
+        numbers = {name: (*labels, IGNORE_INDEX) for name, labels in record.numbers.items()}
+        numbers["mismatched"] = (*(0 for _ in record.candidates), 1)
+        found.append(replace(record, candidates=candidates, numbers=numbers))
     return found
