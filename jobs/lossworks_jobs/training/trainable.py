@@ -55,13 +55,46 @@ def _train(spec: RunSpec, path: Path, report: StepReport) -> None:
     if prepared.learnt is not None and not folder.learnt.exists():
         prepared.learnt.write(folder.learnt)
     folder.outcome_file.unlink(missing_ok=True)
-    for row in rows_while(folder.journal, lambda: fit(spec, folder, prepared.folder)):
+    work = _train_here if _is_alone(spec) else fit
+    for row in rows_while(folder.journal, lambda: work(spec, folder, prepared.folder)):
         # Checkpoints are evaluated, too; schedulers count on what comes at the spec's own pace.
         if row["step"] % spec.evaluation.every == 0 or row["step"] == spec.steps:
             report(row["step"], row["metrics"])
     outcome = read_outcome(folder)
     if outcome.status != "finished":
         raise RunError(outcome.reason)
+
+
+def _is_alone(spec: RunSpec) -> bool:
+    """Return whether a run is one process without a GPU, which needs none of what Ray Train does."""
+    return spec.workers == 1 and spec.sharding.kind == "none" and not spec.resources_per_worker.get("GPU", 0)
+
+
+def _train_here(spec: RunSpec, folder: RunFolder, prepared: Path | None) -> None:
+    """Train in this process, which is a trial's own: starting another one takes longer than many trainings.
+
+    Args:
+        spec: The run.
+        folder: Where it goes on from, and leaves its journal and outcome.
+        prepared: Folder that the task made; None if it made none.
+    """
+    import torch
+
+    from lossworks.tracking import Journal
+    from lossworks.training.checkpoints.checkpoint import CheckpointStore
+    from lossworks.training.job import Job
+    from lossworks.training.loop import train
+    from lossworks.training.weights.start import learnt_by
+    from lossworks_jobs.clusters.ray_cluster import threads
+
+    torch.set_num_threads(threads(spec))
+    with Journal.open(folder.journal) as journal:
+        store = CheckpointStore(
+            folder.checkpoints, keep=spec.checkpoint.keep, patience_s=spec.checkpoint.patience_s
+        )
+        job = Job(spec, prepared, store, journal.write, results=folder.results, learnt=learnt_by(folder))
+        outcome = train(job)
+    outcome.write(folder.outcome_file)
 
 
 def _release(path: Path) -> None:
