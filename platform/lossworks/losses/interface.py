@@ -169,6 +169,17 @@ class Loss(Entry, nn.Module):
         found: Tensor = self(self.prediction(outputs), batch["targets"], **self.given(batch))
         return found
 
+    def teacher_logits(self, context: Context, like: Tensor) -> Tensor:
+        """Return a teacher's logits (..., K), without a gradient.
+
+        Raises:
+            UserError: There are none, or they are not shaped like ``like``.
+        """
+        if context.teacher is None:
+            raise UserError(f"{self.slug}: needs the teacher's logits: teacher=…")
+        self.require_shape("teacher", context.teacher, like)
+        return context.teacher.detach()
+
     def taught(self, outputs: Outputs) -> Taught | None:
         """Return what a loss is that can share a pass over both heads with row losses; None if it can't."""
         del outputs

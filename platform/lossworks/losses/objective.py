@@ -314,7 +314,7 @@ class ElementLosses:
         with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
             seen = Outputs(outputs.hidden, None, dense=logits, roles=outputs.roles)
             values = self._values(seen, batch)
-            (slope,) = torch.autograd.grad(values.sum(), logits)
+            (slope,) = torch.autograd.grad(values.sum(), logits, materialize_grads=True)
         values = self._of_rows(values.detach(), valid)
         losses = logits.new_full((int(valid.sum()),), math.nan)
         losses[: len(values)] = values

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.catalogue.registry import create, declaration
+from lossworks.data.batch import Batch
 from lossworks.errors import RunError, UserError
+from lossworks.models import Outputs
 from lossworks.reporting.finish import curves_of
 from lossworks.runs import RunFolder
 from lossworks.tasks.analyses import Analysis, Finding, RunCurves
 from lossworks.tasks.registry import task_of
 from lossworks.training.distributed.world import World
 from lossworks.training.evaluation import analysed
+from lossworks.training.roles import Roles
 from lossworks.training.weights.start import begin_from, learnt_by, trained_weights
 
 
@@ -68,14 +71,23 @@ def of_model(analysis: Analysis, folder: RunFolder) -> Finding:
     weights = trained_weights(str(folder.path), "run")
     model = task.empty_model(weights.model)
     begin_from(weights, model)
+    world = World.current()
+    if missing := [role for role in analysis.roles if role not in spec.roles]:
+        raise UserError(f"{analysis.slug}: reads a companion named {missing[0]}, which the run has not")
+    roles = Roles(spec, task, model, world) if analysis.roles else None
+
+    def completed(batch: Batch) -> tuple[Batch, dict[str, Outputs]]:
+        return batch, roles.outputs(batch) if roles else {}
+
     return analysed(
         model,
         task,
-        World.current(),
+        world,
         analysis,
         limit=spec.evaluation.sequences,
         micro_batch_size=spec.rows_at_once,
         bf16=False,
+        completed=completed,
     )
 
 

@@ -50,10 +50,9 @@ def evaluate(
         analyses: What is measured besides, each with passes of its own.
         completed: Gives what is read of companions of the model.
     """
-    over = _summing(model, world, micro_batch_size, bf16=bf16)
+    over = _summing(model, world, micro_batch_size, bf16=bf16, completed=completed)
     chosen = spaced(limit, len(task.held_out))
-    completing = _summing(model, world, micro_batch_size, bf16=bf16, completed=completed)
-    found = task.evaluation(completing(task.measured, task.held_out, chosen))
+    found = task.evaluation(over(task.measured, task.held_out, chosen))
     for analysis in analyses:
         more = analysis.measure(Probe(task, over, chosen))
         figures = {f"eval/{name}": value for name, value in more.figures.items()}
@@ -71,9 +70,10 @@ def analysed(
     limit: int | None,
     micro_batch_size: int | None,
     bf16: bool,
+    completed: Completed = _alone,
 ) -> Finding:
     """Return what an analysis of models finds; arguments as for :func:`evaluate`."""
-    over = _summing(model, world, micro_batch_size, bf16=bf16)
+    over = _summing(model, world, micro_batch_size, bf16=bf16, completed=completed)
     return analysis.measure(Probe(task, over, spaced(limit, len(task.held_out))))
 
 

@@ -157,6 +157,8 @@ class CrossTokenizerTask(TokensTask):
 
     def completed(self, batch: Batch, companions: Callable[[Batch, str], dict[str, Outputs]]) -> Batch:
         """Return a batch with what the teacher says of its chunks."""
+        if "teacher_inputs" not in batch:  # text that an analysis reads
+            return batch
         outputs = companions(batch, "teacher_inputs")[_TEACHER]
         device, impl = outputs.hidden.device, self.run.loss.impl
         targets, chunks = (batch[f"teacher_{name}"].to(device) for name in ("targets", "chunks"))

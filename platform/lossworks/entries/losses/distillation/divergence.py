@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, choice, integer, number, switch
 from lossworks.data.batch import Batch
-from lossworks.errors import UserError
 from lossworks.head import (
     Divergence,
     TopKDivergence,
@@ -126,12 +125,10 @@ class Distillation(Loss):
             UserError: A shape doesn't fit, or there is no teacher.
         """
         context = self.context(given)
-        if context.teacher is None:
-            raise UserError(f"{self.slug}: needs the teacher's logits: teacher=…")
-        self.require_shape("teacher", context.teacher, logits)
+        teacher = self.teacher_logits(context, logits)
         self.require_shape("targets", targets, logits[..., 0])
         valid = self.valid_rows(self.counting(targets, context))
-        z, t = (wide(blanked(x, ~valid)) for x in (logits, context.teacher.detach()))
+        z, t = (wide(blanked(x, ~valid)) for x in (logits, teacher))
         return self.reduce_elements(self.factor * self._dense(z, t), valid, context)
 
     def taught(self, outputs: Outputs) -> Taught | None:
