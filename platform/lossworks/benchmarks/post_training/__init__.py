@@ -1,0 +1,1 @@
+"""What `lossworks bench post-training` measures: losses of fine-tuning, preferences and distillation."""
