@@ -54,7 +54,7 @@ class Hyperparameter:
         optional: Whether None is allowed.
     """
 
-    type: Literal["number", "integer", "switch", "choice", "numbers"]
+    type: Literal["number", "integer", "switch", "choice", "numbers", "text"]
     default: Any
     meaning: str
     ge: float | None = None
@@ -81,6 +81,10 @@ class Hyperparameter:
             return tuple(self._checked_number(item, owner) for item in value)
         if self.type == "switch":
             if not isinstance(value, bool):
+                raise self._refusal(value, owner)
+            return value
+        if self.type == "text":
+            if not isinstance(value, str) or not value:
                 raise self._refusal(value, owner)
             return value
         if self.type == "choice":
@@ -115,6 +119,7 @@ class Hyperparameter:
             "integer": "an integer",
             "switch": "true or false",
             "numbers": "a list of numbers",
+            "text": "a text",
         }[self.type]
         text = within(what, ge=self.ge, gt=self.gt, le=self.le, lt=self.lt)
         return f"{text}, or null" if self.optional else text
@@ -152,6 +157,11 @@ def switch(default: bool, meaning: str, *, search: bool = False) -> Any:
 def choice(default: str, meaning: str, choices: tuple[str, ...], *, search: bool = False) -> Any:
     """Declare one of some words."""
     return Hyperparameter("choice", default, meaning, choices=choices, search=choices if search else None)
+
+
+def text(default: str | None, meaning: str) -> Any:
+    """Declare a text, such as the path of a file; None is allowed if it is the default."""
+    return Hyperparameter("text", default, meaning, optional=default is None)
 
 
 def numbers(default: tuple[float, ...] | None, meaning: str, **limits: Any) -> Any:

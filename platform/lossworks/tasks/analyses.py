@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from torch import nn
 
 from lossworks.catalogue.entry import Settings
 from lossworks.errors import UserError
@@ -25,10 +26,12 @@ class Finding:
     Attributes:
         figures: Numbers by name.
         pictured: What its picture is drawn of, as plain data; empty if there is nothing to draw.
+        notes: What a person should know of it, in a sentence each.
     """
 
     figures: dict[str, float]
     pictured: dict[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Probe:
         task: With its data, in the order in which they are stored.
         over: Sums what it is given inside the model's forward, in evaluation mode; every rank calls.
         held_out: Which held-out rows an evaluation reads.
+        model: The distributed model, for analyses that look at its parts while ``over`` runs it.
     """
 
     task: Task
     over: Sums
     held_out: np.ndarray
+    model: nn.Module
 
 
 @dataclass(frozen=True)

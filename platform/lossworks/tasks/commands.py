@@ -107,6 +107,8 @@ def _run_analyse(arguments: argparse.Namespace) -> int:
     folders = [RunFolder.find(name) for name in names]
     done = analyse(arguments.analysis, folders, settings, to=arguments.to and Path(arguments.to))
     _show(arguments.analysis, done.finding)
+    for note in done.finding.notes:
+        print(note)
     for path in done.files:
         print(path)
     if done.complaint:

@@ -54,7 +54,7 @@ def evaluate(
     chosen = spaced(limit, len(task.held_out))
     found = task.evaluation(over(task.measured, task.held_out, chosen))
     for analysis in analyses:
-        more = analysis.measure(Probe(task, over, chosen))
+        more = analysis.measure(Probe(task, over, chosen, model))
         figures = {f"eval/{name}": value for name, value in more.figures.items()}
         pictured = {analysis.slug: more.pictured} if more.pictured else {}
         found = replace(found, yardsticks=found.yardsticks | figures, pictured=found.pictured | pictured)
@@ -74,7 +74,7 @@ def analysed(
 ) -> Finding:
     """Return what an analysis of models finds; arguments as for :func:`evaluate`."""
     over = _summing(model, world, micro_batch_size, bf16=bf16, completed=completed)
-    return analysis.measure(Probe(task, over, spaced(limit, len(task.held_out))))
+    return analysis.measure(Probe(task, over, spaced(limit, len(task.held_out)), model))
 
 
 def _summing(

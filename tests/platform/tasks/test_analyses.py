@@ -111,4 +111,4 @@ def test_a_class_without_examples_is_named():
         return measure(task.build_model().outputs(data.inputs), data.batch(rows))
 
     with pytest.raises(UserError, match=r"neural-collapse: counts=\[0, 133, 0\] must be at least 1"):
-        create("neural-collapse").measure(Probe(task, over, task.held_out))
+        create("neural-collapse").measure(Probe(task, over, task.held_out, task.build_model()))
