@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lossworks.cli import main
-from lossworks.data.text.facts import Fact, made_up_facts, read_facts, write_facts
+from lossworks.data.answers.facts import Fact, facts_of, read_facts
 from lossworks.entries.analyses.causal_tracing import STATES, TracedFact, Tracer, window
 from lossworks.errors import UserError
 from lossworks.models import HuggingFaceModel, build_model
@@ -75,15 +75,18 @@ def test_windows_are_cut_off_at_the_ends():
     assert [list(window(layer, 1, 3)) for layer in range(3)] == [[0], [1], [2]]
 
 
-def test_facts_are_read_and_made_up(tmp_path):
-    """Each key once, each value once; what is written is read again, and told in documents."""
-    facts = made_up_facts(40)
-    write_facts(tmp_path, facts, times=3)
+def written(path, facts):
+    """Write facts as JSONL."""
+    path.write_text("".join(json.dumps(fact._asdict()) + "\n" for fact in facts))
+    return path
 
-    assert read_facts(tmp_path / "facts.jsonl") == facts
+
+def test_facts_are_read_and_made_up(tmp_path):
+    """Each key once, each value once; what is written is read again."""
+    facts = facts_of("facts:40")
+
+    assert facts_of(str(written(tmp_path / "facts.jsonl", facts))) == facts
     assert len({fact.subject for fact in facts}) == len({fact.answer for fact in facts}) == 40
-    told = [json.loads(line)["text"] for line in (tmp_path / "told.jsonl").read_text().splitlines()]
-    assert sorted(told) == sorted(3 * [fact.text for fact in facts])
 
 
 @pytest.mark.parametrize(
@@ -132,26 +135,22 @@ def test_what_can_not_be_traced_is_refused(values, message):
 def test_a_model_that_knows_facts_is_traced_by_the_command(tmp_path, monkeypatch, capsys):
     """Whoever knows none says so and gives no figure; those that are not known are counted and named."""
     monkeypatch.setenv("LOSSWORKS_HOME", str(tmp_path / "home"))
-    facts = made_up_facts(20)
-    write_facts(tmp_path, facts, times=100)
+    facts = facts_of("facts:20")
     values = tiny_spec(
-        tmp_path / "told.jsonl",
-        steps=300,
-        batch_size=32,
-        data={"sequence_length": 32, "isolate": True},
+        tmp_path,
+        steps=200,
+        batch_size=20,
+        data={"corpus": "facts:20", "sequence_length": 48},
         model={"layers": 3, "width": 48, "heads": 4},
         optimizer={"lr": 0.01},
         evaluation={"every": 300},
         checkpoint={"every": 300},
     ).model_dump(mode="json")
     folder = run_in_folder(values)
-    path = tmp_path / "facts.jsonl"
+    path = "facts:20"
     others = [Fact("Nobody keeps the", "Nobody", " secret")]
-    write_facts(tmp_path / "more", [*facts, *others])
-    assert (
-        main(["analyse", "causal-tracing", str(folder.path), f"facts={tmp_path / 'more' / 'facts.jsonl'}"])
-        == 0
-    )
+    more = written(tmp_path / "more.jsonl", [*facts, *others])
+    assert main(["analyse", "causal-tracing", str(folder.path), f"facts={more}"]) == 0
     printed = capsys.readouterr().out
 
     found = json.loads((folder.path / "causal-tracing.json").read_text())
@@ -170,8 +169,8 @@ def test_a_model_that_knows_facts_is_traced_by_the_command(tmp_path, monkeypatch
     again = analyse("causal-tracing", [folder], {"facts": str(path)}, to=tmp_path / "a").finding
     same = analyse("causal-tracing", [folder], {"facts": str(path)}, to=tmp_path / "b").finding
     assert again == same
-    write_facts(tmp_path / "none", others)
-    none = analyse("causal-tracing", [folder], {"facts": str(tmp_path / "none" / "facts.jsonl")}).finding
+    unknown = written(tmp_path / "none.jsonl", others)
+    none = analyse("causal-tracing", [folder], {"facts": str(unknown)}).finding
     assert none.figures == {"known_facts": 0.0}
     assert none.notes[-1] == "It knows none, so that nothing is traced."
     quiet = analyse("causal-tracing", [folder], {"facts": str(path), "noise": 0.0}, to=tmp_path / "c").finding

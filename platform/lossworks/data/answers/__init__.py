@@ -6,7 +6,7 @@ belong together, such as a chosen and a rejected answer: C candidates.
 
 from lossworks.data.answers.encoded import AnswerCorpus, AnswerRows, BlankAnswers, prepare_answers
 from lossworks.data.answers.examples import AnswerRecord, Example, Span, answered
-from lossworks.data.answers.generated import Fact, facts
+from lossworks.data.answers.facts import Fact, facts
 from lossworks.data.answers.sources import forget_and_retain, preferences_of, records_of
 
 __all__ = [

@@ -1,9 +1,8 @@
-"""Prompts and answers that need no file: docstrings of the interpreter's own sources, and made-up facts."""
+"""Prompts and answers that need no file: docstrings of the interpreter's own sources."""
 
 import ast
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,37 +12,6 @@ from lossworks.specs import DataSpec
 
 _LIMIT = 2000  # docstrings; so many are read in seconds
 _CHARACTERS = range(20, 161)  # of a docstring's first line
-_ONSETS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-
-
-class Fact(NamedTuple):
-    """A made-up fact, which can only be known by heart.
-
-    Attributes:
-        prompt: Up to what is asked for.
-        subject: What the fact is about; part of the prompt.
-        answer: What follows the prompt, with the space before it.
-    """
-
-    prompt: str
-    subject: str
-    answer: str
-
-
-def facts(count: int, seed: int = 0) -> list[Fact]:
-    """Return facts of the kind ``The code of bakilo is tomeva``: made-up names, all different.
-
-    Args:
-        count: How many.
-        seed: Of the names.
-    """
-    stream = np.random.default_rng([seed, 0])
-    found: dict[str, None] = {}
-    while len(found) < 2 * count:
-        found.setdefault(_name(stream))
-    names = list(found)
-    pairs = zip(names[:count], names[count:], strict=True)
-    return [Fact(f"The code of {subject} is", subject, f" {code}") for subject, code in pairs]
 
 
 def docstring_pairs() -> list[AnswerRecord]:
@@ -103,8 +71,3 @@ def _docstrings() -> Iterator[tuple[str, str, str]]:
                 seen.add(line)
                 prompt = f'def {node.name}({ast.unparse(node.args)}):\n    """'
                 yield f"{file.name}, line {node.lineno}", prompt, f'{line}"""'
-
-
-def _name(stream: np.random.Generator) -> str:
-    letters = [(stream.integers(len(_ONSETS)), stream.integers(len(_VOWELS))) for _ in range(3)]
-    return "".join(_ONSETS[onset] + _VOWELS[vowel] for onset, vowel in letters)

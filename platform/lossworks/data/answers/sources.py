@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from lossworks.data.answers.examples import AnswerRecord, answered
-from lossworks.data.answers.generated import docstring_pairs, facts, function_names, wrong_docstrings
+from lossworks.data.answers.facts import facts
+from lossworks.data.answers.generated import docstring_pairs, function_names, wrong_docstrings
 from lossworks.data.answers.records import read_examples, read_preferences
 from lossworks.data.answers.templates import ChatTemplate
 from lossworks.specs import DataSpec, PreferenceDataSpec, TokensSpec, UnlearningDataSpec

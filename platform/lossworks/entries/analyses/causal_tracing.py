@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lossworks.catalogue.declaration import Paper, integer, number, text
+from lossworks.data.answers.facts import Fact, facts_of
 from lossworks.data.batch import IGNORE_INDEX, Batch
-from lossworks.data.text.facts import Fact, read_facts
 from lossworks.data.text.tokenizer import end_of_text_id, load_tokenizer
 from lossworks.errors import UserError
 from lossworks.models import LanguageModel, Outputs
@@ -230,8 +229,7 @@ class CausalTracing(Analysis):
     not: as proof that a fact is nowhere else; a state that brings it back need not be the only one that holds
     it. Facts told in a few words leave little between subject and answer, and effects that are spread out.
 
-    ``python -m lossworks.data.text.facts FOLDER`` writes made-up facts, and documents to train on:
-    ``data.corpus=text:FOLDER/told.jsonl``.
+    ``facts:N`` are the made-up ones that ``data.corpus=facts:N`` trains.
     """
 
     slug = "causal-tracing"
@@ -242,12 +240,12 @@ class CausalTracing(Analysis):
         2022,
         "section 2; for unlearning: arXiv 2504.12996",
     )
-    example = "lossworks analyse {slug} RUN facts=FOLDER/facts.jsonl"
+    example = "lossworks analyse {slug} RUN facts=facts:40"
     flags = ("random",)
     yardsticks: ClassVar[Mapping[str, Mode]] = {"eval/known_facts": "max"}
 
     facts: str | None = text(
-        None, "JSONL file of facts: prompt, subject and answer, the answer with the space before it"
+        None, "facts:N, or a JSONL file of prompt, subject and answer, the answer with the space before it"
     )
     noise: float = number(3.0, "deviation of the noise, over that of the subjects' embeddings", ge=0)
     samples: int = integer(10, "draws of the noise for each fact", ge=1, le=1000)
@@ -272,8 +270,7 @@ class CausalTracing(Analysis):
             raise UserError(f"{who} looks into blocks: sharding must be ddp or none, and compile false")
         if self.facts is None:
             raise UserError(
-                f"{who}: facts is not set; give a JSONL file, such as that of "
-                "`python -m lossworks.data.text.facts FOLDER`"
+                f"{who}: facts is not set; give a JSONL file, or facts:N for those of data.corpus=facts:N"
             )
 
     def measure(self, probe: Probe) -> Finding:
@@ -282,7 +279,7 @@ class CausalTracing(Analysis):
         Raises:
             UserError: The facts can't be read, or the model's parts are not known.
         """
-        told = read_facts(Path(str(self.facts)).expanduser())
+        told = facts_of(str(self.facts))
         tokenizer = load_tokenizer(probe.task.learnt.files[TOKENIZER])
         end = end_of_text_id(tokenizer)
         facts = [tokenized(fact, tokenizer, [] if end is None else [end]) for fact in told]
