@@ -25,7 +25,7 @@ class GenerationSpec(Spec):
 
     model: ModelSpec = ModelSpec()
     vocab_size: int = Field(16384, ge=2, description="entries of the vocabulary")
-    rows: int = Field(8, ge=1, description="prompts at once")
+    rows: int = Field(16, ge=1, description="prompts at once")
     prompt: int = Field(32, ge=1, description="tokens of a prompt")
     new_tokens: int = Field(256, ge=1, description="tokens that are added to each")
     threads: int = Field(2, ge=1, le=1024, description="threads of the CPU")

@@ -195,8 +195,11 @@ class Declaration:
         kind: What it works on, of losses: ``row`` (row statistics of logits, with or without the logits),
             ``sequence`` (the same, reduced per sequence before a nonlinearity), ``logits`` (dense logits (N,
             K)), ``margin`` (one logit a row, two classes), ``value`` (outputs of a head against a scalar
-            target), ``multi-label`` (sets of classes), ``bag`` (mean responses of groups of rows),
-            ``distillation`` (what a teacher says of the same rows), or what a package brings.
+            target), ``multi-label`` (sets of classes), ``attention`` (entropies of a language model's
+            attention), ``bag`` (mean responses of groups of rows), ``distillation`` (what a teacher says of
+            the same rows), ``cross-tokenizer`` (what a teacher of other tokens says of the same text),
+            ``preference`` (a chosen and a rejected answer), ``unlearning`` (what is to be forgotten and what
+            is to stay), or what a package brings.
         title: One line.
         formula: The formula as text.
         paper: Its source.
@@ -211,7 +214,8 @@ class Declaration:
         flags: ``random``: draws random numbers; ``unmonitored``: its value says nothing about progress;
             ``whole-batch``: splitting a batch changes it; ``own-outputs``: predictions must not have seen
             the targets; ``other-tokens``: the teacher may read with another tokenizer; ``plain-torch``: it
-            has no Triton kernel.
+            has no Triton kernel; ``beside``: it says nothing of the targets, and needs a loss of those beside
+            it.
         module: Where the code is, as ``package.module:Class``.
         example: A command line that runs it; empty if no command does.
         package: The installed distribution that it comes from.

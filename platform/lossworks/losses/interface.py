@@ -129,7 +129,7 @@ class Loss(Entry, nn.Module):
         """Make parameters of its own whose shapes depend on the model, once, before the model is trained.
 
         Args:
-            model: Before it is distributed; it is left as it is.
+            model: Before it is distributed; what it computes is left as it is.
         """
         del model
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lossworks.adapters.transformers_private import eager_attention
 from lossworks.errors import UserError
 from lossworks.home import switch_off_usage_reports
 from lossworks.models.interface import Head, LanguageModel
@@ -81,6 +82,48 @@ class HuggingFaceModel(LanguageModel):
         """Return the features (B, L, D), after the final norm, of ``tokens`` (B, L) int64."""
         found: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return found
+
+    def attention_shape(self) -> tuple[int, int]:
+        """Return the configuration's ``num_hidden_layers`` and ``num_attention_heads``.
+
+        Raises:
+            UserError: It has none.
+        """
+        layers = getattr(self.config, "num_hidden_layers", None)
+        heads = getattr(self.config, "num_attention_heads", None)
+        if not isinstance(layers, int) or not isinstance(heads, int):
+            raise UserError(f"{self.config.model_type} model: its configuration has no attention heads")
+        return layers, heads
+
+    def observe_attention(self) -> None:
+        """See :meth:`LanguageModel.observe_attention`; attention is the library's ``eager`` one from now on.
+
+        Raises:
+            UserError: The architecture has none that gives its probabilities, or drops some of them.
+        """
+        for name in ("attn_pdrop", "attention_dropout"):
+            value = getattr(self.config, name, None)
+            if value:
+                raise UserError(
+                    f"{self.config.model_type} model with {name}={value}: dropout changes the attention "
+                    "probabilities in training, so that their entropies can't be a loss; set it to 0"
+                )
+        super().observe_attention()
+        self.model.set_attn_implementation("eager")
+
+    def observed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`LanguageModel.observed`; attention is the library's ``eager`` one meanwhile."""
+        with eager_attention(self.model):
+            found = self.model.base_model(input_ids=tokens, use_cache=False, output_attentions=True)
+        layers, heads = self.attention_shape()
+        given = found.attentions or ()
+        wanted = (len(tokens), heads, tokens.shape[1], tokens.shape[1])
+        if len(given) != layers or any(one is None or one.shape != wanted for one in given):
+            raise UserError(
+                f"{self.config.model_type} model: doesn't give the attention probabilities of all its layers"
+            )
+        hidden: Tensor = found.last_hidden_state
+        return hidden, torch.stack([probability_entropies(one) for one in given], dim=1)
 
     def reader(self, rows: int, length: int) -> "HuggingFaceReader":
         """See :meth:`LanguageModel.reader`; the keys and values are in the library's own cache.
@@ -219,6 +262,15 @@ class HuggingFaceReader:
         """See :meth:`lossworks.models.generation.decoding.Reader.keep`."""
         self._cache.batch_select_indices(rows)
         self._valid = None if self._valid is None else self._valid[rows]
+
+
+def probability_entropies(p: Tensor) -> Tensor:
+    """Return −Σ p·log p over the last axis of probabilities (…, K), in nats and float32 at least.
+
+    Its gradient is finite where a probability is 0, other than that of ``torch.special.entr``.
+    """
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
 
 
 def local_folder(spec: ModelSpec) -> Path:

@@ -57,6 +57,7 @@ class Outputs:
         dense: The logits (…, K), where they are there already.
         rerun: From other inputs to their outputs, for losses that look at changed inputs.
         roles: Outputs of companions of the model, such as a teacher, by role.
+        attention: Gives the entropies of the model's attention; None of models that have none.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class Outputs:
         dense: Tensor | None = None,
         rerun: "Callable[[Tensor], Outputs] | None" = None,
         roles: "Mapping[str, Outputs] | None" = None,
+        attention: Callable[[], Tensor] | None = None,
     ) -> None:
         self.hidden, self.head = hidden, head
-        self.rerun, self.roles = rerun, dict(roles or {})
+        self.rerun, self.roles, self.attention = rerun, dict(roles or {}), attention
         self._dense = dense
 
     @property
@@ -81,9 +83,25 @@ class Outputs:
             self._dense = self.head.logits(self.hidden)
         return self._dense
 
+    @property
+    def attention_entropies(self) -> Tensor:
+        """The entropies of the model's attention, in nats, (B, …, M, H, L): of what each of L tokens reads.
+
+        M are the layers, H the heads. Tokens that are not seen have no part in them. They take a pass of
+        their own through a model that was not told before (:meth:`LanguageModel.observe_attention`).
+
+        Raises:
+            UserError: The model has no attention, or doesn't say what it reads.
+        """
+        if self.attention is None:
+            raise UserError("these outputs are not of a language model, or without its attention")
+        return self.attention()
+
     def with_roles(self, roles: "Mapping[str, Outputs]") -> "Outputs":
         """Return the same with the outputs of companions."""
-        return Outputs(self.hidden, self.head, dense=self._dense, rerun=self.rerun, roles=roles)
+        return Outputs(
+            self.hidden, self.head, dense=self._dense, rerun=self.rerun, roles=roles, attention=self.attention
+        )
 
 
 ModelObjective = Callable[[Outputs, Mapping[str, Tensor]], Tensor]
@@ -151,10 +169,50 @@ class LanguageModel(HeadedModel):
     ``outputs`` takes more axes before L, too, such as several answers to each of B prompts.
     """
 
+    observing = False
+    """Whether each pass gives the entropies of its attention, too."""
+
     def outputs(self, inputs: Tensor) -> Outputs:
         """See :meth:`HeadedModel.outputs`; inputs are (B, …, L), features (B, …, L, D)."""
-        hidden = self.hidden(inputs.flatten(0, -2)).unflatten(0, inputs.shape[:-1])
-        return Outputs(hidden, self.head(), rerun=self.outputs)
+        tokens, axes = inputs.flatten(0, -2), inputs.shape[:-1]
+        if self.observing:
+            hidden, entropies = self.observed(tokens)
+        else:
+            hidden, entropies = self.hidden(tokens), None
+
+        def attention() -> Tensor:
+            found: Tensor = self.observed(tokens)[1] if entropies is None else entropies
+            apart: Tensor = found.unflatten(0, axes)
+            return apart
+
+        return Outputs(hidden.unflatten(0, axes), self.head(), rerun=self.outputs, attention=attention)
+
+    def observe_attention(self) -> None:
+        """Have each pass give the entropies of its attention from now on, for whoever asks its outputs.
+
+        Features and gradients stay as they are.
+
+        Raises:
+            UserError: The model can't do it.
+        """
+        self.attention_shape()
+        self.observing = True
+
+    @abstractmethod
+    def attention_shape(self) -> tuple[int, int]:
+        """Return the numbers of layers M and of heads H.
+
+        Raises:
+            UserError: They aren't known.
+        """
+
+    @abstractmethod
+    def observed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features (B, L, D) of tokens (B, L), and entropies of attention (B, M, H, L) in nats.
+
+        Raises:
+            UserError: The model can't do it.
+        """
 
     def isolate(self, separator: int) -> None:
         """Have no token see a document before its own from now on.

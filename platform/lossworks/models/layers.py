@@ -109,6 +109,37 @@ class KeyValues:
         self._kept = None if self._kept is None else self._kept[:, rows]
 
 
+class Temperatures(nn.Module):
+    """Positive numbers that are learnt, one for each head and position, by which scores are divided.
+
+    References:
+        Jha and Reagen 2025, "Entropy-Guided Attention for Private LLMs", section 4; there is no say in it how
+        they are kept positive.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self._spec = spec
+        # One axis, since they are no matrix: nothing decays or orthogonalises them.
+        self.raw = nn.Parameter(torch.empty(spec.heads * spec.temperature_positions))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set all to what the spec says."""
+        start = self._spec.temperature_init
+        exp = self._spec.attention_temperature == "exp"
+        # The inverse of softplus, in a form that does not overflow.
+        self.raw.fill_(math.log(start) if exp else start + math.log(-math.expm1(-start)))
+
+    def forward(self, places: Tensor) -> Tensor:
+        """Return the temperatures (…, L, H, 1) at positions (…, L) int64, to be broadcast over a head."""
+        spec = self._spec
+        raw = self.raw.unflatten(0, (spec.heads, spec.temperature_positions)).t()
+        chosen = raw[places.clamp(max=spec.temperature_positions - 1)][..., None]
+        return chosen.exp() if spec.attention_temperature == "exp" else functional.softplus(chosen)
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, grouped key-value heads and optional qk-norm.
 
@@ -128,6 +159,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(spec.width, spec.width, bias=False)
         self.query_norm = nn.RMSNorm(self.head_features, eps=RMS_EPSILON) if spec.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_features, eps=RMS_EPSILON) if spec.qk_norm else None
+        self.temperatures = None if spec.attention_temperature == "none" else Temperatures(spec)
 
     def forward(
         self,
@@ -136,7 +168,10 @@ class Attention(nn.Module):
         sines: Tensor,
         seen: Tensor | None = None,
         memory: KeyValues | None = None,
-    ) -> Tensor:
+        *,
+        places: Tensor | None = None,
+        observed: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return what the tokens (B, L, D) read from those before them and themselves.
 
         Args:
@@ -146,10 +181,19 @@ class Attention(nn.Module):
             seen: As :func:`isolation` gives it; None where every token sees all before it.
             memory: What was read before, which these tokens read, too, and are added to; ``seen`` then says
                 of all S tokens which are seen, (B, 1, L, S).
+            places: Positions (L) or (B, L) int64 within the document, by which temperatures are chosen; they
+                count from 0 if None.
+            observed: Whether the entropies are wanted, for which the scores are formed beside the fused pass.
+
+        Returns:
+            (B, L, D); if observed, with the entropies (B, H, L) of what each token reads, in nats.
         """
         parts = self.qkv(x).split(self.sizes, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.head_features)) for part in parts)
         query = rotate(_norm(self.query_norm, query), cosines, sines)
+        if self.temperatures is not None:
+            places = torch.arange(x.shape[1], device=x.device) if places is None else places
+            query = (query / self.temperatures(places)).to(query.dtype)
         key = rotate(_norm(self.key_norm, key), cosines, sines)
         if memory is not None:
             key, value = memory.extended(key, value)
@@ -162,7 +206,20 @@ class Attention(nn.Module):
             enable_gqa=key.shape[2] != query.shape[2],
         )
         found: Tensor = self.output(read.transpose(1, 2).flatten(2))
-        return found
+        return (found, _score_entropies(query, key, seen)) if observed else found
+
+
+def _score_entropies(query: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
+    """Return the entropies (B, H, L) of the attention of queries (B, L, H, d) to keys (B, L, K, d), in nats.
+
+    It is written on log-probabilities, so that a probability of 0 gives no gradient of ∞·0.
+    """
+    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+    scores = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1)).float() / math.sqrt(query.shape[-1])
+    if seen is None:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    log_p = scores.masked_fill(~seen, -torch.inf).log_softmax(dim=-1)
+    return -(log_p.exp() * log_p.masked_fill(~seen, 0.0)).sum(dim=-1)
 
 
 def _norm(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
@@ -217,12 +274,32 @@ class GELU(nn.Module):
         return found
 
 
-def make_feed_forward(spec: ModelSpec) -> SwiGLU | GELU:
+class Linear(nn.Module):
+    """The feed-forward layer x·W without an activation, for which one matrix D × D is enough."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, width, bias=False)
+
+    @property
+    def inputs(self) -> nn.Linear:
+        """The matrix that reads the layer's input: the only one."""
+        return self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's values (B, L, D) for ``x`` (B, L, D)."""
+        found: Tensor = self.down(x)
+        return found
+
+
+def make_feed_forward(spec: ModelSpec) -> SwiGLU | GELU | Linear:
     """Return the feed-forward layer with ``spec.hidden`` features, or as many as is usual for its kind.
 
     A SwiGLU has three matrices where GELU has two, so 8/3·D features match the 4·D of GELU in parameters;
     they are rounded up to a multiple of 64, which products like.
     """
+    if spec.activation == "none":
+        return Linear(spec.width)
     if spec.activation == "gelu":
         return GELU(spec.width, spec.hidden or 4 * spec.width)
     return SwiGLU(spec.width, spec.hidden or 64 * math.ceil(round(8 * spec.width / 3) / 64))
@@ -231,7 +308,13 @@ def make_feed_forward(spec: ModelSpec) -> SwiGLU | GELU:
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then a feed-forward layer, each added to its input.
 
+    A linear feed-forward layer is added at a scale, x_out = β·x + (1/α)·FFN(x), with α and β learnt.
+
+    References:
+        Jha and Reagen 2025, "Entropy-Guided Attention for Private LLMs", for the linear layer and its scales.
+
     Attributes:
+        scales: α and β, (2,), of a linear feed-forward layer; None of others.
         checkpointed: Whether the backward pass computes the activations again. The switch is inside the
             block, so that FSDP's gathering and ``compile`` stay outside of what is recomputed.
     """
@@ -242,6 +325,7 @@ class Block(nn.Module):
         self.attention = Attention(spec)
         self.feed_forward_norm = make_norm(spec)
         self.feed_forward = make_feed_forward(spec)
+        self.scales = nn.Parameter(torch.ones(2)) if spec.activation == "none" else None
         self.checkpointed = False
 
     def forward(
@@ -251,26 +335,32 @@ class Block(nn.Module):
         sines: Tensor,
         seen: Tensor | None = None,
         memory: KeyValues | None = None,
-    ) -> Tensor:
-        """Return the residual stream (B, L, D) after this block; arguments as for :class:`Attention`."""
+        *,
+        places: Tensor | None = None,
+        observed: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the residual stream (B, L, D) after this block; arguments and more as :class:`Attention`."""
+        further: dict[str, Any] = {"memory": memory, "places": places, "observed": observed}
         if self.checkpointed and torch.is_grad_enabled():
             # The block draws no random numbers, so there is no generator state to keep.
             how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            found: Tensor = checkpoint(self._apply_layers, x, cosines, sines, seen, **how)
+            found: Tensor = checkpoint(self._apply_layers, x, cosines, sines, seen, **further, **how)
             return found
-        return self._apply_layers(x, cosines, sines, seen, memory)
+        return self._apply_layers(x, cosines, sines, seen, **further)
 
     def _apply_layers(
-        self,
-        x: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-        seen: Tensor | None,
-        memory: KeyValues | None = None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cosines, sines, seen, memory)
-        found: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
-        return found
+        self, x: Tensor, cosines: Tensor, sines: Tensor, seen: Tensor | None, **further: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        read = self.attention(self.attention_norm(x), cosines, sines, seen, **further)
+        read, entropies = read if further["observed"] else (read, None)
+        x = x + read
+        added = self.feed_forward(self.feed_forward_norm(x))
+        if self.scales is None:
+            found: Tensor = x + added
+        else:
+            alpha, beta = self.scales
+            found = beta * x + added / alpha
+        return found if entropies is None else (found, entropies)
 
     def residual_projections(self) -> list[nn.Linear]:
         """Return the layers whose values are added to the residual stream."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lossworks.models.interface import Head, LanguageModel
-from lossworks.models.layers import Block, KeyValues, isolation, make_norm, rotation
+from lossworks.models.layers import Block, KeyValues, Temperatures, isolation, make_norm, rotation
 from lossworks.specs import ModelSpec
 
 INIT_STD = 0.02
@@ -58,30 +58,58 @@ class Transformer(LanguageModel):
             if isinstance(module, nn.Linear | nn.Embedding):
                 scale = 1.0 / math.sqrt(2 * self.spec.layers) if module in residual else 1.0
                 nn.init.normal_(module.weight, std=INIT_STD * scale, generator=generator)
-            elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            elif isinstance(module, nn.RMSNorm | nn.LayerNorm | Temperatures):
                 module.reset_parameters()
+            elif isinstance(module, Block) and module.scales is not None:
+                module.scales.fill_(1.0)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Return the features (B, L, D), after the final norm, of ``tokens`` (B, L) int64."""
-        seen = None if self.separator is None else isolation(tokens, self.separator)
-        return self._read(tokens, torch.arange(tokens.shape[1], device=tokens.device), seen)
+        return self._read_documents(tokens)
+
+    def observed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`LanguageModel.observed`."""
+        entropies: list[Tensor] = []
+        hidden = self._read_documents(tokens, entropies)
+        return hidden, torch.stack(entropies, dim=1)
+
+    def attention_shape(self) -> tuple[int, int]:
+        """Return ``spec.layers`` and ``spec.heads``."""
+        return self.spec.layers, self.spec.heads
+
+    def _read_documents(self, tokens: Tensor, entropies: list[Tensor] | None = None) -> Tensor:
+        positions = places = torch.arange(tokens.shape[1], device=tokens.device)
+        if self.separator is None:
+            return self._read(tokens, positions, places, None, entropies=entropies)
+        places = positions - _begins(positions.where(tokens == self.separator, 0))
+        seen = isolation(tokens, self.separator)
+        return self._read(tokens, positions, places, seen, entropies=entropies)
 
     def _read(
         self,
         tokens: Tensor,
         positions: Tensor,
+        places: Tensor,
         seen: Tensor | None,
         memories: Sequence[KeyValues | None] | None = None,
+        entropies: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return the features (B, L, D) of tokens at positions (L) or (B, L)."""
+        """Return the features (B, L, D) of tokens at positions, and at places in documents, (L) or (B, L).
+
+        The entropies (B, H, L) of each layer's attention are put into a list, if one is given.
+        """
         x = self.embedding(tokens)
         spec = self.spec
         precise = positions.to(torch.promote_types(torch.float32, x.dtype))
         cosines, sines = rotation(precise, spec.width // spec.heads, spec.rope_base)
         for layer, memory in zip(self.layers, memories or [None] * len(self.layers), strict=True):
-            x = layer(x, cosines, sines, seen, memory)
-        found: Tensor = self.final_norm(x)
-        return found
+            if entropies is None:
+                x = layer(x, cosines, sines, seen, memory, places=places)
+            else:
+                x, found = layer(x, cosines, sines, seen, memory, places=places, observed=True)
+                entropies.append(found)
+        hidden: Tensor = self.final_norm(x)
+        return hidden
 
     def reader(self, rows: int, length: int) -> "TransformerReader":
         """See :meth:`LanguageModel.reader`; there is no limit to the positions."""
@@ -130,6 +158,7 @@ class TransformerReader:
         self._memories = [KeyValues(length) for _ in model.layers]
         self._filled = 0
         self._next = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # position of the next token
+        self._begin = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # its document's position
         self._document = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # of the last token
         self._documents = torch.full((rows, length), _FILLING, device=device)  # of every token
 
@@ -137,18 +166,19 @@ class TransformerReader:
         """See :meth:`lossworks.models.generation.decoding.Reader.read`."""
         model, end = self._model, self._filled + tokens.shape[1]
         positions = (self._next + valid.cumsum(1) - 1).clamp(min=0)
-        documents = self._document
+        begins, documents = self._begin.expand(tokens.shape), self._document.expand(tokens.shape)
         if model.separator is not None:
-            documents = documents + ((tokens == model.separator) & valid).cumsum(1)
-        documents = documents.expand(tokens.shape)
+            ends = (tokens == model.separator) & valid
+            begins = _begins(positions.where(ends, begins))
+            documents = documents + ends.cumsum(1)
         self._documents[:, self._filled : end] = documents.where(valid, _FILLING)
         own = torch.arange(self._filled, end, device=tokens.device)[:, None]
         keys = torch.arange(end, device=tokens.device)
         same = self._documents[:, None, :end] == documents[:, :, None]
         # Filling sees itself, since a softmax over nothing is NaN.
         seen = (same & (keys < own)) | (keys == own)
-        features = model._read(tokens, positions, seen[:, None], self._memories)
-        self._next, self._document = positions[:, -1:] + 1, documents[:, -1:]
+        features = model._read(tokens, positions, positions - begins, seen[:, None], self._memories)
+        self._next, self._begin, self._document = positions[:, -1:] + 1, begins[:, -1:], documents[:, -1:]
         self._filled = end
         return features[:, -1]
 
@@ -156,5 +186,10 @@ class TransformerReader:
         """See :meth:`lossworks.models.generation.decoding.Reader.keep`."""
         for memory in self._memories:
             memory.keep(rows)
-        self._next, self._document = self._next[rows], self._document[rows]
-        self._documents = self._documents[rows]
+        self._next, self._begin = self._next[rows], self._begin[rows]
+        self._document, self._documents = self._document[rows], self._documents[rows]
+
+
+def _begins(marked: Tensor) -> Tensor:
+    """Return where each token's document begins, (B, L), from the positions of first tokens, 0 elsewhere."""
+    return marked.cummax(dim=-1).values

@@ -27,7 +27,23 @@ class ModelSpec(Spec):
     norm: Literal["rmsnorm", "layernorm", "none"] = Field(
         "rmsnorm", description="normalisation of the residual stream; none for a model without norms"
     )
-    activation: Literal["swiglu", "gelu"] = Field("swiglu", description="feed-forward activation")
+    activation: Literal["swiglu", "gelu", "none"] = Field(
+        "swiglu",
+        description="feed-forward activation; none is one linear layer, width × width, added at a scale that "
+        "is learnt to the residual stream at another",
+    )
+    attention_temperature: Literal["none", "exp", "softplus"] = Field(
+        "none",
+        description="attention's scores are divided by temperatures that are learnt, one for each head and "
+        "position, and kept positive by this function",
+    )
+    temperature_init: float = Field(1.0, gt=0.0, description="attention temperatures at the start")
+    temperature_positions: int = Field(
+        256,
+        ge=1,
+        le=2**20,
+        description="positions with a temperature of their own; later ones have the last's",
+    )
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head")
     tied: bool = Field(True, description="the head shares the embedding matrix")
     rope_base: float = Field(10000.0, gt=1.0, description="base of the rotary frequencies")
@@ -51,6 +67,10 @@ class ModelSpec(Spec):
             )
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.activation == "none" and self.hidden is not None:
+            raise ValueError(
+                f"hidden={self.hidden} has no effect with activation=none, whose layer is width × width"
+            )
         return self
 
 

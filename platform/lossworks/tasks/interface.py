@@ -287,6 +287,11 @@ class Task(ABC):
         for term in spec.loss.terms:
             if not cls.takes(declaration(term.name), spec):
                 raise ValueError(cls._refusal(term.name, spec))
+        if all("beside" in declaration(term.name).flags for term in spec.loss.terms):
+            raise ValueError(
+                f"loss.name={spec.loss.name} says nothing of the targets: put a loss of those beside it, "
+                f"loss: [{{name: cross-entropy}}, {{name: {spec.loss.name}, weight: …}}]"
+            )
         for entry in (*spec.methods, *spec.analyses):
             create(entry.name, **entry.hyperparameters).check(cls, spec)
         cls._require_roles(spec)

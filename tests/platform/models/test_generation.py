@@ -18,6 +18,15 @@ VARIANTS = [
     TINY,
     TINY.model_copy(update={"qk_norm": True, "norm": "layernorm", "tied": False, "kv_heads": None}),
     TINY.model_copy(update={"activation": "gelu", "kv_heads": 1}),
+    ModelSpec(
+        layers=2,
+        width=16,
+        heads=4,
+        norm="none",
+        activation="none",
+        attention_temperature="exp",
+        temperature_positions=7,
+    ),
 ]
 
 
@@ -27,6 +36,9 @@ def build(spec):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+        for block in model.layers:
+            if block.attention.temperatures is not None:
+                block.attention.temperatures.raw.uniform_(-1, 1)
     return model
 
 
@@ -76,9 +88,10 @@ def test_a_batch_of_unequal_prompts_gives_each_what_it_gets_alone(spec):
     assert model.training is False
 
 
-def test_features_are_those_of_documents_apart():
+@pytest.mark.parametrize("spec", [VARIANTS[0], VARIANTS[3]])
+def test_features_are_those_of_documents_apart(spec):
     """The separator among prompt and new tokens; what fills a row in front is in no document."""
-    model = build(TINY)
+    model = build(spec)
     model.isolate(9)
     tokens = torch.tensor([[4, 5, 9, 6, 7, 9, 8, 3], [9, 2, 3, 9, 9, 1, 4, 2]])
     reader = model.reader(2, 8)

@@ -101,6 +101,26 @@ def test_generation_switches_dropout_off(save_hf):
     assert model.training
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_models_of_transformers_give_entropies_of_their_own_probabilities(kind, save_hf):
+    model = build_model(ModelSpec(source=f"hf:{save_hf(kind)}"), vocab_size=48, seed=0).eval()
+    before = model.model.config._attn_implementation
+    outputs = model.outputs(TOKENS)
+    found = outputs.attention_entropies
+    assert model.model.config._attn_implementation == before
+    model.observe_attention()
+    again = model.outputs(TOKENS)
+    probabilities = model.model(input_ids=TOKENS, output_attentions=True).attentions
+
+    assert found.shape == (2, *model.attention_shape(), 13)
+    torch.testing.assert_close(again.hidden, outputs.hidden)
+    torch.testing.assert_close(found, torch.stack([torch.special.entr(p).sum(-1) for p in probabilities], 1))
+    torch.testing.assert_close(again.attention_entropies, found)
+    model.config.attention_dropout = 0.1
+    with pytest.raises(UserError, match=r"with attention_dropout=0\.1: dropout changes the attention"):
+        model.observe_attention()
+
+
 def test_a_smaller_tokenizer_is_fine_and_a_larger_one_is_not(save_hf):
     folder = save_hf("llama")
 

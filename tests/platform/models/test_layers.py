@@ -165,11 +165,12 @@ def test_hidden_features(changes, hidden):
     assert make_feed_forward(ModelSpec(**changes)).down.in_features == hidden
 
 
-@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "none"])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu", "none"])
 def test_block_gradients_match_finite_differences(norm, activation):
     torch.manual_seed(0)
-    spec = TINY.model_copy(update={"norm": norm, "activation": activation, "qk_norm": True, "kv_heads": 1})
+    changes = {"norm": norm, "activation": activation, "qk_norm": True, "kv_heads": 1}
+    spec = TINY.model_copy(update={**changes, "attention_temperature": "softplus"})
     block = Block(spec).double()
     x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
 

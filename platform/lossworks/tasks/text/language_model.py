@@ -53,7 +53,21 @@ class TrainSpec(RunSpec):
             )
         if self.sharding.vocab_parallel:
             self._require_splittable_head()
+        self._require_positions()
         return self
+
+    def _require_positions(self) -> None:
+        model, length = self.model, self.data.sequence_length
+        if model.attention_temperature != "none" and model.temperature_positions < length:
+            raise ValueError(
+                f"model.temperature_positions={model.temperature_positions} must be at least "
+                f"data.sequence_length={length}"
+            )
+        for term in self.loss.terms:
+            if self.telemetry.looks and declaration(term.name).kind == "attention":
+                raise ValueError(
+                    f"telemetry looks at the losses of single tokens, and {term.name} has none; leave one out"
+                )
 
     def _require_splittable_head(self) -> None:
         if self.telemetry.looks:
@@ -62,7 +76,7 @@ class TrainSpec(RunSpec):
                 "logits"
             )
         for term in self.loss.terms:
-            if declaration(term.name).kind == "sequence":
+            if declaration(term.name).kind != "row":
                 raise ValueError(f"loss.name={term.name} can't be combined with sharding.vocab_parallel=true")
         if self.sharding.kind != "fsdp":
             raise ValueError(
@@ -95,7 +109,7 @@ class LanguageTask(TokensTask):
     slug = "language-model"
     title = "a language model on the next tokens of a text, or of answers to prompts"
     spec: ClassVar[type[RunSpec]] = TrainSpec
-    kinds = ("row", "sequence", "distillation")
+    kinds = ("row", "sequence", "distillation", "attention")
     provides = ("inputs", "targets", "segments")
     yardsticks: ClassVar[Mapping[str, Mode]] = {
         "eval/cross_entropy": "min",
