@@ -215,7 +215,8 @@ def _score_entropies(query: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
     It is written on log-probabilities, so that a probability of 0 gives no gradient of ∞·0.
     """
     key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-    scores = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1)).float() / math.sqrt(query.shape[-1])
+    scores = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) / math.sqrt(query.shape[-1])
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if seen is None:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     log_p = scores.masked_fill(~seen, -torch.inf).log_softmax(dim=-1)
@@ -274,7 +275,7 @@ class GELU(nn.Module):
         return found
 
 
-class Linear(nn.Module):
+class MergedLinear(nn.Module):
     """The feed-forward layer x·W without an activation, for which one matrix D × D is enough."""
 
     def __init__(self, width: int) -> None:
@@ -292,14 +293,14 @@ class Linear(nn.Module):
         return found
 
 
-def make_feed_forward(spec: ModelSpec) -> SwiGLU | GELU | Linear:
+def make_feed_forward(spec: ModelSpec) -> SwiGLU | GELU | MergedLinear:
     """Return the feed-forward layer with ``spec.hidden`` features, or as many as is usual for its kind.
 
     A SwiGLU has three matrices where GELU has two, so 8/3·D features match the 4·D of GELU in parameters;
     they are rounded up to a multiple of 64, which products like.
     """
     if spec.activation == "none":
-        return Linear(spec.width)
+        return MergedLinear(spec.width)
     if spec.activation == "gelu":
         return GELU(spec.width, spec.hidden or 4 * spec.width)
     return SwiGLU(spec.width, spec.hidden or 64 * math.ceil(round(8 * spec.width / 3) / 64))

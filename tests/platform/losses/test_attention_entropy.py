@@ -17,6 +17,7 @@ from lossworks.specs import ModelSpec
 from lossworks.tasks import parse_train_spec
 from lossworks.training.checkpoints.checkpoint import tensors_in
 from lossworks.training.optimizer import OBJECTIVE
+from lossworks.training.planning.rehearsal import rehearse
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import losses, prepared, run_several, run_training, tiny_spec
 
@@ -24,6 +25,7 @@ TINY = ModelSpec(layers=2, width=16, heads=4, kv_heads=2, hidden=24, qk_norm=Tru
 BARE = ModelSpec(layers=3, width=16, heads=2, norm="none", activation="none", attention_temperature="exp")
 TOKENS = torch.randint(30, (3, 10), generator=torch.Generator().manual_seed(2))
 PENALTY = {"name": "attention-entropy", "weight": 0.1, "margin": 0.01}
+LOSSES = [{"name": "cross-entropy"}, PENALTY]
 
 
 def dense_entropies(attention, x, seen):
@@ -195,7 +197,7 @@ def text(tmp_path_factory):
 
 
 def values_of(text, **changes):
-    changes = {"loss": [{"name": "cross-entropy"}, PENALTY], "analyses": ["head-entropies"], **changes}
+    changes = {"loss": LOSSES, "analyses": ["head-entropies"], **changes}
     return tiny_spec(text, model={"layers": 2, "width": 16, "heads": 2}, **changes).model_dump(mode="json")
 
 
@@ -282,6 +284,13 @@ def test_figures_of_heads_are_those_of_the_model_and_drawn(text):
     assert found.figures["mean_deviation"] == pytest.approx((share - 0.25) * math.log(16))
     assert found.figures["uniform_heads"] == float(share > 0.75)
     assert [len(axes.lines) for axes in picture.axes] == [0, 0, 1]
+
+
+def test_a_plan_follows_it(text):
+    """Before anything starts: the pass with its entropies takes memory that the plan knows of."""
+    plain, penalised = (parse_train_spec(values_of(text, loss=loss)) for loss in ("cross-entropy", LOSSES))
+
+    assert rehearse(penalised).peak_bytes > rehearse(plain).peak_bytes
 
 
 @pytest.mark.parametrize(
