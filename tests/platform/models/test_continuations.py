@@ -51,6 +51,12 @@ class Recited(LanguageModel):
     def depth_and_width(self):
         return None
 
+    def attention_shape(self):
+        raise NotImplementedError
+
+    def observed(self, tokens):
+        raise NotImplementedError
+
     def reader(self, *_):
         left = iter(self.tokens)
 
