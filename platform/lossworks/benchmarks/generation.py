@@ -7,7 +7,7 @@ does not depend on what the tokens are.
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, product
 
 from pydantic import Field
 
@@ -43,17 +43,19 @@ def run(overrides: Sequence[str], repeats: int) -> Iterator[BenchmarkRow]:
     from rich.console import Console
 
     spec = GenerationSpec().override(overrides)
-    torch.set_num_threads(spec.threads)
-    ways = _ways(spec)
+    ways, threads = _ways(spec), torch.get_num_threads()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict[str, Tokens] = {}
-    with Console(stderr=True).status("generating") as status:
-        for turn in range(repeats):
-            for name, way in ways.items():
-                status.update(f"generating {name}, {turn + 1} of {repeats}")
+    torch.set_num_threads(spec.threads)
+    try:
+        with Console(stderr=True).status("generating") as status:
+            for turn, (name, way) in product(range(repeats), ways.items()):
+                status.update(f"generating, {name}, {turn + 1} of {repeats}")
                 began = time.perf_counter()
                 found[name] = way()
                 seconds[name].append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
     anew = found[_ANEW]
     case = (
         f"{spec.rows} prompts of {spec.prompt} tokens, {spec.new_tokens} new, {spec.model.layers} layers of "

@@ -198,21 +198,22 @@ class LanguageModel(HeadedModel):
         self.attention_shape()
         self.observing = True
 
-    @abstractmethod
     def attention_shape(self) -> tuple[int, int]:
         """Return the numbers of layers M and of heads H.
 
         Raises:
             UserError: They aren't known.
         """
+        raise UserError(f"{type(self).__name__}: doesn't say how many heads of attention it has")
 
-    @abstractmethod
     def observed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features (B, L, D) of tokens (B, L), and entropies of attention (B, M, H, L) in nats.
 
         Raises:
             UserError: The model can't do it.
         """
+        del tokens
+        raise UserError(f"{type(self).__name__}: doesn't say what its attention reads")
 
     def isolate(self, separator: int) -> None:
         """Have no token see a document before its own from now on.

@@ -70,8 +70,9 @@ class AttentionEntropy(Loss):
 
     Use it where models without norms or activations are trained (``model.norm=none model.activation=none``).
     Don't where heads are well: inside the band it has no gradient, at its border it jumps by (γ·log T)², and
-    causal heads can't reach log T at all. It costs a further product of queries and keys a layer, and L × L
-    numbers a head.
+    causal heads can't reach log T at all, and a head that reads all alike hardly feels it, for that is where
+    entropy is largest and flat: in our study of a small decoder the thresholds went to the heads, and not the
+    heads to the thresholds. It costs a further product of queries and keys a layer, and L × L numbers a head.
     """
 
     slug = "attention-entropy"
@@ -142,9 +143,10 @@ class HeadEntropies(Analysis):
     """How much each attention head reads at once: its entropy, as a share of the largest there is.
 
     A head near 1 reads everything alike, one near 0 a single token. ``uniform_heads`` is the share of heads
-    above three quarters; ``mean_deviation`` the mean of |E − θ·log T| in nats, with the θ that
-    `attention-entropy` has learnt if it is trained, and else ``threshold``. Causal heads that read all before
-    them alike have log(T!)/(T·log T), not 1: 0.80 at 128 tokens.
+    above three quarters; ``mean_deviation`` the mean of |E − θ·log T| in nats: with each evaluation of a run
+    that trains `attention-entropy`, of the θ that it has learnt by then, and elsewhere, `lossworks analyse`
+    among it, of ``threshold``. Causal heads that read all before them alike have log(T!)/(T·log T), not 1:
+    0.80 at 128 tokens.
     """
 
     slug = "head-entropies"
