@@ -1,5 +1,7 @@
 """Distillation: divergences from a teacher's head are those of their definitions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from lossworks.losses import create
 from lossworks.losses.objective import Objective
 from lossworks.models.interface import Head, Outputs
 from lossworks.specs import LossSpec
+from lossworks.tasks.analyses import Probe
 
 KINDS = ("forward-kl", "reverse-kl", "jensen-shannon", "total-variation")
 SETTINGS = [
@@ -210,3 +213,20 @@ def test_a_sum_with_cross_entropy_shares_the_pass(softcap):
         with FlopCounterMode(display=False) as counter:
             create("cross-entropy").of(outputs, {"targets": y}).backward()
         assert flops - counter.get_total_flops() == 2 * 5 * 11 * 8
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_entropy_of_tokens_is_that_of_the_logits(softcap):
+    """With a head and of logits that are there, of the rows that count."""
+    _, outputs, y = problem(softcap=softcap)
+    log_p = capped(outputs).log_softmax(-1)
+    expected = -(log_p.exp() * log_p).sum(-1)[y != -100].mean()
+    for seen in (outputs, Outputs(outputs.hidden, None, dense=capped(outputs))):
+
+        def over(measure, data, rows, seen=seen):
+            return measure(seen, {"targets": y})
+
+        probe = Probe(SimpleNamespace(held_out=None), over, None)
+        found = create("token-entropy").measure(probe).figures
+
+        assert found["token_entropy"] == pytest.approx(expected.item(), rel=1e-12)

@@ -1,5 +1,6 @@
 """Runs that learn from a trained teacher: classifiers and language models, alone or in a sum."""
 
+import math
 import re
 
 import pytest
@@ -112,3 +113,18 @@ def test_a_teacher_of_another_vocabulary_is_refused(text):
 def test_what_cannot_work_is_refused_in_words(changes, words):
     with pytest.raises(UserError, match=re.escape(words)):
         parse_train_spec(tiny(**changes))
+
+
+def test_the_entropy_of_a_model_s_answers(text, corpus, tmp_path):
+    """Of a language model and of a classifier: at first about that of a uniform guess, and then less."""
+    first = tiny_spec(text, steps=1, optimizer={"lr": 1e-9}, analyses=["token-entropy"])
+    later = tiny_spec(text, steps=60, optimizer={"lr": 0.01}, analyses=["token-entropy"])
+    found = [
+        run_training(spec.model_dump(mode="json"), corpus, str(tmp_path / str(spec.steps)))["metrics"]
+        for spec in (first, later)
+    ]
+    classes = run_training(tiny(analyses=["token-entropy"], steps=1), None, str(tmp_path / "classes"))
+
+    assert found[0]["eval/token_entropy"] == pytest.approx(math.log(300), rel=0.02)
+    assert 0 < found[1]["eval/token_entropy"] < found[0]["eval/token_entropy"] - 1
+    assert 0 < classes["metrics"]["eval/token_entropy"] <= math.log(3)
