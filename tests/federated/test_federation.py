@@ -541,13 +541,11 @@ SIMULATED = ["fedavg", "scaffold", {"name": "fedlex", "explore_epochs": 1}]
     "strategies",
     [
         SIMULATED,
-        pytest.param(
-            [name for name in sorted(catalogue()) if name not in ("fedavg", "scaffold")],
-            marks=pytest.mark.slow,
-        ),
+        [name for name in sorted(catalogue()) if name not in ("fedavg", "scaffold")],
     ],
     ids=["some", "the others"],
 )
+@pytest.mark.slow
 def test_flowers_own_simulation_gives_the_same_models(
     strategies: list[object], at_home: Path, tmp_path: Path
 ) -> None:

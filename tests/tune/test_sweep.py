@@ -246,6 +246,7 @@ def test_every_pair_of_search_and_scheduler_ends(engine, scheduler, search, at_h
     assert {trial.status for trial in found.trials} <= {"finished", "stopped"}
 
 
+@pytest.mark.slow
 def test_ray_tune_gives_what_packed_trials_give(at_home, cluster, tmp_path):
     """Every trial a run of Ray Train: the same configurations, and the same metrics to rounding."""
     spec = tiny_sweep(losses=["comp-sum"], trials=1, engine="ray", at_once=2, confirm={"top": 0})

@@ -160,6 +160,7 @@ def test_parts_are_what_the_maths_says(words):
     assert found.units == 8 * 64
 
 
+@pytest.mark.slow
 def test_a_head_of_many_tiles_is_followed_in_a_few(words, monkeypatch):
     """A million rows have more tiles than anybody waits for, and all but the last are alike."""
     monkeypatch.setattr(cpu, "choose_tile_sizes", lambda *_, keep, filtered: TileSizes(32, 64, keep))
