@@ -52,6 +52,10 @@ class LNRemoval(Method):
     batch changes nothing. It is in the gradient alone: the loss that is shown is the spec's. Norms of queries
     and keys (``model.qk_norm``) stay.
 
+    λ counts squares of deviations, in the residual stream's own unit: 0.1 is the paper's for GPT-2, and where
+    they are about 20, as in the demo's model, it drowns the loss, which the gradient's norm shows
+    (``train/grad_norm`` jumps at the second step); 0.0003 is right there.
+
     Figures: ``removal/jump`` is by how much the held-out loss would rise if all norms went at once after
     ``wait`` steps; ``removal/tail`` is the 99.9 % quantile of the held-out tokens' losses at the end;
     ``removal/on`` how many norms are left.
@@ -81,7 +85,9 @@ class LNRemoval(Method):
         2, "steps between norms before attentions, for queries and keys", ge=0, search=(1, 8)
     )
     gap_values: int = integer(3, "steps between the same for values", ge=0, search=(1, 12))
-    auxiliary: float = number(0.1, "λ: weight of the deviations' spread", ge=0, search=(0.01, 0.3), log=True)
+    auxiliary: float = number(
+        0.1, "λ: weight of the deviations' squared spread", ge=0, search=(0.01, 0.3), log=True
+    )
     momentum: float = number(0.9, "share that running means keep at a step", ge=0, lt=1)
     special: bool = switch(
         True, "first tokens, and those that end texts, have divisors of their own until the end"
