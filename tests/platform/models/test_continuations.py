@@ -99,10 +99,8 @@ def test_the_first_of_several_stop_strings_counts(tokenizer):
     assert recited(tokenizer, TEXT, tokens=100, stop=("sat", "cat")).text == "the naïve "
 
 
-@pytest.fixture(scope="module")
-def exported(tokenizer, tmp_path_factory):
-    """An exported model of random parameters that writes what the tokenizer knows."""
-    folder = tmp_path_factory.mktemp("models")
+def exported_to(folder, tokenizer, **data):
+    """Export a model of random parameters that writes what the tokenizer knows."""
     tokenizer.save(str(folder / "tokenizer.json"))
     spec = ModelSpec(layers=1, width=16, heads=2)
     save_model(
@@ -111,9 +109,19 @@ def exported(tokenizer, tmp_path_factory):
         state=build_model(spec, vocab_size=270, seed=0).state_dict(),
         vocab_size=270,
         tokenizer_path=folder / "tokenizer.json",
-        provenance={"data": {"sequence_length": 16}},
+        provenance={"data": {"sequence_length": 16, **data}},
     )
     return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer, tmp_path_factory):
+    return exported_to(tmp_path_factory.mktemp("models"), tokenizer)
+
+
+def test_a_model_that_was_trained_so_keeps_documents_apart(tokenizer, exported, tmp_path):
+    assert TextGenerator.load(exported).model.separator is None
+    assert TextGenerator.load(exported_to(tmp_path, tokenizer, isolate=True)).model.separator == END
 
 
 def test_continuations_depend_on_prompt_seed_and_number_alone(exported):

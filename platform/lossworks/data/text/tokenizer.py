@@ -165,8 +165,8 @@ def _require_full_vocabulary(entries: int, spec: TokensSpec) -> None:
         raise UserError(
             f"data.vocab_size={spec.vocab_size}: the text that the tokenizer is trained on gives only "
             f"{entries} entries; set data.vocab_size={entries} or less, or give it more text "
-            f"(data.corpus, data.max_bytes, data.tokenizer_bytes={spec.tokenizer_bytes}), or name one in "
-            "data.tokenizer"
+            f"(data.corpus, data.max_bytes, data.tokenizer_bytes={spec.tokenizer_bytes}), name one in "
+            "data.tokenizer, or begin from a model that has one: start=RUN"
         )
 
 
