@@ -3,12 +3,24 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lossworks.errors import UserError
+from lossworks.models import load_model
 from lossworks.models.huggingface import HuggingFaceModel
+from lossworks.tasks import parse_train_spec
 from lossworks.training.distributed.split_head import split_head
+from lossworks.training.weights.export import export_run
+from lossworks.training.weights.start import settled
 from lossworks_testing.ranks import run_ranks
-from lossworks_testing.training import VOCABULARY, losses, prepared, run_training, tiny_spec
+from lossworks_testing.training import (
+    VOCABULARY,
+    losses,
+    prepared,
+    run_in_folder,
+    run_training,
+    tiny_spec,
+)
 
 
 @pytest.fixture
@@ -79,3 +91,33 @@ def test_a_missing_checkpoint_is_refused(text):
 
     with pytest.raises(UserError, match="/nowhere"):
         prepared(spec)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("language-model", {"lora": 2, "data": {"corpus": "facts:12", "sequence_length": 64}}),
+        ("preferences", {"data": {"corpus": "docstrings", "sequence_length": 64}}),
+        ("unlearning", {"data": {"corpus": "facts:8", "sequence_length": 64}}),
+    ],
+)
+def test_a_transformers_checkpoint_goes_on_after_pretraining(llama, tmp_path, task, changes):
+    """A run begins there; what is exported is read by transformers, and the next one begins there."""
+    transformers = pytest.importorskip("transformers")
+    base = {"workers": 1, "sharding": "none", "steps": 2, "batch_size": 4, "tracking": {"model": False}}
+    base |= {"evaluation": {"every": 2, "sequences": 4}, "checkpoint": {"every": 2}}
+    values = {**base, "task": task, **changes}
+    folder = run_in_folder({**values, "start": f"hf:{llama}"})
+    export_run(folder, tmp_path / "model", best=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not any("lora" in name for name in theirs.state_dict())
+    ours, _ = load_model(tmp_path / "model")
+    tokens = torch.arange(8)[None]
+    torch.testing.assert_close(theirs(tokens).logits, ours.logits(tokens), rtol=1e-4, atol=1e-4)
+
+    spec = settled(parse_train_spec({**values, "start": str(tmp_path / "model")}))
+    assert spec.model.source == f"hf:{tmp_path / 'model'}"
+    again = run_in_folder({**values, "start": str(tmp_path / "model"), "optimizer": {"lr": 1e-9}}, "again")
+    export_run(again, tmp_path / "same", best=False)
+    same, _ = load_model(tmp_path / "same")
+    torch.testing.assert_close(same.logits(tokens), ours.logits(tokens), rtol=1e-4, atol=1e-4)

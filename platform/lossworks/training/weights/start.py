@@ -247,8 +247,12 @@ def settled(spec: RunSpec) -> RunSpec:
 
 def _begun(spec: RunSpec, start: str) -> RunSpec:
     values = spec.model_dump(mode="json", exclude_unset=True)
-    if start.startswith(_CHECKPOINT):
-        values = {**values, "start": None, "model": {**values.get("model", {}), "source": start}}
+    exported = Path(start).expanduser() / CONFIG_BESIDE_TRANSFORMERS
+    if start.startswith(_CHECKPOINT) or exported.is_file():
+        # Such a folder is a model by itself, with its configuration and its tokenizer.
+        own = {**read_config(exported).get("model", {})} if exported.is_file() else {}
+        source = f"{_CHECKPOINT}{Path(start).expanduser().absolute()}" if exported.is_file() else start
+        values = {**values, "start": None, "model": {**own, **values.get("model", {}), "source": source}}
         return type(spec).parse(values, source=f"start={start}")
     named = _id_of(start, "start")
     weights = trained_weights(named, "start")
