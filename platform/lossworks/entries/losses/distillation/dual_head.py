@@ -95,9 +95,10 @@ class DualHeadDistillation(Loss):
     runs against cross-entropy. The second head is left out of exports. Batch normalisation of the perceptron
     sees a worker's micro-batch.
 
-    Where labels and teacher agree, ``distillation`` in a sum is simpler and was better on small data (see the
-    study dual-head); this one is for logits that a classifier on labels contradicts, where gradients of the
-    two in one head would.
+    Use it where a teacher's logits say more than its probabilities and a classifier on labels must not follow
+    them, with an α that keeps it below cross-entropy. It is no cure for a small model: in the study
+    dual-head, with 8 features, a teacher of large logits and α = 1, the second head came twice as near to the
+    teacher as the classifier, and the classifier lost eight points of accuracy; ``distillation`` lost one.
     """
 
     slug = "dual-head-distillation"
