@@ -204,6 +204,12 @@ def test_siu_is_its_formula_with_gradients() -> None:
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
+def test_siu_asks_for_the_model_before() -> None:
+    outputs, batch = batch_of(3)
+    with pytest.raises(UserError, match="siu: needs the outputs of a companion named reference"):
+        create("siu", reduction="mean").of(outputs, batch)
+
+
 def test_masked_divergence_has_its_bound_and_gradient() -> None:
     from lossworks.entries.losses.unlearning.siu import masked_kl
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, number
 from lossworks.data.batch import Batch
+from lossworks.errors import UserError
 from lossworks.head import Divergence, Gathered, LogSumExp, linear_row_statistics
 from lossworks.losses.problems import CLASSES, Problem
+from lossworks.losses.rows import wide
 from lossworks.losses.unlearning import RETAIN, UnlearningLoss, mean_of, nats_and_tokens
 from lossworks.models.interface import Head, Outputs
 
@@ -91,9 +93,7 @@ class SIU(UnlearningLoss):
             outputs, targets, RETAIN, impl
         )
         kept = targets[:, RETAIN].reshape(-1)
-        teacher = outputs.roles.get("reference")
-        if teacher is None:  # of the audit, where the model before is a uniform one
-            teacher = Outputs(torch.zeros_like(outputs.hidden), outputs.head)
+        teacher = self._before(outputs, batch)
         masked = batch["masked_classes"]
         values = masked_kl(
             (outputs.hidden[:, RETAIN].flatten(0, 1), _there(outputs)),
@@ -104,6 +104,17 @@ class SIU(UnlearningLoss):
         )
         return torch.cat((nats, torch.stack((values.sum(), (kept != self.ignore_index).sum().to(values)))))
 
+    def _before(self, outputs: Outputs, batch: Batch) -> Outputs:
+        """Return what the model before says: the companion's outputs, or logits that were given as such."""
+        if "reference" in outputs.roles:
+            return outputs.roles["reference"]
+        if "teacher" not in batch:
+            raise UserError(
+                f"{self.slug}: needs the outputs of a companion named reference, or teacher=logits"
+            )
+        logits = wide(batch["teacher"].detach())
+        return Outputs(logits, Head(torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)))
+
     def of_sums(self, sums: Tensor) -> Tensor:
         """See :meth:`UnlearningLoss.of_sums`."""
         return self.ce * mean_of(sums[0], sums[1]) + self.dmk * mean_of(sums[2], sums[3])
@@ -111,7 +122,9 @@ class SIU(UnlearningLoss):
     def problem(self, rows: int, generator: torch.Generator) -> Problem:
         """See :meth:`Loss.problem`."""
         found = super().problem(rows, generator)
-        return found.given(masked_classes=torch.tensor([[1, CLASSES - 1]]).expand(rows, -1))
+        teacher = torch.randn(found.prediction.shape, dtype=torch.float64, generator=generator)
+        masked = torch.tensor([[1, CLASSES - 1]]).expand(rows, -1)
+        return found.given(masked_classes=masked, teacher=teacher)
 
 
 def _there(outputs: Outputs) -> Head:
