@@ -22,7 +22,7 @@ from lossworks.models.pretrained import TOKENIZER
 from lossworks.specs import DataSpec, LossSpec, ModelSpec, RoleSpec, RunSpec
 from lossworks.tasks.interface import Mode, Say, as_sums
 from lossworks.tasks.text.language_model import bits_per_byte
-from lossworks.tasks.text.tokens import TokensTask, with_tokenizer
+from lossworks.tasks.text.tokens import TokensTask, require_whole_head, with_tokenizer
 
 _TEACHER = "teacher"
 
@@ -64,13 +64,7 @@ class CrossTokenizerSpec(RunSpec):
                 "roles: task=cross-tokenizer learns from a companion named teacher, which reads other "
                 "tokens; set roles.teacher.of to a run, a folder or hf:PATH"
             )
-        if self.sharding.vocab_parallel:
-            raise ValueError("sharding.vocab_parallel=true can't be combined with task=cross-tokenizer")
-        if self.telemetry.every:
-            raise ValueError(
-                f"telemetry.every={self.telemetry.every} can't be combined with task=cross-tokenizer: "
-                "set it to 0"
-            )
+        require_whole_head(self)
         return self
 
 

@@ -19,7 +19,7 @@ from lossworks.losses.preference import REFERENCE, answer_log_probabilities
 from lossworks.models import Outputs
 from lossworks.specs import LossSpec, ModelSpec, PreferenceDataSpec, RoleSpec, RunSpec
 from lossworks.tasks.interface import Mode, Say, as_sums
-from lossworks.tasks.text.tokens import TokensTask, with_tokenizer
+from lossworks.tasks.text.tokens import TokensTask, require_whole_head, with_tokenizer
 
 _PAIR = 2  # the chosen and the rejected answer
 
@@ -40,12 +40,7 @@ class PreferencesSpec(RunSpec):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         PreferencesTask.require_entries(self)
-        if self.sharding.vocab_parallel:
-            raise ValueError("sharding.vocab_parallel=true can't be combined with task=preferences")
-        if self.telemetry.every:
-            raise ValueError(
-                f"telemetry.every={self.telemetry.every} can't be combined with task=preferences"
-            )
+        require_whole_head(self)
         if REFERENCE in _needs(self) and REFERENCE not in self.roles:
             raise ValueError(
                 f"loss.name={self.loss.name}: compares with a reference model; set roles.reference=start, "

@@ -202,6 +202,21 @@ class TokensTask(Task):
         )
 
 
+def require_whole_head(spec: RunSpec) -> None:
+    """Refuse what looks at single rows of logits, or at a part of the classes, where answers are whole.
+
+    Raises:
+        ValueError: Naming the field and the task.
+    """
+    task = getattr(spec, "task", "")
+    if spec.sharding.vocab_parallel:
+        raise ValueError(f"sharding.vocab_parallel=true can't be combined with task={task}")
+    if spec.telemetry.every:
+        raise ValueError(
+            f"telemetry.every={spec.telemetry.every} can't be combined with task={task}: set it to 0"
+        )
+
+
 def with_tokenizer(data: D, model: ModelSpec, learnt: Learnt | None = None) -> D:
     """Return data with the tokenizer settled: of what a model has learnt with, or of its checkpoint."""
     if learnt is not None:

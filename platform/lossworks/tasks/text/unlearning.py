@@ -28,7 +28,7 @@ from lossworks.models import Outputs
 from lossworks.specs import LossSpec, ModelSpec, RunSpec, UnlearningDataSpec
 from lossworks.tasks.interface import ExampleRows, Mode, Say, as_sums
 from lossworks.tasks.text.language_model import right_answers
-from lossworks.tasks.text.tokens import TokensTask, with_tokenizer
+from lossworks.tasks.text.tokens import TokensTask, require_whole_head, with_tokenizer
 
 _MASKED, _UNSEEN = "masked_classes", "unseen"
 _CANDIDATES = 3  # to be forgotten, to stay, and a wrong answer
@@ -45,12 +45,7 @@ class UnlearningSpec(RunSpec):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         UnlearningTask.require_entries(self)
-        if self.sharding.vocab_parallel:
-            raise ValueError("sharding.vocab_parallel=true can't be combined with task=unlearning")
-        if self.telemetry.every:
-            raise ValueError(
-                f"telemetry.every={self.telemetry.every} can't be combined with task=unlearning: set it to 0"
-            )
+        require_whole_head(self)
         return self
 
 
