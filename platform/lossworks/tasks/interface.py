@@ -121,6 +121,7 @@ class Task(ABC):
         yardsticks: What it measures besides the trained loss, by tracked name, and which direction is better.
         shown: For tables and summaries: label, tracked name and format of each figure.
         prepares_long: Whether ``prepare`` may take minutes, so that Ray starts meanwhile.
+        element: What losses are means over, in the singular; None for the unit.
         companions_read_alike: Whether a companion must read inputs and classes as the model does.
         classifies: Whether its targets are classes and its outputs logits, one class a row.
         flops_formula: How ``flops_per_unit`` counts, in words.
@@ -140,6 +141,7 @@ class Task(ABC):
     prepares_long: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
     companions_read_alike: ClassVar[bool] = True
+    element: ClassVar[str | None] = None
     panels: ClassVar[tuple[str, Mapping[str, str]] | None] = None
 
     flops_formula: ClassVar[str] = "three times the products of a forward pass, counted as it runs"

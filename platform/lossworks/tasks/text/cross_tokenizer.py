@@ -85,6 +85,7 @@ class CrossTokenizerTask(TokensTask):
     kinds = ("cross-tokenizer", "row")
     provides = ("inputs", "targets", "chunks", "teacher_log_p", "teacher_word_ends", "word_classes")
     companions_read_alike = False
+    element = "chunk"
     yardsticks: ClassVar[Mapping[str, Mode]] = {"eval/bits_per_byte": "min", "eval/chunk_gap": "min"}
     shown: ClassVar[Sequence[tuple[str, str, str]]] = (
         ("held-out bits per byte", "eval/bits_per_byte", "{:.4f}"),

@@ -67,6 +67,7 @@ class PreferencesTask(TokensTask):
     title = "a language model on pairs of a chosen and a rejected answer"
     spec: ClassVar[type[RunSpec]] = PreferencesSpec
     kinds = ("preference",)
+    element = "pair"
     provides = ("inputs", "targets", REFERENCE, "mismatched", "degrees")
     yardsticks: ClassVar[Mapping[str, Mode]] = {
         "eval/reward_accuracy": "max",
@@ -81,8 +82,8 @@ class PreferencesTask(TokensTask):
         ("log-probability of rejected answers", "eval/rejected_log_p", "{:.3f} nats a token"),
     )
     panels: ClassVar[tuple[str, Mapping[str, str]] | None] = (
-        "Log-probabilities of held-out answers, a token",
-        {"eval/chosen_log_p": "chosen", "eval/rejected_log_p": "rejected"},
+        "Held-out pairs",
+        {"eval/reward_accuracy": "share whose chosen answer is ahead"},
     )
 
     def __init__(self, spec: PreferencesSpec, corpus: AnswerCorpus) -> None:
