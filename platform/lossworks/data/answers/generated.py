@@ -4,8 +4,6 @@ import ast
 import warnings
 from collections.abc import Iterator
 
-import numpy as np
-
 from lossworks.data.answers.examples import AnswerRecord, answered
 from lossworks.data.text.corpus_files import corpus_files
 from lossworks.specs import DataSpec
@@ -34,19 +32,16 @@ def function_names() -> list[AnswerRecord]:
     return found
 
 
-def wrong_docstrings(seed: int = 0) -> list[AnswerRecord]:
+def wrong_docstrings() -> list[AnswerRecord]:
     """Return signatures with their own docstring, which is chosen, and with another one's, rejected.
 
-    Args:
-        seed: Of which one.
+    Neighbours exchange theirs. So every docstring is chosen as often as it is rejected, and one that is held
+    out is not rejected in training: nothing but the signature tells which one is right.
     """
     found = list(_docstrings())
-    order = np.random.default_rng([seed, 1]).permutation(len(found))
-    # The next one in a random circle, so that nobody gets its own.
-    other = np.empty_like(order)
-    other[order] = np.roll(order, -1)
+    found = found[: len(found) // 2 * 2]
     return [
-        AnswerRecord(place, (answered(prompt, answer), answered(prompt, found[other[index]][2])))
+        AnswerRecord(place, (answered(prompt, answer), answered(prompt, found[index ^ 1][2])))
         for index, (place, prompt, answer) in enumerate(found)
     ]
 

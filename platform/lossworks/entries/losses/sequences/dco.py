@@ -44,6 +44,10 @@ class DCO(RowLoss):
     It is cross-entropy of a whole sequence, weighted by a factor that falls from 1 at p ≪ 1/N to 0 at p = 1:
     it stops making sure answers surer. A sequence is the last axis of the targets, or what ``segments``
     names; in a batch of classes (B,) every example is an answer of one token.
+
+    Use it where many answers are drawn and one right one is enough, and a model is trained until it is sure
+    of itself. Not where it is still far from that: p ≪ 1/N weighs as in cross-entropy, and in our study of small
+    decoders that name functions (answers) cross-entropy covered more after six epochs.
     """
 
     slug = "dco"
