@@ -46,8 +46,8 @@ class DCO(RowLoss):
     names; in a batch of classes (B,) every example is an answer of one token.
 
     Use it where many answers are drawn and one right one is enough, and a model is trained until it is sure
-    of itself. Not where it is still far from that: p ≪ 1/N weighs as in cross-entropy, and in our study of small
-    decoders that name functions (answers) cross-entropy covered more after six epochs.
+    of itself. Not where it is still far from that: p ≪ 1/N weighs as in cross-entropy, and in our study of
+    small decoders that name functions (answers) cross-entropy covered more after six epochs.
     """
 
     slug = "dco"
