@@ -68,6 +68,9 @@ def test_a_language_model_takes_its_teacher_s_tokenizer(text, tmp_path):
     assert losses(result)[-1] < losses(result)[0]
     alone = found.override(["loss=cross-entropy", "roles={}"])
     assert rehearse(found).parameters == rehearse(alone).parameters
+    # Between two workers, too, where a checkpoint can't be read any more.
+    both = found.override(["workers=2", "sharding=ddp"])
+    assert rehearse(both).parameters == rehearse(alone).parameters
 
 
 def test_a_run_s_name_is_settled_as_its_id(text):

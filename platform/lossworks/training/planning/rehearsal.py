@@ -30,7 +30,7 @@ from lossworks.training.measure.memory import EXCHANGE, TensorMemory
 from lossworks.training.optimizer import Optimizers, build_optimizers
 from lossworks.training.roles import Roles
 from lossworks.training.weights.adapters import equip
-from lossworks.training.weights.start import empty_companion
+from lossworks.training.weights.start import companion_models
 
 WEIGHTS, GRADIENTS, MOMENTS = "weights", "gradients", "optimiser state"
 ACTIVATIONS, HEAD, COMPANIONS = "activations", "head", "companions"
@@ -82,10 +82,11 @@ def rehearse(spec: RunSpec) -> Rehearsal:
     """
     spec = spec.model_copy(update={"compile": False})
     task = task_of(spec).open_blank(spec)
+    companions = companion_models(spec)  # read before tensors have no values any more
     alone = spec.workers == 1 and spec.sharding.kind != "fsdp"
     try:
         with nullcontext() if alone else pretended_ranks(spec.workers):
-            return _Stage(spec, task, World(0, spec.workers, torch.device("cpu"))).play()
+            return _Stage(spec, task, World(0, spec.workers, torch.device("cpu")), companions).play()
     except LossworksError:
         raise
     except Exception as error:  # anything may happen to code that looks at values which aren't there
@@ -98,8 +99,10 @@ def rehearse(spec: RunSpec) -> Rehearsal:
 class _Stage:
     """One worker's part of a run, on tensors without values."""
 
-    def __init__(self, spec: RunSpec, task: Task, world: World) -> None:
-        self.spec, self.task, self.world = spec, task, world
+    def __init__(
+        self, spec: RunSpec, task: Task, world: World, companions: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.spec, self.task, self.world, self.companions = spec, task, world, companions
         self.memory = TensorMemory()
         self.mesh = mesh_of(spec, world)
         self.replicated = self.mesh is None and world.size > 1
@@ -115,7 +118,7 @@ class _Stage:
                 model = self._build()
             flops, parameters = self.task.flops_per_unit(model), _numbers(model)
             with self.memory.labelled(COMPANIONS):
-                self.roles = Roles(self.spec, self.task, model, self.world, self.mesh, empty_companion)
+                self.roles = Roles(self.spec, self.task, model, self.world, self.mesh, self._companion)
             with self.memory.labelled(WEIGHTS):
                 prepare_model(model, self.spec, self.mesh)
             optimizers = build_optimizers(model, self.spec.optimizer)
@@ -139,6 +142,11 @@ class _Stage:
             units=self.spec.batch_size * self.task.units_per_row,
             checkpoint_bytes=(1 + moving) * 4 * parameters + _state_bytes(optimizers),
         )
+
+    def _companion(self, name: str, field: str, task: Task) -> HeadedModel:
+        """Return a companion of the right shapes; see :class:`Roles`."""
+        del field
+        return task.build_companion(self.companions[name], empty=True)
 
     def _build(self) -> HeadedModel:
         model = self.task.empty_model()

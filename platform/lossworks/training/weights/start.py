@@ -185,14 +185,19 @@ def companion_of(name: str, field: str, task: Task) -> HeadedModel:
     return found
 
 
-def empty_companion(name: str, field: str, task: Task) -> HeadedModel:
-    """Return a companion as :func:`companion_of` does, with its parameters as they come: of the right shapes.
+def companion_models(spec: RunSpec) -> dict[str, dict[str, Any]]:
+    """Return the model's part of the spec of every companion that is not a copy, by what names it.
 
     Raises:
         UserError: There is nothing of that name, or it can't be read.
     """
-    model = {"source": name} if name.startswith(_CHECKPOINT) else trained_weights(name, field).model
-    return task.build_companion(model, empty=True)
+    named = {
+        role.of: f"roles.{name}.of" for name, role in spec.roles.items() if role.of not in (None, "start")
+    }
+    return {
+        str(of): {"source": of} if str(of).startswith(_CHECKPOINT) else trained_weights(str(of), field).model
+        for of, field in named.items()
+    }
 
 
 def _require_same_reading(weights: TrainedWeights, task: Task) -> None:
