@@ -28,7 +28,8 @@ class PreferenceDegree(Loss):
 
     Use it beside any preference loss where answers carry facts, and a model should know a full one from a
     thin one. Not where answers are a few words: they have too few phrases; and mind that length alone tells
-    much of the degree, which ``analyses: [degree-accuracy]`` shows.
+    much of the degree, which ``analyses: [degree-accuracy]`` shows: in our study (degrees) three in four,
+    where the head told 0.55 at γ = 0.1 and 0.72 at γ = 1.
     """
 
     slug = "spo-degree"
