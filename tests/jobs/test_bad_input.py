@@ -46,7 +46,7 @@ def refused(arguments, capsys, monkeypatch):
         ("sharding.vocab_parallel=true", "sharding.vocab_parallel=true needs sharding=fsdp, not ddp"),
         ("sharding={kind: fsdp, vocab_parallel: true}", "set model.tied=false"),
         ("data.corpus=text:/nowhere", "/nowhere"),
-        ("data.corpus=web:x", "must be stdlib, text:PATH or hf:NAME"),
+        ("data.corpus=web:x", "must be stdlib, text:PATH, hf:NAME, pairs:PATH"),
         ("data.vocab_size=50000", "data.vocab_size"),
         ("data.sequence_length=100000", "data.sequence_length"),
         ("workers=32", "workers=32 with resources_per_worker.CPU=1 need 32 CPU"),

@@ -59,6 +59,8 @@ def train(
     from lossworks.training.weights.start import settled
 
     started = time.time()
+    if resume is not None:
+        _require_resumable(located(spec), resume)
     spec = located(settled(spec))
     require_files(spec)
     local = address is None and "RAY_ADDRESS" not in os.environ
@@ -69,8 +71,6 @@ def train(
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     CheckpointMirror.check(spec)
-    if resume is not None:
-        _require_resumable(spec, resume)
     _import_what_threads_share()
     with ThreadPoolExecutor(3) as pool:
         prepared = pool.submit(_prepare, spec, resume, changed_data, progress)

@@ -73,7 +73,7 @@ def test_a_failed_audit_has_exit_status_1(capsys):
     [
         ([], "check: name one loss, or give --all"),
         (["ldr", "--all"], "check: name one loss, or give --all"),
-        (["dcp"], "dcp: no such loss; did you mean dco?"),
+        (["dc0"], "dc0: no such loss; did you mean dco?"),
         (["neural-collapse"], "neural-collapse: is no loss; `lossworks analyses neural-collapse` says what"),
         (["ldr", "temperature=-1"], "ldr: temperature=-1 must be a number above 0"),
         (["ldr", "temperature"], "'temperature': write it as name=value"),

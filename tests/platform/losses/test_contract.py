@@ -212,7 +212,12 @@ def test_compiled_it_has_the_same_value(slug):
 def test_what_is_out_of_range_is_refused_by_name(slug):
     """One value beyond each limit, one of another type, and a name that is not there."""
     for parameter in declarations()[slug].hyperparameters:
-        wrong = ["no such", parameter.ge is not None and parameter.ge - 1, parameter.gt, math.nan]
+        wrong = [
+            parameter.type != "text" and "no such",
+            parameter.ge is not None and parameter.ge - 1,
+            parameter.gt,
+            math.nan,
+        ]
         wrong += [parameter.le is not None and parameter.le + 1, parameter.lt]
         for value in wrong:
             if value is None or value is False:

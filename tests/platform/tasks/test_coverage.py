@@ -34,7 +34,10 @@ def test_coverage_is_that_of_the_formula():
     assert measured(16)["coverage"] == pytest.approx(float((1 - (1 - p) ** 16).mean()), rel=1e-6)
     assert measured(16)["pass_at_1"] == pytest.approx(float(p.mean()), rel=1e-6)
     assert measured(1)["coverage"] == pytest.approx(float(p.mean()), rel=1e-6)
-    with pytest.raises(UserError, match="coverage draws answers of classifiers, not task=regression"):
+    with pytest.raises(
+        UserError,
+        match=r"coverage draws answers: of classifiers, or of a language model.*not of task=regression",
+    ):
         parse_train_spec(tiny(task="regression", data={"source": "diabetes"}, analyses=["coverage"]))
 
 

@@ -183,7 +183,10 @@ def test_ranks_and_micro_batches_give_what_one_process_gives(tmp_path):
         (chain() | {"roles": {}}, "a companion gives: set roles.target.ema=0.99"),
         (numbers("categorical-td"), "is for states: set data.source=chain:N and roles.target.ema"),
         (numbers("aggregate-interpolation"), "aggregate-interpolation is for bags: set data.bag_size"),
-        (numbers("cross-entropy"), "cross-entropy trains task=classification or language-model"),
+        (
+            numbers("cross-entropy"),
+            "cross-entropy trains task=classification or cross-tokenizer or language-model",
+        ),
         (numbers(data={"bag_size": 3}, batch_size=20), "batch_size=20 must be a multiple of data.bag_size=3"),
         (
             chain() | {"data": {"source": "chain:50", "bag_size": 5}},

@@ -127,7 +127,7 @@ def test_the_task_chooses_the_spec(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "clasification"}, "must be one of classification, language-model"),
+        ({"task": "clasification"}, "must be one of classification, cross-tokenizer, language-model"),
         ({"task": ["classification"]}, "task=['classification'] must be one of"),
         (
             {"loss": "dco-step"},

@@ -50,6 +50,21 @@ SPECS: dict[str, dict[str, Any]] = {
         "model": {"width": 16},
         "loss": "decoupled-softmax",
     },
+    "facts": {
+        "task": "language-model",
+        "data": {"corpus": "facts:20", "vocab_size": 300, "sequence_length": 48},
+        "model": {"layers": 1, "width": 16, "heads": 2},
+    },
+    "preferences": {
+        "task": "preferences",
+        "data": {"corpus": "preferences:PAIRS", "vocab_size": 280, "sequence_length": 48},
+        "model": {"layers": 1, "width": 16, "heads": 2},
+    },
+    "unlearning": {
+        "task": "unlearning",
+        "data": {"corpus": "facts:20", "vocab_size": 300, "sequence_length": 48},
+        "model": {"layers": 1, "width": 16, "heads": 2},
+    },
     "sentences": {
         "task": "sentences",
         "data": {"sentences": 20, "copies": 20},
@@ -63,7 +78,8 @@ def curve(name: str, folder: Path) -> dict[str, Any]:
     if name == "language-model":
         spec = tiny_spec(write_text(folder / "text.txt"), steps=8)
     else:
-        spec = parse_train_spec({**_COMMON, **SPECS[name]})
+        values = json.dumps({**_COMMON, **SPECS[name]}).replace("PAIRS", str(write_pairs(folder)))
+        spec = parse_train_spec(json.loads(values))
     kind = type(spec).model_fields["task"].default
     prepared = task_class(kind).prepare(spec).folder
     result = run_training(
@@ -71,6 +87,14 @@ def curve(name: str, folder: Path) -> dict[str, Any]:
     )
     ends = {key: value for key, value in result["metrics"].items() if key.startswith("eval/")}
     return {"command": COMMAND, "losses": losses(result), "ends": ends}
+
+
+def write_pairs(folder: Path) -> Path:
+    """Write forty preferences into a folder, and return the file."""
+    pairs = [{"prompt": f"{n}:", "chosen": f" yes {n}", "rejected": f" no {n + 1}"} for n in range(40)]
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return path
 
 
 def names() -> list[str]:

@@ -43,8 +43,9 @@ class PreferenceDegree(Loss):
     )
     requires = ("degrees",)
     without_logits = True
+    invariances = ("shift",)
     example: ClassVar[str] = (
-        'lossworks train jobs/specs/preferences.yaml start=RUN loss="[dpo, {{name: {slug}, weight: 0.1}}]"'
+        'lossworks train jobs/specs/preferences.yaml start=RUN loss="[dpo, {name: {slug}, weight: 0.1}]"'
     )
 
     degrees: int = integer(

@@ -83,6 +83,9 @@ class SIU(UnlearningLoss):
     roles = ("reference",)
     requires = ("masked_classes",)
     candidates: ClassVar[int] = 3
+    example: ClassVar[str] = (
+        "lossworks train jobs/specs/unlearn.yaml start=RUN loss={slug} roles.reference=start"
+    )
 
     ce: float = number(0.9, "a: weight of the cross-entropy", ge=0, search=(0.5, 1.0))
     dmk: float = number(0.75, "b: weight of the masked divergence", ge=0, search=(0.25, 1.0))
