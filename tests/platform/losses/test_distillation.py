@@ -226,7 +226,7 @@ def test_the_entropy_of_tokens_is_that_of_the_logits(softcap):
         def over(measure, data, rows, seen=seen):
             return measure(seen, {"targets": y})
 
-        probe = Probe(SimpleNamespace(held_out=None), over, None, model)
+        probe = Probe(SimpleNamespace(held_out=None), over, None, torch.nn.Identity())
         found = create("token-entropy").measure(probe).figures
 
         assert found["token_entropy"] == pytest.approx(expected.item(), rel=1e-12)

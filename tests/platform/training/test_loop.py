@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(text, corpus, tmp_path,
 
 def test_a_gradient_that_is_not_finite_names_the_parameter(text, corpus, tmp_path, monkeypatch):
     """A finite loss with a NaN gradient is caught, too."""
-    from lossworks.tasks.text import language_model as language
+    from lossworks.tasks.text import tokens as language
 
     def poisoned(*arguments, **options):
         model = build(*arguments, **options)

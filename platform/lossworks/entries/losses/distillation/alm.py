@@ -138,7 +138,7 @@ class ALM(Loss):
     without_logits = True
     products = 4.0
     invariances = ("shift",)
-    example: ClassVar[str] = "lossworks train jobs/specs/other-tokens.yaml loss={slug} roles.teacher.of=RUN"
+    example: ClassVar[str] = "lossworks train jobs/specs/other-tokens.yaml loss={slug} roles.teacher=RUN"
 
     temperature: float = number(100.0, "τ: chunks are compared by P^(1/τ)", gt=0, search=(1, 1000), log=True)
     epsilon: float = number(1e-6, "ε: taken off log-probabilities after the temperature", gt=0, le=0.1)
