@@ -1,7 +1,9 @@
 """Trained weights to begin from, or to be a companion: of a run's checkpoint, or of an exported folder."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,16 +39,21 @@ class TrainedWeights:
     Attributes:
         source: What messages call it.
         model: The model's part of the spec they were trained with, as plain data.
-        state: Tensors by name, without those of losses.
+        read: Reads the tensors, which may be gigabytes that whoever asks for the model alone never needs.
         task: Slug of the task, where that is known.
         learnt: What its data have taught besides; None where that was not kept.
     """
 
     source: str
     model: dict[str, Any]
-    state: dict[str, Tensor]
+    read: Callable[[], dict[str, Tensor]]
     task: str | None = None
     learnt: Learnt | None = None
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name, without those of losses; they are read at the first call."""
+        return self.read()
 
 
 def choose_checkpoint(folder: RunFolder, *, best: bool = True) -> Checkpoint:
@@ -100,15 +107,24 @@ def trained_weights(name: str, field: str) -> TrainedWeights:
     Raises:
         UserError: There is nothing of that name, or it can't be read.
     """
-    path = Path(name).expanduser()
+    path, source = Path(name).expanduser(), f"{field}={name}"
     if (path / WEIGHTS).is_file():
         config = read_config(path / CONFIG)
-        model, state = dict(config.get("model") or {}), read_tensors(path / WEIGHTS)
-        return TrainedWeights(f"{field}={name}", model, state, learnt=learnt_in(path))
+        read = functools.partial(read_tensors, path / WEIGHTS)
+        return TrainedWeights(source, dict(config.get("model") or {}), read, learnt=learnt_in(path))
     folder = _run_of(name, field)
-    spec, own = run_weights(folder, choose_checkpoint(folder))
+    spec, checkpoint = folder.spec(), choose_checkpoint(folder)
+    read = functools.partial(_tensors_of, folder, checkpoint)
+    if any(type(method).exported is not Method.exported for method in _methods(spec)):
+        # What such a method has made of the model, only the tensors say.
+        spec, state = run_weights(folder, checkpoint)
+        read = functools.partial(dict, state)
     model = spec.model_dump(mode="json").get("model", {})
-    return TrainedWeights(f"{field}={name}", model, own, task_of(spec).slug, learnt_by(folder))
+    return TrainedWeights(source, model, read, task_of(spec).slug, learnt_by(folder))
+
+
+def _tensors_of(folder: RunFolder, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return run_weights(folder, checkpoint)[1]
 
 
 def learnt_by(folder: RunFolder) -> Learnt | None:
