@@ -8,16 +8,14 @@ from abc import abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.data.batch import Batch
 from lossworks.errors import UserError
-from lossworks.head import linear_log_probabilities
-from lossworks.head.core.valid_rows import blanked, check_range
+from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Context, Loss
-from lossworks.losses.problems import CLASSES, Problem
-from lossworks.losses.rows import wide
+from lossworks.losses.problems import CLASSES, Problem, of_candidates
+from lossworks.losses.rows import answer_log_probabilities
 from lossworks.models.interface import Outputs
 
 REFERENCE = "reference"
@@ -39,34 +37,15 @@ class Answers(NamedTuple):
 
     @property
     def means(self) -> Tensor:
-        """S divided by the number of tokens, (B, C)."""
+        """The mean of s over the tokens, (B, C)."""
         return self.log_p / self.tokens.clamp(min=1)
 
     @property
     def ratios(self) -> Tensor:
-        """Log π(y|x) − log π_ref(y|x), (B, C)."""
+        """By how much s is above that of the reference, (B, C)."""
         if self.reference is None:
             raise ValueError("the loss doesn't say that it requires the reference")
         return self.log_p - self.reference.to(self.log_p)
-
-
-def answer_log_probabilities(outputs: Outputs, targets: Tensor, impl: str = "auto") -> Tensor:
-    """Return log π(y|x) of whole answers, summed over their tokens, without the logits; (…).
-
-    Args:
-        outputs: Features (…, L, D), with a head.
-        targets: (…, L) int64; those that are -100 don't belong to an answer.
-        impl: As for :func:`lossworks.linear_cross_entropy`.
-    """
-    head = outputs.head
-    if head is None:
-        raise ValueError("outputs must have a head")
-    found = linear_log_probabilities(
-        *(outputs.hidden, head.weight, targets[..., None], head.bias),
-        softcap=head.softcap,
-        impl=impl,  # type: ignore[arg-type]  # checked there
-    )
-    return found[..., 0].sum(-1)
 
 
 class PreferenceLoss(Loss):
@@ -89,13 +68,12 @@ class PreferenceLoss(Loss):
 
     def problem(self, rows: int, generator: torch.Generator) -> Problem:
         """See :meth:`Loss.problem`: logits (rows, C, 3, 7), and a reference where it is required."""
-        shape = (rows, self.reads, 3)
-        logits = torch.randn(*shape, CLASSES, dtype=torch.float64, generator=generator)
-        found = Problem(logits, torch.randint(0, CLASSES, shape, generator=generator))
+        found = of_candidates(rows, self.reads, generator)
         if REFERENCE not in self.requires:
             return found
-        noise = torch.randn(shape[:2], dtype=torch.float64, generator=generator)
-        further = {name: torch.zeros(shape[:2]) for name in self.requires if name != REFERENCE}
+        shape = found.target.shape[:2]
+        noise = torch.randn(shape, dtype=torch.float64, generator=generator)
+        further = {name: torch.zeros(shape) for name in self.requires if name != REFERENCE}
         return found.given(reference=noise - 3 * math.log(CLASSES), **further)
 
     def count(self, targets: Tensor) -> Tensor:
@@ -108,12 +86,16 @@ class PreferenceLoss(Loss):
 
     def of(self, outputs: Outputs, batch: Batch, **how: Any) -> Tensor:
         """See :meth:`Loss.of`; without the logits where there is a head."""
-        if outputs.head is None:
-            return super().of(outputs, batch)
-        targets, context = self._read(batch["targets"], self.context({**self.given(batch)}))
-        seen = Outputs(outputs.hidden[:, : self.reads], outputs.head)
-        with torch.autocast(seen.hidden.device.type, enabled=False):
-            log_p = answer_log_probabilities(seen, targets, how.get("impl", "auto"))
+        context = self.context({**self.given(batch)})
+        targets = self.counting(batch["targets"], context)[:, : self.reads]
+        targets = self._without(targets, ~self.valid_rows(targets))
+        with torch.autocast(targets.device.type, enabled=False):
+            log_p = answer_log_probabilities(
+                outputs.at((slice(None), slice(self.reads))),
+                targets,
+                ignore_index=self.ignore_index,
+                impl=how.get("impl", "auto"),
+            )
             return self._finish(log_p, targets, context)
 
     def forward(self, logits: Tensor, targets: Tensor, **given: Tensor | None) -> Tensor:
@@ -130,14 +112,10 @@ class PreferenceLoss(Loss):
         Raises:
             UserError: The shapes don't fit.
         """
+        self.context(given)
         self._check(logits, targets)
-        targets, context = self._read(targets, self.context(given))
-        ignored = targets == self.ignore_index
-        logits = blanked(wide(logits[:, : self.reads]), ignored)
-        index = torch.where(ignored, 0, targets)
-        nats = F.cross_entropy(logits.flatten(0, -2), index.flatten(), reduction="none")
-        log_p = torch.where(ignored, 0, -nats.reshape(index.shape)).sum(-1)
-        return self._finish(log_p, targets, context)
+        batch = {name: value for name, value in given.items() if value is not None}
+        return self.of(Outputs(logits, None, dense=logits), {**batch, "targets": targets})
 
     def _check(self, logits: Tensor, targets: Tensor) -> None:
         if targets.dim() != 3 or targets.shape[1] < self.reads or logits.shape[:-1] != targets.shape:
@@ -146,11 +124,6 @@ class PreferenceLoss(Loss):
                 f"(B, C, L, V) and (B, C, L) with C of at least {self.reads}"
             )
         check_range(targets.reshape(-1), classes=logits.shape[-1], ignore_index=self.ignore_index)
-
-    def _read(self, targets: Tensor, context: Context) -> tuple[Tensor, Context]:
-        """Return the targets of the candidates that it looks at; of pairs that don't count, none."""
-        targets = self.counting(targets, context)[:, : self.reads]
-        return self._without(targets, ~self.valid_rows(targets)), context
 
     def _finish(self, log_p: Tensor, targets: Tensor, context: Context) -> Tensor:
         valid = self.valid_rows(targets)

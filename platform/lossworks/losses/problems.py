@@ -49,6 +49,13 @@ def of_sequences(rows: int, generator: torch.Generator) -> Problem:
     return Problem(logits, torch.randint(0, CLASSES, (rows, _LENGTH), generator=generator))
 
 
+def of_candidates(rows: int, candidates: int, generator: torch.Generator) -> Problem:
+    """Return logits (rows, candidates, 3, 7) and a class for each of three positions."""
+    shape = (rows, candidates, _LENGTH)
+    logits = torch.randn(*shape, CLASSES, dtype=torch.float64, generator=generator)
+    return Problem(logits, torch.randint(0, CLASSES, shape, generator=generator))
+
+
 def steps(targets: Tensor) -> Tensor:
     """Return two steps in every sequence of targets (B, T), numbered over the batch."""
     second = (torch.arange(targets.shape[1]) * 2 >= targets.shape[1]).long()

@@ -9,10 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lossworks.data.batch import IGNORE_INDEX
 from lossworks.errors import UserError
-from lossworks.head import LowRankClassifier, VocabParallel, linear_row_statistics, row_statistics
+from lossworks.head import (
+    LogSumExp,
+    LowRankClassifier,
+    Target,
+    VocabParallel,
+    linear_row_statistics,
+    row_statistics,
+)
 from lossworks.head.core.arguments import Implementation
+from lossworks.head.core.valid_rows import blanked
 from lossworks.head.statistics import Statistic, StatisticName
+from lossworks.models.interface import Outputs
 
 
 def wide(values: Tensor) -> Tensor:
@@ -119,6 +129,41 @@ class LinearRows:
             impl=self._impl,
             vocab_parallel=self._vocab_parallel,
         )
+
+
+def rows_of(
+    outputs: Outputs, targets: Tensor, *, ignore_index: int = IGNORE_INDEX, impl: Implementation = "auto"
+) -> LogitRows:
+    """Return the rows of logits of a model's outputs, which are not built where there is a head.
+
+    Args:
+        outputs: Features (..., D) with a head, or logits (..., K).
+        targets: Shape (...), int64.
+        ignore_index: Target of rows that don't count; they may hold anything.
+        impl: As for :func:`lossworks.linear_cross_entropy`.
+    """
+    head = outputs.head
+    if head is None:
+        logits = blanked(wide(outputs.logits), targets == ignore_index)
+        return DenseRows(logits, targets, ignore_index)
+    return LinearRows(
+        *(outputs.hidden, head.weight, targets, head.bias, ignore_index), softcap=head.softcap, impl=impl
+    )
+
+
+def token_log_probabilities(
+    outputs: Outputs, targets: Tensor, *, ignore_index: int = IGNORE_INDEX, impl: Implementation = "auto"
+) -> Tensor:
+    """Return log p of the targets, (...), 0 where one doesn't count; arguments as for :func:`rows_of`."""
+    target, lse = rows_of(outputs, targets, ignore_index=ignore_index, impl=impl)(Target(), LogSumExp())
+    return target - lse
+
+
+def answer_log_probabilities(
+    outputs: Outputs, targets: Tensor, *, ignore_index: int = IGNORE_INDEX, impl: Implementation = "auto"
+) -> Tensor:
+    """Return log p of whole answers, the sum over the last axis of the targets (..., L); see above."""
+    return token_log_probabilities(outputs, targets, ignore_index=ignore_index, impl=impl).sum(-1)
 
 
 def _offsets(offset: Tensor | float, like: Tensor) -> Tensor | None:

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lossworks.data.batch import Batch
+from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.errors import UserError
-from lossworks.head.core.valid_rows import blanked, check_range
+from lossworks.head.core.arguments import Implementation
+from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Addition, Loss
-from lossworks.losses.preference import answer_log_probabilities
-from lossworks.losses.problems import CLASSES, Problem
-from lossworks.losses.rows import wide
-from lossworks.models.interface import Head, Outputs
+from lossworks.losses.problems import Problem, of_candidates
+from lossworks.losses.rows import answer_log_probabilities
+from lossworks.models.interface import Outputs
 
 FORGET, RETAIN = 0, 1
 """Candidates: what is to be forgotten, and what is to stay."""
@@ -39,11 +39,11 @@ class UnlearningLoss(Loss):
     candidates: ClassVar[int] = 2
 
     @abstractmethod
-    def token_sums(self, outputs: Outputs, targets: Tensor, batch: Batch, impl: str) -> Tensor:
+    def token_sums(self, outputs: Outputs, targets: Tensor, batch: Batch, impl: Implementation) -> Tensor:
         """Return numbers (S,) that add up over tokens.
 
         Args:
-            outputs: Features (B, C, L, D), with a head.
+            outputs: Features (B, C, L, D) with a head, or logits (B, C, L, V).
             targets: (B, C, L) int64; those that are -100 count for nothing.
             batch: What the loss requires besides.
             impl: As for :func:`lossworks.linear_cross_entropy`.
@@ -55,9 +55,7 @@ class UnlearningLoss(Loss):
 
     def problem(self, rows: int, generator: torch.Generator) -> Problem:
         """See :meth:`Loss.problem`: logits (rows, C, 3, 7)."""
-        shape = (rows, self.candidates, 3)
-        logits = torch.randn(*shape, CLASSES, dtype=torch.float64, generator=generator)
-        return Problem(logits, torch.randint(0, CLASSES, shape, generator=generator))
+        return of_candidates(rows, self.candidates, generator)
 
     def valid_rows(self, targets: Tensor) -> Tensor:
         """Return which rows have a token that counts, bool (B,)."""
@@ -67,11 +65,6 @@ class UnlearningLoss(Loss):
         """See :meth:`Loss.sums`."""
         context = self.context({**self.given(batch)})
         targets = self.counting(batch["targets"], context)
-        if outputs.head is None:
-            # Logits are features to a head that leaves them as they are.
-            logits = blanked(wide(outputs.logits), targets == self.ignore_index)
-            same = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-            outputs = Outputs(logits, Head(same), roles=outputs.roles)
         self._check(outputs, targets)
         with torch.autocast(outputs.hidden.device.type, enabled=False):
             return self.token_sums(outputs, targets, batch, how.get("impl", "auto"))
@@ -99,6 +92,7 @@ class UnlearningLoss(Loss):
         Raises:
             UserError: The shapes don't fit.
         """
+        self.context(given)
         batch = {name: value for name, value in given.items() if value is not None}
         return self.of(Outputs(logits, None, dense=logits), {**batch, "targets": targets})
 
@@ -112,15 +106,16 @@ class UnlearningLoss(Loss):
                 f"{self.slug}: rows {tuple(outputs.hidden.shape)} and targets {tuple(targets.shape)} must be "
                 f"(B, C, L, …) and (B, C, L) with C of at least {self.candidates}"
             )
-        classes = len(outputs.head.weight) if outputs.head is not None else CLASSES
+        head = outputs.head
+        classes = outputs.logits.shape[-1] if head is None else len(head.weight)
         check_range(targets.reshape(-1), classes=classes, ignore_index=self.ignore_index)
 
 
-def nats_and_tokens(outputs: Outputs, targets: Tensor, candidate: int, impl: str) -> Tensor:
+def nats_and_tokens(outputs: Outputs, targets: Tensor, candidate: int, impl: Implementation) -> Tensor:
     """Return the summed nats of one candidate of all rows, and of how many tokens, (2,)."""
     chosen = targets[:, candidate]
-    log_p = answer_log_probabilities(Outputs(outputs.hidden[:, candidate], outputs.head), chosen, impl)
-    return torch.stack((-log_p.sum(), (chosen != -100).sum().to(log_p)))
+    log_p = answer_log_probabilities(outputs.at((slice(None), candidate)), chosen, impl=impl)
+    return torch.stack((-log_p.sum(), (chosen != IGNORE_INDEX).sum().to(log_p)))
 
 
 def mean_of(nats: Tensor, tokens: Tensor) -> Tensor:

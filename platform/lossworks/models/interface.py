@@ -7,6 +7,7 @@ vocabulary.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,15 @@ class Outputs:
         if self.attention is None:
             raise UserError("these outputs are not of a language model, or without its attention")
         return self.attention()
+
+    def at(self, index: Any) -> "Outputs":
+        """Return those at an index into the leading axes, such as one of several answers to each prompt.
+
+        Args:
+            index: As of a tensor; it leaves the last axis alone.
+        """
+        dense = None if self._dense is None else self._dense[index]
+        return Outputs(self.hidden[index], self.head, dense=dense)
 
     def with_roles(self, roles: "Mapping[str, Outputs]") -> "Outputs":
         """Return the same with the outputs of companions."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Paper, integer
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.errors import UserError
-from lossworks.losses.preference import answer_log_probabilities
+from lossworks.losses.rows import answer_log_probabilities
 from lossworks.models import Outputs
 from lossworks.specs import RunSpec
 from lossworks.tasks.analyses import Analysis, Finding, Probe

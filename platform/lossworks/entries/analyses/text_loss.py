@@ -10,7 +10,7 @@ from lossworks.data import prepare
 from lossworks.data.batch import Batch
 from lossworks.data.order import spaced
 from lossworks.errors import UserError
-from lossworks.losses.preference import answer_log_probabilities
+from lossworks.losses.rows import answer_log_probabilities
 from lossworks.models import Outputs
 from lossworks.specs import DataSpec, RunSpec
 from lossworks.tasks.analyses import Analysis, Finding, Probe

@@ -13,8 +13,8 @@ from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.order import spaced
 from lossworks.data.text.tokenizer import end_of_text_id, load_tokenizer
 from lossworks.errors import UserError
-from lossworks.head import linear_cross_entropy
 from lossworks.losses.objective import Objective
+from lossworks.losses.rows import token_log_probabilities
 from lossworks.models import HeadedModel, Outputs
 from lossworks.models.folders import CONFIG, read_config
 from lossworks.models.huggingface import local_folder
@@ -296,11 +296,4 @@ class LNRemoval(Method):
 
 def token_losses(outputs: Outputs, batch: Batch) -> Tensor:
     """Return the cross-entropy of each token in nats, (B, L), 0 where none counts; no logits are built."""
-    head, targets = outputs.head, batch["targets"]
-    if head is None:
-        raise ValueError("outputs must have their head")
-    rows = outputs.hidden.flatten(0, -2)
-    found = linear_cross_entropy(
-        rows, head.weight, targets.flatten(), head.bias, softcap=head.softcap, reduction="none"
-    )
-    return cast("Tensor", found).reshape(targets.shape)
+    return -token_log_probabilities(outputs, batch["targets"])

@@ -12,10 +12,10 @@ from lossworks.data.learnt import Learnt
 from lossworks.data.text.aligned_corpus import AlignedCorpus, BlankAligned, prepare_aligned
 from lossworks.entries.losses.distillation.alm import (
     chunk_sums,
-    token_log_probabilities,
     word_end_log_probabilities,
 )
 from lossworks.errors import UserError
+from lossworks.losses.rows import token_log_probabilities
 from lossworks.models import LanguageModel, Outputs, build_model
 from lossworks.models.huggingface import from_config
 from lossworks.models.pretrained import TOKENIZER
@@ -159,7 +159,7 @@ class CrossTokenizerTask(TokensTask):
         targets, chunks = (batch[f"teacher_{name}"].to(device) for name in ("targets", "chunks"))
         count = targets.shape[1]
         words = self.aligned.starts_a_word["teacher"].to(device)
-        log_p = token_log_probabilities(outputs, targets, impl)
+        log_p = token_log_probabilities(outputs, targets, impl=impl)
         return {
             **batch,
             "teacher_log_p": chunk_sums(log_p, chunks, count),
@@ -170,7 +170,7 @@ class CrossTokenizerTask(TokensTask):
         """Return nats of both, bytes, the sum of the chunks' distances, and chunks."""
         del own
         targets, theirs = batch["targets"], batch["teacher_log_p"]
-        log_p = token_log_probabilities(outputs, targets, self.run.loss.impl)
+        log_p = token_log_probabilities(outputs, targets, impl=self.run.loss.impl)
         chunks = torch.where(targets >= 0, batch["chunks"], -1)
         sums = chunk_sums(log_p, chunks, theirs.shape[1])
         count = torch.arange(theirs.shape[1], device=sums.device) <= chunks.amax(1, keepdim=True)

@@ -18,10 +18,10 @@ from lossworks.data.learnt import Learnt
 from lossworks.data.order import spaced
 from lossworks.data.text.readers import read_file
 from lossworks.errors import UserError
-from lossworks.head import Predicted, linear_row_statistics
+from lossworks.head import Predicted
 from lossworks.losses.objective import Objective
+from lossworks.losses.rows import rows_of
 from lossworks.models import LanguageModel, Outputs
-from lossworks.models.interface import Head
 from lossworks.models.pretrained import read_provenance
 from lossworks.models.scoring import TextScorer
 from lossworks.specs import DataSpec, LossSpec, ModelSpec, RunSpec
@@ -211,7 +211,10 @@ class LanguageTask(TokensTask):
         """Return nats, tokens and bytes."""
         nats = own[0] if self._plain is None else self._plain(outputs, batch)[0]
         tokens, text_bytes = self.counts(batch)
-        answers = right_answers(outputs, batch["targets"]) if self.run.data.answered else ()
+        if not self.run.data.answered:
+            return as_sums(nats, tokens, text_bytes, like=own)
+        (predicted,) = rows_of(outputs, batch["targets"])(Predicted())
+        answers = right_answers(predicted, batch["targets"])
         return as_sums(nats, tokens, text_bytes, *answers, like=own)
 
     def figures(self, sums: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
@@ -253,20 +256,16 @@ def _sampled_targets(rows: ExampleRows) -> Tensor:
     return rows.batch(spaced(_SAMPLED_ROWS, len(rows)))["targets"]
 
 
-def right_answers(outputs: Outputs, targets: Tensor) -> tuple[Tensor, Tensor]:
+def right_answers(predicted: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many sequences have all tokens that count predicted right, and how many have any.
 
     Each token is predicted from the right ones before it; where all are right, they are also what the model
     writes when it takes the likeliest token each time.
 
     Args:
-        outputs: Features (…, L, D), with a head.
+        predicted: The likeliest tokens, (…, L) int64.
         targets: (…, L) int64.
     """
-    head = cast("Head", outputs.head)
-    (predicted,) = linear_row_statistics(
-        *(outputs.hidden, head.weight, targets, head.bias), statistics=[Predicted()], softcap=head.softcap
-    )
     valid = targets != IGNORE_INDEX
     right = ((predicted == targets) | ~valid).all(-1)
     return (right & valid.any(-1)).sum(), valid.any(-1).sum()

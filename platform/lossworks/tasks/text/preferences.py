@@ -15,7 +15,8 @@ from lossworks.data.answers.key_phrases import degraded, key_phrases
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.learnt import Learnt
 from lossworks.errors import UserError
-from lossworks.losses.preference import REFERENCE, answer_log_probabilities
+from lossworks.losses.preference import REFERENCE
+from lossworks.losses.rows import answer_log_probabilities
 from lossworks.models import Outputs
 from lossworks.specs import LossSpec, ModelSpec, PreferenceDataSpec, RoleSpec, RunSpec
 from lossworks.tasks.interface import Mode, Say, as_sums
@@ -123,14 +124,14 @@ class PreferencesTask(TokensTask):
             return batch
         outputs = companions(batch, "inputs")[REFERENCE]
         targets = batch["targets"].to(outputs.hidden.device)
-        return {**batch, REFERENCE: answer_log_probabilities(outputs, targets, self.run.loss.impl)}
+        return {**batch, REFERENCE: answer_log_probabilities(outputs, targets, impl=self.run.loss.impl)}
 
     def measure(self, outputs: Outputs, batch: Batch, own: Tensor) -> Tensor:
         """Return pairs, wins, margins, and of chosen and rejected answers nats and tokens."""
         del own
         targets = batch["targets"][:, :_PAIR]
-        seen = Outputs(outputs.hidden[:, :_PAIR], outputs.head)
-        log_p = answer_log_probabilities(seen, targets, self.run.loss.impl).double()
+        pair = outputs.at((slice(None), slice(_PAIR)))
+        log_p = answer_log_probabilities(pair, targets, impl=self.run.loss.impl).double()
         tokens = (targets != IGNORE_INDEX).sum(-1)
         valid = (tokens > 0).all(1)
         reference = batch.get(REFERENCE)

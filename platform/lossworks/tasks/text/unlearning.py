@@ -19,10 +19,11 @@ from lossworks.data.answers import (
     prepare_answers,
 )
 from lossworks.data.answers.examples import Example
-from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.data.batch import Batch
 from lossworks.data.learnt import Learnt
 from lossworks.errors import UserError
-from lossworks.losses.preference import answer_log_probabilities
+from lossworks.head import LogSumExp, Predicted, Target
+from lossworks.losses.rows import answer_log_probabilities, rows_of
 from lossworks.losses.unlearning import FORGET, RETAIN
 from lossworks.models import Outputs
 from lossworks.specs import LossSpec, ModelSpec, RunSpec, UnlearningDataSpec
@@ -122,7 +123,7 @@ class UnlearningTask(TokensTask):
             return batch
         outputs = companions(batch, "inputs")[_UNSEEN]
         targets = batch["targets"].to(outputs.hidden.device)
-        return {**batch, _UNSEEN: answer_log_probabilities(outputs, targets, self.run.loss.impl)}
+        return {**batch, _UNSEEN: answer_log_probabilities(outputs, targets, impl=self.run.loss.impl)}
 
     def measure(self, outputs: Outputs, batch: Batch, own: Tensor) -> Tensor:
         """Return of each set nats, tokens, right answers and answers; probabilities; nats of the unseen."""
@@ -130,12 +131,13 @@ class UnlearningTask(TokensTask):
         targets = batch["targets"]
         sums: list[Tensor | float] = []
         for place in (FORGET, RETAIN):
-            seen = Outputs(outputs.hidden[:, place], outputs.head)
-            log_p = answer_log_probabilities(seen, targets[:, place], self.run.loss.impl)
-            valid = targets[:, place] != IGNORE_INDEX
-            sums += [-log_p.double().sum(), valid.sum(), *right_answers(seen, targets[:, place])]
+            own_targets = targets[:, place]
+            rows = rows_of(outputs.at((slice(None), place)), own_targets, impl=self.run.loss.impl)
+            target, lse, predicted = rows(Target(), LogSumExp(), Predicted())
+            log_p, valid = (target - lse).sum(-1).double(), rows.valid
+            sums += [-log_p.sum(), valid.sum(), *right_answers(predicted, own_targets)]
             if place == FORGET:
-                sums.append((log_p.double().exp() * valid.any(-1)).sum())
+                sums.append((log_p.exp() * valid.any(-1)).sum())
         unseen = batch.get(_UNSEEN)
         sums.append(0.0 if unseen is None else -unseen[:, FORGET].double().sum())
         return as_sums(*sums, like=outputs.hidden)

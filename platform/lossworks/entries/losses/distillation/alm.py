@@ -13,12 +13,13 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Paper, number, switch
 from lossworks.data.batch import Batch
 from lossworks.errors import UserError
-from lossworks.head import LogSumExp, linear_log_probabilities, linear_row_statistics
-from lossworks.head.core.valid_rows import blanked, check_range
+from lossworks.head import LogSumExp
+from lossworks.head.core.arguments import Implementation
+from lossworks.head.core.valid_rows import check_range
 from lossworks.losses.interface import Loss
 from lossworks.losses.problems import CLASSES, Problem
-from lossworks.losses.rows import wide
-from lossworks.models.interface import Head, Outputs
+from lossworks.losses.rows import rows_of, token_log_probabilities
+from lossworks.models.interface import Outputs
 
 _LENGTH = 3
 
@@ -46,17 +47,6 @@ def log_one_minus(x: Tensor) -> Tensor:
     return torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-far.exp()))
 
 
-def token_log_probabilities(outputs: Outputs, targets: Tensor, impl: str) -> Tensor:
-    """Return log p of the targets without the logits, (B, L); 0 where a target is -100."""
-    head = _head(outputs)
-    found = linear_log_probabilities(
-        *(outputs.hidden, head.weight, targets[..., None], head.bias),
-        softcap=head.softcap,
-        impl=impl,  # type: ignore[arg-type]  # checked there
-    )
-    return found[..., 0]
-
-
 def chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
     """Return the sums of values (B, L) over chunks, (B, M); places without a chunk (−1) go nowhere."""
     there = chunks >= 0
@@ -65,7 +55,7 @@ def chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
 
 
 def word_end_log_probabilities(
-    outputs: Outputs, chunks: Tensor, words: Tensor, count: int, impl: str
+    outputs: Outputs, chunks: Tensor, words: Tensor, count: int, impl: Implementation
 ) -> Tensor:
     """Return the log-probability that a word ends behind a chunk, (B, M).
 
@@ -73,22 +63,17 @@ def word_end_log_probabilities(
     the last chunk of a row, of which nothing is known.
 
     Args:
-        outputs: Features (B, L, D), with a head.
+        outputs: Features (B, L, D) with a head, or logits (B, L, V).
         chunks: Of each target, (B, L), −1 for none.
         words: Classes that begin with white space or end a text, bool (V,).
         count: M.
         impl: As for :func:`lossworks.linear_cross_entropy`.
     """
-    head = _head(outputs)
     following = F.pad(chunks[:, 1:], (0, 1), value=-1)
     ends = (chunks >= 0) & (following > chunks)  # the last token of a chunk that another one follows
     row, place = ends.nonzero(as_tuple=True)
-    within, everything = linear_row_statistics(
-        *(outputs.hidden[row, place + 1], head.weight, torch.zeros_like(row), head.bias),
-        statistics=[LogSumExp(classes=words), LogSumExp()],
-        softcap=head.softcap,
-        impl=impl,  # type: ignore[arg-type]
-    )
+    behind = rows_of(outputs.at((row, place + 1)), torch.zeros_like(row), impl=impl)
+    within, everything = behind(LogSumExp(classes=words), LogSumExp())
     found = within.new_zeros(len(chunks), count)
     return found.index_put((row, chunks[row, place]), (within - everything).clamp(max=0))
 
@@ -186,11 +171,6 @@ class ALM(Loss):
         context = self.context({**self.given(batch)})
         targets = self.counting(batch["targets"], context)
         impl = how.get("impl", "auto")
-        if outputs.head is None:
-            # Logits are features to a head that leaves them as they are.
-            logits = blanked(wide(outputs.logits), targets == self.ignore_index)
-            same = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-            outputs = Outputs(logits, Head(same))
         self._check(outputs, targets, batch["chunks"])
         with torch.autocast(outputs.hidden.device.type, enabled=False):
             values = self._values(outputs, targets, batch, impl)
@@ -214,16 +194,18 @@ class ALM(Loss):
         Raises:
             UserError: The shapes don't fit.
         """
+        self.context(given)
         batch = {name: value for name, value in given.items() if value is not None}
         return self.of(Outputs(logits, None, dense=logits), {**batch, "targets": targets})
 
-    def _values(self, outputs: Outputs, targets: Tensor, batch: Batch, impl: str) -> Tensor:
+    def _values(self, outputs: Outputs, targets: Tensor, batch: Batch, impl: Implementation) -> Tensor:
         """Return the losses of chunks, (B, M); 0 where there is none."""
         valid = targets != self.ignore_index
         chunks = torch.where(valid, batch["chunks"], -1)
         theirs, word_ends = (batch[name] for name in ("teacher_log_p", "teacher_word_ends"))
         count = theirs.shape[1]
-        own = chunk_sums(token_log_probabilities(outputs, targets, impl), chunks, count)
+        log_p = token_log_probabilities(outputs, targets, ignore_index=self.ignore_index, impl=impl)
+        own = chunk_sums(log_p, chunks, count)
         theirs, word_ends = theirs.to(own), word_ends.to(own)
         if self.debias:
             words = batch["word_classes"][0]
@@ -247,10 +229,6 @@ class ALM(Loss):
                 f"{self.slug}: rows {tuple(outputs.hidden.shape)}, targets {tuple(targets.shape)} and chunks "
                 f"{tuple(chunks.shape)} must be (B, L, …), (B, L) and (B, L)"
             )
-        check_range(targets.reshape(-1), classes=len(_head(outputs).weight), ignore_index=self.ignore_index)
-
-
-def _head(outputs: Outputs) -> Head:
-    if outputs.head is None:
-        raise ValueError("outputs must have a head")
-    return outputs.head
+        head = outputs.head
+        classes = outputs.logits.shape[-1] if head is None else len(head.weight)
+        check_range(targets.reshape(-1), classes=classes, ignore_index=self.ignore_index)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Paper, integer, number
 from lossworks.data.batch import Batch
 from lossworks.errors import UserError
+from lossworks.head.core.arguments import Implementation
 from lossworks.losses.unlearning import FORGET, RETAIN, UnlearningLoss, mean_of, nats_and_tokens
 from lossworks.models.interface import Outputs
 
@@ -72,7 +73,7 @@ class ConstrainedUnlearning(UnlearningLoss):
     baseline: Tensor
     steps: Tensor
 
-    def token_sums(self, outputs: Outputs, targets: Tensor, batch: Batch, impl: str) -> Tensor:
+    def token_sums(self, outputs: Outputs, targets: Tensor, batch: Batch, impl: Implementation) -> Tensor:
         """Return nats and tokens of both candidates, (4,)."""
         del batch
         return torch.cat([nats_and_tokens(outputs, targets, place, impl) for place in (FORGET, RETAIN)])

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, number
-from lossworks.data.batch import Batch
+from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.errors import UserError
 from lossworks.head import Divergence, Gathered, LogSumExp, linear_row_statistics
+from lossworks.head.core.arguments import Implementation
+from lossworks.head.core.valid_rows import blanked
 from lossworks.losses.problems import CLASSES, Problem
 from lossworks.losses.rows import wide
 from lossworks.losses.unlearning import RETAIN, UnlearningLoss, mean_of, nats_and_tokens
@@ -22,7 +24,11 @@ INSTEAD = 2
 
 
 def masked_kl(
-    student: tuple[Tensor, Head], teacher: tuple[Tensor, Head], targets: Tensor, masked: Tensor, impl: str
+    student: tuple[Tensor, Head],
+    teacher: tuple[Tensor, Head],
+    targets: Tensor,
+    masked: Tensor,
+    impl: Implementation,
 ) -> Tensor:
     """Return Σ_{v kept} p_v (log p_v − log q_v) of every token, (T,); 0 where a target is -100.
 
@@ -38,7 +44,6 @@ def masked_kl(
     """
     (e, head), (their_e, their_head) = student, teacher
     classes = masked.expand(len(targets), -1)
-    options = {"impl": impl}
     whole, z, lse = linear_row_statistics(
         *(e, head.weight, targets, head.bias),
         statistics=[
@@ -47,18 +52,18 @@ def masked_kl(
             LogSumExp(),
         ],
         softcap=head.softcap,
-        **options,  # type: ignore[arg-type]  # checked there
+        impl=impl,
     )
     with torch.no_grad():
         their_z, their_lse = linear_row_statistics(
             *(their_e, their_head.weight, targets, their_head.bias),
             statistics=[Gathered(classes), LogSumExp()],
             softcap=their_head.softcap,
-            **options,  # type: ignore[arg-type]
+            impl=impl,
         )
     log_p, log_q = their_z - their_lse[:, None], z - lse[:, None]
     left_out = (log_p.exp() * (log_p - log_q)).sum(1)
-    return torch.where(targets != -100, whole - left_out, 0)
+    return torch.where(targets != IGNORE_INDEX, whole - left_out, 0)
 
 
 class SIU(UnlearningLoss):
@@ -90,17 +95,16 @@ class SIU(UnlearningLoss):
     ce: float = number(0.9, "a: weight of the cross-entropy", ge=0, search=(0.5, 1.0))
     dmk: float = number(0.75, "b: weight of the masked divergence", ge=0, search=(0.25, 1.0))
 
-    def token_sums(self, outputs: Outputs, targets: Tensor, batch: Batch, impl: str) -> Tensor:
+    def token_sums(self, outputs: Outputs, targets: Tensor, batch: Batch, impl: Implementation) -> Tensor:
         """Return nats and tokens of the wrong answers and of what stays, divergence and its tokens, (4,)."""
         nats = nats_and_tokens(outputs, targets, INSTEAD, impl) + nats_and_tokens(
             outputs, targets, RETAIN, impl
         )
         kept = targets[:, RETAIN].reshape(-1)
-        teacher = self._before(outputs, batch)
-        masked = batch["masked_classes"]
+        masked, place = batch["masked_classes"], (slice(None), RETAIN)
         values = masked_kl(
-            (outputs.hidden[:, RETAIN].flatten(0, 1), _there(outputs)),
-            (teacher.hidden[:, RETAIN].flatten(0, 1), _there(teacher)),
+            headed(outputs.at(place), kept),
+            headed(self._before(outputs, batch).at(place), kept),
             kept,
             masked[masked >= 0].unique(),
             impl,
@@ -115,8 +119,8 @@ class SIU(UnlearningLoss):
             raise UserError(
                 f"{self.slug}: needs the outputs of a companion named reference, or teacher=logits"
             )
-        logits = wide(batch["teacher"].detach())
-        return Outputs(logits, Head(torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)))
+        logits = batch["teacher"].detach()
+        return Outputs(logits, None, dense=logits)
 
     def of_sums(self, sums: Tensor) -> Tensor:
         """See :meth:`UnlearningLoss.of_sums`."""
@@ -130,7 +134,14 @@ class SIU(UnlearningLoss):
         return found.given(masked_classes=masked, teacher=teacher)
 
 
-def _there(outputs: Outputs) -> Head:
-    if outputs.head is None:
-        raise ValueError("outputs must have a head")
-    return outputs.head
+def headed(outputs: Outputs, targets: Tensor) -> tuple[Tensor, Head]:
+    """Return features (T, D) and the head of outputs; logits are features to a head that leaves them alone.
+
+    Args:
+        outputs: Of B sequences of L tokens, T = B·L.
+        targets: (T,) int64; what stands beside those that are -100 may be anything.
+    """
+    if outputs.head is not None:
+        return outputs.hidden.flatten(0, -2), outputs.head
+    logits = blanked(wide(outputs.logits).flatten(0, -2), targets == IGNORE_INDEX)
+    return logits, Head(torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device))
