@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.data.answers.examples import AnswerRecord, Example
+from lossworks.data.answers.examples import AnswerRecord, Example, text_of
 from lossworks.data.batch import IGNORE_INDEX
 from lossworks.data.text.preparation import tokenizer_file
 from lossworks.data.text.token_shards import BYTES_FILE, TOKENIZER_FILE
@@ -73,7 +73,7 @@ def prepare_answers(
     cache.mkdir(parents=True, exist_ok=True)
     say = on_progress or (lambda _: None)
     digest, spoken = _digest(records), records if spoken is None else spoken
-    texts = ["".join(span.text for span in example) for record in spoken for example in record.candidates]
+    texts = [text_of(example) for record in spoken for example in record.candidates]
     tokenizer = tokenizer_file(
         spec, cache, say, digest=lambda: _digest(spoken), train=lambda: train_on(texts, spec)
     )
@@ -388,7 +388,7 @@ def _packed(sequences: Sequence[EncodedExample], length: int) -> list[EncodedExa
 
 def _average(records: Iterable[AnswerRecord], lengths: Sequence[int], tokenizer: Any) -> np.ndarray:
     """Return the records' bytes a token, the same for all, of a tokenizer that is not byte-level."""
-    text = sum(len(s.text.encode()) for record in records for example in record.candidates for s in example)
+    text = sum(len(text_of(example).encode()) for record in records for example in record.candidates)
     return np.full(vocabulary_size(tokenizer), text / max(sum(lengths), 1))
 
 

@@ -36,6 +36,21 @@ class AnswerRecord:
     numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
+def asked(example: Example) -> Example:
+    """Return what of an example is only read: the prompt."""
+    return tuple(span for span in example if not span.counts)
+
+
+def answer_of(example: Example) -> Example:
+    """Return what of an example counts: the answer."""
+    return tuple(span for span in example if span.counts)
+
+
+def text_of(example: Example) -> str:
+    """Return the whole text of an example."""
+    return "".join(span.text for span in example)
+
+
 def answered(prompt: str, answer: str) -> Example:
     """Return the example of a prompt and its answer; an empty prompt is left out."""
     asked = (Span(prompt, counts=False),) if prompt else ()

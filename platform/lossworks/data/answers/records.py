@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lossworks.data.answers.examples import AnswerRecord, Example, answered
+from lossworks.data.answers.examples import AnswerRecord, answered
 from lossworks.data.answers.templates import ChatTemplate
 from lossworks.data.text.encodings import encoding_of
 from lossworks.data.text.readers import parse_line
@@ -54,11 +54,6 @@ def read_preferences(path: Path, template: ChatTemplate) -> Iterator[AnswerRecor
         if chosen == rejected:
             raise UserError(f"{place}: chosen and rejected are equal; a pair must differ to say anything")
         yield AnswerRecord(place, (answered(prompt, chosen), answered(prompt, rejected)))
-
-
-def text_of(example: Example) -> str:
-    """Return the whole text of an example."""
-    return "".join(span.text for span in example)
 
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lossworks.catalogue.registry import declaration
 from lossworks.data.answers import AnswerCorpus, AnswerRecord, BlankAnswers, preferences_of, prepare_answers
-from lossworks.data.answers.examples import Example, Span
+from lossworks.data.answers.examples import Example, Span, answer_of, asked, text_of
 from lossworks.data.answers.key_phrases import degraded, key_phrases
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.learnt import Learnt
@@ -180,8 +180,7 @@ def with_degrees(records: Sequence[AnswerRecord], degrees: int) -> list[AnswerRe
     found = []
     for record in records:
         chosen = record.candidates[0]
-        prompt = tuple(span for span in chosen if not span.counts)
-        text = "".join(span.text for span in chosen if span.counts)
+        prompt, text = asked(chosen), text_of(answer_of(chosen))
         phrases = key_phrases(text)
         if len(phrases) < degrees:
             thinned: list[Example] = [() for _ in range(degrees - 1)]
@@ -199,9 +198,8 @@ def with_mismatched(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
     """Return records with a third candidate: the chosen answer of the next record, to the own prompt."""
     found = []
     for record, after in zip(records, [*records[1:], *records[:1]], strict=True):
-        prompt = tuple(span for span in record.candidates[0] if not span.counts)
-        other = tuple(span for span in after.candidates[0] if span.counts)
-        candidates = (*record.candidates, (*prompt, *other))
+        other = (*asked(record.candidates[0]), *answer_of(after.candidates[0]))
+        candidates = (*record.candidates, other)
         numbers = {name: (*labels, IGNORE_INDEX) for name, labels in record.numbers.items()}
         numbers["mismatched"] = (*(0 for _ in record.candidates), 1)
         found.append(replace(record, candidates=candidates, numbers=numbers))

@@ -18,7 +18,7 @@ from lossworks.data.answers import (
     forget_and_retain,
     prepare_answers,
 )
-from lossworks.data.answers.examples import Example
+from lossworks.data.answers.examples import Example, answer_of, asked, text_of
 from lossworks.data.batch import Batch
 from lossworks.data.learnt import Learnt
 from lossworks.errors import UserError
@@ -187,10 +187,10 @@ def side_by_side(forget: Sequence[AnswerRecord], retain: Sequence[AnswerRecord])
     """
     if len(forget) < 2:
         raise UserError(f"data.forget: holds {len(forget)} answer; there must be two at least")
-    kept = {_prompt(record.candidates[0]): record.place for record in retain}
+    kept = {text_of(asked(record.candidates[0])): record.place for record in retain}
     for record in forget:
-        if _prompt(record.candidates[0]) in kept:
-            there = kept[_prompt(record.candidates[0])]
+        if text_of(asked(record.candidates[0])) in kept:
+            there = kept[text_of(asked(record.candidates[0]))]
             raise UserError(
                 f"{record.place}: its prompt is also to stay ({there}); a prompt belongs to one set"
             )
@@ -199,21 +199,9 @@ def side_by_side(forget: Sequence[AnswerRecord], retain: Sequence[AnswerRecord])
         own: Example = () if gone is None else gone.candidates[0]
         instead: Example = ()
         if gone is not None:
-            instead = (*_asked(own), *_answer(forget[(place + 1) % len(forget)].candidates[0]))
+            instead = (*asked(own), *answer_of(forget[(place + 1) % len(forget)].candidates[0]))
         candidates = (own, () if stays is None else stays.candidates[0], instead)
         rows.append(
             AnswerRecord(" and ".join(one.place for one in (gone, stays) if one is not None), candidates)
         )
     return rows
-
-
-def _asked(example: Example) -> Example:
-    return tuple(span for span in example if not span.counts)
-
-
-def _answer(example: Example) -> Example:
-    return tuple(span for span in example if span.counts)
-
-
-def _prompt(example: Example) -> str:
-    return "".join(span.text for span in _asked(example))
