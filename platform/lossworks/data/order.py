@@ -1,5 +1,6 @@
 """The order in which training visits sequences: endless, seeded, and independent of the workers."""
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -127,6 +128,11 @@ class BagOrder:
     def largest_share(self, workers: int) -> int:
         """Return the most rows of a batch that any of ``workers`` gets."""
         return self._bags.largest_share(workers) * self._bag_size
+
+
+def held_out_of(rows: int, fraction: float) -> int:
+    """Return how many of so many rows are held out for evaluation: a share of them, and one at least."""
+    return max(1, math.ceil(fraction * rows))
 
 
 def spaced(limit: int | None, rows: int) -> np.ndarray:

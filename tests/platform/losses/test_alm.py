@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lossworks.data.text.aligned_corpus import aligned, encoded, prepare_aligned, word_starts
-from lossworks.data.text.tokenizer import load_tokenizer, train_on
+from lossworks.data.text.tokenizer import load_tokenizer, token_bytes, train_on
 from lossworks.entries.losses.distillation.alm import chunk_loss, log_one_minus, merged_chunks
 from lossworks.errors import UserError
 from lossworks.losses import create
@@ -32,6 +32,12 @@ def tokenizer(size: int) -> Any:
     return train_on([TEXT], DataSpec(vocab_size=size))
 
 
+def of_own(size: int) -> tuple[Any, str, str, Any]:
+    """Return what encoding the text by a tokenizer of so many entries takes."""
+    own = tokenizer(size)
+    return own, TEXT, "own", token_bytes(own)
+
+
 def test_a_chunk_is_what_both_ways_of_cutting_share() -> None:
     own = np.array([1, 2, 3, 4, 5]), np.array([2, 4, 5, 8, 9])
     teacher = np.array([6, 7, 8]), np.array([4, 8, 9])
@@ -42,7 +48,7 @@ def test_a_chunk_is_what_both_ways_of_cutting_share() -> None:
 
 
 def test_equal_tokenizers_give_a_chunk_a_token() -> None:
-    tokens, ends = encoded(tokenizer(270), TEXT, "own")
+    tokens, ends = encoded(*of_own(270))
     rows, lost = aligned((tokens, ends), (tokens, ends), 16)
     assert lost == 0
     for own, teacher in rows:
@@ -73,14 +79,14 @@ def test_rows_hold_whole_chunks_and_the_same_bytes(own: list[int], other: list[i
 
 
 def test_bytes_are_counted_and_other_tokenizers_refused() -> None:
-    tokens, ends = encoded(tokenizer(300), TEXT, "own")
+    tokens, ends = encoded(*of_own(300))
     assert ends[-1] == len(TEXT.encode())
     assert len(tokens) == len(ends)
     import tokenizers
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))  # noqa: S106 - no password
     with pytest.raises(UserError, match=r"data.teacher_tokenizer: doesn't give back the bytes"):
-        encoded(words, "a b", "teacher")
+        encoded(words, "a b", "teacher", token_bytes(words))
 
 
 def test_words_begin_with_white_space_or_a_texts_end() -> None:

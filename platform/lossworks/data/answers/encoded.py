@@ -3,6 +3,7 @@
 N records of C candidates, L tokens a sequence, V entries of the vocabulary.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from lossworks.data.answers.examples import AnswerRecord, Example, text_of
 from lossworks.data.batch import IGNORE_INDEX
-from lossworks.data.text.preparation import tokenizer_file
+from lossworks.data.order import held_out_of
+from lossworks.data.text.corpus_folder import CorpusFolder
+from lossworks.data.text.preparation import make_folder, opened_cache, say_nothing, tokenizer_file
 from lossworks.data.text.token_shards import BYTES_FILE, TOKENIZER_FILE
 from lossworks.data.text.tokenizer import (
     encode_texts,
@@ -29,8 +32,7 @@ from lossworks.data.text.tokenizer import (
     vocabulary_size,
 )
 from lossworks.errors import UserError
-from lossworks.files import appearing, reading
-from lossworks.home import cache_folder
+from lossworks.files import reading
 from lossworks.specs import TokensSpec
 
 _FORMAT = 1
@@ -69,9 +71,7 @@ def prepare_answers(
     Raises:
         UserError: The tokenizer can't be read, or no record fits.
     """
-    cache = cache_folder() if cache is None else cache.absolute()
-    cache.mkdir(parents=True, exist_ok=True)
-    say = on_progress or (lambda _: None)
+    cache, say = opened_cache(cache), on_progress or say_nothing
     digest, spoken = _digest(records), records if spoken is None else spoken
     texts = [text_of(example) for record in spoken for example in record.candidates]
     tokenizer = tokenizer_file(
@@ -79,19 +79,19 @@ def prepare_answers(
     )
     key = _key(digest, hashlib.sha256(tokenizer).hexdigest(), spec.sequence_length, packed)
     folder = cache / f"answers-{key}"
-    if not (folder / _INDEX).is_file():
-        _write(folder, records, spec, tokenizer, digest, packed=packed)
+    if not _is_there(folder):
+        fill = functools.partial(_fill, records, spec, tokenizer, digest, packed)
+        make_folder(folder, fill, _is_there)
     corpus = AnswerCorpus.open(folder)
     for line in corpus.notes:
         say(line)
     return corpus
 
 
-class AnswerCorpus:
+class AnswerCorpus(CorpusFolder):
     """Records of prompts and answers as tokens, in a folder.
 
     Attributes:
-        folder: Where the files lie.
         vocab_size: Ids run from 0 to ``vocab_size - 1``.
         end_of_text: Id of the token that ends a text, or None.
         fingerprint: Digest of the records.
@@ -129,20 +129,6 @@ class AnswerCorpus:
                 raise UserError(f"{path}: has format {index.get('format')}; must be {_FORMAT}; remove it")
             return cls(path, index)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self).open, (self.folder,))
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer.json that the records were encoded with."""
-        return self.folder / TOKENIZER_FILE
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, (V,); 0 for special tokens."""
-        found: np.ndarray = np.load(self.folder / BYTES_FILE, allow_pickle=False)
-        return found
-
     def line_ends(self) -> np.ndarray:
         """Return which tokens hold the end of a line, bool (V,)."""
         return line_ends(self.tokenizer_path, self.vocab_size)
@@ -167,7 +153,7 @@ class AnswerCorpus:
             raise UserError(
                 f"data: only {self.records} record fits; there must be two, one to train on, one held out"
             )
-        held_out = max(1, int(np.ceil(spec.held_out_fraction * self.records)))
+        held_out = held_out_of(self.records, spec.held_out_fraction)
         train = self.records - held_out
         return AnswerRows(self, 0, train), AnswerRows(self, train, held_out)
 
@@ -197,7 +183,7 @@ class BlankAnswers(AnswerCorpus):
         self.numbers = {name: np.zeros((_BLANK, count), dtype=np.int64) for name, count in numbers.items()}
         self._length = length
 
-    @property
+    @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes that each token stands for, (V,) int64: one."""
         return np.ones(self.vocab_size, dtype=np.int64)
@@ -271,50 +257,47 @@ def _steps(targets: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return found
 
 
-def _write(
-    folder: Path,
+def _is_there(folder: Path) -> bool:
+    return (folder / _INDEX).is_file()
+
+
+def _fill(
     records: Sequence[AnswerRecord],
     spec: TokensSpec,
     tokenizer: bytes,
     digest: str,
-    *,
     packed: bool,
+    folder: Path,
 ) -> None:
-    """Fill the folder of a corpus, which appears complete or not at all."""
-    try:
-        with appearing(folder) as temporary:
-            (temporary / TOKENIZER_FILE).write_bytes(tokenizer)
-            loaded = load_tokenizer(temporary / TOKENIZER_FILE)
-            fitting, notes = _fitting(records, spec.sequence_length, loaded)
-            kept = [record for record, _ in fitting]
-            candidates = len(kept[0].candidates)
-            sequences = [sequence for _, found in fitting for sequence in found]
-            if packed:
-                before, sequences = len(sequences), _packed(sequences, spec.sequence_length)
-                notes.append(f"{before:,} examples stand in {len(sequences):,} sequences")
-            lengths = [len(tokens) for tokens, _ in sequences]
-            np.save(temporary / _ENDS, np.cumsum([0, *lengths]).astype(np.int64))
-            np.save(temporary / _TOKENS, np.concatenate([s[0] for s in sequences]).astype(np.uint32))
-            np.save(temporary / _COUNTED, np.concatenate([s[1] for s in sequences]))
-            names = [] if packed else sorted(kept[0].numbers)
-            for name in names:
-                values = np.array([record.numbers[name] for record in kept], dtype=np.int64)
-                np.save(temporary / f"numbers-{name}.npy", values)
-            sizes = token_bytes(loaded)
-            np.save(temporary / BYTES_FILE, _average(records, lengths, loaded) if sizes is None else sizes)
-            index = {
-                "format": _FORMAT,
-                "vocab_size": vocabulary_size(loaded),
-                "end_of_text": end_of_text_id(loaded),
-                "fingerprint": digest,
-                "candidates": candidates,
-                "numbers": names,
-                "notes": notes,
-            }
-            (temporary / _INDEX).write_text(json.dumps(index), encoding="utf-8")
-    except UserError:
-        if not (folder / _INDEX).is_file():  # unless another process has made it meanwhile
-            raise
+    """Fill the folder of a corpus; the index is written last."""
+    (folder / TOKENIZER_FILE).write_bytes(tokenizer)
+    loaded = load_tokenizer(folder / TOKENIZER_FILE)
+    fitting, notes = _fitting(records, spec.sequence_length, loaded)
+    kept = [record for record, _ in fitting]
+    sequences = [sequence for _, found in fitting for sequence in found]
+    if packed:
+        before, sequences = len(sequences), _packed(sequences, spec.sequence_length)
+        notes.append(f"{before:,} examples stand in {len(sequences):,} sequences")
+    lengths = [len(tokens) for tokens, _ in sequences]
+    np.save(folder / _ENDS, np.cumsum([0, *lengths]).astype(np.int64))
+    np.save(folder / _TOKENS, np.concatenate([tokens for tokens, _ in sequences]).astype(np.uint32))
+    np.save(folder / _COUNTED, np.concatenate([counted for _, counted in sequences]))
+    names = [] if packed else sorted(kept[0].numbers)
+    for name in names:
+        values = np.array([record.numbers[name] for record in kept], dtype=np.int64)
+        np.save(folder / f"numbers-{name}.npy", values)
+    sizes = token_bytes(loaded)
+    np.save(folder / BYTES_FILE, _average(records, lengths, loaded) if sizes is None else sizes)
+    index = {
+        "format": _FORMAT,
+        "vocab_size": vocabulary_size(loaded),
+        "end_of_text": end_of_text_id(loaded),
+        "fingerprint": digest,
+        "candidates": len(kept[0].candidates),
+        "numbers": names,
+        "notes": notes,
+    }
+    (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 def _fitting(

@@ -4,9 +4,10 @@ N rows, L tokens a row, M chunks a row. A chunk is what lies between two neighbo
 ends both ways.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,20 +16,19 @@ import torch
 from torch import Tensor
 
 from lossworks.data.batch import IGNORE_INDEX
+from lossworks.data.order import held_out_of
 from lossworks.data.text.corpus import documents, fingerprint
-from lossworks.data.text.preparation import tokenizer_file
+from lossworks.data.text.corpus_folder import CorpusFolder
+from lossworks.data.text.preparation import make_folder, opened_cache, say_nothing, text_tokenizer
 from lossworks.data.text.token_shards import BYTES_FILE, TOKENIZER_FILE
 from lossworks.data.text.tokenizer import (
     end_of_text_id,
     load_tokenizer,
     token_bytes,
-    train_tokenizer,
-    training_part,
     vocabulary_size,
 )
 from lossworks.errors import UserError
-from lossworks.files import appearing, reading
-from lossworks.home import cache_folder
+from lossworks.files import reading
 from lossworks.specs import DataSpec
 
 _FORMAT, _INDEX = 1, "aligned.json"
@@ -57,35 +57,26 @@ def prepare_aligned(
     Raises:
         UserError: A file can't be read, or the text has fewer than two rows.
     """
-    cache = cache_folder() if cache is None else cache.absolute()
-    cache.mkdir(parents=True, exist_ok=True)
-    say = on_progress or (lambda _: None)
+    cache, say = opened_cache(cache), on_progress or say_nothing
     load_tokenizer(teacher_tokenizer, setting="data.teacher_tokenizer")
-    own = tokenizer_file(
-        spec,
-        cache,
-        say,
-        digest=lambda: fingerprint(training_part(spec)),
-        train=lambda: train_tokenizer(spec),
-    )
+    own = text_tokenizer(spec, cache, say)
     files = {"own": own, "teacher": Path(teacher_tokenizer).expanduser().read_bytes()}
     digests = [hashlib.sha256(files[side]).hexdigest() for side in _SIDES]
     digest = fingerprint(spec)
     key = hashlib.sha256(json.dumps([_FORMAT, digest, digests, spec.sequence_length]).encode())
     folder = cache / f"aligned-{key.hexdigest()[:32]}"
-    if not (folder / _INDEX).is_file():
+    if not _is_there(folder):
         say("cutting the text into tokens twice")
-        _write(folder, spec, files, digest)
+        make_folder(folder, functools.partial(_fill, spec, files, digest), _is_there)
     corpus = AlignedCorpus.open(folder)
     say(corpus.note)
     return corpus
 
 
-class AlignedCorpus:
+class AlignedCorpus(CorpusFolder):
     """Rows of a text in the tokens of two tokenizers, in a folder.
 
     Attributes:
-        folder: Where the files lie.
         vocab_size: Entries of the own tokenizer.
         teacher_vocab_size: Entries of the other one.
         end_of_text: Id of the own token that ends a document, or None.
@@ -120,20 +111,6 @@ class AlignedCorpus:
         with reading(path):
             return cls(path, json.loads((path / _INDEX).read_text(encoding="utf-8")))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self).open, (self.folder,))
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer.json of the model that is trained."""
-        return self.folder / TOKENIZER_FILE
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each own token stands for, (V,)."""
-        found: np.ndarray = np.load(self.folder / BYTES_FILE, allow_pickle=False)
-        return found
-
     @property
     def rows(self) -> int:
         """How many rows there are, N."""
@@ -156,7 +133,7 @@ class AlignedCorpus:
         """
         if self.rows < 2:
             raise UserError(f"data.corpus={spec.corpus}: gives {self.rows} rows; there must be two at least")
-        held_out = max(1, int(np.ceil(spec.held_out_fraction * self.rows)))
+        held_out = held_out_of(self.rows, spec.held_out_fraction)
         length, train = spec.sequence_length, self.rows - held_out
         return AlignedRows(self, 0, train, length), AlignedRows(self, train, held_out, length)
 
@@ -177,7 +154,7 @@ class BlankAligned(AlignedCorpus):
         self.starts_a_word = {side: torch.ones(vocab_size, dtype=torch.bool) for side in _SIDES}
         self._length = length
 
-    @property
+    @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes that each token stands for, (V,) int64: one."""
         return np.ones(self.vocab_size, dtype=np.int64)
@@ -229,75 +206,63 @@ class AlignedRows:
         return {**batch, "word_classes": words.expand(len(rows), -1)}
 
 
-def _write(folder: Path, spec: DataSpec, files: dict[str, bytes], digest: str) -> None:
-    try:
-        with appearing(folder) as temporary:
-            (temporary / TOKENIZER_FILE).write_bytes(files["own"])
-            (temporary / "teacher.json").write_bytes(files["teacher"])
-            tokenizers = {
-                "own": load_tokenizer(temporary / TOKENIZER_FILE),
-                "teacher": load_tokenizer(temporary / "teacher.json"),
-            }
-            for side, tokenizer in tokenizers.items():
-                np.save(temporary / f"{side}-words.npy", word_starts(tokenizer))
-            parts: dict[str, list[np.ndarray]] = {f"{side}-{what}": [] for side in _SIDES for what in _KEPT}
-            lost = 0
-            for text in _texts(spec):
-                own, teacher = (encoded(tokenizers[side], text, side) for side in _SIDES)
-                found, beyond = aligned(own, teacher, spec.sequence_length)
-                lost += beyond
-                for row in found:
-                    for side, (tokens, chunks) in zip(_SIDES, row, strict=True):
-                        parts[f"{side}-tokens"].append(tokens)
-                        parts[f"{side}-chunks"].append(chunks)
-            if not parts["own-tokens"]:
-                raise UserError(
-                    f"data.corpus={spec.corpus}: holds no chunk of at most {spec.sequence_length} tokens, "
-                    "data.sequence_length"
-                )
-            for side in _SIDES:
-                sizes = [len(tokens) for tokens in parts[f"{side}-tokens"]]
-                np.save(temporary / f"{side}-rows.npy", np.cumsum([0, *sizes]))
-                np.save(
-                    temporary / f"{side}-tokens.npy",
-                    np.concatenate(parts[f"{side}-tokens"]).astype(np.uint32),
-                )
-                np.save(
-                    temporary / f"{side}-chunks.npy", np.concatenate(parts[f"{side}-chunks"]).astype(np.int32)
-                )
-            sizes_of_own: Any = token_bytes(tokenizers["own"])  # there is one, or encoding would have failed
-            np.save(temporary / BYTES_FILE, sizes_of_own)
-            rows = len(parts["own-tokens"])
-            note = f"the text gives {rows:,} rows of aligned tokens" + (
-                f"; {lost:,} tokens of chunks longer than a row are left out" if lost else ""
-            )
-            index = {
-                "vocab_sizes": {side: vocabulary_size(tokenizers[side]) for side in _SIDES},
-                "ends_of_text": {side: end_of_text_id(tokenizers[side]) for side in _SIDES},
-                "fingerprint": digest,
-                "note": note,
-            }
-            (temporary / _INDEX).write_text(json.dumps(index), encoding="utf-8")
-    except UserError:
-        if not (folder / _INDEX).is_file():  # unless another process has made it meanwhile
-            raise
+def _is_there(folder: Path) -> bool:
+    return (folder / _INDEX).is_file()
 
 
-_KEPT = ("tokens", "chunks")
-
-
-def _texts(spec: DataSpec) -> Iterator[str]:
+def _fill(spec: DataSpec, files: dict[str, bytes], digest: str, folder: Path) -> None:
+    """Fill the folder of a corpus; the index is written last."""
+    names = {"own": TOKENIZER_FILE, "teacher": "teacher.json"}
+    tokenizers: dict[str, Any] = {}
+    for side, name in names.items():
+        (folder / name).write_bytes(files[side])
+        tokenizers[side] = load_tokenizer(folder / name)
+        np.save(folder / f"{side}-words.npy", word_starts(tokenizers[side]))
+    # By side and row: tokens, and their chunks.
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {side: [] for side in _SIDES}
+    sizes = {side: token_bytes(tokenizers[side]) for side in _SIDES}
+    lost = 0
     for piece in documents(spec):
-        yield piece.text
+        own, teacher = (encoded(tokenizers[side], piece.text, side, sizes[side]) for side in _SIDES)
+        rows, beyond = aligned(own, teacher, spec.sequence_length)
+        lost += beyond
+        for row in rows:
+            for side, part in zip(_SIDES, row, strict=True):
+                found[side].append(part)
+    if not found["own"]:
+        raise UserError(
+            f"data.corpus={spec.corpus}: holds no chunk of at most {spec.sequence_length} tokens, "
+            "data.sequence_length"
+        )
+    for side, parts in found.items():
+        np.save(folder / f"{side}-rows.npy", np.cumsum([0, *(len(tokens) for tokens, _ in parts)]))
+        for place, (what, dtype) in enumerate((("tokens", np.uint32), ("chunks", np.int32))):
+            joined = np.concatenate([part[place] for part in parts]).astype(dtype)
+            np.save(folder / f"{side}-{what}.npy", joined)
+    own_sizes: Any = sizes["own"]  # there are some, or encoding would have failed
+    np.save(folder / BYTES_FILE, own_sizes)
+    index = {
+        "vocab_sizes": {side: vocabulary_size(tokenizers[side]) for side in _SIDES},
+        "ends_of_text": {side: end_of_text_id(tokenizers[side]) for side in _SIDES},
+        "fingerprint": digest,
+        "note": f"the text gives {len(found['own']):,} rows of aligned tokens"
+        + (f"; {lost:,} tokens of chunks longer than a row are left out" if lost else ""),
+    }
+    (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
-def encoded(tokenizer: Any, text: str, side: str) -> tuple[np.ndarray, np.ndarray]:
+def encoded(tokenizer: Any, text: str, side: str, sizes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens of a text, int64 (T,), and at which byte of it each ends, int64 (T,).
+
+    Args:
+        tokenizer: By which the text is cut.
+        text: Any.
+        side: Whose tokenizer it is, ``own`` or ``teacher``, for messages.
+        sizes: As :func:`lossworks.data.text.tokenizer.token_bytes` gives them for the tokenizer.
 
     Raises:
         UserError: The tokenizer doesn't stand for the text's bytes one to one.
     """
-    sizes = token_bytes(tokenizer)
     tokenizer.encode_special_tokens = True
     tokens = np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
     ends = None if sizes is None else sizes[tokens].cumsum()

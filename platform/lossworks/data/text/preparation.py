@@ -71,23 +71,15 @@ def prepare(
     Raises:
         UserError: The corpus or the tokenizer can't be read, or the corpus is too small.
     """
-    cache = cache_folder() if cache is None else cache.absolute()
-    cache.mkdir(parents=True, exist_ok=True)
-    say = on_progress or _say_nothing
-    tokenizer = tokenizer_file(
-        spec,
-        cache,
-        say,
-        digest=lambda: fingerprint(training_part(spec)),
-        train=lambda: train_tokenizer(spec),
-    )
+    cache, say = opened_cache(cache), on_progress or say_nothing
+    tokenizer = text_tokenizer(spec, cache, say)
     digest = fingerprint(spec)
     key = _key("corpus", digest, hashlib.sha256(tokenizer).hexdigest())
     folder = cache / f"corpus-{key}"
     corpus = _opened(folder)
     if corpus is None:
         encode = functools.partial(_encode, spec, tokenizer, digest, shard_tokens, say)
-        _make_folder(folder, encode)
+        make_folder(folder, encode, lambda made: _opened(made) is not None)
         corpus = TokenizedCorpus.open(folder)
     if spec.corpus.startswith("text:"):
         beside = left_out(spec)
@@ -98,17 +90,29 @@ def prepare(
     return corpus
 
 
-def _make_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+def opened_cache(cache: Path | None) -> Path:
+    """Return the folder that tokenizers and tokens are kept in, which is there: by default the home's."""
+    found = cache_folder() if cache is None else cache.absolute()
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def make_folder(folder: Path, fill: Callable[[Path], None], is_sound: Callable[[Path], bool]) -> None:
     """Make ``folder`` by filling one beside it and renaming that when it is complete.
 
-    Whatever bears the name already is replaced, unless it is a sound corpus by now, which another process
-    has made meanwhile.
+    Whatever bears the name already is replaced, unless it is sound by now, since another process has made it
+    meanwhile.
+
+    Args:
+        folder: What is made.
+        fill: Called with the folder beside it.
+        is_sound: Whether a folder of that name is what is to be made.
     """
     partial = hidden_beside(folder)
     partial.mkdir()
     try:
         fill(partial)
-        while not _renamed(partial, folder) and _opened(folder) is None:
+        while not _renamed(partial, folder) and not is_sound(folder):
             _remove(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -120,6 +124,17 @@ def _opened(folder: Path) -> TokenizedCorpus | None:
         return TokenizedCorpus.open(folder, whole=True)
     except UserError:
         return None
+
+
+def text_tokenizer(spec: DataSpec, cache: Path, say: Progress) -> bytes:
+    """Return the content of the tokenizer.json for running text; see :func:`tokenizer_file`."""
+    return tokenizer_file(
+        spec,
+        cache,
+        say,
+        digest=lambda: fingerprint(training_part(spec)),
+        train=lambda: train_tokenizer(spec),
+    )
 
 
 def tokenizer_file(
@@ -255,5 +270,5 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _say_nothing(_: str) -> None:
-    pass
+def say_nothing(_: str) -> None:
+    """Take a line of progress that nobody wants."""

@@ -1,20 +1,20 @@
 """A prepared corpus, and the sequences it is cut into."""
 
-import functools
-import math
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lossworks.data.text.token_shards import BYTES_FILE, TOKENIZER_FILE, Index, TokenShardReader
+from lossworks.data.order import held_out_of
+from lossworks.data.text.corpus_folder import CorpusFolder
+from lossworks.data.text.token_shards import Index, TokenShardReader
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
 
 
-class TokenizedCorpus:
+class TokenizedCorpus(CorpusFolder):
     """The token ids of a corpus in a folder of memory-mapped shards.
 
     Opening one reads the index and the sizes of the files; tokens are read when they are asked for. It
@@ -55,24 +55,6 @@ class TokenizedCorpus:
         path = Path(folder).absolute()
         return cls(path, Index.read(path, whole=whole))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self).open, (self.folder,))
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The tokenizer.json that the corpus was encoded with."""
-        return self.folder / TOKENIZER_FILE
-
-    @functools.cached_property
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, (V,); 0 for special tokens.
-
-        Of a byte-level tokenizer int64 and exact; of others float64 and the same for all: the corpus's
-        average. Either way the tokens of the corpus add up to ``text_bytes``.
-        """
-        sizes: np.ndarray = np.load(self.folder / BYTES_FILE, allow_pickle=False)
-        return sizes
-
     def line_ends(self) -> np.ndarray:
         """Return which tokens hold the end of a line, bool (V,)."""
         from lossworks.data.text.tokenizer import line_ends
@@ -99,7 +81,7 @@ class TokenizedCorpus:
         total = (self.tokens - 1) // length
         if total < 2:
             raise UserError(self._too_short(length))
-        held_out = max(1, math.ceil(spec.held_out_fraction * total))
+        held_out = held_out_of(total, spec.held_out_fraction)
         train = TokenSequences(self, length, 0, total - held_out)
         return train, TokenSequences(self, length, total - held_out, held_out)
 
