@@ -257,7 +257,8 @@ class Trainer:
         self._await_failed(ranks[:, -3])
         if undo is None:
             self._refuse_non_finite(step, of_ranks)
-        loss, parts = objective.value(of_ranks.sum(dim=0), counts)
+        total = of_ranks.sum(dim=0)
+        loss, parts = objective.value(total, counts)
         # A value of sums that are not finite may be finite, such as a quotient of them.
         seen = self.telemetry.look(
             step, loss if bool(of_ranks.isfinite().all()) else math.nan, self.model, batches, rows
@@ -282,7 +283,7 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             self.roles.follow(self.model)
-            objective.advance(of_ranks.sum(dim=0))
+            objective.advance(total)
             for method in self.methods:
                 method.after_step(self.model, step)
         metrics = {

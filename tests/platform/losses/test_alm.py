@@ -1,6 +1,5 @@
 """Approximate likelihood matching: chunks of two tokenizers, closed forms, and a run."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from lossworks.runs import RunFolder
 from lossworks.specs import DataSpec
 from lossworks.tasks import parse_train_spec
 from lossworks.training.weights.start import check_companions, settled
-from lossworks_testing.training import run_in_folder
+from lossworks_testing.training import last_evaluation, run_in_folder
 
 TEXT = "def add(first, second):\n    return first + second  # söme ünicode → here\n\n" * 12
 
@@ -231,12 +230,6 @@ def student(teacher: RunFolder, **changes: Any) -> dict[str, Any]:
         "tracking": {"model": False},
     }
     return {**values, **changes}
-
-
-def last_evaluation(folder: RunFolder) -> dict[str, float]:
-    rows = [json.loads(line) for line in folder.journal.read_text().splitlines()]
-    found: dict[str, float] = [row["metrics"] for row in rows if "eval/loss" in row.get("metrics", {})][-1]
-    return found
 
 
 def test_a_model_of_other_tokens_comes_near_its_teacher(teacher: RunFolder) -> None:

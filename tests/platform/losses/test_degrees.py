@@ -20,7 +20,7 @@ from lossworks.models.interface import Head
 from lossworks.specs import ModelSpec
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.text.preferences import with_degrees, with_mismatched
-from lossworks_testing.training import run_in_folder
+from lossworks_testing.training import last_evaluation, run_in_folder
 
 PARAGRAPH = (
     "Compatibility of systems of linear constraints over the set of natural numbers. "
@@ -134,14 +134,8 @@ def pairs(tmp_path: Path) -> Path:
     return file
 
 
-def metrics(folder: Any) -> dict[str, float]:
-    rows = [json.loads(line) for line in folder.journal.read_text().splitlines()]
-    found: dict[str, float] = [row["metrics"] for row in rows if "eval/loss" in row.get("metrics", {})][-1]
-    return found
-
-
 def test_degrees_are_learnt_beside_preferences(pairs: Path) -> None:
-    found = metrics(run_in_folder(values(pairs), "degrees"))
+    found = last_evaluation(run_in_folder(values(pairs), "degrees"))
     assert found["eval/degree_accuracy"] > 0.8
     assert 1 / 3 < found["eval/length_accuracy"] <= 1.0
     assert found["eval/reward_accuracy"] > 0.5

@@ -17,7 +17,7 @@ from lossworks.tasks.text.unlearning import side_by_side
 from lossworks.training.weights.export import evaluate_folder, export_run
 from lossworks.training.weights.start import settled
 from lossworks_testing.ranks import run_ranks
-from lossworks_testing.training import run_in_folder, run_training
+from lossworks_testing.training import last_evaluation, run_in_folder, run_training
 
 MODEL = {"layers": 2, "width": 32, "heads": 2}
 BASE: dict[str, Any] = {
@@ -28,12 +28,6 @@ BASE: dict[str, Any] = {
     "tracking": {"model": False},
 }
 FACTS = {"corpus": "facts:20", "vocab_size": 300, "sequence_length": 48}
-
-
-def figures(folder: RunFolder) -> dict[str, float]:
-    rows = [json.loads(line) for line in folder.journal.read_text().splitlines()]
-    found: dict[str, float] = [row["metrics"] for row in rows if "metrics" in row][-1]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +54,23 @@ def unlearning(knowing: RunFolder, **changes: Any) -> dict[str, Any]:
 
 
 def test_facts_are_learnt_by_heart(knowing: RunFolder) -> None:
-    assert figures(knowing)["eval/answer_accuracy"] == 1.0
+    assert last_evaluation(knowing)["eval/answer_accuracy"] == 1.0
 
 
 def test_half_of_them_is_forgotten_and_the_other_half_stays(knowing: RunFolder) -> None:
     loss = {"name": "constrained-unlearning", "ceiling": 6.0}
-    found = figures(run_in_folder(unlearning(knowing, loss=loss), "unlearnt"))
+    found = last_evaluation(run_in_folder(unlearning(knowing, loss=loss), "unlearnt"))
     assert found["eval/forget_accuracy"] == 0.0
     assert found["eval/retain_accuracy"] >= 0.9
     plain = {"name": "constrained-unlearning", "least": 0.0, "most": 0.0, "ceiling": 6.0}
-    ascent = figures(run_in_folder(unlearning(knowing, loss=plain), "ascent"))
+    ascent = last_evaluation(run_in_folder(unlearning(knowing, loss=plain), "ascent"))
     assert ascent["eval/retain_accuracy"] < 0.5
 
 
 def test_siu_gives_other_answers_and_keeps_the_rest(knowing: RunFolder) -> None:
     values = unlearning(knowing, loss="siu", roles={"reference": "start"})
     folder = run_in_folder(values, "siu")
-    found = figures(folder)
+    found = last_evaluation(folder)
     assert found["eval/forget_accuracy"] == 0.0
     assert found["eval/retain_accuracy"] >= 0.9
 
@@ -111,7 +105,7 @@ def test_distance_to_a_model_that_never_saw_is_measured(knowing: RunFolder) -> N
     other |= {"data": {"corpus": "facts:8", "sequence_length": 48}}
     unseen = run_in_folder({**other, "evaluation": {"every": 5, "sequences": 20}}, "unseen")
     values = unlearning(knowing, roles={"unseen": str(unseen.path)}, steps=1, evaluation={"every": 1})
-    found = figures(run_in_folder(values, "distance"))
+    found = last_evaluation(run_in_folder(values, "distance"))
     assert found["eval/membership_distance"] > 0
 
 
@@ -132,7 +126,7 @@ def test_preferences_are_learnt(knowing: RunFolder, loss: str, tmp_path: Path) -
         "evaluation": {"every": 30},
     }
     folder = run_in_folder(values, f"aligned-{loss}")
-    found = figures(folder)
+    found = last_evaluation(folder)
     assert found["eval/reward_accuracy"] == 1.0
     assert found["eval/reward_margin"] > 1.0
     # An exported model is measured beside the same reference.

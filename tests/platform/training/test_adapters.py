@@ -1,7 +1,6 @@
 """Low-rank adapters: what is trained, what is merged, and what a model gives."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lossworks.specs import ModelSpec
 from lossworks.specs.optimisation import LoraSpec
 from lossworks.training.weights.adapters import add_adapters, merged
 from lossworks.training.weights.export import export_run
-from lossworks_testing.training import run_in_folder
+from lossworks_testing.training import last_evaluation, run_in_folder
 
 SPEC = ModelSpec(layers=2, width=16, heads=2)
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -123,11 +122,6 @@ def test_a_run_with_adapters_is_resumed_exported_and_begun_from(tmp_path: Path) 
     del again["model"]
     after = run_in_folder({**again, "evaluation": {"every": 1}}, "after")
 
-    def last(run: Any) -> float:
-        rows = [json.loads(line) for line in run.journal.read_text().splitlines()]
-        return float(
-            [row["metrics"]["eval/loss"] for row in rows if "eval/loss" in row.get("metrics", {})][-1]
-        )
-
     # What a run begins from is its best checkpoint.
-    assert last(after) <= last(folder) + 1e-3
+    losses = [last_evaluation(run)["eval/loss"] for run in (after, folder)]
+    assert losses[0] <= losses[1] + 1e-3

@@ -10,6 +10,7 @@ from lossworks.tasks import parse_train_spec
 from lossworks.tasks.registry import task_of
 from lossworks.tasks.text.language_model import TrainSpec
 from lossworks.tracking import Journal
+from lossworks.tracking.journal import read_all
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
 from lossworks.training.weights.start import settled
@@ -85,6 +86,12 @@ def run_in_folder(values: dict[str, Any], run_id: str = "run") -> RunFolder:
         outcome = train(Job(spec, None, store, journal.write, results=folder.results))
     outcome.write(folder.outcome_file)
     return folder
+
+
+def last_evaluation(folder: RunFolder) -> dict[str, float]:
+    """Return the row of a run's journal that was measured last on held-out data."""
+    rows = [row["metrics"] for row in read_all(folder.journal) if "eval/loss" in row["metrics"]]
+    return rows[-1]
 
 
 def run_several(runs: list[tuple[dict[str, Any], str]], corpus: str | None) -> list[dict[str, Any]]:

@@ -16,8 +16,7 @@ from lossworks.entries.losses.distillation.alm import (
 )
 from lossworks.errors import UserError
 from lossworks.losses.rows import token_log_probabilities
-from lossworks.models import LanguageModel, Outputs, build_model
-from lossworks.models.huggingface import from_config
+from lossworks.models import LanguageModel, Outputs
 from lossworks.models.pretrained import TOKENIZER
 from lossworks.specs import DataSpec, LossSpec, ModelSpec, RoleSpec, RunSpec
 from lossworks.tasks.interface import Mode, Say, as_sums
@@ -145,10 +144,7 @@ class CrossTokenizerTask(TokensTask):
 
     def build_companion(self, model: Mapping[str, Any], *, empty: bool = False) -> LanguageModel:
         """See :meth:`Task.build_companion`: with the vocabulary of its own tokenizer."""
-        spec = ModelSpec.parse(model, source="model")
-        if empty and spec.source != "transformer":
-            return from_config(spec, device="cpu")
-        return build_model(spec, vocab_size=self.aligned.teacher_vocab_size, seed=self.run.seed)
+        return self.made(model, self.aligned.teacher_vocab_size, empty=empty)
 
     def completed(self, batch: Batch, companions: Callable[[Batch, str], dict[str, Outputs]]) -> Batch:
         """Return a batch with what the teacher says of its chunks."""

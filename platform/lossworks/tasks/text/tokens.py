@@ -145,16 +145,28 @@ class TokensTask(Task):
 
     def build_model(self, model: Mapping[str, Any] | None = None) -> LanguageModel:
         """See :meth:`Task.build_model`."""
-        run = self.spec_of_run
-        spec = _run(run).model if model is None else ModelSpec.parse(model, source="model")
-        return self.adapted(build_model(spec, vocab_size=self.corpus.vocab_size, seed=run.seed))
+        return self.adapted(self.made(model, self.corpus.vocab_size))
 
     def empty_model(self, model: Mapping[str, Any] | None = None) -> LanguageModel:
         """See :meth:`Task.empty_model`; of a checkpoint of transformers, the configuration is read."""
-        spec = _run(self.spec_of_run).model if model is None else ModelSpec.parse(model, source="model")
-        if spec.source == "transformer":
-            return self.build_model(model)
-        return self.adapted(from_config(spec, device="cpu"))
+        return self.adapted(self.made(model, self.corpus.vocab_size, empty=True))
+
+    def made(self, model: Mapping[str, Any] | None, vocab_size: int, *, empty: bool = False) -> LanguageModel:
+        """Return a language model that reads as models do by themselves.
+
+        Args:
+            model: The model's part of a spec, as plain data; None for this run's.
+            vocab_size: Entries of its tokenizer.
+            empty: Whether its parameters may hold anything.
+
+        Raises:
+            UserError: The model doesn't fit the tokenizer.
+        """
+        run = self.spec_of_run
+        spec = _run(run).model if model is None else ModelSpec.parse(model, source="model")
+        if empty and spec.source != "transformer":
+            return from_config(spec, device="cpu")
+        return build_model(spec, vocab_size=vocab_size, seed=run.seed)
 
     def adapted(self, model: LanguageModel) -> LanguageModel:
         """Return a model that reads as the run wants it."""

@@ -113,18 +113,17 @@ def trained_weights(name: str, field: str) -> TrainedWeights:
         read = functools.partial(read_tensors, path / WEIGHTS)
         return TrainedWeights(source, dict(config.get("model") or {}), read, learnt=learnt_in(path))
     folder = _run_of(name, field)
-    spec, checkpoint = folder.spec(), choose_checkpoint(folder)
-    read = functools.partial(_tensors_of, folder, checkpoint)
+    spec, read = folder.spec(), functools.partial(_tensors_of, folder)
     if any(type(method).exported is not Method.exported for method in _methods(spec)):
         # What such a method has made of the model, only the tensors say.
-        spec, state = run_weights(folder, checkpoint)
+        spec, state = run_weights(folder, choose_checkpoint(folder))
         read = functools.partial(dict, state)
     model = spec.model_dump(mode="json").get("model", {})
     return TrainedWeights(source, model, read, task_of(spec).slug, learnt_by(folder))
 
 
-def _tensors_of(folder: RunFolder, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    return run_weights(folder, checkpoint)[1]
+def _tensors_of(folder: RunFolder) -> dict[str, Tensor]:
+    return run_weights(folder, choose_checkpoint(folder))[1]
 
 
 def learnt_by(folder: RunFolder) -> Learnt | None:
@@ -291,8 +290,8 @@ def _id_of(name: str, field: str) -> str:
 
 def _learnt_of(name: str, field: str) -> Learnt:
     """Return what a companion has learnt of its data besides weights; arguments as of ``companion_of``."""
-    if name.startswith("hf:"):
-        tokenizer = Path(name.removeprefix("hf:")).expanduser() / TOKENIZER
+    if name.startswith(_CHECKPOINT):
+        tokenizer = Path(name.removeprefix(_CHECKPOINT)).expanduser() / TOKENIZER
         return Learnt({}, {TOKENIZER: tokenizer} if tokenizer.is_file() else {})
     path = Path(name).expanduser()
     if (path / WEIGHTS).is_file():

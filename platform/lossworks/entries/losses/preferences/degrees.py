@@ -88,7 +88,8 @@ class PreferenceDegree(Loss):
         shape = (rows, self.degrees + 1)
         own = torch.randn(*shape, self.degrees, dtype=torch.float64, generator=generator)
         labels = torch.arange(self.degrees + 1).expand(rows, -1) - 1
-        return Problem(own, torch.where(labels < 0, self.ignore_index, labels).contiguous())
+        labels = torch.where(labels < 0, self.ignore_index, labels).contiguous()
+        return Problem(own, labels).given(degrees=labels)
 
     def elements(self, batch: Batch) -> float:
         """Return how many versions count."""
