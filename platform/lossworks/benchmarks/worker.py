@@ -11,10 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lossworks.benchmarks.table import BenchmarkRow
 from lossworks.errors import RunError
 
 if TYPE_CHECKING:
@@ -22,6 +24,43 @@ if TYPE_CHECKING:
 
 _FEWEST_TURNS = 3
 _ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Unsupported)\w*(: |$)")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one process will measure.
+
+    Attributes:
+        case: As of its rows.
+        method: The same.
+        measure: Gives its rows, or one that says why there are none.
+    """
+
+    case: str
+    method: str
+    measure: Callable[[], list[BenchmarkRow]]
+
+
+def measured(measurements: Sequence[Measurement], done: Sequence[BenchmarkRow]) -> Iterator[BenchmarkRow]:
+    """Measure one after the other, and yield the rows; progress goes to standard error.
+
+    Args:
+        measurements: What to measure.
+        done: Figures of an earlier run, which are given again instead of being measured.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    for number, one in enumerate(measurements, 1):
+        what = f"{number}/{len(measurements)}  {one.case}: {one.method}"
+        rows = [row for row in done if (row.case, row.method) == (one.case, one.method)]
+        rows = [row for row in rows if row.value is not None]
+        if not rows:
+            with console.status(what):
+                rows = one.measure()
+        figures = rows[0].note if rows[0].value is None else f"{rows[0].value:.3g} {rows[0].unit}"
+        console.print(f"{what}: {figures}", markup=False, highlight=False, soft_wrap=True)
+        yield from rows
 
 
 def run_worker(module: str, case: Mapping[str, Any], threads: int, limit_s: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Every figure comes from a fresh process, in which the method and one plain produ
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.linear_ce.compared_methods import COMPARED_METHODS, methods_for
 from lossworks.benchmarks.linear_ce.linear_ce_chart import PLAIN, draw_linear_ce
 from lossworks.benchmarks.table import BenchmarkRow
-from lossworks.benchmarks.worker import run_worker
+from lossworks.benchmarks.worker import Measurement, measured, run_worker
 from lossworks.errors import RunError, UserError, require_one
 from lossworks.specs import Spec
 
@@ -101,22 +102,17 @@ def run(overrides: Sequence[str], repeats: int, done: Sequence[BenchmarkRow] = (
     Raises:
         UserError: An override is wrong, or there is no such device.
     """
-    from rich.console import Console
-
     spec = LinearCeSpec().override(overrides)
     _require_device(spec.device)
-    cases = list(_cases(spec, repeats))
-    console = Console(stderr=True)
-    for number, case in enumerate(cases, 1):
-        title, label = _title(case), COMPARED_METHODS[case.method].label
-        what = f"{number}/{len(cases)}  {title}: {label}"
-        rows = [row for row in done if (row.case, row.method) == (title, label) and row.value is not None]
-        if not rows:
-            with console.status(what):
-                rows = _measured(case, spec.limit_s)
-        figures = rows[0].note if rows[0].value is None else f"{rows[0].value:.3g} {rows[0].unit}"
-        console.print(f"{what}: {figures}", markup=False, highlight=False, soft_wrap=True)
-        yield from rows
+    yield from measured(
+        [
+            Measurement(
+                _title(case), COMPARED_METHODS[case.method].label, partial(_measured, case, spec.limit_s)
+            )
+            for case in _cases(spec, repeats)
+        ],
+        done,
+    )
 
 
 def _cases(spec: LinearCeSpec, repeats: int) -> "Iterator[HeadCase]":

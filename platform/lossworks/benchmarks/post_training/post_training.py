@@ -5,6 +5,7 @@ Every figure comes from a fresh process, in which the loss and one plain linear 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field, field_validator
 
 from lossworks.benchmarks.command import COMMAS, Benchmark
 from lossworks.benchmarks.table import BenchmarkRow
-from lossworks.benchmarks.worker import run_worker
+from lossworks.benchmarks.worker import Measurement, measured, run_worker
 from lossworks.errors import RunError
 from lossworks.specs import Spec
 
@@ -71,23 +72,18 @@ def run(overrides: Sequence[str], repeats: int, done: Sequence[BenchmarkRow] = (
     Raises:
         UserError: An override is wrong.
     """
-    from rich.console import Console
-
     from lossworks.benchmarks.post_training.trained_losses import POST_TRAINING_METHODS
 
     spec = PostTrainingSpec().override(overrides)
     cases = [case for case in _cases(spec, repeats) if case.job in POST_TRAINING_METHODS[case.method].losses]
-    console = Console(stderr=True)
-    for number, case in enumerate(cases, 1):
-        title, label = _title(case), POST_TRAINING_METHODS[case.method].label
-        what = f"{number}/{len(cases)}  {title}: {label}"
-        rows = [row for row in done if (row.case, row.method) == (title, label) and row.value is not None]
-        if not rows:
-            with console.status(what):
-                rows = _measured(case, label, spec.limit_s)
-        figures = rows[0].note if rows[0].value is None else f"{rows[0].value:.3g} {rows[0].unit}"
-        console.print(f"{what}: {figures}", markup=False, highlight=False, soft_wrap=True)
-        yield from rows
+    labels = [POST_TRAINING_METHODS[case.method].label for case in cases]
+    yield from measured(
+        [
+            Measurement(_title(case), label, partial(_measured, case, label, spec.limit_s))
+            for case, label in zip(cases, labels, strict=True)
+        ],
+        done,
+    )
 
 
 def _cases(spec: PostTrainingSpec, repeats: int) -> "Iterator[PostTrainingCase]":
