@@ -169,16 +169,29 @@ class Loss(Entry, nn.Module):
         found: Tensor = self(self.prediction(outputs), batch["targets"], **self.given(batch))
         return found
 
-    def teacher_logits(self, context: Context, like: Tensor) -> Tensor:
-        """Return a teacher's logits (..., K), without a gradient.
+    def beside_teacher(
+        self, logits: Tensor, targets: Tensor, given: dict[str, Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor, Context]:
+        """Return dense logits and a teacher's, (..., K) each, which rows count, bool (...), and the context.
+
+        The logits are float32 at least, 0 in rows that don't count, and the teacher's have no gradient.
+
+        Args:
+            logits: Shape (..., K).
+            targets: Shape (...).
+            given: Fields of :class:`Context`, ``teacher`` (..., K) among them.
 
         Raises:
-            UserError: There are none, or they are not shaped like ``like``.
+            UserError: There are no logits of a teacher, or the shapes don't fit.
         """
+        context = self.context(given)
         if context.teacher is None:
             raise UserError(f"{self.slug}: needs the teacher's logits: teacher=…")
-        self.require_shape("teacher", context.teacher, like)
-        return context.teacher.detach()
+        self.require_shape("teacher", context.teacher, logits)
+        self.require_shape("targets", targets, logits[..., 0])
+        valid = self.valid_rows(self.counting(targets, context))
+        z, t = (wide(blanked(x, ~valid)) for x in (logits, context.teacher.detach()))
+        return z, t, valid, context
 
     def taught(self, outputs: Outputs) -> Taught | None:
         """Return what a loss is that can share a pass over both heads with row losses; None if it can't."""

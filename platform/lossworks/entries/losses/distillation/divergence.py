@@ -124,11 +124,7 @@ class Distillation(Loss):
         Raises:
             UserError: A shape doesn't fit, or there is no teacher.
         """
-        context = self.context(given)
-        teacher = self.teacher_logits(context, logits)
-        self.require_shape("targets", targets, logits[..., 0])
-        valid = self.valid_rows(self.counting(targets, context))
-        z, t = (wide(blanked(x, ~valid)) for x in (logits, teacher))
+        z, t, valid, context = self.beside_teacher(logits, targets, given)
         return self.reduce_elements(self.factor * self._dense(z, t), valid, context)
 
     def taught(self, outputs: Outputs) -> Taught | None:

@@ -172,10 +172,6 @@ class DualHeadDistillation(Loss):
         Raises:
             UserError: A shape doesn't fit, or there is no teacher.
         """
-        context = self.context(given)
-        teacher = self.teacher_logits(context, own)
-        self.require_shape("targets", targets, own[..., 0])
-        valid = self.valid_rows(self.counting(targets, context))
-        s, t = (wide(blanked(x, ~valid)) for x in (own, teacher))
+        s, t, valid, context = self.beside_teacher(own, targets, given)
         values = self.temperature**2 * log_cosh_gap((s - t.to(s)) / self.temperature)
         return self.reduce_elements(values, valid, context)
