@@ -134,5 +134,5 @@ def draw_federation(session: Session) -> list[Path]:
             setup = session.setup(child)
             path = session.folder.path / f"split-seed{seed}.png"
             title = f"{session.spec.name}, seed {seed}: {session.spec.split.kind}"
-            pictures.append(draw_split(setup.split, path, title=title, names=setup.data.names))
+            pictures.append(draw_split(setup.split, path, title=title, names=setup.kind.class_names()))
     return pictures

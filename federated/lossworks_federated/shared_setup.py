@@ -1,17 +1,31 @@
 """What clients of a simulated federation have in common: data, split, architecture and loss."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 from torch import Tensor
 
-from lossworks.cohort import Batches, Member, StackedModel, plan_batches
-from lossworks.data.examples import ExampleData, load_examples
+from lossworks.catalogue.registry import declaration
+from lossworks.cohort import (
+    Batches,
+    Learner,
+    Member,
+    MemberLearner,
+    StackedLearner,
+    StackedModel,
+    plan_batches,
+)
+from lossworks.data.examples import Examples
 from lossworks.errors import UserError
-from lossworks.losses.objective import RowLosses, row_losses
-from lossworks.models import build_classifier
-from lossworks_federated.spec_parts import TaskSpec
+from lossworks.losses.objective import row_losses
+from lossworks.models import HeadedModel
+from lossworks.tasks.interface import ExampleRows, Task
+from lossworks.tasks.registry import task_of
+from lossworks.training.weights.adapters import equip
+from lossworks.training.weights.start import begin_from, learnt_of_start, trained_weights
+from lossworks_federated.spec_parts import SplitSpec, TaskSpec
 from lossworks_federated.splits import Split, split_examples, with_feature_noise
 
 
@@ -21,23 +35,19 @@ class SharedSetup:
 
     Attributes:
         task: What it follows from.
-        data: All examples; the held-out ones are the server's.
-        split: Whose the training examples are.
-        inputs: Of all training examples, with each client's feature noise, (N, …).
-        labels: Their classes, int64 (N,).
-        model: The architecture.
-        initial: Parameters before the first round.
-        loss: The local objective, unreduced.
+        kind: What is trained, with all data; the held-out ones are the server's.
+        split: Whose the training rows are.
+        train: The training rows, with each client's feature noise.
+        learner: What clients learn from, and how they are measured.
+        initial: Parameters before the first round; what is not trained is not among them.
     """
 
     task: TaskSpec
-    data: ExampleData
+    kind: Task
     split: Split
-    inputs: Tensor
-    labels: Tensor
-    model: StackedModel
+    train: ExampleRows
+    learner: Learner
     initial: Member
-    loss: RowLosses
 
     def batches_of(self, client: int, server_round: int) -> Iterator[Tensor]:
         """Yield the rows of each batch that a client takes in a round, int64, shape (B,), one a step."""
@@ -54,28 +64,76 @@ class SharedSetup:
             seeds=[(self.task.seed, server_round, client) for client in clients],
         )
 
+    def of(self, task: TaskSpec) -> "SharedSetup":
+        """Return the setup of a task that differs in local training, or in whose data are pooled, alone."""
+        split = self.split.pooled() if task.pooled else self.split
+        return replace(self, task=task, split=split)
+
 
 def make_setup(task: TaskSpec) -> SharedSetup:
     """Return what clients of a task have in common; the same task gives the same in every process.
 
     Raises:
-        UserError: The data can't be read or split, or the loss is none of classifiers' rows.
+        UserError: The data can't be read or split, or clients can't train the model or its loss.
     """
-    data = load_examples(task.data, task.seed)
-    split = split_examples(data.train.labels.numpy(), task.split, task.seed, data.owners)
-    model = build_classifier(task.model, shape=data.shape, classes=len(data.names), seed=task.seed)
-    if any(True for _ in model.buffers()):
+    run = task.run_spec()
+    kind = task_of(run).open(run, None, learnt_of_start(run))
+    split = split_examples(_classes_of(kind, task.split), task.split, task.seed, kind.row_owners())
+    model = kind.build_model()
+    if run.start is not None:
+        begin_from(trained_weights(run.start, "start"), model)
+    equip(model, run, kind.objective)
+    if kind.objective.learns or any(True for _ in kind.objective.buffers()):
+        raise UserError(
+            f"loss.name={run.loss.name}: has parameters or a state of its own, in which clients would differ"
+        )
+    persistent = model.state_dict().keys() - dict(model.named_parameters()).keys()
+    if persistent:
         raise UserError("the model keeps buffers, which federated averaging would not know how to treat")
+    train = _noisy(kind.train, split, task)
     return SharedSetup(
         task=task,
-        data=data,
+        kind=kind,
         split=split,
-        inputs=with_feature_noise(data.train.inputs, split, task.split.noise, task.seed),
-        labels=data.train.labels,
-        model=StackedModel(model),
-        initial={name: value.detach().clone() for name, value in model.named_parameters()},
-        loss=row_losses(task.loss),
-    )
+        train=train,
+        learner=_learner(kind, model, train),
+        initial={n: value.detach().clone() for n, value in model.named_parameters() if value.requires_grad},
+    ).of(task)
+
+
+def _classes_of(kind: Task, split: SplitSpec) -> np.ndarray:
+    """Return a class of each training row, all the same of a task that knows none.
+
+    Raises:
+        UserError: The split deals rows by class, and there are none.
+    """
+    classes = kind.row_classes()
+    if classes is None and split.kind in ("dirichlet", "shards"):
+        raise UserError(
+            f"split.kind={split.kind}: deals rows by their class, and those of task={kind.slug} have none; "
+            "use iid, quantity, or natural with data.owner"
+        )
+    return np.zeros(len(kind.train), dtype=np.int64) if classes is None else classes
+
+
+def _noisy(train: ExampleRows, split: Split, task: TaskSpec) -> ExampleRows:
+    """Return training rows with each client's feature noise."""
+    if not task.split.noise:
+        return train
+    if not isinstance(train, Examples) or not train.inputs.is_floating_point():
+        raise UserError(f"split.noise={task.split.noise}: is for inputs that are numbers; set it to 0")
+    inputs = with_feature_noise(train.inputs, split, task.split.noise, task.seed)
+    return Examples(inputs, train.labels, train.bag_size, train.further)
+
+
+def _learner(kind: Task, model: HeadedModel, train: ExampleRows) -> Learner:
+    """Return what trains clients at once where their rows and losses allow it, else one by one."""
+    spec = kind.spec_of_run.loss
+    of_rows = all(declaration(term.name).kind == "row" for term in spec.terms)
+    whole = all(parameter.requires_grad for parameter in model.parameters())
+    if kind.classifies and of_rows and whole and isinstance(train, Examples):
+        return StackedLearner(StackedModel(model), train, row_losses(spec), kind)
+    return MemberLearner(model, kind, train)
 
 
 @lru_cache(maxsize=2)

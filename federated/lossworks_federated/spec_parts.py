@@ -1,10 +1,11 @@
 """Parts of a federation's spec, and the part of it that clients are told."""
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lossworks.specs import ClassifierModelSpec, ExamplesSpec, LossSpec, Spec
+from lossworks.specs import RunSpec, Spec
+from lossworks.tasks import parse_train_spec
 
 
 class SplitSpec(Spec):
@@ -134,12 +135,21 @@ class MeasureSpec(Spec):
 
 
 class TaskSpec(Spec):
-    """What clients are told: data, split, model, loss and local training of one seed."""
+    """What clients are told: what is trained, on which data, their split, and local training of one seed."""
 
     seed: int = Field(0, ge=0, lt=2**32, description="seed of data, split, parameters, orders and faults")
-    data: ExamplesSpec = ExamplesSpec()
+    run: dict[str, Any] = Field(
+        default_factory=dict, description="training of one process: task, data, model, loss and so on"
+    )
     split: SplitSpec = SplitSpec()
-    model: ClassifierModelSpec = ClassifierModelSpec()
-    loss: LossSpec = LossSpec()
+    pooled: bool = Field(False, description="whether the first client trains on what all of them have")
     local: LocalSpec = LocalSpec()
     faults: FaultSpec = FaultSpec()
+
+    def run_spec(self) -> RunSpec:
+        """Return the training of one process that a client's is like.
+
+        Raises:
+            UserError: It doesn't fit what is installed here.
+        """
+        return parse_train_spec({**self.run, "seed": self.seed}, source="the task that clients are told")

@@ -1,12 +1,19 @@
 """The spec of a federation, and of a strategy in it."""
 
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from lossworks.adapters.pydantic_private import fill_in, replace_extra
-from lossworks.specs import ClassifierModelSpec, ExamplesSpec, LossSpec, Spec, TrackingSpec
-from lossworks.specs.base import OpenSpec, Seed, Storage
+from lossworks.catalogue.declaration import Declaration
+from lossworks.errors import UserError
+from lossworks.specs import ClassifierModelSpec, ExamplesSpec, LossSpec, RunSpec, Spec, TrackingSpec
+from lossworks.specs.base import OpenSpec, Seed, Storage, apply_overrides
+from lossworks.specs.optimisation import LoraSpec
+from lossworks.tasks.registry import asked_task, task_class, task_slugs
 from lossworks_federated.privacy import require_compatible
 from lossworks_federated.spec_parts import (
     FaultSpec,
@@ -17,7 +24,16 @@ from lossworks_federated.spec_parts import (
     SplitSpec,
     TaskSpec,
 )
-from lossworks_federated.strategies.catalogue import PLAIN_SGD, check_also, check_settings, declaration
+from lossworks_federated.strategies.catalogue import (
+    PLAIN_SGD,
+    POOLED,
+    check_also,
+    check_settings,
+    declaration,
+)
+
+_USUAL = "classification"
+_OF_RUNS = ("workers", "sharding", "data", "model", "lora", "loss", "start")
 
 
 class StrategySpec(OpenSpec):
@@ -78,7 +94,10 @@ class StrategySpec(OpenSpec):
 
 
 class FederationSpec(Spec):
-    """A comparison of strategies over seeds, or one strategy with one seed."""
+    """A comparison of strategies over seeds, or one strategy with one seed.
+
+    ``data`` and ``model`` are of the task's own classes; see :func:`federation_class`.
+    """
 
     command: ClassVar[str | None] = "federate"
 
@@ -105,9 +124,14 @@ class FederationSpec(Spec):
     )
     checkpoint_every: int = Field(1, ge=1, description="rounds between saved states")
     storage: Storage = Field(None, description="absolute folder of runs; default: runs/ in the home folder")
+    task: str = Field(_USUAL, description="what clients train; `lossworks tasks` lists what there is")
     data: ExamplesSpec = ExamplesSpec()
     split: SplitSpec = SplitSpec()
     model: ClassifierModelSpec = ClassifierModelSpec(width=64)
+    start: str | None = Field(
+        None, min_length=1, description="trained weights to begin from: a run, a folder of an export, hf:PATH"
+    )
+    lora: LoraSpec = LoraSpec()
     loss: LossSpec = LossSpec()
     local: LocalSpec = LocalSpec()
     faults: FaultSpec = FaultSpec()
@@ -116,12 +140,28 @@ class FederationSpec(Spec):
     measure: MeasureSpec = MeasureSpec()
     tracking: TrackingSpec = TrackingSpec()
 
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, source: str = "spec") -> Self:
+        """See :meth:`Spec.parse`; the class is that of the task that the values name."""
+        cls.require_own(values, source)
+        kind = _class_of(values, source)
+        if kind is cls:
+            return super().parse(values, source=source)
+        return cast("Self", kind.parse(values, source=source))
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """See :meth:`Spec.read`; the class is that of the task that the file, or an override, names."""
+        values = cls.read_values(path)
+        kind = _class_of({**values, **asked_task(overrides)}, str(path))
+        return cast("Self", kind.parse(apply_overrides(kind, values, overrides), source=str(path)))
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        self.loss.require(lambda entry: entry.kind == "row", "the clients of a federation")
-        if (self.split.kind == "natural") != (self.data.owner is not None):
+        self._require_trainable()
+        if (self.split.kind == "natural") != (getattr(self.data, "owner", None) is not None):
             raise ValueError("split.kind=natural and data.owner need each other")
-        if self.model.dropout:
+        if getattr(self.model, "dropout", 0.0):
             raise ValueError(
                 f"model.dropout={self.model.dropout}: must be 0, since what is dropped would depend on who "
                 "else is trained in the same process"
@@ -141,6 +181,29 @@ class FederationSpec(Spec):
             self._require_fit(strategy)
         return self
 
+    def _require_trainable(self) -> None:
+        """Refuse what clients can't train, and what would depend on who else is trained with them."""
+        try:
+            run = self.run_spec()
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        run.loss.require(_of_elements, "the clients of a federation")
+        for term in run.loss.terms:
+            if term.weight.final is not None:
+                raise ValueError(f"loss.weight of {term.name}: clients take constant ones, not {term.weight}")
+
+    def run_spec(self, seed: int = 0) -> RunSpec:
+        """Return the training of one process that a client's is like.
+
+        Raises:
+            UserError: The task can't train it.
+        """
+        values: dict[str, Any] = {"task": self.task, "seed": seed, "name": self.name}
+        values |= {"workers": 1, "sharding": "none", "batch_size": self.local.batch_size, "start": self.start}
+        for name in ("data", "model", "lora", "loss"):
+            values[name] = getattr(self, name).model_dump(mode="json", exclude_unset=True)
+        return task_class(self.task).spec.parse(values, source="as a training of one process")
+
     def _require_fit(self, strategy: StrategySpec) -> None:
         others = [entry["name"] for entry in strategy.also]
         require_compatible(strategy.name, others, self.privacy)
@@ -149,15 +212,51 @@ class FederationSpec(Spec):
             if PLAIN_SGD in declaration(name).flags and not plain:
                 raise ValueError(f"{name} needs local.optimizer=sgd and local.momentum=0")
 
-    def task(self, strategy: StrategySpec, seed: int) -> TaskSpec:
-        """Return what clients are told for one strategy and seed."""
+    def told(self, strategy: StrategySpec, seed: int) -> TaskSpec:
+        """Return what clients are told for one strategy and seed.
+
+        Raises:
+            UserError: What it begins from can't be read.
+        """
         local = self.local if strategy.lr is None else self.local.model_copy(update={"lr": strategy.lr})
+        from lossworks.training.weights.start import settled
+
+        run = settled(self.run_spec(seed))
         return TaskSpec(
             seed=seed,
-            data=self.data,
+            run=run.model_dump(mode="json", include={"task", "batch_size", *_OF_RUNS}, exclude_unset=True),
             split=self.split,
-            model=self.model,
-            loss=self.loss,
+            pooled=POOLED in declaration(strategy.name).flags,
             local=local,
             faults=self.faults,
         )
+
+
+def _of_elements(entry: Declaration) -> bool:
+    """Return whether a loss is the same whoever else is trained in the same process."""
+    return not entry.roles and not {"whole-batch", "random", "own-outputs"} & set(entry.flags)
+
+
+@cache
+def federation_class(task: str) -> type[FederationSpec]:
+    """Return the class of federations whose clients train a task, with its data and model.
+
+    Raises:
+        UserError: There is no such task.
+    """
+    if task == _USUAL:
+        return FederationSpec
+    own = task_class(task).spec.model_fields
+    fields: dict[str, Any] = {n: (own[n].annotation, own[n]) for n in ("data", "model", "loss")}
+    fields["task"] = (str, Field(task, description=FederationSpec.model_fields["task"].description))
+    return create_model(f"{FederationSpec.__name__} of {task}", __base__=FederationSpec, **fields)
+
+
+def _class_of(values: Mapping[str, Any], source: str) -> type[FederationSpec]:
+    task = values.get("task", _USUAL)
+    if not isinstance(task, str):
+        raise UserError(f"{source}: task={task!r} must be one of {', '.join(task_slugs())}")
+    try:
+        return federation_class(task)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None

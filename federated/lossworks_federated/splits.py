@@ -3,7 +3,7 @@
 N examples, M clients, K classes. Everything is a function of labels, spec and seed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,12 @@ class Split:
     test: tuple[np.ndarray, ...]
     counts: np.ndarray
     moved: int
+
+    def pooled(self) -> "Split":
+        """Return the split in which the first client trains on what all of them have; tests stay."""
+        empty = np.zeros(0, dtype=np.int64)
+        train = (np.concatenate(self.train), *[empty] * (len(self.train) - 1))
+        return replace(self, train=train)
 
     def heterogeneity(self) -> dict[str, float]:
         """Return how the clients differ.

@@ -58,7 +58,7 @@ def _train(spec: FederationSpec, path: Path, report: StepReport) -> None:
     from lossworks_federated.shared_setup import make_setup
 
     (strategy,), (seed,) = spec.strategies, spec.seeds
-    setup = make_setup(spec.task(strategy, seed))
+    setup = make_setup(spec.told(strategy, seed))
     files = RoundFiles(path)
     grid = CohortGrid(setup, path / "clients", spec.privacy)
     rounds = Rounds(spec, strategy, setup, grid, files)

@@ -23,7 +23,7 @@ def test_the_bare_loop_does_what_the_cohort_does() -> None:
             "local": {"epochs": 1, "batch_size": 32, "lr": 0.1},
         }
     )
-    setup = make_setup(spec.task(spec.strategies[0], 0))
+    setup = make_setup(spec.told(spec.strategies[0], 0))
     ours, theirs = by_cohort(spec, setup), rounds_by_loop(spec, setup)
     assert len(ours["seconds"]) == len(theirs["seconds"]) == 2
     assert all((ours["model"][name] - value).abs().max() < 1e-4 for name, value in theirs["model"].items())

@@ -16,6 +16,8 @@ from flwr.app import Context, RecordDict
 from lossworks.cli import main
 from lossworks.errors import RunError, UserError
 from lossworks.metrics.intervals import MeanInterval
+from lossworks.tasks.classification import ClassificationTask
+from lossworks.tasks.text.language_model import LanguageTask
 from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
 from lossworks_federated.client.client_memory import Moment, keep, recall
@@ -139,8 +141,8 @@ def test_local_loss_is_that_of_the_clients_own_models(tmp_path: Path) -> None:
     for index, client in enumerate(received.partitions):
         rows = torch.from_numpy(setup.split.train[client])
         own = received.params(slice(index, index + 1))
-        logits = setup.model(own, setup.inputs[rows][None])[1][0]
-        total += float(torch.nn.functional.cross_entropy(logits, setup.labels[rows], reduction="sum"))
+        logits = setup.learner.model(own, setup.train.inputs[rows][None])[1][0]
+        total += float(torch.nn.functional.cross_entropy(logits, setup.train.labels[rows], reduction="sum"))
     expected = total / float(received.examples.sum())
     assert rows_of(tmp_path)[1]["terms/local"] == pytest.approx(expected, rel=1e-5)
 
@@ -168,13 +170,18 @@ def test_drift_against_its_definition(tmp_path: Path) -> None:
 
 
 def test_spread_over_clients() -> None:
-    tested = {client: OwnTest(10 * (client + 1), 0.0, client / 20) for client in range(20)}
-    found = spread(tested)
+    tested = {client: OwnTest(10 * (client + 1), {"accuracy": client / 20}) for client in range(20)}
+    found = spread(tested, ClassificationTask)
     assert found["clients/accuracy_worst10"] == pytest.approx(np.mean([0, 1 / 20]))
     assert found["clients/accuracy_mean"] == pytest.approx(np.mean(np.arange(20) / 20))
     assert found["clients/accuracy_min"] == 0
     assert found["clients/accuracy_weighted"] > found["clients/accuracy_mean"]
-    assert spread({}) == {}
+    assert spread({}, ClassificationTask) == {}
+
+    bits = {client: OwnTest(10, {"bits_per_byte": 1.0 + client}) for client in range(20)}
+    found = spread(bits, LanguageTask)
+    assert found["clients/bits_per_byte_worst10"] == pytest.approx(19.5)
+    assert found["clients/bits_per_byte_max"] == 20
 
 
 def test_bytes_are_those_of_the_arrays(tmp_path: Path) -> None:
@@ -523,12 +530,15 @@ def test_natural_owners_become_clients(at_home: Path, tmp_path: Path) -> None:
     data = {"source": f"npz:{tmp_path / 'sites.npz'}", "owner": "site"}
     spec = tiny(data=data, split={"kind": "natural", "clients": 7, "min_size": 2})
     setup = setup_of(spec)
-    assert setup.data.owners is not None
+    owners = setup.kind.row_owners()
+    assert owners is not None
     for client in range(7):
-        mine = {setup.data.owners[row] for row in (*setup.split.train[client], *setup.split.test[client])}
+        mine = {
+            setup.kind.row_owners()[row] for row in (*setup.split.train[client], *setup.split.test[client])
+        }
         assert mine == {f"site-{client}"}
     grouped = setup_of(tiny(data=data, split={"kind": "natural", "clients": 3, "min_size": 2}))
-    assert [len(set(setup.data.owners[rows])) for rows in grouped.split.train] == [3, 2, 2]
+    assert [len(set(setup.kind.row_owners()[rows])) for rows in grouped.split.train] == [3, 2, 2]
     with pytest.raises(UserError, match="7 owners"):
         setup_of(tiny(data=data, split={"kind": "natural", "clients": 8, "min_size": 2}))
     trained(spec, tmp_path / "run")

@@ -5,9 +5,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lossworks.cohort import LocalRule, Sgd, StackedModel, plan_batches, repeat, train_members
+from lossworks.cohort import (
+    LocalRule,
+    Seen,
+    Sgd,
+    StackedLearner,
+    StackedModel,
+    plan_batches,
+    repeat,
+    train_members,
+)
+from lossworks.data.batch import IGNORE_INDEX
+from lossworks.data.examples import Examples
 from lossworks.losses import create
-from lossworks.models import build_classifier
+from lossworks.models import Outputs, build_classifier
 from lossworks.specs import ClassifierModelSpec
 from lossworks_federated.client.local_rules import (
     Contrast,
@@ -31,6 +42,15 @@ def member(seed=0):
     return {name: value.detach() for name, value in model_of(seed).named_parameters()}
 
 
+def learner_of():
+    return StackedLearner(StackedModel(model_of()), Examples(torch.zeros(0), torch.zeros(0)), None)
+
+
+def seen(inputs, hidden, logits, valid):
+    targets = torch.where(valid, 0, IGNORE_INDEX)
+    return Seen(inputs, Outputs(hidden, None, dense=logits), targets, slice(0, len(inputs)))
+
+
 def trained(rule, epochs=2, batch_size=4):
     """Return the members after training under a rule, in order, with the batches."""
     g = torch.Generator().manual_seed(0)
@@ -41,7 +61,8 @@ def trained(rule, epochs=2, batch_size=4):
     batches = plan_batches(rows, batch_size=batch_size, epochs=epochs, seeds=[(0, i) for i in range(3)])
     loss = create("cross-entropy", reduction="none")
     model = StackedModel(model_of())
-    return train_members(model, repeat(member(), 3), (x, y), batches, loss, Sgd(LR), rule), batches
+    learner = StackedLearner(model, Examples(x, y), loss)
+    return train_members(learner, repeat(member(), 3), batches, Sgd(LR), rule), batches
 
 
 def stacked(seed):
@@ -65,7 +86,7 @@ def zeros():
         Proximal(member(), 0.0),
         ControlVariates(zeros(), repeat(zeros(), 3)),
         Dynamic(member(), repeat(zeros(), 3), 0.0),
-        Contrast(StackedModel(model_of()), member(), repeat(member(1), 3), mu=0.0),
+        Contrast(learner_of(), member(), repeat(member(1), 3), mu=0.0),
         Margin(0.0),
         Margin(0.0, "softmax", "batch"),
         Guided({name: torch.ones_like(value) for name, value in member().items()}),
@@ -141,8 +162,8 @@ def outputs(seed=0, m=2, b=5):
 def test_margin_control_in_both_forms():
     """λ·log(1 + ‖o‖²) by example, or one logarithm of the batch's softmax; what doesn't count is left out."""
     logits, valid = outputs()
-    sample = Margin(0.3).penalty(logits, logits, logits, valid)
-    batch = Margin(0.3, "softmax", "batch").penalty(logits, logits, logits, valid)
+    sample = Margin(0.3).penalty(seen(logits, logits, logits, valid))
+    batch = Margin(0.3, "softmax", "batch").penalty(seen(logits, logits, logits, valid))
 
     for client in range(2):
         z = logits[client][valid[client]]
@@ -157,8 +178,8 @@ def test_contrast_has_its_closed_form():
     valid = outputs()[1]
     params = repeat(member(2), 2)
     hidden, logits = model(params, inputs)
-    rule = Contrast(model, member(), repeat(member(1), 3), mu=2.0, temperature=0.7)
-    found = rule.penalty(inputs, hidden, logits, valid)
+    rule = Contrast(learner_of(), member(), repeat(member(1), 3), mu=2.0, temperature=0.7)
+    found = rule.penalty(seen(inputs, hidden, logits, valid))
 
     for client in range(2):
         x = inputs[client][valid[client]]
@@ -188,8 +209,8 @@ def test_rules_together_are_the_sum_of_their_parts():
     rules = [Proximal(member(), 0.5), Margin(0.2)]
 
     class Sum(LocalRule):
-        def penalty(self, inputs, hidden, logits, valid):
-            return rules[1].penalty(inputs, hidden, logits, valid)
+        def penalty(self, seen):
+            return rules[1].penalty(seen)
 
         def gradient(self, name, gradient, param):
             return rules[0].gradient(name, gradient, param)

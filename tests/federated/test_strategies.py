@@ -103,8 +103,8 @@ def test_one_full_batch_step_makes_all_of_them_gradient_descent(tmp_path: Path) 
     assert {len(rows) for rows in setup.split.train} == {100}
     model = {name: value.clone().requires_grad_() for name, value in setup.initial.items()}
     for _ in range(2):
-        _, logits = setup.model({n: v[None] for n, v in model.items()}, setup.inputs[None])
-        loss = setup.loss(logits[0], setup.labels).mean()
+        _, logits = setup.learner.model({n: v[None] for n, v in model.items()}, setup.train.inputs[None])
+        loss = setup.learner.loss(logits[0], setup.train.labels).mean()
         gradients = torch.autograd.grad(loss, list(model.values()))
         model = {
             name: (value - 0.1 * gradient).detach().requires_grad_()

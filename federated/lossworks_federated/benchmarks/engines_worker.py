@@ -15,7 +15,6 @@ from torch import nn
 
 from lossworks.cohort import Member
 from lossworks.errors import RunError
-from lossworks.models import build_classifier
 from lossworks.tensors import write_tensors
 from lossworks.training.measure.hardware import peak_memory_bytes
 from lossworks_federated.engines.cohort_grid import CohortGrid
@@ -64,9 +63,7 @@ def by_flower(spec: FederationSpec, setup: SharedSetup) -> dict[str, Any]:
 def rounds_by_loop(spec: FederationSpec, setup: SharedSetup) -> dict[str, Any]:
     """Do the rounds of FedAvg with a bare loop: one module, one optimiser, one client at a time."""
     strategy = build_strategy(spec, spec.strategies[0], setup.task)
-    task = setup.task
-    shape, classes = setup.data.shape, len(setup.data.names)
-    model = build_classifier(task.model, shape=shape, classes=classes, seed=task.seed)
+    model = setup.kind.build_model()
     now, seconds = setup.initial, []
     for number in range(1, spec.rounds + 1):
         nodes = [(client, client) for client in range(spec.split.clients)]
@@ -92,8 +89,9 @@ def _train(model: nn.Module, setup: SharedSetup, number: int, client: int) -> No
     loss = nn.CrossEntropyLoss()
     for rows in setup.batches_of(client, number):
         optimizer.zero_grad()
-        logits = model.logits(setup.inputs[rows])  # type: ignore[operator]
-        loss(logits, setup.labels[rows]).backward()
+        batch = setup.train.batch(rows.numpy())
+        logits = model.logits(batch["inputs"])  # type: ignore[operator]
+        loss(logits.flatten(0, -2), batch["targets"].flatten()).backward()
         optimizer.step()
 
 
@@ -118,7 +116,7 @@ def main() -> None:
     torch.set_num_threads(case["threads"])
     logging.getLogger("flwr").setLevel(logging.ERROR)
     spec = FederationSpec.parse(case["spec"])
-    setup = make_setup(spec.task(spec.strategies[0], spec.seeds[0]))
+    setup = make_setup(spec.told(spec.strategies[0], spec.seeds[0]))
     found = ENGINES[case["method"]](spec, setup)
     model = found.pop("model")
     squares = sum(float((value - setup.initial[name]).square().sum()) for name, value in model.items())

@@ -20,7 +20,7 @@ from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
 
-from lossworks.models import HeadedModel, build_classifier
+from lossworks.models import HeadedModel
 from lossworks_federated.server.rounds import build_strategy
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.specs import FederationSpec
@@ -47,13 +47,15 @@ class _User(Dataset):
 
     def __init__(self, setup: SharedSetup, number: int, client: int) -> None:
         rows = setup.split.train[client]
-        super().__init__(raw_data=[setup.inputs[rows], setup.labels[rows]], user_id=str(client))
+        own = setup.train.batch(rows)
+        super().__init__(raw_data=[own["inputs"], own["targets"]], user_id=str(client))
         self._setup, self._number, self._client = setup, number, client
 
     def iter(self, batch_size: int | None) -> Iterator[list[Tensor]]:
         del batch_size
         for rows in self._setup.batches_of(self._client, self._number):
-            yield [self._setup.inputs[rows], self._setup.labels[rows]]
+            own = self._setup.train.batch(rows.numpy())
+            yield [own["inputs"], own["targets"]]
 
 
 class _Users(FederatedDatasetBase):
@@ -99,8 +101,7 @@ class _Clock(TrainingProcessCallback):
 def federate_by_pfl(spec: FederationSpec, setup: SharedSetup) -> dict[str, Any]:
     """Do the rounds of FedAvg in pfl's simulation, in one process as its authors advise for one machine."""
     task = setup.task
-    shape, classes = setup.data.shape, len(setup.data.names)
-    model = build_classifier(task.model, shape=shape, classes=classes, seed=task.seed)
+    model = setup.kind.build_model()
     module, clock = _Module(model), _Clock()
     users = _Users(spec, setup, build_strategy(spec, spec.strategies[0], task))
     FederatedAveraging().run(

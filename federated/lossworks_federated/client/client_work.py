@@ -3,13 +3,12 @@
 M clients of one instruction; w⁰ is the model they are sent.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
@@ -25,7 +24,6 @@ from lossworks.cohort import (
     stack,
     train_members,
 )
-from lossworks.metrics.classification import class_sums
 from lossworks_federated.client.client_memory import Moment, keep, recall
 from lossworks_federated.client.faults import afflicted, fault_of
 from lossworks_federated.client.local_rules import Together
@@ -35,7 +33,6 @@ from lossworks_federated.spec_parts import LocalSpec
 from lossworks_federated.strategies.catalogue import parts_told
 from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
 
-_EXAMPLES_AT_ONCE = 2**17  # of clients whose losses are measured together
 _FLOATS_AT_ONCE = (
     2**22
 )  # entries of the parameters of clients trained at once, so that a step stays in caches
@@ -105,22 +102,14 @@ def _train_at_once(
     moment = _moment(config, server_round, folder)
     kept = _recalled(parts, clients, origin, moment)
     cohorts = [
-        Cohort(setup.model, origin, batches, task.local, _sent(content, part), kept[part.slug])
+        Cohort(setup.learner, origin, batches, task.local, _sent(content, part), kept[part.slug])
         for part in parts
     ]
     params = repeat(origin, len(clients))
     for part in parts:
         params = part.start(params, kept[part.slug])
     rules = [rule for part, cohort in zip(parts, cohorts, strict=True) if (rule := part.rule(cohort))]
-    trained = train_members(
-        setup.model,
-        params,
-        (setup.inputs, setup.labels),
-        batches,
-        setup.loss,
-        _optimizer(task.local),
-        _together(rules),
-    )
+    trained = train_members(setup.learner, params, batches, _optimizer(task.local), _together(rules))
     outcomes = [
         part.finish(cohort, trained.params, trained.steps)
         for part, cohort in zip(parts, cohorts, strict=True)
@@ -131,7 +120,10 @@ def _train_at_once(
         returned = part.returned(origin, returned)
     sent = {part.slug: outcome.sent for part, outcome in zip(parts, outcomes, strict=True) if outcome.sent}
     weights = step_weights(trained.steps, task.local, _pull(parts))
-    after = _losses_at(setup, trained.params, clients) if config.get("terms", False) else []
+    after: list[float] = []
+    if config.get("terms", False):
+        own = [setup.split.train[client.partition] for client in clients]
+        after = setup.learner.losses(trained.params, setup.train, own)
     replies = []
     for index, client in enumerate(clients):
         fault = fault_of(task.faults, task.seed, server_round, client.partition) if server_round else None
@@ -162,21 +154,21 @@ def evaluate_clients(
     for part in parts:
         # Only what a part changes is stacked: without that, all clients test one and the same model.
         own = part.start(own, kept[part.slug])
-    rows = [torch.from_numpy(setup.split.test[client.partition]) for client in clients]
-    replies = []
+    rows = [setup.split.test[client.partition] for client in clients]
+    tested = [place for place, r in enumerate(rows) if len(r)]
     if own:
-        logits = [
-            setup.model({name: value[None] for name, value in one.items()}, setup.inputs[r][None])[1][0]
-            for r, one in zip(rows, _each(origin, own, len(clients)), strict=True)
-        ]
+        params = {
+            name: own[name][tested] if name in own else value.expand(len(tested), *value.shape)
+            for name, value in origin.items()
+        }
     else:
-        whole = {name: value[None] for name, value in origin.items()}
-        together = setup.model(whole, setup.inputs[torch.cat(rows)][None])[1][0]
-        logits = list(together.split([len(r) for r in rows]))
-    for r, z in zip(rows, logits, strict=True):
-        sums = class_sums(z.detach(), setup.labels[r]).metrics()
-        found = {"num-examples": len(r), "loss": sums["cross_entropy"], "accuracy": sums["accuracy"]}
-        replies.append(Reply({}, found))
+        params = {name: value[None] for name, value in origin.items()}
+    found = setup.learner.measured(params, setup.train, [rows[place] for place in tested]) if tested else []
+    replies = [Reply({}, {"num-examples": 0}) for _ in clients]
+    for place, evaluation in zip(tested, found, strict=True):
+        figures = {name.removeprefix("eval/"): value for name, value in evaluation.metrics().items()}
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        replies[place] = Reply({}, {"num-examples": len(rows[place]), **finite})
     return replies
 
 
@@ -255,25 +247,3 @@ def _keep(
 def _moment(config: Mapping[str, Any], server_round: int, folder: Path | None) -> Moment:
     every = int(config.get("checkpoint-every", 1))
     return Moment(str(config.get("federation", "")), server_round, every, folder)
-
-
-def _each(origin: Member, own: Stack, count: int) -> list[Member]:
-    return [{**origin, **member_of(own, index)} for index in range(count)]
-
-
-@torch.no_grad()
-def _losses_at(setup: SharedSetup, params: Stack, clients: Sequence[Client]) -> list[float]:
-    """Return each client's mean loss on its own training examples at its own parameters."""
-    sizes = torch.tensor([len(setup.split.train[client.partition]) for client in clients])
-    valid = torch.arange(int(sizes.max())) < sizes[:, None]
-    rows = torch.zeros(valid.shape, dtype=torch.int64)
-    rows[valid] = torch.from_numpy(np.concatenate([setup.split.train[c.partition] for c in clients]))
-    targets = torch.where(valid, setup.labels[rows], setup.loss.ignore_index)
-    losses: list[float] = []
-    at_once = max(1, _EXAMPLES_AT_ONCE // valid.shape[1])
-    for start in range(0, len(clients), at_once):
-        some = slice(start, start + at_once)
-        own = {name: value[some] for name, value in params.items()}
-        _, logits = setup.model(own, setup.inputs[rows[some]])
-        losses += (setup.loss(logits, targets[some]).double().sum(1) / sizes[some]).tolist()
-    return losses

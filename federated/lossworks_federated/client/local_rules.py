@@ -12,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.cohort import LocalRule, Member, Stack, StackedModel
+from lossworks.cohort import Learner, LocalRule, Member, Seen, Stack
+from lossworks.data.batch import IGNORE_INDEX
+from lossworks.head import LogSumExp, SumOfSquares
+from lossworks.losses.rows import rows_of
+from lossworks.models import Outputs
 
 
 class Together(LocalRule):
@@ -25,11 +29,11 @@ class Together(LocalRule):
     def __init__(self, rules: Sequence[LocalRule]) -> None:
         self._rules = tuple(rules)
 
-    def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
+    def penalty(self, seen: Seen) -> Tensor | None:
         """Return the sum of the rules' penalties, shape (m,); None if none of them has one."""
         total: Tensor | None = None
         for rule in self._rules:
-            extra = rule.penalty(inputs, hidden, logits, valid)
+            extra = rule.penalty(seen)
             if extra is not None:
                 total = extra if total is None else total + extra
         return total
@@ -123,7 +127,7 @@ class Contrast(LocalRule):
     projection head.
 
     Args:
-        model: The architecture.
+        learner: Gives features.
         origin: w⁰.
         previous: Each client's parameters at the end of its last round, (M, …); w⁰ where it had none.
         mu: μ; 0 is FedAvg.
@@ -131,22 +135,21 @@ class Contrast(LocalRule):
     """
 
     def __init__(
-        self, model: StackedModel, origin: Member, previous: Stack, mu: float = 1.0, temperature: float = 0.5
+        self, learner: Learner, origin: Member, previous: Stack, mu: float = 1.0, temperature: float = 0.5
     ) -> None:
-        self._model, self._origin, self._previous = model, origin, previous
+        self._learner, self._origin, self._previous = learner, origin, previous
         self._mu, self._temperature = mu, temperature
 
-    def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
-        """Return the mean contrast of each client, shape (m,), of features ``hidden`` (m, B, D)."""
-        del logits
-        count = len(inputs)
-        with torch.no_grad():
-            whole = {name: value.expand(count, *value.shape) for name, value in self._origin.items()}
-            towards, _ = self._model(whole, inputs)
-            away, _ = self._model({name: value[:count] for name, value in self._previous.items()}, inputs)
+    def penalty(self, seen: Seen) -> Tensor | None:
+        """Return the mean contrast of each client, shape (m,), of its features (m, B, …, D)."""
+        hidden, count = seen.outputs.hidden, len(seen.inputs)
+        whole = {name: value.expand(count, *value.shape) for name, value in self._origin.items()}
+        previous = {name: value[seen.members] for name, value in self._previous.items()}
+        towards = self._learner.features(whole, seen.inputs)
+        away = self._learner.features(previous, seen.inputs)
         near = F.cosine_similarity(hidden, towards, dim=-1) / self._temperature
         far = F.cosine_similarity(hidden, away, dim=-1) / self._temperature
-        return self._mu * _mean(F.softplus(far - near), valid)
+        return self._mu * _mean(F.softplus(far - near), seen.valid)
 
 
 class Margin(LocalRule):
@@ -170,14 +173,25 @@ class Margin(LocalRule):
     ) -> None:
         self._strength, self._on, self._reduce = strength, on, reduce
 
-    def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
-        """Return the penalty of each client, shape (m,), of logits (m, B, K)."""
-        del inputs, hidden
-        outputs = logits if self._on == "logits" else logits.softmax(-1)
-        squares = outputs.square().sum(-1)
+    def penalty(self, seen: Seen) -> Tensor | None:
+        """Return the penalty of each client, shape (m,), of its logits, which need not be built."""
+        valid = seen.valid
+        squares = self._squares(seen.outputs, valid)
         if self._reduce == "sample":
             return self._strength * _mean(squares.log1p(), valid)
-        return self._strength * torch.where(valid, squares, 0).sum(1).log1p()
+        return self._strength * torch.where(valid, squares, 0).flatten(1).sum(1).log1p()
+
+    def _squares(self, outputs: Outputs, valid: Tensor) -> Tensor:
+        """Return the sums of squares (m, B, …) of logits, or of softmax outputs."""
+        if outputs.head is None:
+            values = outputs.logits if self._on == "logits" else outputs.logits.softmax(-1)
+            return values.square().sum(-1)
+        rows = rows_of(outputs, torch.where(valid, 0, IGNORE_INDEX))
+        if self._on == "logits":
+            return rows(SumOfSquares())[0]
+        # Σ p² = Σ e^{2z} / (Σ e^z)²
+        half, whole = rows(LogSumExp(0.5), LogSumExp())
+        return (2 * half - 2 * whole).exp()
 
 
 class Guided(LocalRule):
@@ -204,8 +218,9 @@ class Guided(LocalRule):
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of values (m, B) over the valid ones, (m,)."""
-    return torch.where(valid, values, 0).sum(1) / valid.sum(1)
+    """Return the mean of values (m, B, …) over the valid ones, (m,); 0 where there are none."""
+    counted = valid.flatten(1).sum(1).clamp(min=1)
+    return torch.where(valid, values, 0).flatten(1).sum(1) / counted
 
 
 def _over(numbers: Tensor, like: Tensor) -> Tensor:

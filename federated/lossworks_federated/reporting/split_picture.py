@@ -30,14 +30,19 @@ def draw_split(split: Split, path: Path, *, title: str, names: tuple[str, ...] |
 
     figure = Figure(figsize=(16, 8), dpi=100, layout="constrained", facecolor="white")
     found = split.heterogeneity()
+    labels = names or tuple(str(number) for number in range(split.counts.shape[1]))
+    of_labels = (
+        f"distance of labels {found['label_distance']:.2f} · {found['classes']:.1f} classes a client · "
+        if split.counts.shape[1] > 1
+        else ""
+    )
     figure.suptitle(
-        f"{title} · {len(split.train)} clients · distance of labels {found['label_distance']:.2f} · "
-        f"{found['classes']:.1f} classes a client · sizes {found['smallest']:.0f} to {found['largest']:.0f}",
+        f"{title} · {len(split.train)} clients · {of_labels}sizes {found['smallest']:.0f} to "
+        f"{found['largest']:.0f}",
         fontsize=15,
         x=0.02,
         ha="left",
     )
-    labels = names or tuple(str(number) for number in range(split.counts.shape[1]))
     (_draw_bars if len(split.train) <= _MOST else _draw_image)(figure, split.counts, labels)
     figure.savefig(path, format="png")
     return path
@@ -54,9 +59,9 @@ def _draw_bars(figure: "Figure", counts: np.ndarray, names: tuple[str, ...]) -> 
         axes.bar(range(len(counts)), counts[:, number], 0.85, below, color=colours(number), label=name)
         below += counts[:, number]
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="client", ylabel="examples", xlim=(-0.7, len(counts) - 0.3))
+    axes.set(xlabel="client", ylabel="training rows", xlim=(-0.7, len(counts) - 0.3))
     axes.spines[["top", "right"]].set_visible(False)
-    if len(names) <= 20:
+    if 1 < len(names) <= 20:
         axes.legend(title="class", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 

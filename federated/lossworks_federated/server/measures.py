@@ -5,51 +5,50 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from lossworks.cohort import Member
-from lossworks.metrics.classification import class_sums
+from lossworks.cohort import Member, Stack
+from lossworks.tasks.interface import Task
 from lossworks_federated.server.screening import Received
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.strategies.interface import OwnTest
 
-_EXAMPLES_AT_ONCE = 2**17  # times the clients whose models are tested together
+_EXAMPLES_AT_ONCE = 2**17  # times the clients whose models are measured together
 
 
-@torch.no_grad()
 def held_out(setup: SharedSetup, model: Member) -> dict[str, float]:
-    """Return the yardsticks of a classifier on held-out examples."""
-    examples = setup.data.held_out
-    _, logits = setup.model({name: value[None] for name, value in model.items()}, examples.inputs[None])
-    found = class_sums(logits[0], examples.labels).metrics()
-    return {f"server/{name}": value for name, value in found.items()}
+    """Return the yardsticks of the task on held-out rows."""
+    rows = np.arange(len(setup.kind.held_out))
+    (found,) = setup.learner.measured(_only(model), setup.kind.held_out, [rows])
+    return {f"server/{name.removeprefix('eval/')}": value for name, value in found.yardsticks.items()}
 
 
-@torch.no_grad()
 def loss_terms(setup: SharedSetup, received: Received, new: Member) -> dict[str, float]:
     """Return the three terms that the global loss falls into (Zeng, Guo et al. 2024, FedLD).
 
-    With L the loss on the held-out examples, L_i that on client i's training examples, and p_i its share of
-    examples: local Σ p_i L_i(w_i), distribution shift Σ p_i (L(w_i) − L_i(w_i)) and aggregation
-    L(w⁺) − Σ p_i L(w_i); they add up to L(w⁺).
+    With L the loss on the held-out rows, L_i that on client i's training rows, and p_i its share of rows:
+    local Σ p_i L_i(w_i), distribution shift Σ p_i (L(w_i) − L_i(w_i)) and aggregation L(w⁺) − Σ p_i L(w_i);
+    they add up to L(w⁺).
     """
     p = received.examples / received.examples.sum()
     local = float(p @ received.column("loss-after"))
-    inputs, labels = setup.data.held_out.inputs, setup.data.held_out.labels
-    at_once = max(1, _EXAMPLES_AT_ONCE // len(inputs))
+    data = setup.kind.held_out
+    rows = np.arange(len(data))
+    at_once = max(1, _EXAMPLES_AT_ONCE // len(rows))
     own: list[float] = []
     for start in range(0, len(p), at_once):
         some = received.params(slice(start, start + at_once))
-        count = len(next(iter(some.values())))
-        _, logits = setup.model(some, inputs.expand(count, *inputs.shape))
-        own += setup.loss(logits, labels.expand(count, -1)).double().mean(1).tolist()
+        own += setup.learner.losses(some, data, [rows] * len(next(iter(some.values()))))
     apart = float(p @ torch.tensor(own, dtype=torch.float64))
-    _, logits = setup.model({name: value[None] for name, value in new.items()}, inputs[None])
-    whole = float(setup.loss(logits[0], labels).double().mean())
+    (whole,) = setup.learner.losses(_only(new), data, [rows])
     return {
         "terms/local": local,
         "terms/shift": apart - local,
         "terms/aggregation": whole - apart,
         "terms/global": whole,
     }
+
+
+def _only(model: Member) -> Stack:
+    return {name: value[None] for name, value in model.items()}
 
 
 def drift(received: Received, origin: Member, new: Member) -> dict[str, float]:
@@ -84,23 +83,27 @@ def drift(received: Received, origin: Member, new: Member) -> dict[str, float]:
     }
 
 
-def spread(tested: Mapping[int, OwnTest]) -> dict[str, float]:
-    """Return how the clients' accuracies on their own test examples are spread.
+def spread(tested: Mapping[int, OwnTest], kind: Task | type[Task]) -> dict[str, float]:
+    """Return how the clients' figures on their own test rows are spread.
 
     Returns:
-        ``mean`` over clients, ``weighted`` by examples, ``worst10``, the mean of the worst tenth (at least
-        one), ``std`` and ``min``; nothing if no client has test examples.
+        Of the yardstick in which the task compares clients: ``mean`` over clients, ``weighted`` by rows,
+        ``worst10``, the mean of the worst tenth (at least one), ``std``, and the worst, ``min`` or ``max``;
+        nothing if no client has test rows.
     """
-    if not tested:
+    tracked = kind.compared_by()
+    name, best = tracked.removeprefix("eval/"), kind.yardsticks[tracked]
+    known = [one for one in tested.values() if name in one.figures]
+    if not known:
         return {}
-    accuracies = np.array([one.accuracy for one in tested.values()])
-    examples = np.array([one.examples for one in tested.values()])
-    worst = np.sort(accuracies)[: max(1, round(0.1 * len(accuracies)))]
+    values = np.array([one.figures[name] for one in known])
+    examples = np.array([one.examples for one in known])
+    worst = np.sort(values if best == "max" else -values)[: max(1, round(0.1 * len(values)))]
     found = {
-        "mean": accuracies.mean(),
-        "weighted": np.average(accuracies, weights=examples),
-        "worst10": worst.mean(),
-        "std": accuracies.std(),
-        "min": accuracies.min(),
+        "mean": values.mean(),
+        "weighted": np.average(values, weights=examples),
+        "worst10": worst.mean() if best == "max" else -worst.mean(),
+        "std": values.std(),
+        **({"min": values.min()} if best == "max" else {"max": values.max()}),
     }
-    return {f"clients/accuracy_{name}": float(value) for name, value in found.items()}
+    return {f"clients/{name}_{which}": float(value) for which, value in found.items()}

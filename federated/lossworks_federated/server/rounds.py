@@ -88,7 +88,7 @@ class FederationOutcome:
         rounds: Rounds done.
         reason: Why it failed.
         metrics: The last round's.
-        clients: Accuracy and examples of each client's last test, by partition.
+        clients: Figures and examples of each client's last test, by partition.
         obstacle: Why clients were trained one by one, if they were.
     """
 
@@ -157,7 +157,7 @@ class Rounds:
         finally:
             write_tensors(self._files.model, model)
             outcome = FederationOutcome(
-                status, done, reason, metrics, self._clients(), self._setup.model.reason
+                status, done, reason, metrics, self._clients(), self._setup.learner.reason
             )
             outcome.write(self._files.outcome)
         return outcome
@@ -217,7 +217,11 @@ class Rounds:
         )
         # What measuring sends is no cost of the method.
         self._grid.down, self._grid.up = before
-        found = held_out(self._setup, new) | drift(received, model, new) | spread(self.strategy.tested)
+        found = (
+            held_out(self._setup, new)
+            | drift(received, model, new)
+            | spread(self.strategy.tested, self._setup.kind)
+        )
         if self._spec.measure.terms:
             found |= loss_terms(self._setup, received, new)
         return found
@@ -228,7 +232,7 @@ class Rounds:
 
     def _clients(self) -> dict[str, dict[str, float]]:
         return {
-            str(partition): {"accuracy": one.accuracy, "examples": one.examples}
+            str(partition): {**one.figures, "examples": one.examples}
             for partition, one in self.strategy.tested.items()
         }
 

@@ -1,5 +1,6 @@
 """The ServerApp of a real federation: what ``flwr run`` starts beside a SuperLink."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     config: Any = context.run_config
     result = Path(config["result"]) if config.get("result") else None
     try:
-        spec = FederationSpec.model_validate_json(config["spec"])
+        spec = FederationSpec.parse(json.loads(config["spec"]))
         await_clients(grid, spec.split.clients, _LIMIT_S)
         found = federate(spec, grid=grid)
     except LossworksError as error:

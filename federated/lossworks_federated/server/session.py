@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,7 +89,7 @@ class Session:
             UserError: They can't be made.
         """
         for seed in spec.seeds:
-            _setup(spec.task(StrategySpec(), seed).model_dump_json())
+            _setup(spec.told(StrategySpec(), seed).model_dump_json())
 
     def run(self, grid_of: Callable[[SharedSetup, Child], "Grid"]) -> None:
         """Run every child that has not finished; one that fails doesn't stop the others.
@@ -113,10 +113,10 @@ class Session:
 
     def setup(self, child: Child) -> SharedSetup:
         """Return what a child's clients have in common."""
-        task = self.spec.task(child.strategy, child.seed)
+        task = self.spec.told(child.strategy, child.seed)
         # Strategies of a seed differ in the clients' learning rate at most, so data and split are made once.
-        common = _setup(self.spec.task(StrategySpec(), child.seed).model_dump_json())
-        return replace(common, task=task)
+        common = _setup(self.spec.told(StrategySpec(), child.seed).model_dump_json())
+        return common.of(task)
 
     def _follow(self, child: Child, child_id: str, grid_of: Callable[[SharedSetup, Child], "Grid"]) -> None:
         """Do a child's rounds while its journal goes to MLflow and to the watcher."""

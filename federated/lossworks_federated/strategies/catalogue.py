@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).with_name("strategies.json")
 CLIENT_PART, AVERAGES, EXCHANGES, PLAIN_SGD = "client-part", "averages", "exchanges", "plain-sgd"
+POOLED = "pooled"
 """What a declaration says of a strategy in its flags.
 
 It has a part in clients, which other strategies can add; the next model is w⁰ plus the mean update, weighted
-by examples; further arrays than parameters go between clients and server; clients take plain SGD steps.
+by examples; further arrays than parameters go between clients and server; clients take plain SGD steps; one
+client trains on what all of them have.
 """
 _KNOWN = frozenset(
     (
@@ -43,7 +45,8 @@ clients that answered, of M in all.
 Flags: `client-part`, the part in clients can be added to other strategies (`also: [fedprox]`); `averages`,
 the next model is the mean of the clients', weighted by examples; `exchanges`, further arrays go between
 clients and server, so that privacy which clips and blurs updates refuses it; `plain-sgd`, clients must take
-steps of SGD without momentum.
+steps of SGD without momentum; `pooled`, one client trains on what all of them have, which only a simulation
+can do.
 """
 
 _catalogue = Catalogue(FILE, {"strategies": "strategy"})

@@ -70,11 +70,10 @@ class StrategyPlan:
 
 @dataclass(frozen=True)
 class OwnTest:
-    """A client's test of the global model on its own examples: how many, loss and accuracy."""
+    """A client's test of the global model on its own examples: how many, and loss and yardsticks by name."""
 
     examples: int
-    loss: float
-    accuracy: float
+    figures: dict[str, float]
 
 
 class Federated(Entry, Strategy):
@@ -247,7 +246,7 @@ class Reproducible(FlowerFedAvg):
         return record, MetricRecord({"loss": self.received.mean("loss")})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return the mean loss and accuracy over the examples of the clients that answered."""
+        """Return the mean of each figure over the examples of the clients that answered."""
         del server_round
         self.tested = {}
         for partition, reply in self._known(replies):
@@ -255,16 +254,15 @@ class Reproducible(FlowerFedAvg):
                 continue
             found: Any = reply.content[METRICS]
             if found["num-examples"]:
-                loss, accuracy = float(found["loss"]), float(found["accuracy"])
-                self.tested[partition] = OwnTest(int(found["num-examples"]), loss, accuracy)
-        total = sum(one.examples for one in self.tested.values())
-        if not total:
-            return None
-        means = {
-            name: sum(getattr(one, name) * one.examples for one in self.tested.values()) / total
-            for name in ("loss", "accuracy")
-        }
-        return MetricRecord(means)
+                figures = {name: float(value) for name, value in found.items() if name != "num-examples"}
+                self.tested[partition] = OwnTest(int(found["num-examples"]), figures)
+        names = dict.fromkeys(name for one in self.tested.values() for name in one.figures)
+        return MetricRecord({name: self._tested_mean(name) for name in names}) if names else None
+
+    def _tested_mean(self, name: str) -> float:
+        """Return the mean of a figure over the examples of the clients that know it."""
+        known = [one for one in self.tested.values() if name in one.figures]
+        return sum(one.figures[name] * one.examples for one in known) / sum(one.examples for one in known)
 
     def content(
         self, server_round: int, arrays: ArrayRecord, config: Mapping[str, Any] | None = None, **more: Any

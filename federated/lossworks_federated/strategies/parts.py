@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from lossworks.cohort import Batches, LocalRule, Member, Stack, StackedModel
+from lossworks.cohort import Batches, Learner, LocalRule, Member, Stack
 from lossworks_federated.spec_parts import LocalSpec
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Cohort:
     """Clients about to train.
 
     Attributes:
-        model: The architecture.
+        learner: What they learn from.
         origin: w⁰.
         batches: What each sees.
         local: Their optimiser.
@@ -30,7 +30,7 @@ class Cohort:
         kept: What each client kept for this part, (M, …) by name; what ``Part.initial`` gives if nothing.
     """
 
-    model: StackedModel
+    learner: Learner
     origin: Member
     batches: Batches
     local: LocalSpec

@@ -113,13 +113,10 @@ def _prepare(
 
     Classes, scales and tokenizer are those of the run that goes on, or that the new one begins from.
     """
-    from lossworks.training.weights.start import check_companions, learnt_by, trained_weights
+    from lossworks.training.weights.start import check_companions, learnt_by, learnt_of_start
 
-    kind, learnt = task_of(spec), None
-    if resume is not None:
-        learnt = learnt_by(resume)
-    elif spec.start is not None:
-        learnt = trained_weights(spec.start, "start").learnt
+    kind = task_of(spec)
+    learnt = learnt_of_start(spec) if resume is None else learnt_by(resume)
     found = kind.prepare(spec, progress.message if progress else None, learnt)
     if resume is not None and learnt is not None and found.learnt is not None:
         _require_same_data(learnt, found.learnt, changed_data)

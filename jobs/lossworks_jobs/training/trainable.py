@@ -44,14 +44,14 @@ def _yardsticks(spec: RunSpec) -> Mapping[str, Direction]:
 
 def _train(spec: RunSpec, path: Path, report: StepReport) -> None:
     from lossworks.tracking import rows_while
-    from lossworks.training.weights.start import settled
+    from lossworks.training.weights.start import learnt_of_start, settled
     from lossworks_jobs.training.fitting import fit, read_outcome
 
     spec = settled(spec)
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
     folder.store(spec)
-    prepared = task_of(spec).prepare(spec)
+    prepared = task_of(spec).prepare(spec, None, learnt_of_start(spec))
     if prepared.learnt is not None and not folder.learnt.exists():
         prepared.learnt.write(folder.learnt)
     folder.outcome_file.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """Many small models of one architecture trained at once, with the result of training them one by one."""
 
 from lossworks.cohort.batches import Batches, plan_batches
+from lossworks.cohort.learners import Learner, MemberLearner, StackedLearner
 from lossworks.cohort.optimizers import AdamW, AdamWSettings, Optimizer, ScheduledAdamW, Sgd
-from lossworks.cohort.rules import LocalRule
+from lossworks.cohort.rules import LocalRule, Seen
 from lossworks.cohort.stacked import Member, Stack, StackedModel, member_of, repeat, stack
 from lossworks.cohort.training import TrainedMembers, train_members
 
@@ -10,12 +11,16 @@ __all__ = [
     "AdamW",
     "AdamWSettings",
     "Batches",
+    "Learner",
     "LocalRule",
     "Member",
+    "MemberLearner",
     "Optimizer",
     "ScheduledAdamW",
+    "Seen",
     "Sgd",
     "Stack",
+    "StackedLearner",
     "StackedModel",
     "TrainedMembers",
     "member_of",

@@ -1,25 +1,51 @@
 """What a member does besides descending on its loss: the hooks of local training."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
+
+from lossworks.data.batch import IGNORE_INDEX
+from lossworks.models.interface import Outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What members make of their batches at one step; m of them are looked at together.
+
+    Attributes:
+        inputs: Shape (m, B, …).
+        outputs: Features (m, B, …, D), with logits (m, B, …, K), or with the head of the only member.
+        targets: Shape (m, B, …): classes, of which -100 counts for nothing, or numbers, of which NaN does.
+        members: Which of all members these are, in the order of the batches.
+    """
+
+    inputs: Tensor
+    outputs: Outputs
+    targets: Tensor
+    members: slice
+
+    @property
+    def valid(self) -> Tensor:
+        """Which elements count, bool, shaped like the targets."""
+        if self.targets.is_floating_point():
+            return ~self.targets.isnan()
+        return self.targets != IGNORE_INDEX
 
 
 class LocalRule:
     """Hooks of a local step; the defaults leave it as it is.
 
-    A method overrides those it needs. Every tensor has the members first, and holds the first m of them that
-    are still at work, so a hook takes the front part of what it keeps.
+    A method overrides those it needs. Gradients and steps have the members first, and hold the first m of
+    them that are still at work, so a hook takes the front part of what it keeps.
     """
 
-    def penalty(self, inputs: Tensor, hidden: Tensor, logits: Tensor, valid: Tensor) -> Tensor | None:
+    def penalty(self, seen: Seen) -> Tensor | None:
         """Return what is added to each member's loss, shape (m,), or None; a function of its outputs.
 
         Args:
-            inputs: Shape (m, B, …).
-            hidden: Features, shape (m, B, D).
-            logits: Shape (m, B, K).
-            valid: Which examples count, bool, shape (m, B).
+            seen: The members' batches and outputs.
         """
-        del inputs, hidden, logits, valid
+        del seen
         return None
 
     def gradient(self, name: str, gradient: Tensor, param: Tensor) -> Tensor:

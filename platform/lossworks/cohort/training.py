@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from lossworks.cohort.batches import Batches
+from lossworks.cohort.learners import Learner
 from lossworks.cohort.optimizers import Optimizer
 from lossworks.cohort.rules import LocalRule
-from lossworks.cohort.stacked import Stack, StackedModel
-from lossworks.losses.objective import RowLosses
+from lossworks.cohort.stacked import Stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +20,7 @@ class TrainedMembers:
     Attributes:
         params: Their parameters, (M, …).
         steps: How many steps each has taken, int64 (M,).
-        losses: Mean loss of an example while each trained, without penalties, float32 (M,).
+        losses: Mean loss of an element while each trained, without penalties, float32 (M,).
         finite: Whether all losses and parameters of a member are finite, bool (M,).
     """
 
@@ -32,11 +31,9 @@ class TrainedMembers:
 
 
 def train_members(
-    model: StackedModel,
+    learner: Learner,
     params: Stack,
-    examples: tuple[Tensor, Tensor],
     batches: Batches,
-    loss: RowLosses,
     optimizer: Optimizer,
     rule: LocalRule | None = None,
 ) -> TrainedMembers:
@@ -46,51 +43,21 @@ def train_members(
     non-finite disturbs no other.
 
     Args:
-        model: The architecture.
+        learner: What they learn from; the batches name its rows.
         params: Where each member starts, (M, …).
-        examples: Inputs (N, …) and labels (N,) int64, which the batches name by row.
         batches: Of all members.
-        loss: Unreduced.
         optimizer: New, with per-member values in the order of ``batches.members``.
         rule: Hooks, with what they keep in the order of ``batches.members``.
     """
-    inputs, labels = examples
     now = {name: value.detach()[batches.members].clone() for name, value in params.items()}
-    # All that doesn't depend on parameters is made for all steps at once: a step is short.
-    counts = batches.counts
-    valid = torch.arange(batches.rows.shape[2]) < counts[..., None]
-    targets = torch.where(valid, labels[batches.rows], loss.ignore_index)
-    means = torch.zeros(counts.shape)
-    for step, front in enumerate((counts > 0).sum(1).tolist()):
+    steps = learner.steps(batches)
+    for step, front in enumerate((batches.counts > 0).sum(1).tolist()):
         leaves = {name: value[:front] for name, value in now.items()}
-        batch = inputs[batches.rows[step, :front]]
-        given = _Given(batch, *(each[step, :front] for each in (targets, valid, counts, means)))
-        gradients = model.gradients(leaves, batch, partial(_objective, loss, rule, given))
+        gradients = steps.gradients(step, leaves, rule)
         with torch.no_grad():
             _move(leaves, gradients, optimizer, rule)
-    losses = (means * counts).sum(0) / counts.sum(0)
+    losses = (steps.means * steps.weights).sum(0) / steps.weights.sum(0)
     return _in_order(now, batches, losses)
-
-
-@dataclass(frozen=True, eq=False)
-class _Given:
-    """What the members at work have at one step: and room for (m,) losses."""
-
-    inputs: Tensor
-    targets: Tensor
-    valid: Tensor
-    counts: Tensor
-    means: Tensor
-
-
-def _objective(
-    loss: RowLosses, rule: LocalRule | None, given: _Given, hidden: Tensor, logits: Tensor
-) -> Tensor:
-    """Return what each member descends on, (m,), and keep its mean loss."""
-    own = loss(logits, given.targets).sum(1) / given.counts
-    given.means.copy_(own.detach())
-    extra = rule.penalty(given.inputs, hidden, logits, given.valid) if rule else None
-    return own if extra is None else own + extra
 
 
 def _move(leaves: Stack, gradients: Sequence[Tensor], optimizer: Optimizer, rule: LocalRule | None) -> None:

@@ -45,6 +45,13 @@ class DataSpec(TokensSpec):
     )
     field: str = Field("text", min_length=1, description="field of .jsonl records, column of .parquet files")
     follow_links: bool = Field(False, description="whether a folder's links to files outside of it are read")
+    owner: str | None = Field(
+        None,
+        min_length=1,
+        description="whom text belongs to: folder (the first folder below the corpus's root; a file there is "
+        "an owner of its own), file, or a field of .jsonl records or column of .parquet files. No sequence "
+        "then holds text of two, and of each owner's a share is held out",
+    )
     max_bytes: int | None = Field(None, ge=1, description="read at most so many bytes of text; all if unset")
     isolate: bool = Field(
         False,
@@ -83,6 +90,8 @@ class DataSpec(TokensSpec):
             raise ValueError(
                 f"packed=true is for prompts with answers; corpus={self.corpus} is packed anyway"
             )
+        if self.owner is not None and (self.answered or self.corpus.startswith("hf:")):
+            raise ValueError(f"owner={self.owner}: corpus={self.corpus} doesn't say whose a text is")
         if self.max_bytes is not None and self.answered:
             raise ValueError(
                 f"max_bytes={self.max_bytes} has no effect with corpus={self.corpus}: leave it out"

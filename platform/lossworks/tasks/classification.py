@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -166,6 +167,14 @@ class ClassificationTask(ExamplesTask):
 
         draw_reliability(axes, pictured.get("reliability"))
         return True
+
+    def row_classes(self) -> np.ndarray:
+        """See :meth:`Task.row_classes`."""
+        return self.data.train.labels.numpy()
+
+    def row_owners(self) -> np.ndarray | None:
+        """See :meth:`Task.row_owners`."""
+        return self.data.owners
 
     def class_names(self) -> tuple[str, ...]:
         """See :meth:`Task.class_names`."""

@@ -261,6 +261,11 @@ class Task(ABC):
         return None
 
     @classmethod
+    def compared_by(cls) -> str:
+        """Return the yardstick, by tracked name, in which clients of a federation are compared."""
+        return next(iter(cls.yardsticks))
+
+    @classmethod
     def measured_by(cls, spec: RunSpec) -> dict[str, Mode]:
         """Return all yardsticks of a run, those of its methods and analyses among them."""
         found = dict(cls.yardsticks)
@@ -356,6 +361,17 @@ class Task(ABC):
         """Return the order in which training visits the rows."""
         spec = self.spec_of_run
         return SequenceOrder(len(self.train), spec.batch_size, spec.seed)
+
+    def row_classes(self) -> np.ndarray | None:
+        """Return a class of each training row, by which rows can be dealt unevenly, int64 (N,) from 0.
+
+        None of a task that knows none.
+        """
+        return None
+
+    def row_owners(self) -> np.ndarray | None:
+        """Return whom each training row belongs to, (N,) of anything that sorts; None if nobody asked."""
+        return None
 
     @property
     def data_bytes(self) -> int:

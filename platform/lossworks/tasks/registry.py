@@ -94,11 +94,15 @@ def read_train_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
         UserError: The file is missing, is no YAML mapping, or holds a wrong value.
     """
     values = RunSpec.read_values(path)
+    kind = _spec_class({**values, **asked_task(overrides)}, str(path))
+    return kind.parse(apply_overrides(kind, values, overrides), source=str(path))
+
+
+def asked_task(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the task that overrides name, as the value of that field; nothing if they name none."""
     # A bare word, so that it needs no YAML; whatever else stands there is refused as it was written.
     tasks = [text.partition("=")[2].strip() for text in overrides if text.startswith("task=")]
-    asked = {"task": tasks[-1]} if tasks else {}
-    kind = _spec_class({**values, **asked}, str(path))
-    return kind.parse(apply_overrides(kind, values, overrides), source=str(path))
+    return {"task": tasks[-1]} if tasks else {}
 
 
 def _spec_class(values: Mapping[str, object], source: str) -> type[RunSpec]:

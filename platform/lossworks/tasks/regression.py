@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -26,6 +27,7 @@ from lossworks.tasks.examples import ExamplesTask, read_inputs, require_small, r
 from lossworks.tasks.interface import Mode, Predictions, Simplest
 
 _TARGET = "target"  # the role that bootstraps values
+_TENTHS = 10
 
 
 class RegressionSpec(RunSpec):
@@ -125,6 +127,11 @@ class RegressionTask(ExamplesTask):
     def shaping(cls, spec: RunSpec) -> str:
         """Return the loss, whose hyperparameters decide the head's width and how it is read."""
         return spec.loss.model_dump_json()
+
+    def row_classes(self) -> np.ndarray:
+        """See :meth:`Task.row_classes`: the tenth of all targets, by size, that a target is in."""
+        order = self.all_targets()[0].argsort(stable=True).argsort(stable=True)
+        return (order * _TENTHS // len(order)).numpy()
 
     def simplest(self) -> Simplest | None:
         """Return what the mean of the training targets gets; of a chain the rewards' mean is no value."""

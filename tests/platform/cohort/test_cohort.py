@@ -13,6 +13,7 @@ from lossworks.cohort import (
     AdamW,
     LocalRule,
     Sgd,
+    StackedLearner,
     StackedModel,
     member_of,
     plan_batches,
@@ -20,6 +21,7 @@ from lossworks.cohort import (
     stack,
     train_members,
 )
+from lossworks.data.examples import Examples
 from lossworks.errors import UserError
 from lossworks.losses import create
 from lossworks.models import build_classifier
@@ -64,6 +66,11 @@ def alone(model, examples, batches, place, optimizer, loss):
     return {name: p.detach() for name, p in model.named_parameters()}, total / seen
 
 
+def train_stacked(model, params, examples, batches, loss, optimizer, rule=None):
+    learner = StackedLearner(model, Examples(*examples), loss)
+    return train_members(learner, params, batches, optimizer, rule)
+
+
 def start(model):
     return repeat(dict(model.named_parameters()), len(SIZES))
 
@@ -82,7 +89,7 @@ def test_it_equals_one_by_one(shape, changes, kind, slug):
         if kind == "sgd"
         else AdamW(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
     )
-    trained = train_members(
+    trained = train_stacked(
         StackedModel(model_of(shape, **changes)),
         start(model_of(shape, **changes)),
         examples,
@@ -118,10 +125,10 @@ def test_what_a_member_becomes_does_not_depend_on_the_others():
     """Alone in its cohort and among others."""
     examples, rows = problem()
     loss, model = create("cross-entropy", reduction="none"), StackedModel(model_of())
-    whole = train_members(model, start(model_of()), examples, planned(rows), loss, Sgd(0.1))
+    whole = train_stacked(model, start(model_of()), examples, planned(rows), loss, Sgd(0.1))
     for index in (0, 3):
         batches = plan_batches([rows[index]], batch_size=BATCH, epochs=EPOCHS, seeds=[(5, index)])
-        single = train_members(
+        single = train_stacked(
             model, repeat(dict(model_of().named_parameters()), 1), examples, batches, loss, Sgd(0.1)
         )
         for name, value in single.params.items():
@@ -137,7 +144,7 @@ def test_members_may_have_starts_and_rates_of_their_own():
     before = {name: value.detach().clone() for name, value in params.items()}
     rates = torch.tensor([0.01, 0.02, 0.3, 0.1, 0.05])
     optimizer = Sgd(lr=rates[batches.members], weight_decay=(rates / 10)[batches.members])
-    trained = train_members(StackedModel(models[0]), params, examples, batches, loss, optimizer)
+    trained = train_stacked(StackedModel(models[0]), params, examples, batches, loss, optimizer)
 
     for place, index in enumerate(batches.members.tolist()):
         rate = float(rates[index])
@@ -162,7 +169,7 @@ def test_what_vmap_cannot_take_is_called_one_by_one():
     examples, rows = problem()
     loss = create("cross-entropy", reduction="none")
     results = [
-        train_members(model, start(model_of()), examples, planned(rows), loss, Sgd(0.1))
+        train_stacked(model, start(model_of()), examples, planned(rows), loss, Sgd(0.1))
         for model in (StackedModel(model_of()), one_by_one)
     ]
     for name, value in results[0].params.items():
@@ -174,11 +181,11 @@ def test_a_member_that_diverges_disturbs_no_other():
     examples, rows = problem()
     batches, loss = planned(rows), create("cross-entropy", reduction="none")
     rates = torch.full((len(SIZES),), 0.1)
-    calm = train_members(
+    calm = train_stacked(
         StackedModel(model_of()), start(model_of()), examples, batches, loss, Sgd(rates[batches.members])
     )
     rates[1] = 1e30
-    wild = train_members(
+    wild = train_stacked(
         StackedModel(model_of()), start(model_of()), examples, batches, loss, Sgd(rates[batches.members])
     )
 
@@ -195,8 +202,9 @@ def test_the_hooks_of_a_rule():
     origin = {name: p.detach() for name, p in model_of().named_parameters()}
 
     class Penalty(LocalRule):
-        def penalty(self, inputs, hidden, logits, valid):
-            assert hidden.shape[:2] == logits.shape[:2] == valid.shape == inputs.shape[:2]
+        def penalty(self, seen):
+            hidden, logits = seen.outputs.hidden, seen.outputs.logits
+            assert hidden.shape[:2] == logits.shape[:2] == seen.valid.shape == seen.inputs.shape[:2]
             return logits.square().sum((1, 2)) + hidden.square().sum((1, 2))
 
     class Decay(LocalRule):
@@ -208,7 +216,7 @@ def test_the_hooks_of_a_rule():
             return torch.zeros_like(step)
 
     ended = [
-        train_members(model, start(model_of()), examples, batches, loss, optimizer, rule).params
+        train_stacked(model, start(model_of()), examples, batches, loss, optimizer, rule).params
         for optimizer, rule in (
             (Sgd(0.1), Decay()),
             (Sgd(0.1, 0.1), LocalRule()),

@@ -31,7 +31,7 @@ def tiny(strategy: Any = "fedavg", **changes: Any) -> FederationSpec:
 
 def setup_of(spec: FederationSpec) -> SharedSetup:
     """Return the setup of a spec's only strategy and seed, made once."""
-    return _made(spec.task(spec.strategies[0], spec.seeds[0]).model_dump_json())
+    return _made(spec.told(spec.strategies[0], spec.seeds[0]).model_dump_json())
 
 
 @lru_cache(maxsize=8)

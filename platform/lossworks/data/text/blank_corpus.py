@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lossworks.data.text.tokenized_corpus import TokenizedCorpus
+from lossworks.data.text.tokenized_corpus import TokenizedCorpus, TokenSequences
+from lossworks.specs import DataSpec
 
 _TOKENS = 2**40
 
@@ -24,6 +25,10 @@ class BlankCorpus(TokenizedCorpus):
         self.documents = 0
         self.end_of_text = 0
         self.fingerprint = ""
+
+    def split(self, spec: DataSpec) -> tuple[TokenSequences, TokenSequences]:
+        """Return the sequences to train on and the held-out ones, whoever would own them."""
+        return super().split(spec.model_copy(update={"owner": None}))
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,12 @@ from lossworks.files import reading
 from lossworks.specs import DataSpec
 
 _BLOCK_BYTES = 2**20
+
+OWNERS_BY_PLACE: dict[str, Callable[[str], str]] = {
+    "folder": lambda name: name.partition("/")[0],
+    "file": lambda name: name,
+}
+"""Whom a file belongs to, from its path relative to the corpus's root, by what ``data.owner`` says."""
 
 
 def documents(spec: DataSpec) -> Iterator[Piece]:
@@ -29,7 +35,7 @@ def documents(spec: DataSpec) -> Iterator[Piece]:
     if spec.corpus.startswith("hf:"):
         pieces = read_hub(spec.corpus.removeprefix("hf:"), spec.field)
     else:
-        pieces = _read_files(corpus_files(spec), spec.field)
+        pieces = _read_files(corpus_files(spec), spec)
     return _not_empty(_limited(pieces, spec.max_bytes), spec)
 
 
@@ -73,9 +79,12 @@ def utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _read_files(files: Iterable[SourceFile], field: str) -> Iterator[Piece]:
+def _read_files(files: Iterable[SourceFile], spec: DataSpec) -> Iterator[Piece]:
+    of_place = OWNERS_BY_PLACE.get(spec.owner or "")
+    of_records = spec.owner if of_place is None else None
     for file in files:
-        yield from read_file(file.path, field)
+        for piece in read_file(file.path, spec.field, of_records):
+            yield piece if of_place is None else piece._replace(owner=of_place(file.name))
 
 
 def _limited(pieces: Iterator[Piece], max_bytes: int | None) -> Iterator[Piece]:
@@ -89,7 +98,7 @@ def _limited(pieces: Iterator[Piece], max_bytes: int | None) -> Iterator[Piece]:
             # A character that the limit cuts in two is left out.
             start = piece.text.encode()[:left].decode(errors="ignore")
             if start:
-                yield Piece(start, ends_document=False)
+                yield Piece(start, ends_document=False, owner=piece.owner)
             return
         yield piece
         left -= size

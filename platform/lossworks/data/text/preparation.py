@@ -12,6 +12,7 @@ import numpy as np
 
 from lossworks.data.text.corpus import documents, fingerprint, other_encodings, utf8_size
 from lossworks.data.text.corpus_files import corpus_files, left_out
+from lossworks.data.text.owned_tokens import OwnedTokens
 from lossworks.data.text.readers import Piece
 from lossworks.data.text.token_shards import (
     BYTES_FILE,
@@ -74,7 +75,7 @@ def prepare(
     cache, say = opened_cache(cache), on_progress or say_nothing
     tokenizer = text_tokenizer(spec, cache, say)
     digest = fingerprint(spec)
-    key = _key("corpus", digest, hashlib.sha256(tokenizer).hexdigest())
+    key = _key("corpus", digest, hashlib.sha256(tokenizer).hexdigest(), *([spec.owner] if spec.owner else []))
     folder = cache / f"corpus-{key}"
     corpus = _opened(folder)
     if corpus is None:
@@ -179,9 +180,12 @@ def _encode(
     vocab_size = vocabulary_size(tokenizer)
     dtype = narrowest_dtype(vocab_size)
     with TokenShardWriter(folder, dtype, shard_tokens) as writer:
-        text_bytes, ended = _write_tokens(documents(spec), tokenizer, writer, say)
+        owned = OwnedTokens() if spec.owner else None
+        text_bytes, ended = _write_tokens(documents(spec), tokenizer, writer, owned, say)
     if not writer.tokens:
         raise UserError(f"data.tokenizer={spec.tokenizer!r}: gives no token for the text of the corpus")
+    if owned is not None:
+        owned.write(folder)
     sizes = _token_bytes(tokenizer, text_bytes, writer.tokens, ended)
     np.save(folder / BYTES_FILE, sizes, allow_pickle=False)
     Index(
@@ -200,7 +204,11 @@ def _encode(
 
 
 def _write_tokens(
-    pieces: Iterable[Piece], tokenizer: Any, writer: TokenShardWriter, say: Progress
+    pieces: Iterable[Piece],
+    tokenizer: Any,
+    writer: TokenShardWriter,
+    owned: OwnedTokens | None,
+    say: Progress,
 ) -> tuple[int, int]:
     """Encode and write all pieces; return the bytes of text and the number of documents that ended."""
     end = end_of_text_id(tokenizer)
@@ -214,6 +222,8 @@ def _write_tokens(
                 ended += 1
                 if end is not None:
                     writer.write([end])
+            if owned is not None:
+                owned.note(piece.owner, writer.tokens)
         if text_bytes - said >= _PROGRESS_BYTES:
             said = text_bytes
             say(f"encoded {text_bytes / 2**20:,.0f} MiB of text into {writer.tokens:,} tokens")

@@ -22,25 +22,37 @@ class Piece(NamedTuple):
     Attributes:
         text: Never empty, and always valid Unicode.
         ends_document: Whether the document's last character is the last one of ``text``.
+        owner: Whom the document belongs to; empty where nobody asked.
     """
 
     text: str
     ends_document: bool
+    owner: str = ""
 
 
-def read_file(path: Path, field: str) -> Iterator[Piece]:
+def read_file(path: Path, field: str, owner: str | None = None) -> Iterator[Piece]:
     """Yield the documents of a file: its lines if it is .jsonl, its rows if .parquet, else one.
 
+    Args:
+        path: The file.
+        field: Of records, with the text.
+        owner: Of records, with whom they belong to; None where nobody asks.
+
     Raises:
-        UserError: The file can't be read, or a record has no text in ``field``.
+        UserError: The file can't be read, a record lacks a field, or it belongs to nobody.
     """
     with reading(path):
         if path.suffix.lower() in PLAIN_SUFFIXES:
+            if owner is not None:
+                raise UserError(
+                    f"data.owner={owner}: {path} is no file of records (.jsonl, .parquet); use file or folder"
+                )
             yield from _read_plain(path)
         else:
             read_records = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_parquet
-            for text in read_records(path, field):
-                yield from cut_document(text)
+            for text, whose in read_records(path, field, owner):
+                for piece in cut_document(text):
+                    yield piece if owner is None else piece._replace(owner=whose)
 
 
 def read_hub(name: str, field: str) -> Iterator[Piece]:
@@ -106,13 +118,14 @@ def _cut_at_lines(blocks: Iterable[str]) -> Iterator[Piece]:
         yield Piece(rest, ends_document=True)
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str | None]:
+def _read_jsonl(path: Path, field: str, owner: str | None) -> Iterator[tuple[str | None, str]]:
     # newline="\n": a bare \r is white space to JSON, not the end of a record.
     with path.open(encoding=encoding_of(path), errors="replace", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield _text_field(parse_line(line, where), field, where)
+                record = parse_line(line, where)
+                yield _text_field(record, field, where), _owner_field(record, owner, where)
 
 
 def parse_line(line: str, where: str) -> dict[str, Any]:
@@ -130,14 +143,18 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str | None]:
+def _read_parquet(path: Path, field: str, owner: str | None) -> Iterator[tuple[str | None, str]]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
         _require_text_column(file.schema_arrow, field, path)
+        columns = [field] if owner is None else [field, owner]
+        if owner is not None and owner not in file.schema_arrow.names:
+            raise UserError(_missing(owner, file.schema_arrow.names, str(path), "column", "owner"))
         # Few rows at once: a row may be a whole book.
-        for batch in file.iter_batches(batch_size=64, columns=[field]):
-            yield from batch.column(0).to_pylist()
+        for batch in file.iter_batches(batch_size=64, columns=columns):
+            for record in batch.to_pylist():
+                yield record[field], _owner_field(record, owner, str(path))
 
 
 def _require_text_column(schema: Any, field: str, path: Path) -> None:
@@ -161,8 +178,19 @@ def _text_field(record: dict[str, Any], field: str, where: str) -> str | None:
     return text
 
 
-def _missing(field: str, known: list[str], where: str, kind: str) -> str:
-    return f"{where}: data.field={field!r}: no such {kind}; there are: {', '.join(known) or 'none'}"
+def _owner_field(record: dict[str, Any], owner: str | None, where: str) -> str:
+    if owner is None:
+        return ""
+    if owner not in record:
+        raise UserError(_missing(owner, list(record), where, "field", "owner"))
+    whose = record[owner]
+    if isinstance(whose, bool) or not isinstance(whose, str | int) or whose == "":
+        raise UserError(f"{where}: data.owner={owner!r} holds {whose!r}; must hold a name or a number")
+    return str(whose)
+
+
+def _missing(field: str, known: list[str], where: str, kind: str, asked: str = "field") -> str:
+    return f"{where}: data.{asked}={field!r}: no such {kind}; there are: {', '.join(known) or 'none'}"
 
 
 def _valid_unicode(text: str) -> str:

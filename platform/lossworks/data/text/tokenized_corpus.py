@@ -1,5 +1,6 @@
 """A prepared corpus, and the sequences it is cut into."""
 
+from copy import copy
 from pathlib import Path
 from typing import Self
 
@@ -7,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossworks.data.batch import IGNORE_INDEX
 from lossworks.data.order import held_out_of
 from lossworks.data.text.corpus_folder import CorpusFolder
+from lossworks.data.text.owned_tokens import OwnedTokens
 from lossworks.data.text.token_shards import Index, TokenShardReader
 from lossworks.errors import UserError
 from lossworks.specs import DataSpec
@@ -69,15 +72,19 @@ class TokenizedCorpus(CorpusFolder):
         """
         return self._reader.read(start, count)
 
-    def split(self, spec: DataSpec) -> tuple["TokenSequences", "TokenSequences"]:
+    def split(self, spec: DataSpec) -> "tuple[TokenSequences, TokenSequences]":
         """Return the sequences to train on and the held-out ones from the corpus's end.
 
-        Of n sequences the last ``ceil(held_out_fraction · n)``, at least one, are held out.
+        Of n sequences the last ``ceil(held_out_fraction · n)``, at least one, are held out; with
+        ``spec.owner`` of each owner's sequences.
 
         Raises:
-            UserError: The corpus has fewer than two sequences of ``spec.sequence_length`` tokens.
+            UserError: The corpus has fewer than two sequences of ``spec.sequence_length`` tokens, or no owner
+                has two.
         """
         length = spec.sequence_length
+        if spec.owner is not None:
+            return OwnedSequences.split(self, OwnedTokens.read(self.folder), spec)
         total = (self.tokens - 1) // length
         if total < 2:
             raise UserError(self._too_short(length))
@@ -103,7 +110,10 @@ class TokenSequences:
     Attributes:
         corpus: Where the tokens lie.
         length: L, tokens a sequence.
+        owners: Whom each sequence belongs to, (N,) of str; None where nobody asked.
     """
+
+    owners: np.ndarray | None = None
 
     def __init__(self, corpus: TokenizedCorpus, length: int, first: int, count: int) -> None:
         self.corpus = corpus
@@ -118,7 +128,7 @@ class TokenSequences:
         Args:
             ends: Which tokens end a step, bool (V,); such a token belongs to the step that it ends.
         """
-        found = TokenSequences(self.corpus, self.length, self._first, self._count)
+        found = copy(self)
         found._ends = ends
         return found
 
@@ -142,10 +152,69 @@ class TokenSequences:
         for block, row in zip(blocks, rows, strict=True):
             if not 0 <= row < self._count:
                 raise IndexError(f"row {row} lies outside {self._count} sequences")
-            block[:] = self.corpus.read((self._first + int(row)) * self.length, self.length + 1)
-        tokens, targets = (np.ascontiguousarray(part) for part in (blocks[:, :-1], blocks[:, 1:]))
+            self._fill(block, int(row))
+        targets = np.ascontiguousarray(blocks[:, 1:])
+        # Behind the end of a text any token will do, since no target counts.
+        tokens = np.where(blocks[:, :-1] == IGNORE_INDEX, 0, blocks[:, :-1])
         batch = {"inputs": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
         if self._ends is not None:
-            ended = self._ends[targets].cumsum(1) - self._ends[targets]
-            batch["segments"] = torch.from_numpy(ended + np.arange(len(rows))[:, None] * self.length)
+            ends = self._ends[targets] & (targets != IGNORE_INDEX)
+            batch["segments"] = torch.from_numpy(
+                ends.cumsum(1) - ends + np.arange(len(rows))[:, None] * self.length
+            )
         return batch
+
+    def _fill(self, block: np.ndarray, row: int) -> None:
+        """Write a sequence's tokens and the one behind them, (L + 1,)."""
+        block[:] = self.corpus.read((self._first + row) * self.length, self.length + 1)
+
+
+class OwnedSequences(TokenSequences):
+    """Sequences of L tokens of which each belongs to one owner.
+
+    An owner's documents follow each other in the corpus's order. Its last sequence is filled up with targets
+    that don't count.
+
+    Args:
+        corpus: Where the tokens lie.
+        owned: Whose they are.
+        length: L.
+        places: Of each sequence the number of its owner and its place among that owner's, int64 (N, 2).
+    """
+
+    def __init__(self, corpus: TokenizedCorpus, owned: OwnedTokens, length: int, places: np.ndarray) -> None:
+        super().__init__(corpus, length, 0, len(places))
+        self._owned, self._places = owned, places
+        self.owners = np.array(owned.names)[places[:, 0]]
+
+    @classmethod
+    def split(cls, corpus: TokenizedCorpus, owned: OwnedTokens, spec: DataSpec) -> "tuple[Self, Self]":
+        """Return each owner's sequences to train on, and those from the end of each that are held out.
+
+        Owners with one sequence train on it.
+
+        Raises:
+            UserError: No owner has two sequences.
+        """
+        length = spec.sequence_length
+        train, held_out = [], []
+        for owner, tokens in enumerate(owned.sizes()):
+            count = -(-max(int(tokens) - 1, 0) // length)
+            kept = held_out_of(count, spec.held_out_fraction) if count > 1 else 0
+            places = np.stack((np.full(count, owner), np.arange(count)), 1)
+            train.append(places[: count - kept])
+            held_out.append(places[count - kept :])
+        if not sum(map(len, held_out)):
+            raise UserError(
+                f"data.sequence_length={length}: none of the {len(owned.names)} owners has two sequences "
+                "(one to train on, one held out); set it to less"
+            )
+        return tuple(cls(corpus, owned, length, np.concatenate(parts)) for parts in (train, held_out))  # type: ignore[return-value]
+
+    def _fill(self, block: np.ndarray, row: int) -> None:
+        owner, place = self._places[row]
+        block[:] = IGNORE_INDEX
+        filled = 0
+        for start, count in self._owned.ranges(int(owner), int(place) * self.length, self.length + 1):
+            block[filled : filled + count] = self.corpus.read(start, count)
+            filled += count

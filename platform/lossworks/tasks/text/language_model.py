@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -182,6 +183,15 @@ class LanguageTask(TokensTask):
     def takes(cls, entry: Declaration, spec: RunSpec | None = None) -> bool:
         """Return whether a loss can be one of next tokens, without logits."""
         return super().takes(entry, spec) and entry.without_logits and "own-outputs" not in entry.flags
+
+    @classmethod
+    def compared_by(cls) -> str:
+        """See :meth:`Task.compared_by`: bits a byte, which don't depend on how text is cut into tokens."""
+        return "eval/bits_per_byte"
+
+    def row_owners(self) -> np.ndarray | None:
+        """See :meth:`Task.row_owners`; of text, of each sequence."""
+        return getattr(self.train, "owners", None)
 
     def adapted(self, model: LanguageModel) -> LanguageModel:
         """Have a model keep documents apart if the run does."""

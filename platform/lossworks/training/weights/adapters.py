@@ -89,7 +89,8 @@ class _Added:
         self._scale, self._inwards = scale, inwards
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        left, right = layer.get_parameter(_LEFT), layer.get_parameter(_RIGHT)
+        # By name, since functional calls put tensors there that are no parameters.
+        left, right = getattr(layer, _LEFT), getattr(layer, _RIGHT)
         within, out = (left, right) if self._inwards else (right.T, left.T)
         found: Tensor = output + self._scale * ((inputs[0] @ within) @ out)
         return found

@@ -126,6 +126,15 @@ def _tensors_of(folder: RunFolder) -> dict[str, Tensor]:
     return run_weights(folder, choose_checkpoint(folder))[1]
 
 
+def learnt_of_start(spec: RunSpec) -> Learnt | None:
+    """Return what the model that a run begins from has learnt of its data; None where it begins anew.
+
+    Raises:
+        UserError: There is nothing of that name, or it can't be read.
+    """
+    return None if spec.start is None else trained_weights(spec.start, "start").learnt
+
+
 def learnt_by(folder: RunFolder) -> Learnt | None:
     """Return what a run has kept of its data, or None of a run that has kept nothing.
 
