@@ -17,7 +17,8 @@ class SplitSpec(Spec):
         "dirichlet",
         description="iid; dirichlet (each class is cut by its own draw of shares); shards (examples sorted "
         "by label are cut into equal shards, so many a client); quantity (sizes are drawn, labels alike); "
-        "natural (by data.owner; where owners are more than clients, several share one)",
+        "natural (by data.owner, whose examples stay together: of owners that are more than clients several "
+        "share one, and those with fewer examples than min_size are left out and counted)",
     )
     clients: int = Field(20, ge=1, le=1_000_000, description="clients, M")
     alpha: float = Field(
@@ -25,7 +26,11 @@ class SplitSpec(Spec):
     )
     shards_per_client: int = Field(2, ge=1, le=1000, description="shards each client is given")
     min_size: int = Field(
-        4, ge=2, le=10**6, description="examples a client has at least; taken from the largest, and counted"
+        4,
+        ge=2,
+        le=10**6,
+        description="examples a client has at least; taken from the largest, and counted, or with natural "
+        "those of the owners that take part",
     )
     test_fraction: float = Field(
         0.2, ge=0.0, lt=1.0, description="share of each client's examples that it keeps for its own test"

@@ -24,12 +24,14 @@ class Split:
         test: Rows that clients keep for their own tests; empty arrays where there are none.
         counts: Examples of each class that each client has, train and test, int64 (M, K).
         moved: Examples that went to other clients than drawn, to give each its least.
+        left_out: Names of owners that are no clients, since they have fewer examples than the least.
     """
 
     train: tuple[np.ndarray, ...]
     test: tuple[np.ndarray, ...]
     counts: np.ndarray
     moved: int
+    left_out: tuple[str, ...] = ()
 
     def pooled(self) -> "Split":
         """Return the split in which the first client trains on what all of them have; tests stay."""
@@ -80,16 +82,18 @@ def split_examples(labels: np.ndarray, spec: SplitSpec, seed: int, owners: np.nd
         )
     # Partitioners cut classes and sizes in the order they find.
     shuffled = np.random.default_rng([seed, _ORDER]).permutation(len(labels))
+    left_out: tuple[str, ...] = ()
+    moved = 0
     if spec.kind == "natural":
-        parts = _by_owner(owners, spec.clients)
+        parts, left_out = _by_owner(owners, spec.clients, spec.min_size)
     else:
-        parts = [shuffled[rows] for rows in _partition(labels[shuffled], spec, seed)]
-    parts, moved = _with_least(parts, spec.min_size)
+        drawn = [shuffled[rows] for rows in _partition(labels[shuffled], spec, seed)]
+        parts, moved = _with_least(drawn, spec.min_size)
     classes = int(labels.max()) + 1
     counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in parts])
     stream = np.random.default_rng([seed, _TESTS])
     train, test = zip(*(_cut(stream.permutation(rows), spec.test_fraction) for rows in parts), strict=True)
-    return Split(train, test, counts, moved)
+    return Split(train, test, counts, moved, left_out)
 
 
 def with_feature_noise(inputs: Tensor, split: Split, variance: float, seed: int) -> Tensor:
@@ -138,15 +142,28 @@ def _shards(labels: np.ndarray, spec: SplitSpec, seed: int) -> list[np.ndarray]:
     return [np.concatenate([shards[piece] for piece in own]) for own in dealt]
 
 
-def _by_owner(owners: np.ndarray | None, clients: int) -> list[np.ndarray]:
-    """Return each client's rows: one owner's, or those of several, in the order of their names."""
+def _by_owner(
+    owners: np.ndarray | None, clients: int, least: int
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """Return each client's rows, and the owners that have fewer than ``least`` and are left out.
+
+    A client has all rows of one owner, or of several, in the order of their names; no owner's rows are parted
+    or given to another.
+    """
     if owners is None:
         raise UserError("split.kind=natural: the examples have no owners; name their column as data.owner")
     names, numbers = np.unique(owners, return_inverse=True)
-    if len(names) < clients:
-        raise UserError(f"split.clients={clients}: the examples have {len(names)} owners")
-    client_of = np.arange(len(names)) * clients // len(names)
-    return [np.flatnonzero(client_of[numbers] == client) for client in range(clients)]
+    large = np.bincount(numbers, minlength=len(names)) >= least
+    left_out = tuple(str(name) for name in names[~large])
+    if large.sum() < clients:
+        few = f", of {len(names)}," if left_out else ""
+        raise UserError(
+            f"split.clients={clients}: {large.sum()} owners{few} have at least split.min_size={least} "
+            "training examples; others are left out, since no owner's examples are mixed with another's"
+        )
+    client_of = np.full(len(names), -1)
+    client_of[large] = np.arange(large.sum()) * clients // large.sum()
+    return [np.flatnonzero(client_of[numbers] == client) for client in range(clients)], left_out
 
 
 def _with_least(parts: list[np.ndarray], least: int) -> tuple[list[np.ndarray], int]:

@@ -99,6 +99,29 @@ def test_moved_examples_are_counted():
     assert split(kind="iid", clients=10).moved == 0
 
 
+def test_owners_stay_apart():
+    """Whoever has too few examples is left out, and no owner's examples are another client's."""
+    owners = np.repeat(["ann", "bob", "cyd", "dan", "eve"], [30, 3, 12, 1, 20])
+    labels = labels_of(len(owners), 3)
+
+    def by_owner(clients, min_size=4):
+        spec = SplitSpec(kind="natural", clients=clients, min_size=min_size)
+        return split_examples(labels, spec, 0, owners)
+
+    found = by_owner(3)
+    rows = [np.concatenate(parts) for parts in zip(found.train, found.test, strict=True)]
+    assert [set(owners[own]) for own in rows] == [{"ann"}, {"cyd"}, {"eve"}]
+    assert [len(own) for own in rows] == [30, 12, 20]
+    assert found.left_out == ("bob", "dan")
+    assert found.moved == 0
+    assert by_owner(4, min_size=2).left_out == ("dan",)
+
+    shared = by_owner(2)
+    assert [set(owners[own]) for own in shared.train] == [{"ann", "cyd"}, {"eve"}]
+    with pytest.raises(UserError, match=r"clients=4: 3 owners, of 5, have at least split.min_size=4"):
+        by_owner(4)
+
+
 def test_features_may_be_skewed():
     """Client i's noise has the variance σ·i/M; the first has none."""
     labels = labels_of(4000)

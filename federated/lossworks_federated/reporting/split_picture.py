@@ -38,7 +38,7 @@ def draw_split(split: Split, path: Path, *, title: str, names: tuple[str, ...] |
     )
     figure.suptitle(
         f"{title} · {len(split.train)} clients · {of_labels}sizes {found['smallest']:.0f} to "
-        f"{found['largest']:.0f}",
+        f"{found['largest']:.0f}" + (f" · {len(split.left_out)} owners left out" if split.left_out else ""),
         fontsize=15,
         x=0.02,
         ha="left",
