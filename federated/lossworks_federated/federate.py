@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from lossworks_federated.shared_setup import SharedSetup
 
+_WORST = 5  # clients that are named
+
 
 @dataclass(frozen=True)
 class FederationResult:
@@ -35,12 +37,15 @@ class FederationResult:
         comparison: Figures of every strategy.
         pictures: What was drawn.
         failed: Titles of the children that failed, with the reason.
+        worst: By title of the strategy, the worst clients of the first seed with their mean accuracies over
+            their last 10 tests, the worst first.
     """
 
     folder: RunFolder
     comparison: Comparison
     pictures: tuple[Path, ...]
     failed: tuple[tuple[str, str], ...]
+    worst: dict[str, list[tuple[int, float]]]
 
 
 def federate(
@@ -91,9 +96,14 @@ def result_of(folder: RunFolder) -> FederationResult:
 
 
 def _result(session: Session, pictures: list[Path]) -> FederationResult:
+    from lossworks_federated.reporting.client_accuracies import ClientAccuracies
+
     ended = [(child, child.outcome) for child in session.children]
     failed = tuple((child.title, end.reason) for child, end in ended if end and end.status == "failed")
-    return FederationResult(session.folder, compare(session), tuple(pictures), failed)
+    first = [child for child in session.children if child.seed == session.spec.seeds[0]]
+    found = {child.strategy.title: ClientAccuracies.read(child.files.table).worst(_WORST) for child in first}
+    worst = {title: clients for title, clients in found.items() if clients}
+    return FederationResult(session.folder, compare(session), tuple(pictures), failed, worst)
 
 
 def _run(session: Session, grid: "Grid | None") -> None:
@@ -118,7 +128,9 @@ def _run(session: Session, grid: "Grid | None") -> None:
 
 
 def draw_federation(session: Session) -> list[Path]:
-    """Draw the comparison and each seed's split; return what was drawn."""
+    """Draw the comparison, and of each seed the split and clients over rounds; return what was drawn."""
+    from lossworks_federated.reporting.client_accuracies import ClientAccuracies
+    from lossworks_federated.reporting.client_heat_map import draw_client_heat_map
     from lossworks_federated.reporting.comparison_picture import draw_comparison
     from lossworks_federated.reporting.split_picture import draw_split
 
@@ -135,4 +147,11 @@ def draw_federation(session: Session) -> list[Path]:
             path = session.folder.path / f"split-seed{seed}.png"
             title = f"{session.spec.name}, seed {seed}: {session.spec.split.kind}"
             pictures.append(draw_split(setup.split, path, title=title, names=setup.kind.class_names()))
+        own = [child for child in session.children if child.seed == seed]
+        found = {child.strategy.title: ClientAccuracies.read(child.files.table) for child in own}
+        tested = {title: accuracies for title, accuracies in found.items() if len(accuracies.values)}
+        if tested:
+            path = session.folder.path / f"clients-seed{seed}.png"
+            title = f"{session.spec.name}, seed {seed}: clients' accuracy over rounds"
+            pictures += draw_client_heat_map(tested, path, title=title)
     return pictures

@@ -401,9 +401,10 @@ def test_a_comparison_is_tracked_as_parent_and_children(at_home: Path) -> None:
         points = client.get_metric_history(run.info.run_id, "server/accuracy")
         assert sorted(point.step for point in points) == [0, 1, 2, 3]
         files = {item.path for item in client.list_artifacts(run.info.run_id)}
-        assert {"model.safetensors", "outcome.json", "spec.yaml"} <= files
+        assert {"clients.parquet", "model.safetensors", "outcome.json", "spec.yaml"} <= files
     files = {item.path for item in client.list_artifacts(parent.info.run_id)}
     pictures = {"comparison.png", "comparison.svg", "split-seed0.png", "split-seed1.png"}
+    pictures |= {f"clients-seed{seed}.{form}" for seed in (0, 1) for form in ("png", "svg")}
     assert pictures | {"comparison.csv", "spec.yaml"} <= files
     assert {path.name for path in result.pictures} == pictures
     mean = result.comparison.mean("fedavg", "accuracy")
@@ -473,7 +474,8 @@ def test_the_command_prints_a_table(
     file = write_spec(tmp_path, measure={"target": 0.2}, rounds=2)
     assert main(["federate", str(file), "strategies=[fedavg,{name: fedld, rho: 0.5}]"]) == 0
     out = capsys.readouterr().out
-    for text in ("fedld (paper) rho=0.5", "held-out accuracy", "worst tenth", "rounds to 0.2", "round 2/2"):
+    told = ("fedld (paper) rho=0.5", "held-out accuracy", "worst tenth", "rounds to 0.2", "round 2/2")
+    for text in (*told, "worst clients: fedavg: "):
         assert text in out
 
 

@@ -19,11 +19,13 @@ class CountedGrid(Grid):
     Attributes:
         down: Bytes to clients so far.
         up: Bytes from them.
+        exchanged: Bytes to and from each node in the last ``send_and_receive``, by its id.
     """
 
     def __init__(self, inner: Grid) -> None:
         self._inner = inner
         self.down = self.up = 0
+        self.exchanged: dict[int, tuple[int, int]] = {}
         known = getattr(inner, "partitions", None)
         if known is not None:
             self.partitions: dict[int, int] = known
@@ -53,27 +55,43 @@ class CountedGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pass replies on and count them."""
-        return self._counted_up(self._inner.pull_messages(message_ids))
+        replies = list(self._inner.pull_messages(message_ids))
+        self._count_up(replies)
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Pass messages and replies on and count them."""
         messages = list(messages)
+        self.exchanged = {}
         if not messages:
             return []
-        self._count_down(messages)
-        return self._counted_up(self._inner.send_and_receive(messages, timeout=timeout))
+        down = self._count_down(messages)
+        replies = list(self._inner.send_and_receive(messages, timeout=timeout))
+        up = self._count_up(replies)
+        for message, size in zip(messages, down, strict=True):
+            sent_back = up.get(message.metadata.message_id, 0)
+            self.exchanged[message.metadata.dst_node_id] = (size, sent_back)
+        return replies
 
-    def _count_down(self, messages: list[Message]) -> None:
+    def _count_down(self, messages: list[Message]) -> list[int]:
+        """Count messages and return the bytes of each."""
         sizes: dict[int, int] = {}
         for message in messages:
             content: RecordDict = message.content
             if id(content) not in sizes:  # one instruction is shared by all its clients
                 sizes[id(content)] = payload_bytes(content)
-            self.down += sizes[id(content)]
+        each = [sizes[id(message.content)] for message in messages]
+        self.down += sum(each)
+        return each
 
-    def _counted_up(self, replies: Iterable[Message]) -> list[Message]:
-        replies = list(replies)
-        self.up += sum(payload_bytes(reply.content) for reply in replies if not reply.has_error())
-        return replies
+    def _count_up(self, replies: list[Message]) -> dict[str, int]:
+        """Count replies and return the bytes of each, by the id of the message that it answers."""
+        sizes = {
+            reply.metadata.reply_to_message_id: payload_bytes(reply.content)
+            for reply in replies
+            if not reply.has_error()
+        }
+        self.up += sum(sizes.values())
+        return sizes

@@ -81,13 +81,20 @@ def print_federation(spec: FederationSpec, result: FederationResult, *, where: s
     if not console.is_terminal:
         console = Console(width=_WIDTH_OF_FILES)
     console.print(_table(result.comparison, len(spec.seeds)))
+    of_seed = f", seed {spec.seeds[0]}" if len(spec.seeds) > 1 else ""
     lines = [("pictures", ", ".join(str(path) for path in result.pictures if path.suffix == ".png"))]
+    lines += [(f"worst clients{of_seed}", f"{title}: {_named(who)}") for title, who in result.worst.items()]
     lines += [("failed", f"{title}: {reason}") for title, reason in result.failed]
     uri = tracking_uri(spec.tracking)
     look = redact(uri) if uri.startswith("http") else f"{program()} ui"
     again = f"{program()} federate --resume {result.folder.run_id}"
     commands = [("see the runs in MLflow", look), *([("try again", again)] if result.failed else [])]
     print_summary(f"{spec.name}: {spec.rounds} rounds, {where or f'engine {spec.engine}'}", lines, commands)
+
+
+def _named(clients: list[tuple[int, float]]) -> str:
+    """Return clients with their accuracies in words."""
+    return ", ".join(f"{client} ({accuracy:.2f})" for client, accuracy in clients)
 
 
 def _table(comparison: Comparison, seeds: int) -> Table:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -18,6 +19,7 @@ from lossworks.tracking import Journal, read_all
 from lossworks_federated.engines.counted_grid import CountedGrid
 from lossworks_federated.privacy import with_privacy
 from lossworks_federated.records import array_record, flattened, grouped, member_from
+from lossworks_federated.server.client_table import ClientTable, Exchange, rows_of
 from lossworks_federated.server.measures import drift, held_out, loss_terms, spread
 from lossworks_federated.server.screening import REASONS, Received
 from lossworks_federated.shared_setup import SharedSetup
@@ -43,6 +45,7 @@ class RoundFiles:
         self.journal = path / "metrics.jsonl"
         self.model = path / "model.safetensors"
         self.outcome = path / "outcome.json"
+        self.table = path / "clients.parquet"
         self._states = path / "states"
 
     def save(self, server_round: int, groups: Mapping[str, Member], totals: Mapping[str, int]) -> None:
@@ -140,13 +143,15 @@ class Rounds:
         status, reason = "stopped", "interrupted"
         metrics = self._files.metrics_until(done)
         try:
-            with Journal.open(self._files.journal) as journal:
+            table = ClientTable(self._files.table, done)
+            with Journal.open(self._files.journal) as journal, table:
                 if done == 0:
                     journal.write(0, held_out(self._setup, model))
                 while done < self._spec.rounds:
-                    model, found = self._round(done + 1, model)
+                    model, found, rows = self._round(done + 1, model)
                     done += 1
                     journal.write(done, found)
+                    table.write(rows)
                     metrics |= found
                     if done % self._spec.checkpoint_every == 0 or done == self._spec.rounds:
                         self._save(done, model)
@@ -171,13 +176,14 @@ class Rounds:
         self._grid.down, self._grid.up = totals["down"], totals["up"]
         return done, groups["model"]
 
-    def _round(self, server_round: int, model: Member) -> tuple[Member, dict[str, float]]:
-        """Do one round and return the next model and what was measured."""
+    def _round(self, server_round: int, model: Member) -> tuple[Member, dict[str, float], np.ndarray]:
+        """Do one round and return the next model, what was measured and the rows of its clients."""
         began = time.perf_counter()
         arrays = array_record(model)
         asked = list(self._outer.configure_train(server_round, arrays, ConfigRecord(), self._grid))
         replies = self._grid.send_and_receive(asked, timeout=self._timeout)
         trained = time.perf_counter()
+        exchanges = self._exchanges()
         aggregated, _ = self._outer.aggregate_train(server_round, replies)
         received = self.strategy.received
         usable = len(received.partitions)
@@ -197,14 +203,23 @@ class Rounds:
             "seconds/clients": trained - began,
             "seconds/aggregation": ended - trained,
         }
-        if self.strategy.plan.tests(server_round):
+        tests = self.strategy.plan.tests(server_round)
+        if tests:
             found |= self._measured(server_round, model, new, aggregated)
+        tested = self.strategy.tested if tests else {}
+        rows = rows_of(server_round, exchanges, received, (model, new), tested)
         found |= {
             "bytes/down": self._grid.down,
             "bytes/up": self._grid.up,
             "seconds/measuring": time.perf_counter() - ended,
         }
-        return new, found
+        return new, found, rows
+
+    def _exchanges(self) -> list[Exchange]:
+        """Return what went to and came from the clients of the round, in the order of their numbers."""
+        of_nodes = self._grid.exchanged.items()
+        found = [Exchange(self.strategy.partition_of(node), *sizes) for node, sizes in of_nodes]
+        return sorted(found, key=lambda one: one.client)
 
     def _measured(
         self, server_round: int, model: Member, new: Member, arrays: ArrayRecord

@@ -13,7 +13,7 @@ from lossworks_federated.records import METRICS, MODEL, member_from
 from lossworks_federated.spec_parts import GuardSpec
 
 REASONS = {
-    "late": "no reply before the deadline",
+    "late": "no reply before the end of the round",
     "failed": "an error in place of a reply",
     "empty": "no arrays, or no examples",
     "shape": "arrays of other names or shapes than were sent",

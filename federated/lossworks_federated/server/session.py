@@ -159,7 +159,8 @@ class Session:
         from lossworks.tracking import finish_run
 
         outcome = child.outcome
-        files = (child.files.path / "spec.yaml", child.files.outcome, child.files.model)
+        own = child.files
+        files = (own.path / "spec.yaml", own.outcome, own.model, own.table)
         status = _STATUS[outcome.status if outcome else "stopped"]
         try:
             finish_run(

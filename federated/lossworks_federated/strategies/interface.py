@@ -167,6 +167,7 @@ class Federated(Entry, Strategy):
     received: Received
     tested: dict[int, OwnTest]
     drawn: Any
+    partition_of: Any
 
     def _check_finite(self, member: Member, server_round: int) -> None:
         bad = [name for name, value in member.items() if not value.isfinite().all()]
@@ -308,6 +309,10 @@ class Reproducible(FlowerFedAvg):
             )
         first = max(self._partitions.values(), default=-1) + 1
         self._partitions.update({node: first + place for place, node in enumerate(sorted(nodes))})
+
+    def partition_of(self, node: int) -> int:
+        """Return the partition of a node that ``nodes`` has found."""
+        return self._partitions[node]
 
     def drawn(self, nodes: Nodes, count: int | None, server_round: int, purpose: int = _TRAIN) -> Nodes:
         """Return the clients drawn for a round, sorted; all if ``count`` is None or more than there are."""
