@@ -124,6 +124,85 @@ class PrivacySpec(Spec):
     )
 
 
+class UpdatesSpec(Spec):
+    """How clients send what they learnt; ``updates=top-k`` is short for ``updates.kind=top-k``."""
+
+    shorthand: ClassVar[str | None] = "kind"
+
+    kind: Literal["none", "top-k", "random-mask", "quantised"] = Field(
+        "none",
+        description="none (parameters as they are); top-k (the entries of the update w − w⁰ that are largest "
+        "in magnitude); random-mask (entries drawn by a seed, which is sent in place of where they are); "
+        "quantised (each entry of the update rounded to few bits, at random, so that its mean is right)",
+    )
+    share: float = Field(
+        0.01, gt=0.0, le=1.0, description="of top-k and random-mask: share of the entries that is sent"
+    )
+    bits: int = Field(
+        8, ge=1, le=32, description="of quantised: bits of an entry, 1 to 16; 32 sends them as they are"
+    )
+    error_feedback: bool | None = Field(
+        None,
+        description="whether a client adds what it has not sent to its next update; unset: top-k does",
+    )
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        if 16 < self.bits < 32:
+            raise ValueError(f"bits={self.bits}: must be 1 to 16, or 32, which sends entries as they are")
+        if self.error_feedback and self.kind == "none":
+            raise ValueError("error_feedback=true: needs a kind that leaves something out")
+        if self.error_feedback and self.kind == "quantised":
+            raise ValueError(
+                "error_feedback=true with kind=quantised: rounding that is right in the mean has no lasting "
+                "error, and with few bits it may be longer than the update, so that what is fed back grows"
+            )
+        return self
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether clients keep what they have not sent."""
+        return self.kind == "top-k" if self.error_feedback is None else self.error_feedback
+
+    @property
+    def sparse(self) -> bool:
+        """Whether most entries of what the server reads may be 0."""
+        return self.kind in ("top-k", "random-mask")
+
+    def require_fit(
+        self, strategy: str, *, whole_updates: bool, guard: "GuardSpec", privacy: "PrivacySpec"
+    ) -> None:
+        """Refuse what compressed updates would break.
+
+        Args:
+            strategy: The strategy's slug.
+            whole_updates: Whether what its server does with updates holds for whole ones only.
+            guard: Which replies are refused.
+            privacy: The federation's.
+
+        Raises:
+            ValueError: With the reason.
+        """
+        if self.kind == "none":
+            return
+        if whole_updates:
+            raise ValueError(
+                f"updates.kind={self.kind} with {strategy}: a mean of compressed updates is near that of "
+                f"whole ones, but {strategy} compares clients' updates with each other or sums them as "
+                "clients do, too, which compressed ones would bring apart"
+            )
+        if privacy.kind != "none":
+            raise ValueError(
+                f"updates.kind={self.kind} with privacy.kind={privacy.kind}: updates must be clipped and "
+                "blurred before they are compressed, and Flower's mods do it to what clients send in the end"
+            )
+        if self.sparse and guard.least_cosine is not None:
+            raise ValueError(
+                f"updates.kind={self.kind} with guard.least_cosine={guard.least_cosine:g}: the median of "
+                "entries that most clients leave out is 0, which has no direction"
+            )
+
+
 class MeasureSpec(Spec):
     """When and on what the global model is measured."""
 
@@ -150,6 +229,7 @@ class TaskSpec(Spec):
     pooled: bool = Field(False, description="whether the first client trains on what all of them have")
     local: LocalSpec = LocalSpec()
     faults: FaultSpec = FaultSpec()
+    updates: UpdatesSpec = UpdatesSpec()
 
     def run_spec(self) -> RunSpec:
         """Return the training of one process that a client's is like.

@@ -23,10 +23,12 @@ from lossworks_federated.spec_parts import (
     PrivacySpec,
     SplitSpec,
     TaskSpec,
+    UpdatesSpec,
 )
 from lossworks_federated.strategies.catalogue import (
     PLAIN_SGD,
     POOLED,
+    WHOLE_UPDATES,
     check_also,
     check_settings,
     declaration,
@@ -136,6 +138,7 @@ class FederationSpec(Spec):
     local: LocalSpec = LocalSpec()
     faults: FaultSpec = FaultSpec()
     guard: GuardSpec = GuardSpec()
+    updates: UpdatesSpec = UpdatesSpec()
     privacy: PrivacySpec = PrivacySpec()
     measure: MeasureSpec = MeasureSpec()
     tracking: TrackingSpec = TrackingSpec()
@@ -207,6 +210,8 @@ class FederationSpec(Spec):
     def _require_fit(self, strategy: StrategySpec) -> None:
         others = [entry["name"] for entry in strategy.also]
         require_compatible(strategy.name, others, self.privacy)
+        whole = WHOLE_UPDATES in declaration(strategy.name).flags
+        self.updates.require_fit(strategy.name, whole_updates=whole, guard=self.guard, privacy=self.privacy)
         plain = self.local.optimizer == "sgd" and not self.local.momentum
         for name in (strategy.name, *others):
             if PLAIN_SGD in declaration(name).flags and not plain:
@@ -229,6 +234,7 @@ class FederationSpec(Spec):
             pooled=POOLED in declaration(strategy.name).flags,
             local=local,
             faults=self.faults,
+            updates=self.updates,
         )
 
 

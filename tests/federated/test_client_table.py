@@ -111,7 +111,8 @@ def test_a_million_rows_are_written_in_groups(tmp_path: Path) -> None:
             exchanges = [Exchange(client, 4, 0) for client in range(100_000)]
             refused = {"late": tuple(range(100_000))}
             nothing = Received.nothing(refused)
-            table.write(rows_of(number, exchanges, nothing, ({}, {}), {7: OwnTest(3, {"loss": 0.5, "accuracy": 0.25})}))
+            tested = {7: OwnTest(3, {"loss": 0.5, "accuracy": 0.25})}
+            table.write(rows_of(number, exchanges, nothing, ({}, {}), tested))
     found = parquet.ParquetFile(file)
     assert found.metadata.num_rows == 1_000_000
     assert max(found.metadata.row_group(k).num_rows for k in range(found.num_row_groups)) == 2**16

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
@@ -27,11 +28,12 @@ from lossworks.cohort import (
 from lossworks_federated.client.client_memory import Moment, keep, recall
 from lossworks_federated.client.faults import afflicted, fault_of
 from lossworks_federated.client.local_rules import Together
+from lossworks_federated.client.update_coding import KEPT, coding_of
 from lossworks_federated.records import CONFIG, MODEL, member_from
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import LocalSpec
 from lossworks_federated.strategies.catalogue import parts_told
-from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
+from lossworks_federated.strategies.parts import Cohort, Part
 
 _FLOATS_AT_ONCE = (
     2**22
@@ -114,10 +116,26 @@ def _train_at_once(
         part.finish(cohort, trained.params, trained.steps)
         for part, cohort in zip(parts, cohorts, strict=True)
     ]
-    _keep(parts, outcomes, clients, moment, local)
+    keeping = {part.slug: outcome.kept for part, outcome in zip(parts, outcomes, strict=True) if part.keeps}
     returned = trained.params
     for part in parts:
         returned = part.returned(origin, returned)
+    partitions = [client.partition for client in clients]
+    faults = [
+        fault_of(task.faults, task.seed, server_round, client) if server_round else None
+        for client in partitions
+    ]
+    models = [afflicted(fault, origin, member_of(returned, index)) for index, fault in enumerate(faults)]
+    coding = coding_of(task.updates) if server_round else None  # an exploration is of whole updates
+    if coding is not None:
+        nothing = {name: torch.zeros_like(value) for name, value in origin.items()} if coding.keeps else {}
+        unsent = [recall(client.context, [KEPT], moment).get(KEPT, nothing) for client in clients]
+        seeds = [(task.seed, server_round, client) for client in partitions]
+        written = [coding.written(origin, *each) for each in zip(models, unsent, seeds, strict=True)]
+        models = [sent for sent, _ in written]
+        if coding.keeps:
+            keeping[KEPT] = stack([kept for _, kept in written])
+    _keep(keeping, clients, moment, local)
     sent = {part.slug: outcome.sent for part, outcome in zip(parts, outcomes, strict=True) if outcome.sent}
     weights = step_weights(trained.steps, task.local, _pull(parts))
     after: list[float] = []
@@ -125,8 +143,7 @@ def _train_at_once(
         own = [setup.split.train[client.partition] for client in clients]
         after = setup.learner.losses(trained.params, setup.train, own)
     replies = []
-    for index, client in enumerate(clients):
-        fault = fault_of(task.faults, task.seed, server_round, client.partition) if server_round else None
+    for index, (client, fault) in enumerate(zip(clients, faults, strict=True)):
         metrics = {
             "num-examples": len(setup.split.train[client.partition]),
             "loss": float(trained.losses[index]),
@@ -135,7 +152,7 @@ def _train_at_once(
         }
         if after:
             metrics["loss-after"] = after[index]
-        arrays = {MODEL: afflicted(fault, origin, member_of(returned, index))}
+        arrays = {MODEL: models[index]}
         arrays |= {slug: member_of(stacked, index) for slug, stacked in sent.items()}
         replies.append(Reply(arrays, metrics, fault))
     return replies
@@ -225,21 +242,14 @@ def _recalled(
     return stacks
 
 
-def _keep(
-    parts: Sequence[Part],
-    outcomes: Sequence[PartOutcome],
-    clients: Sequence[Client],
-    moment: Moment,
-    local: bool,
-) -> None:
-    keeping = [(part.slug, outcome.kept) for part, outcome in zip(parts, outcomes, strict=True) if part.keeps]
+def _keep(keeping: Mapping[str, Stack], clients: Sequence[Client], moment: Moment, local: bool) -> None:
     if not keeping:
         return
     for index, client in enumerate(clients):
         # Cloned where it stays in memory, since a view would hold the whole stack.
         kept = {
             slug: {name: value.clone() for name, value in member_of(stacked, index).items()}
-            for slug, stacked in keeping
+            for slug, stacked in keeping.items()
         }
         keep(client.context, kept, moment, local=local)
 

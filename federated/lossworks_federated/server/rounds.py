@@ -275,6 +275,7 @@ def build_strategy(
         guard=spec.guard,
         deadline_s=spec.deadline_s or _HOUR,
         terms=spec.measure.terms,
+        updates=spec.updates,
     )
     return strategy(chosen.name)(plan=plan, also=chosen.also, **chosen.hyperparameters)
 

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).with_name("strategies.json")
 CLIENT_PART, AVERAGES, EXCHANGES, PLAIN_SGD = "client-part", "averages", "exchanges", "plain-sgd"
-POOLED = "pooled"
+POOLED, WHOLE_UPDATES = "pooled", "whole-updates"
 """What a declaration says of a strategy in its flags.
 
 It has a part in clients, which other strategies can add; the next model is w⁰ plus the mean update, weighted
 by examples; further arrays than parameters go between clients and server; clients take plain SGD steps; one
-client trains on what all of them have.
+client trains on what all of them have; what the server does holds for whole updates only, since it compares
+them with each other or keeps a sum of them that clients keep, too.
 """
 _KNOWN = frozenset(
     (
@@ -46,7 +47,8 @@ Flags: `client-part`, the part in clients can be added to other strategies (`als
 the next model is the mean of the clients', weighted by examples; `exchanges`, further arrays go between
 clients and server, so that privacy which clips and blurs updates refuses it; `plain-sgd`, clients must take
 steps of SGD without momentum; `pooled`, one client trains on what all of them have, which only a simulation
-can do.
+can do; `whole-updates`, the server compares clients' updates with each other or keeps a sum of them that
+clients keep, too, so that compressed ones (`updates`) are refused.
 """
 
 _catalogue = Catalogue(FILE, {"strategies": "strategy"})

@@ -38,6 +38,7 @@ class FedDyn(Federated, Reproducible):
     formula = "h ← h - (α/M) Σ g_i, w = mean w_i - h/α"
     paper = Paper("Federated Learning Based on Dynamic Regularization", "Acar et al.", 2021)
     part = DynamicPart
+    whole_updates = True
 
     alpha: float = number(0.1, "α of the dynamic penalty", gt=0, le=10, search=(1e-3, 1), log=True)
 

@@ -42,6 +42,7 @@ class FedLD(Federated, Reproducible):
         "Tackling Data Heterogeneity in Federated Learning via Loss Decomposition", "Zeng, Guo et al.", 2024
     )
     part = MarginPart
+    whole_updates = True
 
     margin: float = number(
         0.03,

@@ -125,6 +125,7 @@ class FedMedian(_OfFlower, flower.FedMedian, Reproducible):
     slug = "fedmedian"
     formula = "w = median w_i"
     paper = _YIN
+    whole_updates = True
 
 
 class FedTrimmedAvg(_OfFlower, flower.FedTrimmedAvg, Reproducible):
@@ -133,6 +134,7 @@ class FedTrimmedAvg(_OfFlower, flower.FedTrimmedAvg, Reproducible):
     slug = "fedtrimmedavg"
     formula = "w = mean w_i without the largest and the smallest β m of each entry"
     paper = _YIN
+    whole_updates = True
 
     beta: float = number(0.2, "β, share of clients left out at either end", ge=0, lt=0.5, search=(0, 0.4))
 
@@ -145,6 +147,7 @@ class Krum(_OfFlower, flower.Krum, Reproducible):
     paper = Paper(
         "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", "Blanchard et al.", 2017
     )
+    whole_updates = True
 
     num_malicious_nodes: int = integer(0, "f, clients that may lie", ge=0, le=10**6)
 

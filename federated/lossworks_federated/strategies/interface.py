@@ -22,10 +22,18 @@ from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.entry import Entry
 from lossworks.cohort import Member, Stack
 from lossworks.errors import RunError
+from lossworks_federated.client.update_coding import coding_of
 from lossworks_federated.records import CONFIG, METRICS, MODEL, array_record, flattened, grouped, member_from
 from lossworks_federated.server.screening import Received, screen
-from lossworks_federated.spec_parts import GuardSpec
-from lossworks_federated.strategies.catalogue import AVERAGES, CLIENT_PART, EXCHANGES, PLAIN_SGD, part_of
+from lossworks_federated.spec_parts import GuardSpec, UpdatesSpec
+from lossworks_federated.strategies.catalogue import (
+    AVERAGES,
+    CLIENT_PART,
+    EXCHANGES,
+    PLAIN_SGD,
+    WHOLE_UPDATES,
+    part_of,
+)
 from lossworks_federated.strategies.parts import Part
 
 _TRAIN, _TEST, _EXPLORE = range(3)  # what a draw is for
@@ -49,6 +57,7 @@ class StrategyPlan:
         guard: Which replies are refused.
         deadline_s: Seconds to wait for replies outside of rounds.
         terms: Whether clients measure their loss after training, in rounds that are tested.
+        updates: How clients send their updates.
     """
 
     seed: int = 0
@@ -62,6 +71,7 @@ class StrategyPlan:
     guard: GuardSpec = field(default_factory=GuardSpec)
     deadline_s: float = 3600.0
     terms: bool = False
+    updates: UpdatesSpec = field(default_factory=UpdatesSpec)
 
     def tests(self, server_round: int) -> bool:
         """Return whether the global model is tested after a round."""
@@ -87,6 +97,8 @@ class Federated(Entry, Strategy):
     Attributes:
         part: Its part in clients, if it has one, which is given the same hyperparameters.
         averages: Whether the next model is w⁰ plus the mean update, weighted by examples.
+        whole_updates: Whether the server compares clients' updates with each other, or keeps a sum of them
+            that clients keep, too, so that compressed ones won't do.
 
     Raises:
         UserError: A hyperparameter is unknown or out of range.
@@ -97,6 +109,7 @@ class Federated(Entry, Strategy):
     example = "lossworks federate federated/specs/digits.yaml strategies=[{slug}]"
     part: ClassVar[type[Part] | None] = None
     averages: ClassVar[bool] = False
+    whole_updates: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -121,6 +134,7 @@ class Federated(Entry, Strategy):
             AVERAGES: cls.averages,
             EXCHANGES: part is not None and part.exchanges,
             PLAIN_SGD: part is not None and part.plain_sgd,
+            WHOLE_UPDATES: cls.whole_updates,
         }
         flags = (*cls.flags, *(flag for flag, holds in known.items() if holds))
         return replace(super().declaration(), flags=flags)
@@ -339,7 +353,8 @@ class Reproducible(FlowerFedAvg):
         All of Flower's strategies ask this method for the replies they aggregate.
         """
         del is_train, validate
-        replies = list(replies)
+        coding = coding_of(self.plan.updates)
+        replies = list(replies) if coding is None else [coding.read_reply(self.origin, r) for r in replies]
         sending = [part.slug for part in self.parts if part.sends]
         received = screen(self._known(replies), self._asked_of(), self.origin, sending, self.plan.guard)
         self.received = received
