@@ -21,12 +21,20 @@ from lossworks.data.examples import Examples
 from lossworks.errors import UserError
 from lossworks.losses.objective import row_losses
 from lossworks.models import HeadedModel
+from lossworks.models.operations import count_step_flops
 from lossworks.tasks.interface import ExampleRows, Task
 from lossworks.tasks.registry import task_of
 from lossworks.training.weights.adapters import equip
 from lossworks.training.weights.start import begin_from, learnt_of_start, trained_weights
 from lossworks_federated.spec_parts import SplitSpec, TaskSpec
 from lossworks_federated.splits import Split, split_examples, with_feature_noise
+
+_STACKED_FLOPS = 4e7
+"""Operations of a client's step up to which all clients are trained at once.
+
+Below, a step is over before a core has been told what to do, and stacks take a fraction of the time; above,
+products are large enough, and stacks only leave the caches.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +104,7 @@ def make_setup(task: TaskSpec) -> SharedSetup:
         kind=kind,
         split=split,
         train=train,
-        learner=_learner(kind, model, train),
+        learner=_learner(kind, model, train, min(task.local.batch_size, max(map(len, split.train)))),
         initial={n: value.detach().clone() for n, value in model.named_parameters() if value.requires_grad},
     ).of(task)
 
@@ -126,14 +134,18 @@ def _noisy(train: ExampleRows, split: Split, task: TaskSpec) -> ExampleRows:
     return Examples(inputs, train.labels, train.bag_size, train.further)
 
 
-def _learner(kind: Task, model: HeadedModel, train: ExampleRows) -> Learner:
-    """Return what trains clients at once where their rows and losses allow it, else one by one."""
+def _learner(kind: Task, model: HeadedModel, train: ExampleRows, batch_size: int) -> Learner:
+    """Return what trains clients at once where that is possible and faster, else one on each core."""
     spec = kind.spec_of_run.loss
     of_rows = all(declaration(term.name).kind == "row" for term in spec.terms)
+    if not (kind.classifies and of_rows and isinstance(train, Examples)):
+        return MemberLearner(model, kind, train)
+    loss, stacked = row_losses(spec), StackedModel(model)
     whole = all(parameter.requires_grad for parameter in model.parameters())
-    if kind.classifies and of_rows and whole and isinstance(train, Examples):
-        return StackedLearner(StackedModel(model), train, row_losses(spec), kind)
-    return MemberLearner(model, kind, train)
+    few = count_step_flops(model, train.inputs[:1]) * batch_size <= _STACKED_FLOPS
+    if whole and few and stacked.reason is None:
+        return StackedLearner(stacked, train, loss, kind)
+    return MemberLearner(model, kind, train, loss)
 
 
 @lru_cache(maxsize=2)

@@ -186,9 +186,14 @@ class RunFolder:
             raise UserError(f"storage={folder}: can't be written: {error.strerror}") from None
 
     @classmethod
+    def at(cls, spec: Stored, run_id: str) -> "RunFolder":
+        """Return the folder that a run has, or will have once it is made."""
+        return cls((Path(spec.storage) if spec.storage else runs_folder()) / run_id)
+
+    @classmethod
     def create(cls, spec: Stored, run_id: str) -> "RunFolder":
         """Make the folder of a new run and store its spec."""
-        folder = cls((Path(spec.storage) if spec.storage else runs_folder()) / run_id)
+        folder = cls.at(spec, run_id)
         folder.path.mkdir(parents=True)
         folder.store(spec)
         if job := os.environ.get(JOB_VARIABLE):

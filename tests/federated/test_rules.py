@@ -13,7 +13,6 @@ from lossworks.cohort import (
     StackedModel,
     plan_batches,
     repeat,
-    train_members,
 )
 from lossworks.data.batch import IGNORE_INDEX
 from lossworks.data.examples import Examples
@@ -48,7 +47,7 @@ def learner_of():
 
 def seen(inputs, hidden, logits, valid):
     targets = torch.where(valid, 0, IGNORE_INDEX)
-    return Seen(inputs, Outputs(hidden, None, dense=logits), targets, slice(0, len(inputs)))
+    return Seen(inputs, Outputs(hidden, None, dense=logits), targets)
 
 
 def trained(rule, epochs=2, batch_size=4):
@@ -62,7 +61,7 @@ def trained(rule, epochs=2, batch_size=4):
     loss = create("cross-entropy", reduction="none")
     model = StackedModel(model_of())
     learner = StackedLearner(model, Examples(x, y), loss)
-    return train_members(learner, repeat(member(), 3), batches, Sgd(LR), rule), batches
+    return learner.train(repeat(member(), 3), batches, Sgd(LR), rule), batches
 
 
 def stacked(seed):

@@ -8,17 +8,22 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from lossworks.cohort import MemberLearner, Seen, StackedLearner, repeat, train_members
+from lossworks.cohort import MemberLearner, Seen, StackedLearner, repeat
 from lossworks.data.batch import IGNORE_INDEX
 from lossworks.data.text.owned_tokens import OwnedTokens
 from lossworks.errors import UserError
 from lossworks.models import Outputs
 from lossworks.models.interface import Head
+from lossworks.runs import RunFolder
 from lossworks.tensors import load_tensors
+from lossworks.tracking import read_all
+from lossworks.training.weights.export import evaluate_folder, export_run
 from lossworks_federated.client.client_work import _optimizer
 from lossworks_federated.client.local_rules import Margin
 from lossworks_federated.engines.cohort_grid import CohortGrid
+from lossworks_federated.federate import federate
 from lossworks_federated.server.rounds import RoundFiles, Rounds
+from lossworks_federated.server.session import FederationWatcher, Session
 from lossworks_federated.shared_setup import make_setup
 from lossworks_federated.specs import FederationSpec
 from lossworks_testing.federation import OneByOneGrid, difference, equal
@@ -98,8 +103,8 @@ def test_a_client_descends_like_a_plain_loop(letters):
     """One client's round equals torch's optimiser on the dense cross-entropy of the same batches."""
     spec = text_spec(letters, local={"epochs": 2, "batch_size": 4, "lr": 0.05, "momentum": 0.9})
     setup = setup_of(spec)
-    found = train_members(
-        setup.learner, repeat(setup.initial, 3), setup.batches([0, 1, 2], 1, 2), _optimizer(spec.local)
+    found = setup.learner.train(
+        repeat(setup.initial, 3), setup.batches([0, 1, 2], 1, 2), _optimizer(spec.local)
     )
     for client in range(3):
         model = setup.kind.build_model()
@@ -171,7 +176,7 @@ def test_the_margin_needs_no_logits(on, reduce):
     )
     values, gradients = [], []
     for outputs in given:
-        value = rule.penalty(Seen(hidden, outputs, targets, slice(0, 1))).sum()
+        value = rule.penalty(Seen(hidden, outputs, targets)).sum()
         values.append(float(value))
         gradients.append(torch.autograd.grad(value, (hidden, weight)))
 
@@ -292,3 +297,33 @@ def test_owners_that_nobody_names_are_refused(letters):
     spec = text_spec(letters, data={"corpus": f"text:{letters}", "owner": "whom", "vocab_size": 264})
     with pytest.raises(UserError, match=r"data.owner='whom': no such field; there are: text, who"):
         setup_of(spec)
+
+
+def test_the_global_model_is_used_like_a_trained_one(letters, tmp_path, monkeypatch):
+    """It exports, evaluates to what the federation measured, and the best round is kept beside the last."""
+    monkeypatch.setenv("LOSSWORKS_HOME", str(tmp_path / "home"))
+    spec = text_spec(letters, {"name": "fedavg", "lr": 5.0}, lora=2, seeds=[0], rounds=3)
+    found = federate(spec)
+    (child,) = Session(spec, found.folder, FederationWatcher()).children
+    run = RunFolder.find(f"{spec.name}: {child.title}")
+    assert run.run_id == (child.files.path / "run-id").read_text()
+    rows = {row["step"]: row["metrics"] for row in read_all(child.files.journal)}
+    losses = {step: rows[step]["server/loss"] for step in (1, 2, 3)}
+    best = min(losses, key=losses.__getitem__)
+
+    for newest, step in ((True, 3), (False, best)):
+        folder = tmp_path / f"model-{newest}"
+        assert export_run(run, folder, best=not newest) == step
+        evaluation = evaluate_folder(folder)
+        assert evaluation.loss == pytest.approx(losses[step], rel=1e-5)
+        assert evaluation.yardsticks["eval/bits_per_byte"] == pytest.approx(
+            rows[step]["server/bits_per_byte"], rel=1e-5
+        )
+    begun = FederationSpec.parse({**spec.model_dump(mode="json", exclude_unset=True), "start": run.run_id})
+    again = setup_of(begun.model_copy(update={"lora": spec.lora}))
+    (first,) = again.learner.measured(
+        {name: value[None] for name, value in again.initial.items()},
+        again.kind.held_out,
+        [np.arange(len(again.kind.held_out))],
+    )
+    assert first.loss == pytest.approx(losses[best], rel=1e-5)

@@ -23,7 +23,6 @@ from lossworks.cohort import (
     member_of,
     repeat,
     stack,
-    train_members,
 )
 from lossworks_federated.client.client_memory import Moment, keep, recall
 from lossworks_federated.client.faults import afflicted, fault_of
@@ -34,10 +33,6 @@ from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import LocalSpec
 from lossworks_federated.strategies.catalogue import parts_told
 from lossworks_federated.strategies.parts import Cohort, Part
-
-_FLOATS_AT_ONCE = (
-    2**22
-)  # entries of the parameters of clients trained at once, so that a step stays in caches
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ def train_clients(
         A reply each, in the order of ``clients``.
     """
     size = sum(value.numel() for value in setup.initial.values())
-    at_once = max(1, _FLOATS_AT_ONCE // size)
+    at_once = setup.learner.at_once(size)
     return [
         reply
         for start in range(0, len(clients), at_once)
@@ -111,7 +106,7 @@ def _train_at_once(
     for part in parts:
         params = part.start(params, kept[part.slug])
     rules = [rule for part, cohort in zip(parts, cohorts, strict=True) if (rule := part.rule(cohort))]
-    trained = train_members(setup.learner, params, batches, _optimizer(task.local), _together(rules))
+    trained = setup.learner.train(params, batches, _optimizer(task.local), _together(rules))
     outcomes = [
         part.finish(cohort, trained.params, trained.steps)
         for part, cohort in zip(parts, cohorts, strict=True)

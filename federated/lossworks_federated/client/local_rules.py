@@ -6,6 +6,7 @@ clients in the order of the round's batches.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Literal
 
 import torch
@@ -28,6 +29,10 @@ class Together(LocalRule):
 
     def __init__(self, rules: Sequence[LocalRule]) -> None:
         self._rules = tuple(rules)
+
+    def of(self, place: int) -> LocalRule:
+        """Return the rules of one client alone."""
+        return Together([rule.of(place) for rule in self._rules])
 
     def penalty(self, seen: Seen) -> Tensor | None:
         """Return the sum of the rules' penalties, shape (m,); None if none of them has one."""
@@ -78,6 +83,12 @@ class ControlVariates(LocalRule):
     def __init__(self, everyone: Member, own: Stack) -> None:
         self._correction = {name: everyone[name] - value for name, value in own.items()}
 
+    def of(self, place: int) -> LocalRule:
+        """Return the rule of one client alone."""
+        alone = copy(self)
+        alone._correction = _only(self._correction, place)
+        return alone
+
     def gradient(self, name: str, gradient: Tensor, param: Tensor) -> Tensor:
         """Return the gradient (m, …) less the client's drift."""
         del param
@@ -108,6 +119,10 @@ class Dynamic(LocalRule):
 
     def __init__(self, origin: Member, own: Stack, alpha: float) -> None:
         self._origin, self._own, self._alpha = origin, own, alpha
+
+    def of(self, place: int) -> LocalRule:
+        """Return the rule of one client alone."""
+        return Dynamic(self._origin, _only(self._own, place), self._alpha)
 
     def gradient(self, name: str, gradient: Tensor, param: Tensor) -> Tensor:
         """Return the gradient (m, …) plus that of the penalty at a parameter (m, …)."""
@@ -140,11 +155,16 @@ class Contrast(LocalRule):
         self._learner, self._origin, self._previous = learner, origin, previous
         self._mu, self._temperature = mu, temperature
 
+    def of(self, place: int) -> LocalRule:
+        """Return the rule of one client alone."""
+        previous = _only(self._previous, place)
+        return Contrast(self._learner, self._origin, previous, self._mu, self._temperature)
+
     def penalty(self, seen: Seen) -> Tensor | None:
         """Return the mean contrast of each client, shape (m,), of its features (m, B, …, D)."""
         hidden, count = seen.outputs.hidden, len(seen.inputs)
         whole = {name: value.expand(count, *value.shape) for name, value in self._origin.items()}
-        previous = {name: value[seen.members] for name, value in self._previous.items()}
+        previous = {name: value[:count] for name, value in self._previous.items()}
         towards = self._learner.features(whole, seen.inputs)
         away = self._learner.features(previous, seen.inputs)
         near = F.cosine_similarity(hidden, towards, dim=-1) / self._temperature
@@ -215,6 +235,11 @@ class Guided(LocalRule):
     def update(self, name: str, step: Tensor) -> Tensor:
         """Return the step (m, …) times the guidance, with ``on="update"``."""
         return step * self._guidance[name] if self._on == "update" else step
+
+
+def _only(stack: Stack, place: int) -> Stack:
+    """Return what one client has, (1, …), of a stack (M, …)."""
+    return {name: value[place : place + 1] for name, value in stack.items()}
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

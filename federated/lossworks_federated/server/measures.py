@@ -15,10 +15,10 @@ _EXAMPLES_AT_ONCE = 2**17  # times the clients whose models are measured togethe
 
 
 def held_out(setup: SharedSetup, model: Member) -> dict[str, float]:
-    """Return the yardsticks of the task on held-out rows."""
+    """Return the training loss and the yardsticks of the task on held-out rows."""
     rows = np.arange(len(setup.kind.held_out))
     (found,) = setup.learner.measured(_only(model), setup.kind.held_out, [rows])
-    return {f"server/{name.removeprefix('eval/')}": value for name, value in found.yardsticks.items()}
+    return {f"server/{name.removeprefix('eval/')}": value for name, value in found.metrics().items()}
 
 
 def loss_terms(setup: SharedSetup, received: Received, new: Member) -> dict[str, float]:

@@ -20,6 +20,7 @@ from lossworks_federated.engines.counted_grid import CountedGrid
 from lossworks_federated.privacy import with_privacy
 from lossworks_federated.records import array_record, flattened, grouped, member_from
 from lossworks_federated.server.client_table import ClientTable, Exchange, rows_of
+from lossworks_federated.server.kept_models import BestModel
 from lossworks_federated.server.measures import drift, held_out, loss_terms, spread
 from lossworks_federated.server.screening import REASONS, Received
 from lossworks_federated.shared_setup import SharedSetup
@@ -44,6 +45,7 @@ class RoundFiles:
         self.path = path
         self.journal = path / "metrics.jsonl"
         self.model = path / "model.safetensors"
+        self.best = path / "best.safetensors"
         self.outcome = path / "outcome.json"
         self.table = path / "clients.parquet"
         self._states = path / "states"
@@ -131,6 +133,7 @@ class Rounds:
         self.strategy = build_strategy(spec, chosen, setup.task, files.path.name)
         self._outer: Strategy = with_privacy(self.strategy, spec.privacy)
         self._timeout = spec.deadline_s or _HOUR
+        self._best = BestModel(files.best)
 
     def run(self) -> FederationOutcome:
         """Do all rounds that are left and return how it ended.
@@ -206,6 +209,7 @@ class Rounds:
         tests = self.strategy.plan.tests(server_round)
         if tests:
             found |= self._measured(server_round, model, new, aggregated)
+            self._best.offer(server_round, found["server/loss"], new)
         tested = self.strategy.tested if tests else {}
         rows = rows_of(server_round, exchanges, received, (model, new), tested)
         found |= {

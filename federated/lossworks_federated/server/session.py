@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from lossworks.errors import LossworksError, RunError
 from lossworks.files import write_atomically
 from lossworks.runs import RunFolder
+from lossworks.tensors import load_tensors
+from lossworks_federated.server.kept_models import BestModel, keep_as_run
 from lossworks_federated.server.rounds import FederationOutcome, RoundFiles, Rounds
 from lossworks_federated.shared_setup import SharedSetup, make_setup
 from lossworks_federated.spec_parts import TaskSpec
@@ -109,6 +111,7 @@ class Session:
                 self._watcher.say(f"{child.title}: failed: {error}")
             finally:
                 self._watcher.end(child)
+                self._keep_model(child, child_id)
                 self._finish(child, child_id)
 
     def setup(self, child: Child) -> SharedSetup:
@@ -154,6 +157,24 @@ class Session:
         write_atomically(child.files.path / "spec.yaml", alone.to_yaml())
         write_atomically(marker, child_id)
         return child_id
+
+    def _keep_model(self, child: Child, child_id: str) -> None:
+        """Make a run of training out of the child's model, if it has finished."""
+        outcome = child.outcome
+        if outcome is None or outcome.status != "finished":
+            return
+        try:
+            keep_as_run(
+                self.setup(child),
+                child_id,
+                name=f"{self.spec.name}: {child.title}",
+                storage=self.spec.storage,
+                best=BestModel(child.files.best),
+                last=(outcome.rounds, load_tensors(child.files.model)),
+                metrics=outcome.metrics,
+            )
+        except LossworksError as error:
+            self._watcher.say(f"{child.title}: its model can't be kept as a run: {error}")
 
     def _finish(self, child: Child, child_id: str) -> None:
         from lossworks.tracking import finish_run

@@ -5,7 +5,7 @@ from lossworks.cohort.learners import Learner, MemberLearner, StackedLearner
 from lossworks.cohort.optimizers import AdamW, AdamWSettings, Optimizer, ScheduledAdamW, Sgd
 from lossworks.cohort.rules import LocalRule, Seen
 from lossworks.cohort.stacked import Member, Stack, StackedModel, member_of, repeat, stack
-from lossworks.cohort.training import TrainedMembers, train_members
+from lossworks.cohort.training import TrainedMembers
 
 __all__ = [
     "AdamW",
@@ -27,5 +27,4 @@ __all__ = [
     "plan_batches",
     "repeat",
     "stack",
-    "train_members",
 ]

@@ -5,8 +5,9 @@ Shapes: M members, m of them at work, B examples a member, D features, K classes
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -18,43 +19,25 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lossworks.cohort.batches import Batches
+from lossworks.cohort.optimizers import Optimizer
 from lossworks.cohort.rules import LocalRule, Seen
 from lossworks.cohort.stacked import Member, Stack, StackedModel, member_of
+from lossworks.cohort.training import TrainedMembers, copies, ended, members_in, move
 from lossworks.data.batch import Batch
 from lossworks.data.examples import Examples
-from lossworks.losses.objective import RowLosses
+from lossworks.losses.objective import Objective, RowLosses
 from lossworks.models import HeadedModel, Outputs
 from lossworks.tasks.interface import Evaluation, ExampleRows, Task
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+_FLOATS_AT_ONCE = 2**22
+"""Parameters of members that are trained at once."""
 _EXAMPLES_AT_ONCE = 2**17
 """Of members that are measured together."""
 _ROWS_AT_ONCE = 32
 """Of a member that is measured alone, such as sequences."""
-
-
-class Steps(ABC):
-    """The steps of members that are to be trained.
-
-    Attributes:
-        means: Mean loss of each member's batch at each step, (T, M), as far as they were taken.
-        weights: How many elements each is a mean of, (T, M).
-    """
-
-    means: Tensor
-    weights: Tensor
-
-    @abstractmethod
-    def gradients(self, step: int, params: Stack, rule: LocalRule | None) -> Sequence[Tensor]:
-        """Return the gradients (m, …) of each member's loss and penalty at a step, and note its mean loss.
-
-        Args:
-            step: From 0.
-            params: Parameters (m, …) of the members that are still at work.
-            rule: Whose penalty is added.
-        """
 
 
 class Learner(ABC):
@@ -67,8 +50,24 @@ class Learner(ABC):
     reason: str | None
 
     @abstractmethod
-    def steps(self, batches: Batches) -> Steps:
-        """Return the steps of members that take these batches."""
+    def at_once(self, size: int) -> int:
+        """Return how many members with so many parameters are best trained by one call."""
+
+    @abstractmethod
+    def train(
+        self, params: Stack, batches: Batches, optimizer: Optimizer, rule: LocalRule | None = None
+    ) -> TrainedMembers:
+        """Train members, each on its own rows, and leave what was given as it was.
+
+        A step descends on the mean loss of a member's batch plus the rule's penalty. A member that becomes
+        non-finite disturbs no other.
+
+        Args:
+            params: Where each member starts, (M, …).
+            batches: Of all members.
+            optimizer: New, with per-member values in the order of ``batches.members``.
+            rule: Hooks, with what they keep in the order of ``batches.members``.
+        """
 
     @abstractmethod
     def features(self, params: Stack, inputs: Tensor) -> Tensor:
@@ -105,9 +104,22 @@ class StackedLearner(Learner):
         self.model, self.examples, self.loss, self._task = model, examples, loss, task
         self.reason = model.reason
 
-    def steps(self, batches: Batches) -> Steps:
+    def at_once(self, size: int) -> int:
+        """See :class:`Learner`: as many as stay in caches."""
+        return max(1, _FLOATS_AT_ONCE // size)
+
+    def train(
+        self, params: Stack, batches: Batches, optimizer: Optimizer, rule: LocalRule | None = None
+    ) -> TrainedMembers:
         """See :class:`Learner`."""
-        return _StackedSteps(self, batches)
+        now = copies(params, batches)
+        steps = _StackedSteps(self, batches, rule)
+        for step, front in enumerate((batches.counts > 0).sum(1).tolist()):
+            leaves = {name: value[:front] for name, value in now.items()}
+            gradients = steps.gradients(step, leaves)
+            with torch.no_grad():
+                move(leaves, gradients, optimizer, rule)
+        return ended(now, batches, (steps.means * batches.counts).sum(0) / batches.counts.sum(0))
 
     @torch.no_grad()
     def features(self, params: Stack, inputs: Tensor) -> Tensor:
@@ -138,7 +150,7 @@ class StackedLearner(Learner):
         if self._task is None:
             raise ValueError("a learner without a task measures nothing")
         batches = [data.batch(own) for own in rows]
-        if _members(params) == 1:
+        if members_in(params) == 1:
             inputs = torch.cat([batch["inputs"] for batch in batches])
             hidden, logits = (found[0] for found in self.model(params, inputs[None]))
             sizes = [len(own) for own in rows]
@@ -154,33 +166,34 @@ class StackedLearner(Learner):
         ]
 
 
-class _StackedSteps(Steps):
-    def __init__(self, learner: StackedLearner, batches: Batches) -> None:
-        self._learner, self._rows = learner, batches.rows
+class _StackedSteps:
+    """The steps of members that are trained at once.
+
+    Attributes:
+        means: Mean loss of each member's batch at each step, (T, M), as far as they were taken.
+    """
+
+    def __init__(self, learner: StackedLearner, batches: Batches, rule: LocalRule | None) -> None:
+        self._learner, self._rows, self._counts, self._rule = learner, batches.rows, batches.counts, rule
         # All that doesn't depend on parameters is made for all steps at once: a step is short.
-        self.weights = batches.counts
         valid = torch.arange(batches.rows.shape[2]) < batches.counts[..., None]
         self._targets = torch.where(valid, learner.examples.labels[batches.rows], learner.loss.ignore_index)
         self.means = torch.zeros(batches.counts.shape)
 
-    def gradients(self, step: int, params: Stack, rule: LocalRule | None) -> Sequence[Tensor]:
-        """See :class:`Steps`."""
-        front = _members(params)
-        inputs = self._learner.examples.inputs[self._rows[step, :front]]
-        objective = partial(self._objective, step, inputs, rule)
-        return self._learner.model.gradients(params, inputs, objective)
+    def gradients(self, step: int, params: Stack) -> Sequence[Tensor]:
+        """Return the gradients (m, …) of each member's loss and penalty at a step, and note its mean loss."""
+        inputs = self._learner.examples.inputs[self._rows[step, : members_in(params)]]
+        return self._learner.model.gradients(params, inputs, partial(self._objective, step, inputs))
 
-    def _objective(
-        self, step: int, inputs: Tensor, rule: LocalRule | None, hidden: Tensor, logits: Tensor
-    ) -> Tensor:
+    def _objective(self, step: int, inputs: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
         """Return what each member descends on, (m,), and keep its mean loss."""
         front = len(inputs)
         targets = self._targets[step, :front]
-        own = self._learner.loss(logits, targets).sum(1) / self.weights[step, :front]
+        own = self._learner.loss(logits, targets).sum(1) / self._counts[step, :front]
         self.means[step, :front] = own.detach()
-        if rule is None:
+        if self._rule is None:
             return own
-        extra = rule.penalty(Seen(inputs, Outputs(hidden, None, dense=logits), targets, slice(0, front)))
+        extra = self._rule.penalty(Seen(inputs, Outputs(hidden, None, dense=logits), targets))
         return own if extra is None else own + extra
 
 
@@ -192,20 +205,66 @@ class MemberLearner(Learner):
     Args:
         model: The architecture, with whatever of it is not trained.
         task: What is trained, and how it is measured.
-        train: Its rows that are trained on.
+        rows: That are trained on.
+        loss: Unreduced, of models with few classes, whose logits cost nothing; without it the task's
+            objective is taken, which needs none.
     """
 
-    def __init__(self, model: HeadedModel, task: Task, train: ExampleRows) -> None:
-        self.task, self.train = task, train
+    def __init__(
+        self, model: HeadedModel, task: Task, rows: ExampleRows, loss: RowLosses | None = None
+    ) -> None:
+        self.task, self.rows, self._loss = task, rows, loss
         self.reason = f"task={task.slug} is trained a client on each core"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._cores = cores = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
         # A call puts parameters into a model for as long as it takes, so each that goes on needs its own.
         self._model, self._free = model, SimpleQueue[HeadedModel]()
         self._pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
 
-    def steps(self, batches: Batches) -> Steps:
+    def at_once(self, size: int) -> int:
+        """See :class:`Learner`: a few for each core, so that none waits long for the last."""
+        return max(2 * self._cores, _FLOATS_AT_ONCE // size)
+
+    def train(
+        self, params: Stack, batches: Batches, optimizer: Optimizer, rule: LocalRule | None = None
+    ) -> TrainedMembers:
         """See :class:`Learner`."""
-        return _MemberSteps(self, batches)
+        members = batches.members.tolist()
+
+        def train_one(place: int) -> tuple[Member, float]:
+            alone = rule.of(place) if rule else None
+            return self._train_one(
+                member_of(params, members[place]), batches, place, optimizer.of(place), alone
+            )
+
+        # Those with the most steps begin first, so that none is left alone for long.
+        each, losses = zip(*self.each(train_one, range(len(members))), strict=True)
+        now = {name: torch.stack([own[name] for own in each]) for name in params}
+        return ended(now, batches, torch.tensor(losses))
+
+    def _train_one(
+        self, start: Member, batches: Batches, place: int, optimizer: Optimizer, rule: LocalRule | None
+    ) -> tuple[Member, float]:
+        """Train the member at a place; return its parameters and its mean loss."""
+        total = elements = 0.0
+        with self._lent() as model:
+            leaves = {name: value for name, value in model.named_parameters() if name in start}
+            own = {name: value.detach()[None] for name, value in leaves.items()}
+            for name, value in own.items():
+                value[0].copy_(start[name])
+            for rows, count in zip(batches.rows[:, place], batches.counts[:, place].tolist(), strict=True):
+                if not count:
+                    break
+                batch = self.rows.batch(rows[:count].numpy())
+                descended = _Descended(self.task.objective, self._loss, rule)
+                whole = model(batch, descended)
+                gradients = torch.autograd.grad(whole, list(leaves.values()), materialize_grads=True)
+                total, elements = total + descended.loss * descended.elements, elements + descended.elements
+                with torch.no_grad():
+                    move(own, [gradient[None] for gradient in gradients], optimizer, rule)
+            ended_at = {name: value[0].clone() for name, value in own.items()}
+        return ended_at, total / elements if elements else 0.0
 
     @torch.no_grad()
     def features(self, params: Stack, inputs: Tensor) -> Tensor:
@@ -226,7 +285,7 @@ class MemberLearner(Learner):
 
     def measured(self, params: Stack, data: ExampleRows, rows: Sequence[np.ndarray]) -> list[Evaluation]:
         """See :class:`Learner`."""
-        count = _members(params)
+        count = members_in(params)
         parts = [
             (place, own[start : start + _ROWS_AT_ONCE])
             for place, own in enumerate(rows)
@@ -250,53 +309,49 @@ class MemberLearner(Learner):
 
     def called(self, params: Member, batch: Batch, objective: object) -> Tensor:
         """Return what an objective gives inside the forward of a model with these parameters."""
+        with self._lent() as model:
+            return cast("Tensor", functional_call(model, params, (batch, objective)))
+
+    @contextmanager
+    def _lent(self) -> Iterator[HeadedModel]:
+        """Lend a model that nobody else computes with meanwhile; its parameters may hold anything."""
         try:
             model = self._free.get_nowait()
         except Empty:
             model = deepcopy(self._model)
         try:
-            return cast("Tensor", functional_call(model, params, (batch, objective)))
+            yield model
         finally:
             self._free.put(model)
 
 
-class _MemberSteps(Steps):
-    def __init__(self, learner: MemberLearner, batches: Batches) -> None:
-        self._learner, self._batches = learner, batches
-        self.means, self.weights = (torch.zeros(batches.counts.shape) for _ in range(2))
+class _Descended:
+    """What a member descends on, inside its model's forward.
 
-    def gradients(self, step: int, params: Stack, rule: LocalRule | None) -> Sequence[Tensor]:
-        """See :class:`Steps`."""
+    Attributes:
+        loss: Its mean loss, without the penalty, once it has been called.
+        elements: How many it is a mean of.
+    """
 
-        def of(place: int) -> tuple[Tensor, ...]:
-            return self._of(step, place, member_of(params, place), rule)
+    def __init__(self, objective: Objective, loss: RowLosses | None, rule: LocalRule | None) -> None:
+        self._objective, self._loss, self._rule = objective, loss, rule
+        self.loss = self.elements = 0.0
 
-        each = self._learner.each(of, range(_members(params)))
-        return [torch.stack(of_members) for of_members in zip(*each, strict=True)]
-
-    def _of(self, step: int, place: int, member: Member, rule: LocalRule | None) -> tuple[Tensor, ...]:
-        """Return the gradients of one member."""
-        leaves = {name: value.detach().requires_grad_() for name, value in member.items()}
-        rows = self._batches.rows[step, place, : self._batches.counts[step, place]]
-        batch = self._learner.train.batch(rows.numpy())
-        objective = self._learner.task.objective
-        counts = objective.counts(batch)
-
-        def descended(outputs: Outputs, batch: Batch) -> Tensor:
-            own = objective.total(objective(outputs, batch), counts)
-            self.means[step, place] = own.detach()
-            self.weights[step, place] = counts[0]
-            alone = Outputs(outputs.hidden[None], outputs.head)
-            seen = Seen(batch["inputs"][None], alone, batch["targets"][None], slice(place, place + 1))
-            extra = rule.penalty(seen) if rule else None
-            return own if extra is None else own + extra[0]
-
-        whole = self._learner.called(leaves, batch, descended)
-        return torch.autograd.grad(whole, list(leaves.values()), materialize_grads=True)
-
-
-def _members(params: Stack) -> int:
-    return len(next(iter(params.values())))
+    def __call__(self, outputs: Outputs, batch: Batch) -> Tensor:
+        counts = self._objective.counts(batch)
+        self.elements = counts[0]
+        if self._loss is None:
+            own = self._objective.total(self._objective(outputs, batch), counts)
+        else:
+            own = self._loss(outputs.logits, batch["targets"]).sum() / counts[0]
+        self.loss = float(own.detach())
+        if self._rule is None:
+            return own
+        alone = outputs.at(None)
+        if self._loss is not None:  # the logits are there
+            alone = Outputs(alone.hidden, None, dense=outputs.logits[None])
+        extra = self._rule.penalty(Seen(batch["inputs"][None], alone, batch["targets"][None]))
+        return own if extra is None else own + extra[0]
 
 
 def _only(member: Member) -> Stack:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -47,6 +48,14 @@ class Optimizer(ABC):
             param: Its present value.
             gradient: Of the loss.
         """
+
+    def of(self, place: int) -> Self:
+        """Return a new optimiser of the member at a place alone."""
+        lr, decay = (
+            value[place : place + 1] if isinstance(value, Tensor) else value
+            for value in (self.lr, self.weight_decay)
+        )
+        return replace(self, lr=lr, weight_decay=decay)
 
     def move(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
         """Step all parameters in place, and return True, if the rule is simple enough to do so at once."""

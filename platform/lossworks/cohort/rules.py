@@ -16,13 +16,11 @@ class Seen:
         inputs: Shape (m, B, …).
         outputs: Features (m, B, …, D), with logits (m, B, …, K), or with the head of the only member.
         targets: Shape (m, B, …): classes, of which -100 counts for nothing, or numbers, of which NaN does.
-        members: Which of all members these are, in the order of the batches.
     """
 
     inputs: Tensor
     outputs: Outputs
     targets: Tensor
-    members: slice
 
     @property
     def valid(self) -> Tensor:
@@ -38,6 +36,17 @@ class LocalRule:
     A method overrides those it needs. Gradients and steps have the members first, and hold the first m of
     them that are still at work, so a hook takes the front part of what it keeps.
     """
+
+    def of(self, place: int) -> "LocalRule":
+        """Return the rule of one member alone, which has the first axis to itself.
+
+        A method whose hooks keep something of each member overrides it.
+
+        Args:
+            place: Of the member, in the order of the batches.
+        """
+        del place
+        return self
 
     def penalty(self, seen: Seen) -> Tensor | None:
         """Return what is added to each member's loss, shape (m,), or None; a function of its outputs.

@@ -1,4 +1,4 @@
-"""Local training, written once: what one client does, for all members of a cohort at once."""
+"""What members have in common while they are trained, at once or one by one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lossworks.cohort.batches import Batches
-from lossworks.cohort.learners import Learner
 from lossworks.cohort.optimizers import Optimizer
 from lossworks.cohort.rules import LocalRule
 from lossworks.cohort.stacked import Stack
@@ -30,38 +29,25 @@ class TrainedMembers:
     finite: Tensor
 
 
-def train_members(
-    learner: Learner,
-    params: Stack,
-    batches: Batches,
-    optimizer: Optimizer,
-    rule: LocalRule | None = None,
-) -> TrainedMembers:
-    """Train members, each on its own examples, and leave what was given as it was.
+def members_in(params: Stack) -> int:
+    """Return how many members a stack holds."""
+    return len(next(iter(params.values())))
 
-    A step descends on the mean loss of a member's batch plus the rule's penalty. A member that becomes
-    non-finite disturbs no other.
+
+def copies(params: Stack, batches: Batches) -> Stack:
+    """Return copies of members' parameters (M, …) in the order of their batches."""
+    return {name: value.detach()[batches.members].clone() for name, value in params.items()}
+
+
+def move(leaves: Stack, gradients: Sequence[Tensor], optimizer: Optimizer, rule: LocalRule | None) -> None:
+    """Take one step of members in place.
 
     Args:
-        learner: What they learn from; the batches name its rows.
-        params: Where each member starts, (M, …).
-        batches: Of all members.
-        optimizer: New, with per-member values in the order of ``batches.members``.
-        rule: Hooks, with what they keep in the order of ``batches.members``.
+        leaves: Parameters (m, …).
+        gradients: Of them, in the same order.
+        optimizer: Gives steps.
+        rule: Alters gradients and steps.
     """
-    now = {name: value.detach()[batches.members].clone() for name, value in params.items()}
-    steps = learner.steps(batches)
-    for step, front in enumerate((batches.counts > 0).sum(1).tolist()):
-        leaves = {name: value[:front] for name, value in now.items()}
-        gradients = steps.gradients(step, leaves, rule)
-        with torch.no_grad():
-            _move(leaves, gradients, optimizer, rule)
-    losses = (steps.means * steps.weights).sum(0) / steps.weights.sum(0)
-    return _in_order(now, batches, losses)
-
-
-def _move(leaves: Stack, gradients: Sequence[Tensor], optimizer: Optimizer, rule: LocalRule | None) -> None:
-    """Take one step in place."""
     if rule is None and optimizer.move(list(leaves.values()), gradients):
         return
     rule = rule or LocalRule()
@@ -69,8 +55,14 @@ def _move(leaves: Stack, gradients: Sequence[Tensor], optimizer: Optimizer, rule
         leaf.add_(rule.update(name, optimizer.step(name, leaf, rule.gradient(name, gradient, leaf))))
 
 
-def _in_order(now: Stack, batches: Batches, losses: Tensor) -> TrainedMembers:
-    """Return the members in the order they were given in."""
+def ended(now: Stack, batches: Batches, losses: Tensor) -> TrainedMembers:
+    """Return members that have trained, in the order they were given in.
+
+    Args:
+        now: Parameters (M, …) in the order of the batches.
+        batches: What they took.
+        losses: Mean loss of each in that order, (M,).
+    """
     finite = losses.isfinite()
     for value in now.values():
         finite &= torch.linalg.vector_norm(value.detach().flatten(1), torch.inf, dim=1).isfinite()

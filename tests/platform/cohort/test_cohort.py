@@ -19,7 +19,6 @@ from lossworks.cohort import (
     plan_batches,
     repeat,
     stack,
-    train_members,
 )
 from lossworks.data.examples import Examples
 from lossworks.errors import UserError
@@ -68,7 +67,7 @@ def alone(model, examples, batches, place, optimizer, loss):
 
 def train_stacked(model, params, examples, batches, loss, optimizer, rule=None):
     learner = StackedLearner(model, Examples(*examples), loss)
-    return train_members(learner, params, batches, optimizer, rule)
+    return learner.train(params, batches, optimizer, rule)
 
 
 def start(model):
