@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lossworks.errors import RunError
+from lossworks.errors import RunError, UserError
 from lossworks.lost_runs import watched
 from lossworks.runs import RunFolder
 from lossworks.specs.files import located
@@ -72,6 +72,8 @@ def federate(
     logging.getLogger("flwr").setLevel(logging.ERROR)
     watcher = watcher or FederationWatcher()
     spec = located(spec)
+    if grid is not None:
+        _require_deployable(spec)
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     # Data, split and models are made once before anything is entered anywhere, to see that they can be.
@@ -87,6 +89,17 @@ def federate(
             except RunError as error:
                 watcher.say(str(error))
     return _result(session, pictures)
+
+
+def _require_deployable(spec: FederationSpec) -> None:
+    from lossworks_federated.strategies.catalogue import ASYNCHRONOUS, declaration
+
+    for strategy in spec.strategies:
+        if ASYNCHRONOUS in declaration(strategy.name).flags:
+            raise UserError(
+                f"strategies: {strategy.name}: clients of a deployed federation arrive in real time, and it "
+                "takes them in in virtual time; use engine=cohort"
+            )
 
 
 def result_of(folder: RunFolder) -> FederationResult:

@@ -1,5 +1,6 @@
 """The spec of a federation, and of a strategy in it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,9 @@ from lossworks_federated.spec_parts import (
     UpdatesSpec,
 )
 from lossworks_federated.strategies.catalogue import (
+    ASYNCHRONOUS,
+    EXCHANGES,
+    KEEPS,
     PLAIN_SGD,
     POOLED,
     WHOLE_UPDATES,
@@ -33,6 +37,7 @@ from lossworks_federated.strategies.catalogue import (
     check_settings,
     declaration,
 )
+from lossworks_federated.virtual.device_specs import DevicesSpec
 
 _USUAL = "classification"
 _OF_RUNS = ("workers", "sharding", "data", "model", "lora", "loss", "start")
@@ -53,6 +58,19 @@ class StrategySpec(OpenSpec):
     )
     lr: float | None = Field(
         None, gt=0.0, le=10.0, description="learning rate of clients in place of local.lr"
+    )
+    deadline: float | None = Field(
+        None,
+        gt=0.0,
+        le=1e12,
+        description="virtual seconds after which a reply is left out as late; null for no such limit",
+    )
+    over_selection: float = Field(
+        1.0,
+        ge=1.0,
+        le=100.0,
+        description="factor by which more clients than clients_per_round are asked, of which the first to "
+        "answer in virtual time are taken and the others left out as late",
     )
     also: tuple[dict[str, Any], ...] = Field(
         (),
@@ -83,6 +101,8 @@ class StrategySpec(OpenSpec):
             if value != usual[name] and name != "variant"
         ]
         set_here += [f"lr={self.lr:g}"] if self.lr is not None else []
+        set_here += [f"deadline={self.deadline:g}"] if self.deadline is not None else []
+        set_here += [f"over_selection={self.over_selection:g}"] if self.over_selection > 1 else []
         others = "".join(f" + {entry['name']}" for entry in self.also)
         return " ".join([self.name + variant + others, *set_here])
 
@@ -136,6 +156,7 @@ class FederationSpec(Spec):
     lora: LoraSpec = LoraSpec()
     loss: LossSpec = LossSpec()
     local: LocalSpec = LocalSpec()
+    devices: DevicesSpec = DevicesSpec()
     faults: FaultSpec = FaultSpec()
     guard: GuardSpec = GuardSpec()
     updates: UpdatesSpec = UpdatesSpec()
@@ -216,6 +237,55 @@ class FederationSpec(Spec):
         for name in (strategy.name, *others):
             if PLAIN_SGD in declaration(name).flags and not plain:
                 raise ValueError(f"{name} needs local.optimizer=sgd and local.momentum=0")
+        asynchronous = ASYNCHRONOUS in declaration(strategy.name).flags
+        if strategy.deadline is not None and not self.devices.declared:
+            raise ValueError(
+                f"{strategy.name}: deadline={strategy.deadline:g} is of virtual time, which passes "
+                "only where devices are declared, such as devices.speed=100"
+            )
+        if asynchronous:
+            self._require_asynchronous(strategy)
+        elif strategy.over_selection > 1:
+            self._require_over_selection(strategy)
+
+    def _require_over_selection(self, strategy: StrategySpec) -> None:
+        told = f"{strategy.name}: over_selection={strategy.over_selection:g}"
+        if self.clients_per_round is None or not self.devices.declared:
+            raise ValueError(f"{told} needs clients_per_round and devices, whose speeds say who is first")
+        asked = self.asked(strategy) or 0
+        if asked > self.split.clients:
+            raise ValueError(f"{told} asks {asked} clients a round; there are {self.split.clients}")
+
+    def _require_asynchronous(self, strategy: StrategySpec) -> None:
+        name = strategy.name
+        if self.engine != "cohort":
+            raise ValueError(
+                f"{name} with engine={self.engine}: its clients arrive in virtual time, whose clock is in "
+                "this process; use engine=cohort"
+            )
+        if strategy.over_selection > 1:
+            raise ValueError(f"{name}: over_selection is of rounds, which it has not; set its concurrency")
+        if strategy.hyperparameters["concurrency"] > self.split.clients:
+            raise ValueError(
+                f"{name}: concurrency={strategy.hyperparameters['concurrency']}: there are only "
+                f"{self.split.clients} clients"
+            )
+        if self.guard != GuardSpec():
+            raise ValueError(
+                f"guard with {name}: compares the replies of a round, and {name} takes each alone"
+            )
+        for other in (entry["name"] for entry in strategy.also):
+            if {KEEPS, EXCHANGES} & set(declaration(other).flags):
+                raise ValueError(
+                    f"{name} with also={other}: what it keeps or exchanges is for rounds in which all start "
+                    "from one model"
+                )
+
+    def asked(self, strategy: StrategySpec) -> int | None:
+        """Return how many clients a strategy asks in a round; None for all."""
+        if self.clients_per_round is None:
+            return None
+        return math.ceil(self.clients_per_round * strategy.over_selection)
 
     def told(self, strategy: StrategySpec, seed: int) -> TaskSpec:
         """Return what clients are told for one strategy and seed.

@@ -108,9 +108,8 @@ def test_a_million_rows_are_written_in_groups(tmp_path: Path) -> None:
     file = tmp_path / "clients.parquet"
     with ClientTable(file, 0) as table:
         for number in range(1, 11):
-            exchanges = [Exchange(client, 4, 0) for client in range(100_000)]
-            refused = {"late": tuple(range(100_000))}
-            nothing = Received.nothing(refused)
+            exchanges = [Exchange(client, 4, 0, left_out="late") for client in range(100_000)]
+            nothing = Received.nothing({"late": tuple(range(100_000))})
             tested = {7: OwnTest(3, {"loss": 0.5, "accuracy": 0.25})}
             table.write(rows_of(number, exchanges, nothing, ({}, {}), tested))
     found = parquet.ParquetFile(file)

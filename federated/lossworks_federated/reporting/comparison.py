@@ -26,8 +26,9 @@ class ComparedStrategy:
         seed: The seed.
         curves: Steps and values by metric.
         outcome: How it ended.
-        figures: accuracy and worst10 (means of the last 10 measured rounds), rounds_to_target and
-            bytes_to_target (NaN if not reached), bytes, seconds_per_round, left_out.
+        figures: accuracy and worst10 (means of the last 10 measured rounds), rounds_to_target,
+            bytes_to_target and virtual_to_target (NaN if not reached), bytes, seconds_per_round, left_out,
+            virtual_seconds (of all rounds; NaN where no virtual time passes).
     """
 
     strategy: str
@@ -61,6 +62,11 @@ class Comparison:
     def mean(self, strategy: str, figure: str) -> MeanInterval | None:
         """Return a figure's mean over seeds."""
         return MeanInterval.of([entry.figures.get(figure, math.nan) for entry in self.of(strategy)])
+
+    @property
+    def timed(self) -> bool:
+        """Whether virtual time has passed."""
+        return any("virtual/seconds" in entry.curves for entry in self.entries)
 
     def reached(self, strategy: str) -> str:
         """Return in words how many seeds reached the target and after how many rounds."""
@@ -121,6 +127,7 @@ def _figures(curves: dict[str, Series], target: float | None) -> dict[str, float
         "bytes": _at(curves, "bytes/down", -1) + _at(curves, "bytes/up", -1),
         "left_out": _left_out(curves),
         "seconds_per_round": _seconds(curves),
+        "virtual_seconds": _at(curves, "virtual/seconds", -1),
     }
     if target is not None:
         figures |= _to_target(curves, target)
@@ -131,13 +138,17 @@ def _to_target(curves: dict[str, Series], target: float) -> dict[str, float]:
     rounds, accuracies = curves["server/accuracy"]
     reached = np.flatnonzero(accuracies >= target)
     if not len(reached):
-        return {"rounds_to_target": math.nan, "bytes_to_target": math.nan}
-    first = rounds[reached[0]]
-    sent = 0.0
-    for name in ("bytes/down", "bytes/up"):
-        steps, values = curves.get(name, (np.zeros(0), np.zeros(0)))
-        sent += float(values[np.flatnonzero(steps <= first)[-1]]) if (steps <= first).any() else 0.0
-    return {"rounds_to_target": float(first), "bytes_to_target": sent}
+        return dict.fromkeys(("rounds_to_target", "bytes_to_target", "virtual_to_target"), math.nan)
+    first = float(rounds[reached[0]])
+    sent = sum(_until(curves, name, first, 0.0) for name in ("bytes/down", "bytes/up"))
+    virtual = _until(curves, "virtual/seconds", first, math.nan)
+    return {"rounds_to_target": first, "bytes_to_target": sent, "virtual_to_target": virtual}
+
+
+def _until(curves: dict[str, Series], name: str, step: float, otherwise: float) -> float:
+    """Return a curve's last value up to a step."""
+    steps, values = curves.get(name, (np.zeros(0), np.zeros(0)))
+    return float(values[np.flatnonzero(steps <= step)[-1]]) if (steps <= step).any() else otherwise
 
 
 def _last(curves: dict[str, Series], name: str) -> float:

@@ -1,7 +1,7 @@
 """The picture of a comparison: accuracy over rounds and bytes, spread over clients, drift, loss terms."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,8 @@ _TERM_COLOURS = (BLUE, ORANGE, "#6b8f3a")
 def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> list[Path]:
     """Draw a comparison as PNG, 2000 × 1100 pixels, and SVG: means over seeds, with all seeds in between.
 
+    Where virtual time has passed, two more panels show accuracy over it and how long rounds were.
+
     Args:
         comparison: At least one entry.
         path: File to write, in an existing folder.
@@ -27,23 +29,28 @@ def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> list[P
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(20, 11), dpi=100, layout="constrained", facecolor="white")
+        across = 4 if comparison.timed else 3
+        size = (20 / 3 * across, 11)
+        figure = Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
         seeds = len({entry.seed for entry in comparison.entries})
         many = f", means and ranges over {seeds} seeds" if seeds > 1 else ""
         figure.suptitle(f"{title}{many}", fontsize=19, fontweight="bold", x=0.02, ha="left")
-        rounds, sent, spread, drift, disagreement, terms = figure.subplots(2, 3).flat
+        panels = figure.subplots(2, across)
+        (rounds, sent, spread), (drift, disagreement, terms) = panels[:, :3]
         colours = _colours(comparison)
         _draw_curves(rounds, comparison, "server/accuracy", colours)
-        rounds.set_title("Held-out accuracy over rounds")
+        rounds.set(title="Held-out accuracy over rounds", ylabel="accuracy")
         _mark_target(rounds, comparison.target)
         _draw_bytes(sent, comparison, colours)
         _draw_spread(spread, comparison, colours)
         _draw_curves(drift, comparison, "drift/norm", colours)
-        drift.set_title("Client drift: mean norm of updates")
+        drift.set(title="Client drift: mean norm of updates", ylabel="norm")
         drift.set_ylim(bottom=0)
         _draw_curves(disagreement, comparison, "drift/disagreement", colours)
-        disagreement.set_title("Disagreement of updates, 0 where all agree")
+        disagreement.set(title="Disagreement of updates, 0 where all agree", ylabel="disagreement")
         disagreement.set_ylim(0, 1.05)
+        if comparison.timed:
+            _draw_virtual(panels[0, 3], panels[1, 3], comparison, colours)
         _draw_terms(terms, comparison)
         handles, labels = rounds.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
@@ -74,6 +81,7 @@ def _draw_curves(
                 steps, values.min(0), values.max(0), color=colours[name], alpha=0.15, linewidth=0
             )
     axes.set(xlabel="round")
+    _count_whole(axes)
     if not drawn:
         not_measured(axes)
 
@@ -90,25 +98,44 @@ def _draw_bytes(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[f
     axes.set_title("Held-out accuracy over what was sent")
     for name in comparison.strategies:
         for entry in comparison.of(name):
-            points = _over_bytes(entry)
-            if points is not None:
-                axes.plot(points[0] / 2**20, points[1], color=colours[name], alpha=0.7, linewidth=1.6)
+            if "bytes/up" in entry.curves:
+                steps, up = entry.curves["bytes/up"]
+                total = (steps, (up + entry.curves["bytes/down"][1]) / 2**20)
+                axes.plot(*_over(entry, total), color=colours[name], alpha=0.7, linewidth=1.6)
     _mark_target(axes, comparison.target)
-    axes.set(xlabel="MiB up and down, all clients")
+    axes.set(xlabel="MiB up and down, all clients", ylabel="accuracy")
 
 
-def _over_bytes(entry: ComparedStrategy) -> tuple[np.ndarray, np.ndarray] | None:
-    if "bytes/up" not in entry.curves:
-        return None
+def _over(entry: ComparedStrategy, cost: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what was spent up to each measured round, and the accuracy there."""
     steps, accuracies = entry.curves["server/accuracy"]
-    sent = dict(zip(entry.curves["bytes/up"][0], _sum(entry), strict=True))
-    known = [index for index, step in enumerate(steps) if step in sent]
-    return np.array([sent[steps[index]] for index in known]), accuracies[known]
+    spent = dict(zip(*cost, strict=True))
+    known = [index for index, step in enumerate(steps) if step in spent]
+    return np.array([spent[steps[index]] for index in known]), accuracies[known]
 
 
-def _sum(entry: ComparedStrategy) -> np.ndarray:
-    total: np.ndarray = entry.curves["bytes/up"][1] + entry.curves["bytes/down"][1]
-    return total
+def _draw_virtual(
+    accuracy: "Axes", length: "Axes", comparison: Comparison, colours: dict[str, tuple[float, ...]]
+) -> None:
+    for name in comparison.strategies:
+        for entry in comparison.of(name):
+            if "virtual/seconds" not in entry.curves:
+                continue
+            steps, seconds = entry.curves["virtual/seconds"]
+            style: Any = {"color": colours[name], "alpha": 0.7, "linewidth": 1.6}
+            accuracy.plot(*_over(entry, (steps, seconds)), **style)
+            length.plot(steps[1:], np.diff(seconds), **style)
+    _mark_target(accuracy, comparison.target)
+    accuracy.set(title="Held-out accuracy over virtual time", xlabel="virtual seconds", ylabel="accuracy")
+    length.set(title="Length of rounds", xlabel="round", ylabel="virtual seconds")
+    length.set_ylim(bottom=0)
+    _count_whole(length)
+
+
+def _count_whole(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _draw_spread(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[float, ...]]) -> None:

@@ -109,6 +109,12 @@ def _table(comparison: Comparison, seeds: int) -> Table:
     if comparison.target is not None:
         columns.append((f"rounds to {comparison.target:g}", comparison.reached))
         columns.append(("MiB to it", lambda name: _mean(comparison, name, "bytes_to_target", "{:.1f}", _MIB)))
+        if comparison.timed:
+            columns.append(
+                ("virtual s to it", lambda name: _mean(comparison, name, "virtual_to_target", "{:.4g}"))
+            )
+    if comparison.timed:
+        columns.append(("virtual s", lambda name: _mean(comparison, name, "virtual_seconds", "{:.4g}")))
     columns += [
         ("MiB sent", lambda name: _mean(comparison, name, "bytes", "{:.1f}", _MIB)),
         ("left out", lambda name: _mean(comparison, name, "left_out", "{:.0f}")),

@@ -51,12 +51,14 @@ class Exchange:
         down: Bytes of arrays to it.
         up: Bytes of arrays from it, 0 if no reply came.
         seconds: Virtual seconds from the instruction to the reply; NaN where devices have no speeds.
+        left_out: Why the reply is not used, a reason of ``screening``; empty where it is.
     """
 
     client: int
     down: int
     up: int
     seconds: float = float("nan")
+    left_out: str = ""
 
 
 class ClientTable:
@@ -122,7 +124,7 @@ def rows_of(
     Args:
         server_round: The round.
         exchanges: With the clients that were asked; those whose reply counts in the order of ``received``.
-        received: The usable replies, and whose the others are.
+        received: The usable replies.
         model: The global model before the round and after it.
         tested: Tests of the clients' own examples after it, by client.
     """
@@ -137,8 +139,7 @@ def rows_of(
     asked["bytes_down"] = [one.down for one in exchanges]
     asked["bytes_up"] = [one.up for one in exchanges]
     asked["virtual_seconds"] = [one.seconds for one in exchanges]
-    reasons = {client: reason for reason, who in received.refused.items() for client in who}
-    asked["left_out"] = [reasons.get(one.client, "").encode() for one in exchanges]
+    asked["left_out"] = [one.left_out.encode() for one in exchanges]
     asked["used"] = asked["left_out"] == b""
     used = np.flatnonzero(asked["used"])
     asked["examples"][used] = received.examples.numpy()

@@ -1,13 +1,15 @@
 """The rounds of one strategy: what ``Strategy.start`` of Flower does, with measuring, saving and going on."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord
+from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -16,7 +18,6 @@ from lossworks.errors import LossworksError, RunError
 from lossworks.files import write_atomically
 from lossworks.tensors import load_tensors, write_tensors
 from lossworks.tracking import Journal, read_all
-from lossworks_federated.engines.counted_grid import CountedGrid
 from lossworks_federated.privacy import with_privacy
 from lossworks_federated.records import array_record, flattened, grouped, member_from
 from lossworks_federated.server.client_table import ClientTable, Exchange, rows_of
@@ -26,8 +27,12 @@ from lossworks_federated.server.screening import REASONS, Received
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec, StrategySpec
+from lossworks_federated.strategies.asynchronous.interface import Asynchronous
 from lossworks_federated.strategies.catalogue import strategy
 from lossworks_federated.strategies.interface import Federated, StrategyPlan
+from lossworks_federated.virtual.devices import Devices
+from lossworks_federated.virtual.flights import Flights
+from lossworks_federated.virtual.timed_grid import TimedGrid
 
 _SAVED = 2  # newest states that stay
 _HOUR = 3600.0
@@ -50,7 +55,7 @@ class RoundFiles:
         self.table = path / "clients.parquet"
         self._states = path / "states"
 
-    def save(self, server_round: int, groups: Mapping[str, Member], totals: Mapping[str, int]) -> None:
+    def save(self, server_round: int, groups: Mapping[str, Member], totals: Mapping[str, Any]) -> None:
         """Save everything that the next round needs, and drop old ones."""
         self._states.mkdir(exist_ok=True)
         file = self._states / f"{server_round:07d}.safetensors"
@@ -70,8 +75,8 @@ class RoundFiles:
         saved = self.newest()
         return saved[0] if saved else 0
 
-    def newest(self) -> tuple[int, dict[str, Member], dict[str, int]] | None:
-        """Return the newest whole state: its round, tensors and totals; None if there is none."""
+    def newest(self) -> tuple[int, dict[str, Member], dict[str, Any]] | None:
+        """Return the newest whole state: its round, tensors and all else; None if there is none."""
         from safetensors import safe_open
 
         for file in sorted(self._states.glob("*.safetensors"), reverse=True):
@@ -114,6 +119,23 @@ class FederationOutcome:
         write_atomically(path, json.dumps(asdict(self), indent=1))
 
 
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """What a round has given before it is measured.
+
+    Attributes:
+        model: The next global model; None if no reply is usable.
+        exchanges: With all clients that were asked.
+        trained: When their replies were there, by ``time.perf_counter``.
+        further: What else is known of the round.
+    """
+
+    model: Member | None
+    exchanges: list[Exchange]
+    trained: float
+    further: dict[str, float] = field(default_factory=dict)
+
+
 class Rounds:
     """One strategy with one seed, from the first round or from where it stopped.
 
@@ -129,11 +151,20 @@ class Rounds:
         self, spec: FederationSpec, chosen: StrategySpec, setup: SharedSetup, grid: Grid, files: RoundFiles
     ) -> None:
         self._spec, self._setup, self._files = spec, setup, files
-        self._grid = CountedGrid(grid)
         self.strategy = build_strategy(spec, chosen, setup.task, files.path.name)
+        local, clients = setup.task.local, setup.task.split.clients
+        devices = Devices(spec.devices, clients, setup.task.seed) if spec.devices.declared else None
+        self._grid = TimedGrid(grid, devices, self.strategy.partition_of, local.epochs, chosen.deadline)
+        self._wanted = min(spec.clients_per_round or clients, clients)
+        self._first = self._wanted if chosen.over_selection > 1 else None
         self._outer: Strategy = with_privacy(self.strategy, spec.privacy)
         self._timeout = spec.deadline_s or _HOUR
         self._best = BestModel(files.best)
+        self._flights = None
+        if isinstance(self.strategy, Asynchronous):
+            sizes = [len(rows) for rows in setup.split.train]
+            under_way = self.strategy.concurrency or self._wanted
+            self._flights = Flights(self.strategy, self._grid, sizes, under_way, self._timeout)
 
     def run(self) -> FederationOutcome:
         """Do all rounds that are left and return how it ended.
@@ -149,7 +180,7 @@ class Rounds:
             table = ClientTable(self._files.table, done)
             with Journal.open(self._files.journal) as journal, table:
                 if done == 0:
-                    journal.write(0, held_out(self._setup, model))
+                    journal.write(0, held_out(self._setup, model) | self._virtual())
                 while done < self._spec.rounds:
                     model, found, rows = self._round(done + 1, model)
                     done += 1
@@ -177,41 +208,44 @@ class Rounds:
         done, groups, totals = saved
         self.strategy.restore(groups["strategy"])
         self._grid.down, self._grid.up = totals["down"], totals["up"]
+        self._grid.now = totals["now"]
+        if self._flights is not None:
+            self._flights.restore(groups, totals["flights"])
         return done, groups["model"]
 
     def _round(self, server_round: int, model: Member) -> tuple[Member, dict[str, float], np.ndarray]:
         """Do one round and return the next model, what was measured and the rows of its clients."""
         began = time.perf_counter()
-        arrays = array_record(model)
-        asked = list(self._outer.configure_train(server_round, arrays, ConfigRecord(), self._grid))
-        replies = self._grid.send_and_receive(asked, timeout=self._timeout)
-        trained = time.perf_counter()
-        exchanges = self._exchanges()
-        aggregated, _ = self._outer.aggregate_train(server_round, replies)
-        received = self.strategy.received
+        turn = (
+            self._together(server_round, model)
+            if self._flights is None
+            else self._landed(self._flights, server_round, model)
+        )
+        received, new = self.strategy.received, turn.model
         usable = len(received.partitions)
-        if aggregated is None or usable < self._spec.min_replies:
+        if new is None or usable < self._spec.min_replies:
             raise RunError(
-                f"round {server_round}: {usable} usable replies of {len(asked)}, fewer than min_replies="
-                f"{self._spec.min_replies} ({described(received)}); the last global model is "
+                f"round {server_round}: {usable} usable replies of {len(turn.exchanges)}, fewer than "
+                f"min_replies={self._spec.min_replies} ({described(received)}); the last global model is "
                 f"{self._files.model}"
             )
-        new = member_from(aggregated)
         ended = time.perf_counter()
         found = {
             "train/loss": received.mean("loss"),
-            "round/asked": len(asked),
+            "round/asked": len(turn.exchanges),
             "round/usable": usable,
             **{f"round/{reason}": len(received.refused.get(reason, ())) for reason in REASONS},
-            "seconds/clients": trained - began,
-            "seconds/aggregation": ended - trained,
+            **turn.further,
+            **self._virtual(),
+            "seconds/clients": turn.trained - began,
+            "seconds/aggregation": ended - turn.trained,
         }
         tests = self.strategy.plan.tests(server_round)
         if tests:
-            found |= self._measured(server_round, model, new, aggregated)
+            found |= self._measured(server_round, model, new)
             self._best.offer(server_round, found["server/loss"], new)
         tested = self.strategy.tested if tests else {}
-        rows = rows_of(server_round, exchanges, received, (model, new), tested)
+        rows = rows_of(server_round, turn.exchanges, received, (model, new), tested)
         found |= {
             "bytes/down": self._grid.down,
             "bytes/up": self._grid.up,
@@ -219,16 +253,36 @@ class Rounds:
         }
         return new, found, rows
 
-    def _exchanges(self) -> list[Exchange]:
-        """Return what went to and came from the clients of the round, in the order of their numbers."""
-        of_nodes = self._grid.exchanged.items()
-        found = [Exchange(self.strategy.partition_of(node), *sizes) for node, sizes in of_nodes]
-        return sorted(found, key=lambda one: one.client)
+    def _together(self, server_round: int, model: Member) -> _Turn:
+        """Let the clients of a round train from one model."""
+        self.strategy.present = self._grid.present()
+        arrays = array_record(model)
+        asked = list(self._outer.configure_train(server_round, arrays, ConfigRecord(), self._grid))
+        replies = self._grid.send_and_receive(asked, timeout=self._timeout, first=self._first)
+        trained = time.perf_counter()
+        of_nodes, seconds = self._grid.exchanged, self._grid.seconds
+        aggregated, _ = self._outer.aggregate_train(server_round, replies)
+        reasons = {client: reason for reason, who in self.strategy.received.refused.items() for client in who}
+        exchanges = []
+        for node, (down, up) in of_nodes.items():
+            client = self.strategy.partition_of(node)
+            took = seconds.get(node, math.nan)
+            exchanges.append(Exchange(client, down, up, took, reasons.get(client, "")))
+        exchanges.sort(key=lambda one: one.client)
+        return _Turn(member_from(aggregated) if aggregated is not None else None, exchanges, trained)
 
-    def _measured(
-        self, server_round: int, model: Member, new: Member, arrays: ArrayRecord
-    ) -> dict[str, float]:
-        received = self.strategy.received
+    def _landed(self, flights: Flights, server_round: int, model: Member) -> _Turn:
+        """Take in as many replies as a round of other strategies asks clients."""
+        landed = flights.round(server_round, model, self._wanted)
+        self.strategy.received = landed.received
+        further = {"round/staleness": landed.staleness}
+        return _Turn(landed.model, landed.exchanges, time.perf_counter(), further)
+
+    def _virtual(self) -> dict[str, float]:
+        return {} if self._grid.devices is None else {"virtual/seconds": self._grid.now}
+
+    def _measured(self, server_round: int, model: Member, new: Member) -> dict[str, float]:
+        received, arrays = self.strategy.received, array_record(new)
         before = self._grid.down, self._grid.up
         tests = self._outer.configure_evaluate(server_round, arrays, ConfigRecord(), self._grid)
         self._outer.aggregate_evaluate(
@@ -236,18 +290,19 @@ class Rounds:
         )
         # What measuring sends is no cost of the method.
         self._grid.down, self._grid.up = before
-        found = (
-            held_out(self._setup, new)
-            | drift(received, model, new)
-            | spread(self.strategy.tested, self._setup.kind)
-        )
-        if self._spec.measure.terms:
+        found = held_out(self._setup, new) | drift(received, model, new)
+        found |= spread(self.strategy.tested, self._setup.kind)
+        if self._spec.measure.terms and self._flights is None:  # all start from w⁰
             found |= loss_terms(self._setup, received, new)
         return found
 
     def _save(self, server_round: int, model: Member) -> None:
-        totals = {"down": self._grid.down, "up": self._grid.up}
-        self._files.save(server_round, {"model": model, "strategy": self.strategy.state()}, totals)
+        groups = {"model": model, "strategy": self.strategy.state()}
+        totals: dict[str, Any] = {"down": self._grid.down, "up": self._grid.up, "now": self._grid.now}
+        if self._flights is not None:
+            groups |= self._flights.tensors()
+            totals["flights"] = self._flights.record()
+        self._files.save(server_round, groups, totals)
 
     def _clients(self) -> dict[str, dict[str, float]]:
         return {
@@ -272,7 +327,7 @@ def build_strategy(
         task=task.model_dump_json(),
         federation=federation,
         checkpoint_every=spec.checkpoint_every,
-        clients_per_round=spec.clients_per_round,
+        clients_per_round=spec.asked(chosen),
         clients_tested=spec.measure.clients,
         test_every=spec.measure.every,
         rounds=spec.rounds,

@@ -16,6 +16,7 @@ from lossworks_federated.server.rounds import FederationOutcome, RoundFiles, Rou
 from lossworks_federated.shared_setup import SharedSetup, make_setup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec, StrategySpec
+from lossworks_federated.virtual.devices import Devices
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -85,13 +86,14 @@ class Session:
 
     @staticmethod
     def check(spec: FederationSpec) -> None:
-        """Make data, split and model of every seed once.
+        """Make data, split, model and devices of every seed once.
 
         Raises:
             UserError: They can't be made.
         """
         for seed in spec.seeds:
             _setup(spec.told(StrategySpec(), seed).model_dump_json())
+            Devices(spec.devices, spec.split.clients, seed)
 
     def run(self, grid_of: Callable[[SharedSetup, Child], "Grid"]) -> None:
         """Run every child that has not finished; one that fails doesn't stop the others.

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 FILE = Path(__file__).with_name("strategies.json")
 CLIENT_PART, AVERAGES, EXCHANGES, PLAIN_SGD = "client-part", "averages", "exchanges", "plain-sgd"
 POOLED, WHOLE_UPDATES = "pooled", "whole-updates"
+KEEPS, ASYNCHRONOUS = "keeps", "asynchronous"
 """What a declaration says of a strategy in its flags.
 
 It has a part in clients, which other strategies can add; the next model is w⁰ plus the mean update, weighted
 by examples; further arrays than parameters go between clients and server; clients take plain SGD steps; one
 client trains on what all of them have; what the server does holds for whole updates only, since it compares
-them with each other or keeps a sum of them that clients keep, too.
+them with each other or keeps a sum of them that clients keep, too; clients keep arrays between rounds;
+replies are taken in one by one.
 """
 _KNOWN = frozenset(
     (
@@ -48,7 +50,8 @@ the next model is the mean of the clients', weighted by examples; `exchanges`, f
 clients and server, so that privacy which clips and blurs updates refuses it; `plain-sgd`, clients must take
 steps of SGD without momentum; `pooled`, one client trains on what all of them have, which only a simulation
 can do; `whole-updates`, the server compares clients' updates with each other or keeps a sum of them that
-clients keep, too, so that compressed ones (`updates`) are refused.
+clients keep, too, so that compressed ones (`updates`) are refused; `keeps`, clients keep arrays from round to
+round; `asynchronous`, replies are taken in one by one as they arrive in virtual time.
 """
 
 _catalogue = Catalogue(FILE, {"strategies": "strategy"})

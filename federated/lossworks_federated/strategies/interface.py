@@ -27,9 +27,11 @@ from lossworks_federated.records import CONFIG, METRICS, MODEL, array_record, fl
 from lossworks_federated.server.screening import Received, screen
 from lossworks_federated.spec_parts import GuardSpec, UpdatesSpec
 from lossworks_federated.strategies.catalogue import (
+    ASYNCHRONOUS,
     AVERAGES,
     CLIENT_PART,
     EXCHANGES,
+    KEEPS,
     PLAIN_SGD,
     WHOLE_UPDATES,
     part_of,
@@ -99,6 +101,7 @@ class Federated(Entry, Strategy):
         averages: Whether the next model is w⁰ plus the mean update, weighted by examples.
         whole_updates: Whether the server compares clients' updates with each other, or keeps a sum of them
             that clients keep, too, so that compressed ones won't do.
+        asynchronous: Whether it takes in replies one by one.
 
     Raises:
         UserError: A hyperparameter is unknown or out of range.
@@ -110,6 +113,7 @@ class Federated(Entry, Strategy):
     part: ClassVar[type[Part] | None] = None
     averages: ClassVar[bool] = False
     whole_updates: ClassVar[bool] = False
+    asynchronous: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -135,6 +139,8 @@ class Federated(Entry, Strategy):
             EXCHANGES: part is not None and part.exchanges,
             PLAIN_SGD: part is not None and part.plain_sgd,
             WHOLE_UPDATES: cls.whole_updates,
+            KEEPS: part is not None and part.keeps,
+            ASYNCHRONOUS: cls.asynchronous,
         }
         flags = (*cls.flags, *(flag for flag, holds in known.items() if holds))
         return replace(super().declaration(), flags=flags)
@@ -155,7 +161,7 @@ class Federated(Entry, Strategy):
             return None, metrics
         origin = self.origin
         typed = {name: value.to(origin[name].dtype) for name, value in member_from(found).items()}
-        self._check_finite(typed, server_round)
+        self.check_finite(typed, server_round)
         return array_record(typed), metrics
 
     def state(self) -> Member:
@@ -182,8 +188,14 @@ class Federated(Entry, Strategy):
     tested: dict[int, OwnTest]
     drawn: Any
     partition_of: Any
+    present: Any
 
-    def _check_finite(self, member: Member, server_round: int) -> None:
+    def check_finite(self, member: Member, server_round: int) -> None:
+        """Refuse an aggregate that holds NaN or infinity.
+
+        Raises:
+            RunError: Naming the parameter.
+        """
         bad = [name for name, value in member.items() if not value.isfinite().all()]
         if bad:
             raise RunError(
@@ -202,6 +214,7 @@ class Reproducible(FlowerFedAvg):
     Attributes:
         received: The last round's replies.
         tested: By partition, each client's last test.
+        present: Which clients can be asked, bool (M,); all if None.
     """
 
     plan: StrategyPlan
@@ -214,6 +227,7 @@ class Reproducible(FlowerFedAvg):
         self.received: Received = Received.nothing()
         self.tested: dict[int, OwnTest] = {}
         self.clients = 0
+        self.present: np.ndarray | None = None
         self._partitions: dict[int, int] = {}
         self._asked: list[tuple[int, Message]] = []
 
@@ -231,6 +245,8 @@ class Reproducible(FlowerFedAvg):
         self.origin = member_from(arrays)
         nodes = self.nodes(grid)
         self.clients = len(nodes)
+        if self.present is not None:
+            nodes = [pair for pair in nodes if self.present[pair[0]]]
         chosen = self.drawn(nodes, self.plan.clients_per_round, server_round, _TRAIN)
         partitions = [partition for partition, _ in chosen]
         for part in self.parts:
@@ -332,8 +348,14 @@ class Reproducible(FlowerFedAvg):
         """Return the clients drawn for a round, sorted; all if ``count`` is None or more than there are."""
         if count is None or count >= len(nodes):
             return nodes
-        stream = np.random.default_rng([self.plan.seed, server_round, purpose])
-        return [nodes[index] for index in np.sort(stream.choice(len(nodes), count, replace=False))]
+        return [nodes[index] for index in self.places(len(nodes), count, server_round, purpose)]
+
+    def places(self, of: int, count: int, number: int, purpose: int = _TRAIN) -> np.ndarray:
+        """Return which of so many are drawn, sorted; all if ``count`` is more than there are."""
+        if count >= of:
+            return np.arange(of)
+        stream = np.random.default_rng([self.plan.seed, number, purpose])
+        return np.sort(stream.choice(of, count, replace=False))
 
     def _explore(self, share: float, epochs: int, nodes: Nodes, arrays: ArrayRecord, grid: Grid) -> Received:
         """Let a share of the clients train plainly from w⁰, outside a round, and return usable replies."""

@@ -15,6 +15,7 @@ S = TypeVar("S", bound=Spec)
 # Fields that name a path, by the last two keys of their place, with what may stand before it. A sweep has
 # them below ``base``, so the places differ between rooms, and the last keys do not.
 _FIELDS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("availability", "trace"): ("",),
     ("data", "corpus"): ("text:", "pairs:", "preferences:"),
     ("data", "forget"): ("pairs:",),
     ("data", "retain"): ("pairs:",),
