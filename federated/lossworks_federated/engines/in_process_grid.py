@@ -1,0 +1,95 @@
+"""A Grid whose nodes are in this process: what the engines that need no other process have in common."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+
+from lossworks_federated.flower_private import Run, identify, make_run, name_message
+
+_RUN = 1
+
+
+class InProcessGrid(Grid):
+    """Answers messages as soon as they are pushed; any Flower strategy can use it.
+
+    Node ids are partitions + 1.
+
+    Args:
+        clients: How many nodes there are.
+        run_config: Run configuration that clients find in their contexts.
+    """
+
+    def __init__(self, clients: int, run_config: Mapping[str, Any] | None = None) -> None:
+        identify(_RUN)
+        self._run = make_run(_RUN)
+        self._run_config = dict(run_config or {})
+        self._contexts: dict[int, Context] = {}
+        self._sent = 0
+        self._waiting: dict[str, Message] = {}
+        self.partitions = {client + 1: client for client in range(clients)}
+
+    def set_run(self, run: Run) -> None:
+        """Take a run; the grid needs none."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run that ``set_run`` was given, or an empty one."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a message; deprecated in Flower, and abstract all the same."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of all clients, sorted."""
+        return list(self.partitions)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Answer messages at once, and return their ids for ``pull_messages``."""
+        sent = list(messages)
+        for message in sent:
+            self._sent += 1
+            name_message(message, str(self._sent))
+        for reply in self.answers(sent):
+            self._waiting[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to messages, each once."""
+        return [self._waiting.pop(name) for name in message_ids if name in self._waiting]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Return the replies to messages."""
+        del timeout
+        return self.pull_messages(self.push_messages(messages))
+
+    @abstractmethod
+    def answers(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the replies to messages; whoever doesn't answer in time has none."""
+
+    def context_of(self, partition: int) -> Context:
+        """Return a client's context, which lasts as long as the grid."""
+        context = self._contexts.get(partition)
+        if context is None:
+            context = Context(
+                run_id=_RUN,
+                node_id=partition + 1,
+                node_config={"partition-id": partition, "num-partitions": len(self.partitions)},
+                state=RecordDict(),
+                run_config=dict(self._run_config),
+            )
+            self._contexts[partition] = context
+        return context
