@@ -10,8 +10,8 @@ from lossworks.lost_runs import watched
 from lossworks.runs import RunFolder
 from lossworks.specs.files import located
 from lossworks_federated.reporting.comparison import Comparison, compare
+from lossworks_federated.server.participants import participants_of
 from lossworks_federated.server.session import (
-    Child,
     FederationWatcher,
     Session,
     finish_session,
@@ -23,7 +23,6 @@ from lossworks_federated.specs import FederationSpec
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-    from lossworks_federated.shared_setup import SharedSetup
 
 _WORST = 5  # clients that are named
 
@@ -77,7 +76,7 @@ def federate(
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     # Data, split and models are made once before anything is entered anywhere, to see that they can be.
-    Session.check(spec)
+    participants_of(spec).check()
     session = open_session(spec, resume, watcher)
     with session.folder.hold(), watched(session.folder):
         try:
@@ -124,20 +123,14 @@ def _run(session: Session, grid: "Grid | None") -> None:
     if all(child.outcome and child.outcome.status == "finished" for child in session.children):
         return
     if grid is not None:
-        session.run(lambda _setup, _child: grid)
+        session.run(lambda _child: grid)
         return
     if spec.engine == "flower":
         from lossworks_federated.engines.simulation import simulate
 
-        simulate(spec, lambda grid: session.run(lambda _setup, _child: grid), state_folder=state)
+        simulate(spec, session.participants.app(state), lambda grid: session.run(lambda _child: grid))
         return
-    from lossworks_federated.engines.cohort_grid import CohortGrid
-
-    def grid_of(setup: "SharedSetup", child: Child) -> "Grid":
-        del child
-        return CohortGrid(setup, state, spec.privacy)
-
-    session.run(grid_of)
+    session.run(lambda child: session.participants.grid(child.strategy, child.seed, state))
 
 
 def draw_federation(session: Session) -> list[Path]:
@@ -155,8 +148,8 @@ def draw_federation(session: Session) -> list[Path]:
         pictures += draw_comparison(comparison, path, title=session.spec.name)
     for seed in session.spec.seeds:
         child = next(child for child in session.children if child.seed == seed)
-        if child.files.journal.is_file():
-            setup = session.setup(child)
+        setup = session.setup(child)
+        if setup is not None and child.files.journal.is_file():
             path = session.folder.path / f"split-seed{seed}.png"
             title = f"{session.spec.name}, seed {seed}: {session.spec.split.kind}"
             pictures.append(draw_split(setup.split, path, title=title, names=setup.kind.class_names()))

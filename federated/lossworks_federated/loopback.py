@@ -53,6 +53,11 @@ result = {result}
 """
 _SERVER = 'from lossworks_federated.server.server_app import app\n\n__all__ = ["app"]\n'
 _CLIENT = "from lossworks_federated.client.client_app import client_app\n\napp = client_app()\n"
+_OTHER_CLIENT = """\
+from lossworks_federated.apps.prepared import PreparedApp
+
+app = PreparedApp({name!r}, {config!r})
+"""
 
 
 def free_port() -> int:
@@ -132,7 +137,8 @@ class Deployment:
         (app / "deployed").mkdir(parents=True)
         (app / "deployed" / "__init__.py").write_text("")
         (app / "deployed" / "server.py").write_text(_SERVER)
-        (app / "deployed" / "client.py").write_text(_CLIENT)
+        other = spec.app and _OTHER_CLIENT.format(name=spec.app.name, config=spec.app.config)
+        (app / "deployed" / "client.py").write_text(other or _CLIENT)
         # JSON's strings are TOML's.
         texts = {"spec": json.dumps(spec.model_dump_json()), "result": json.dumps(str(result))}
         (app / "pyproject.toml").write_text(_APP.format(**texts))

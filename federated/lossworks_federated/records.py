@@ -9,12 +9,18 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from lossworks.cohort import Member
+from lossworks.errors import RunError
 
 MODEL, CONFIG, METRICS = "arrays", "config", "metrics"
 """Records of a message: parameters, configuration, metrics. A method's further arrays are under its slug."""
 
 
 _DTYPES = {np.dtype(name): name for name in ("float32", "float64", "int64")}  # naming one takes microseconds
+
+
+def part_mark(slug: str) -> str:
+    """Return the metric by which a client says that it did a strategy's part, 1."""
+    return f"part/{slug}"
 
 
 class LocalArray(Array):
@@ -63,6 +69,45 @@ def member_from(record: ArrayRecord) -> Member:
     return {name: _tensor(array.numpy()) for name, array in record.items()}
 
 
+def model_from(content: RecordDict, own: Member) -> Member:
+    """Return the model of an instruction in the dtypes of a client's own.
+
+    Strategies may send others, as Flower's FedAdam does, which gives float64 whatever it was given.
+
+    Args:
+        content: The instruction.
+        own: A model of the client, for its names, shapes and dtypes.
+
+    Raises:
+        RunError: The instruction holds no model, or another one.
+    """
+    record: Mapping[str, Array] = content.array_records.get(MODEL, {})
+    wrong = unlike(_shapes(record), {name: tuple(value.shape) for name, value in own.items()})
+    if wrong:
+        raise RunError(f"the instruction's record {MODEL!r} is no model of this client: {wrong}")
+    return {name: _tensor(record[name].numpy()).to(value.dtype) for name, value in own.items()}
+
+
+def unlike(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Return in words the first difference of arrays' names and shapes from those expected; empty if none."""
+    if missing := [name for name in expected if name not in found]:
+        return f"{missing[0]} is missing"
+    if further := [name for name in found if name not in expected]:
+        return f"{further[0]} is there besides"
+    return next(
+        (
+            f"{name} is {found[name]} in place of {shape}"
+            for name, shape in expected.items()
+            if found[name] != shape
+        ),
+        "",
+    )
+
+
+def _shapes(record: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in record.items()}
+
+
 def _tensor(values: np.ndarray) -> torch.Tensor:
     # A read-only array would give a tensor that nobody may write to, with a warning.
     return torch.from_numpy(values if values.flags.writeable else values.copy())
@@ -79,10 +124,7 @@ def payload_bytes(content: RecordDict) -> int:
 
 def shapes_of(content: RecordDict) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the shapes of all arrays in a message, by record and name."""
-    return {
-        record: {name: tuple(array.shape) for name, array in arrays.items()}
-        for record, arrays in content.array_records.items()
-    }
+    return {name: _shapes(arrays) for name, arrays in content.array_records.items()}
 
 
 def flattened(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lossworks.specs import ClassifierModelSpec, ExamplesSpec, LossSpec, RunSpec
 from lossworks.specs.base import OpenSpec, Seed, Storage, apply_overrides
 from lossworks.specs.optimisation import LoraSpec
 from lossworks.tasks.registry import asked_task, task_class, task_slugs
+from lossworks_federated.apps.app_spec import AppSpec
 from lossworks_federated.privacy import require_compatible
 from lossworks_federated.spec_parts import (
     FaultSpec,
@@ -28,10 +29,12 @@ from lossworks_federated.spec_parts import (
 )
 from lossworks_federated.strategies.catalogue import (
     ASYNCHRONOUS,
+    CLIENT_PART,
     EXCHANGES,
     KEEPS,
     PLAIN_SGD,
     POOLED,
+    REPORTS,
     WHOLE_UPDATES,
     check_also,
     check_settings,
@@ -125,10 +128,15 @@ class FederationSpec(Spec):
 
     kind: Literal["federation"] = Field("federation", description="what the spec describes")
     name: str = Field("federate", min_length=1, max_length=100, description="name of the run in MLflow")
-    engine: Literal["cohort", "flower"] = Field(
+    engine: Literal["cohort", "sequential", "flower"] = Field(
         "cohort",
-        description="cohort (a round's clients trained at once in this process) or flower (Flower's "
-        "simulation over Ray)",
+        description="cohort (a round's clients trained at once in this process), sequential (any ClientApp, "
+        "one client after the other in this process) or flower (Flower's simulation over Ray)",
+    )
+    app: AppSpec | None = Field(
+        None,
+        description="ClientApp of another package that clients run in place of ours, with its run "
+        "configuration; null for ours",
     )
     strategies: tuple[StrategySpec, ...] = Field(
         default_factory=lambda: (StrategySpec(),),  # not now: the strategies import this module
@@ -192,8 +200,12 @@ class FederationSpec(Spec):
             )
         if self.min_replies > min(self.clients_per_round or self.split.clients, self.split.clients):
             raise ValueError(f"min_replies={self.min_replies}: more than the clients of a round")
-        if self.faults.straggle and self.engine == "flower" and self.deadline_s is None:
-            raise ValueError("faults.straggle with engine=flower needs a deadline_s that they outlast")
+        if self.faults.straggle and self.engine != "cohort" and self.deadline_s is None:
+            raise ValueError(
+                f"faults.straggle with engine={self.engine} needs a deadline_s that they outlast"
+            )
+        if self.app is not None:
+            self._require_app(self.app)
         self.faults.require_clients(self.split.clients)
         titles = [strategy.title for strategy in self.strategies]
         for title in titles:
@@ -286,6 +298,36 @@ class FederationSpec(Spec):
         if self.clients_per_round is None:
             return None
         return math.ceil(self.clients_per_round * strategy.over_selection)
+
+    def _require_app(self, app: AppSpec) -> None:
+        """Refuse what an app of others has of its own, or can't be asked for."""
+        if self.engine == "cohort":
+            raise ValueError(
+                f"app={app.name}: engine=cohort trains our own clients; take engine=sequential or flower"
+            )
+        fields = type(self).model_fields
+        for name in ("data", "model", "loss", "faults", "privacy"):
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"{name}: with app={app.name} the app has its own; leave the field out")
+        for name, kept in (("split", "clients"), ("local", "lr")):
+            usual = fields[name].get_default(call_default_factory=True)
+            group = getattr(self, name)
+            if group != usual.model_copy(update={kept: getattr(group, kept)}):
+                raise ValueError(f"{name}: with app={app.name} only {name}.{kept} is asked for")
+        for strategy in self.strategies:
+            if POOLED in declaration(strategy.name).flags:
+                raise ValueError(
+                    f"strategies: {strategy.name} trains on what all clients have in one place, and only "
+                    f"app={app.name} knows what that is; leave it out"
+                )
+            for name in (strategy.name, *(entry["name"] for entry in strategy.also)):
+                needs = {CLIENT_PART, REPORTS} & set(declaration(name).flags)
+                if needs and not app.offered.uses_local_rule:
+                    raise ValueError(
+                        f"strategies: {name} needs something of clients that app={app.name} leaves undone: "
+                        "let it train within `local_rule` and say so with uses_local_rule=True, or take a "
+                        "strategy that needs nothing, such as fedavg"
+                    )
 
     def told(self, strategy: StrategySpec, seed: int) -> TaskSpec:
         """Return what clients are told for one strategy and seed.

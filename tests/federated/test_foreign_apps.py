@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp import strategy as flower
 
 from lossworks.cohort import plan_batches
 from lossworks.errors import RunError, UserError
+from lossworks_federated.client.client_app import client_app
+from lossworks_federated.engines.cohort_grid import CohortGrid
+from lossworks_federated.engines.sequential_grid import SequentialGrid
 from lossworks_federated.flower_private import failed, identify, name_message
+from lossworks_federated.records import array_record, member_from
+from lossworks_federated.server.measures import held_out
 from lossworks_federated.specs import FederationSpec
 from lossworks_federated.strategies.catalogue import parts_told, strategy
+from lossworks_federated.strategies.interface import StrategyPlan
+from lossworks_testing.federation import difference, setup_of, tiny
 
 SMALL = {"kind": "federation", "split": {"clients": 4}, "rounds": 1}
 
@@ -32,11 +42,155 @@ class Strangers:
         return [failed(message, "no query handler") for message in messages]
 
 
-def test_a_part_in_clients_needs_clients_that_have_it():
-    """FedLEx over another app would be FedAvg."""
-    with pytest.raises(RunError, match=r"3 nodes run another ClientApp .* undone what fedlex does"):
-        strategy("fedlex")().nodes(Strangers())
-    assert strategy("fedavg")().nodes(Strangers()) == [(0, 10), (1, 20), (2, 30)]
+def test_nodes_that_do_not_answer_are_numbered_by_id():
+    """Whatever the strategy: whether their app does its part is seen by their replies."""
+    for name in ("fedavg", "fedlex"):
+        assert strategy(name)().nodes(Strangers()) == [(0, 10), (1, 20), (2, 30)]
+
+
+# Flower's own strategies over our clients
+
+
+def plain_task():
+    """Return a task of three clients, and what they have in common."""
+    spec = tiny(split={"kind": "iid", "clients": 3}, rounds=2)
+    return spec.told(spec.strategies[0], 0), setup_of(spec)
+
+
+STOCK = {
+    "FedAvg": {},
+    "FedProx": {"proximal_mu": 0.5},
+    "FedAvgM": {"server_momentum": 0.9},
+    "FedAdam": {},
+    "FedYogi": {},
+    "FedAdagrad": {},
+    "FedMedian": {},
+    "FedTrimmedAvg": {},
+    "Krum": {},
+}
+
+
+@pytest.mark.parametrize("engine", ["cohort", "sequential"])
+@pytest.mark.parametrize("name", STOCK)
+def test_flower_s_own_strategies_train_our_clients(name, engine):
+    """Through its own loop, whatever dtypes it sends; clients answer in their own."""
+    task, setup = plain_task()
+    grid = CohortGrid(setup) if engine == "cohort" else SequentialGrid(client_app(task=task), 3)
+    dtypes = []
+    answers = grid.answers
+
+    def seen(messages):
+        replies = answers(messages)
+        dtypes.extend(
+            a.dtype for r in replies for arrays in r.content.array_records.values() for a in arrays.values()
+        )
+        return replies
+
+    grid.answers = seen
+    own = getattr(flower, name)(**STOCK[name])
+    result = own.start(grid, array_record(setup.initial), num_rounds=2)
+
+    assert set(dtypes) == {"float32"}
+    assert set(result.train_metrics_clientapp) == set(result.evaluate_metrics_clientapp) == {1, 2}
+    model = member_from(result.arrays)
+    assert max(float((model[n] - v).abs().max()) for n, v in setup.initial.items()) > 1e-3
+
+
+def test_flower_s_fedprox_is_ours():
+    """The strength that it asks for is that of ours, and that of its FedAvg is none."""
+    task, setup = plain_task()
+    ends = [
+        member_from(own.start(CohortGrid(setup), array_record(setup.initial), num_rounds=2).arrays)
+        for own in (
+            flower.FedProx(proximal_mu=0.5),
+            strategy("fedprox")(plan=StrategyPlan(task=task.model_dump_json()), mu=0.5),
+            flower.FedAvg(),
+        )
+    ]
+    assert difference(ends[0], ends[1]) < 1e-5
+    assert difference(ends[0], ends[2]) > 1e-3
+
+
+def test_a_quick_start_server_trains_our_clients():
+    """Its loop as in Flower's template, with the learning rate that it sends."""
+    task, setup = plain_task()
+    server, found = ServerApp(), []
+
+    @server.main()
+    def main(grid, context):
+        config = ConfigRecord({"lr": context.run_config["lr"]})
+        own = flower.FedAvg(fraction_evaluate=0.5)
+        result = own.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(dict(setup.initial)),
+            train_config=config,
+            num_rounds=1,
+            evaluate_fn=lambda number, arrays: MetricRecord(held_out(setup, member_from(arrays))),
+        )
+        found.append(result)
+
+    for lr in (0.1, 1e-6):
+        context = Context(1, 0, {}, RecordDict(), {"lr": lr})
+        server(SequentialGrid(client_app(task=task), 3), context)
+    ours = strategy("fedavg")(plan=StrategyPlan(task=task.model_dump_json()))
+    expected = ours.start(CohortGrid(setup), array_record(setup.initial), num_rounds=1)
+
+    assert difference(member_from(found[0].arrays), member_from(expected.arrays)) < 1e-5
+    assert difference(member_from(found[1].arrays), dict(setup.initial)) < 1e-4
+    assert found[0].evaluate_metrics_serverapp[1]["server/accuracy"] > 0.1
+
+
+def test_an_instruction_without_a_task_or_with_another_model_is_answered_by_an_error():
+    """Of which the first says what it is."""
+    task, setup = plain_task()
+    for app, model, says in (
+        (client_app(), setup.initial, "the instruction names no task"),
+        (
+            client_app(task=task),
+            {"w": torch.zeros(2)},
+            "is no model of this client: layers.0.1.weight is missing",
+        ),
+    ):
+        grid = SequentialGrid(app, 3)
+        messages = flower.FedAvg().configure_train(1, array_record(model), ConfigRecord(), grid)
+        assert all(says in reply.error.reason for reply in grid.send_and_receive(messages))
+
+
+# Replies that are all unusable
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (
+            "raises",
+            r"an error in place of a reply: clients 0, 1, 2, 3 in all; the first says 'ValueError: no data",
+        ),
+        (
+            "nothing",
+            r"no arrays, or no examples: clients 0, 1, 2, 3 in all; the first says \"no arrays in a record",
+        ),
+        ("uncounted", r"the first says \"num-examples in a record 'metrics': none\""),
+        ("other", r"other names or shapes.*the first says 'arrays: w is \(3,\) in place of \(2,\)'"),
+        ("nan", r"NaN or infinity: clients 0, 1, 2, 3 in all"),
+    ],
+)
+def test_replies_that_are_all_unusable_are_an_error_that_says_why(reply, says):
+    """In Flower's loop as well, which would go on with the model as it was."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        if reply == "raises":
+            raise ValueError("no data")
+        arrays = {"nothing": {}, "other": {"w": torch.zeros(3)}, "nan": {"w": torch.full((2,), torch.nan)}}
+        content = RecordDict({"arrays": ArrayRecord(arrays.get(reply, {"w": torch.zeros(2)}))})
+        content["metrics"] = MetricRecord({} if reply == "uncounted" else {"num-examples": 3})
+        return Message(content, reply_to=message)
+
+    arrays = ArrayRecord({"w": torch.zeros(2)})
+    with pytest.raises(RunError, match=r"round 1: 0 usable replies of 3 \(.*" + says):
+        strategy("fedavg")().start(SequentialGrid(app, 3), arrays, num_rounds=2)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +212,8 @@ def test_what_flower_s_strategies_ask_of_clients_is_done(config, slugs, mu):
 
 
 def test_what_a_client_does_not_know_is_refused():
-    with pytest.raises(RunError, match=r"the instruction holds lr=0.1, which a client of Lossworks does not"):
-        parts_told({"server-round": 1, "lr": 0.1})
+    with pytest.raises(RunError, match=r"the instruction holds beta=0.1, which a client of Lossworks does"):
+        parts_told({"server-round": 1, "lr": 0.1, "beta": 0.1})
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,13 @@
 import shlex
 import subprocess
 import sys
-import tomllib
-from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
 from lossworks.catalogue.document import DOCS, catalogue_text
-from lossworks.catalogue.registry import Catalogue
 from lossworks.cli import main
 from lossworks.errors import UserError
-from lossworks_federated.strategies import catalogue
 from lossworks_federated.strategies.catalogue import (
     FILE,
     found,
@@ -22,9 +18,8 @@ from lossworks_federated.strategies.catalogue import (
     strategies,
     strategy,
 )
-from lossworks_testing.federation import equal, tiny, trained
+from lossworks_testing.federation import difference, equal, install_package, tiny, trained
 
-PACKAGE = Path(__file__).parents[1] / "support" / "other_package"
 of_all = pytest.mark.parametrize("slug", list(strategies()))
 
 
@@ -112,18 +107,24 @@ def test_the_command_of_a_strategy_is_one(slug, capsys):
 
 def test_another_package_adds_a_strategy(tmp_path, monkeypatch):
     """It is declared, checked and trained like ours; at η = 1 it is FedAvg."""
-    points = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]["entry-points"]
-    info = tmp_path / "lossworks_other-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lossworks-other\nVersion: 1.0\n")
-    lines = [f"{name} = {value}" for name, value in points["lossworks.strategies"].items()]
-    (info / "entry_points.txt").write_text("\n".join(["[lossworks.strategies]", *lines]))
-    monkeypatch.syspath_prepend(str(PACKAGE))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(catalogue, "_catalogue", Catalogue(FILE, {"strategies": "strategy"}))
+    install_package(tmp_path / "info", monkeypatch)
 
     assert strategies()["fedslow"].package == "lossworks-other 1.0"
     with pytest.raises(UserError, match="fedslow: eta=2 must be a number above 0 and at most 1"):
         tiny({"name": "fedslow", "eta": 2})
     slow = trained(tiny({"name": "fedslow", "eta": 1}), tmp_path / "slow")
     assert equal(slow, trained(tiny("fedavg"), tmp_path / "plain"))
+
+
+def test_another_package_adds_a_part_in_clients(tmp_path, monkeypatch):
+    """It is FedAvg without strength, weight decay with it, and can be added to other strategies."""
+    install_package(tmp_path / "info", monkeypatch)
+
+    plain = trained(tiny("fedavg"), tmp_path / "plain")
+    shrunk = trained(tiny({"name": "fedshrink", "strength": 0.2}), tmp_path / "shrunk")
+    local = {"epochs": 1, "batch_size": 32, "lr": 0.1, "weight_decay": 0.2}
+    assert difference(shrunk, trained(tiny("fedavg", local=local), tmp_path / "decay")) < 1e-6
+    assert difference(shrunk, plain) > 1e-3
+    assert difference(trained(tiny({"name": "fedshrink", "strength": 0.0}), tmp_path / "none"), plain) < 1e-6
+    added = tiny({"name": "fedavg", "also": [{"name": "fedshrink", "strength": 0.2}]})
+    assert equal(trained(added, tmp_path / "added"), shrunk)

@@ -12,13 +12,16 @@ from lossworks_federated.client.client_work import Client, Reply, evaluate_clien
 from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG, METRICS, array_record
 from lossworks_federated.shared_setup import SharedSetup, setup_of
-from lossworks_federated.spec_parts import PrivacySpec
+from lossworks_federated.spec_parts import PrivacySpec, TaskSpec
 
 DROPPED_OUT = "fault: dropped out"
 
 
 def client_app(
-    state_folder: Path | None = None, privacy: PrivacySpec | None = None, deadline_s: float = 0.0
+    state_folder: Path | None = None,
+    privacy: PrivacySpec | None = None,
+    deadline_s: float = 0.0,
+    task: TaskSpec | None = None,
 ) -> ClientApp:
     """Return the app; what it is to do comes with each message.
 
@@ -27,6 +30,7 @@ def client_app(
             ``state-folder`` comes first.
         privacy: Which of Flower's mods it has.
         deadline_s: What a client that is made to straggle outlasts.
+        task: What it does where the instruction names no task, as those of Flower's own strategies.
     """
     app = ClientApp(mods=client_mods(privacy or PrivacySpec()))
 
@@ -34,7 +38,13 @@ def client_app(
         told: Any = message.content[CONFIG]
         named = context.node_config.get("state-folder")
         folder = Path(str(named)) if named else state_folder
-        return setup_of(str(told["task"])), Client(partition_of(context), context), folder
+        known = told.get("task") or (task and task.model_dump_json())
+        if not known:
+            raise RunError(
+                "the instruction names no task, as those of Flower's own strategies: make the app with "
+                "client_app(task=...)"
+            )
+        return setup_of(str(known)), Client(partition_of(context), context), folder
 
     @app.query()
     def _query(message: Message, context: Context) -> Message:

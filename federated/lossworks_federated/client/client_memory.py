@@ -5,9 +5,10 @@ goes on with the clients as they were after the round it goes on from.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Context
 
@@ -34,6 +35,12 @@ class Moment:
     server_round: int
     checkpoint_every: int = 1
     folder: Path | None = None
+
+
+def moment_of(config: Mapping[str, Any], server_round: int, folder: Path | None) -> Moment:
+    """Return the moment that an instruction's configuration tells, in a client's folder."""
+    every = int(config.get("checkpoint-every", 1))
+    return Moment(str(config.get("federation", "")), server_round, every, folder)
 
 
 def recall(context: Context, slugs: Iterable[str], moment: Moment) -> dict[str, Member]:

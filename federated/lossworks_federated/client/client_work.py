@@ -24,11 +24,11 @@ from lossworks.cohort import (
     repeat,
     stack,
 )
-from lossworks_federated.client.client_memory import Moment, keep, recall
+from lossworks_federated.client.client_memory import Moment, keep, moment_of, recall
 from lossworks_federated.client.faults import afflicted, fault_of
 from lossworks_federated.client.local_rules import Together
 from lossworks_federated.client.update_coding import KEPT, coding_of
-from lossworks_federated.records import CONFIG, MODEL, member_from
+from lossworks_federated.records import CONFIG, MODEL, member_from, model_from, part_mark
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import LocalSpec
 from lossworks_federated.strategies.catalogue import parts_told
@@ -91,22 +91,23 @@ def _train_at_once(
     setup: SharedSetup, content: RecordDict, clients: Sequence[Client], folder: Path | None, local: bool
 ) -> list[Reply]:
     task, config = setup.task, content.config_records[CONFIG]
+    own = _local(task.local, config)
     server_round = int(config["server-round"])  # type: ignore[arg-type]
-    epochs = int(config.get("epochs", task.local.epochs))  # type: ignore[arg-type]
-    origin = member_from(content.array_records[MODEL])
+    epochs = int(config.get("epochs", own.epochs))  # type: ignore[arg-type]
+    origin = model_from(content, setup.initial)
     parts = parts_told(config)
     batches = setup.batches([client.partition for client in clients], server_round, epochs)
-    moment = _moment(config, server_round, folder)
+    moment = moment_of(config, server_round, folder)
     kept = _recalled(parts, clients, origin, moment)
     cohorts = [
-        Cohort(setup.learner, origin, batches, task.local, _sent(content, part), kept[part.slug])
+        Cohort(setup.learner.features, origin, batches, own, _sent(content, part), kept[part.slug])
         for part in parts
     ]
     params = repeat(origin, len(clients))
     for part in parts:
         params = part.start(params, kept[part.slug])
     rules = [rule for part, cohort in zip(parts, cohorts, strict=True) if (rule := part.rule(cohort))]
-    trained = setup.learner.train(params, batches, _optimizer(task.local), _together(rules))
+    trained = setup.learner.train(params, batches, _optimizer(own), _together(rules))
     outcomes = [
         part.finish(cohort, trained.params, trained.steps)
         for part, cohort in zip(parts, cohorts, strict=True)
@@ -132,11 +133,11 @@ def _train_at_once(
             keeping[KEPT] = stack([kept for _, kept in written])
     _keep(keeping, clients, moment, local)
     sent = {part.slug: outcome.sent for part, outcome in zip(parts, outcomes, strict=True) if outcome.sent}
-    weights = step_weights(trained.steps, task.local, _pull(parts))
+    weights = step_weights(trained.steps, own, pull_of(parts))
     after: list[float] = []
     if config.get("terms", False):
-        own = [setup.split.train[client.partition] for client in clients]
-        after = setup.learner.losses(trained.params, setup.train, own)
+        rows = [setup.split.train[client.partition] for client in clients]
+        after = setup.learner.losses(trained.params, setup.train, rows)
     replies = []
     for index, (client, fault) in enumerate(zip(clients, faults, strict=True)):
         metrics = {
@@ -145,6 +146,7 @@ def _train_at_once(
             "steps": int(trained.steps[index]),
             "step-weight": float(weights[index]),
         }
+        metrics |= {part_mark(part.slug): 1 for part in parts}
         if after:
             metrics["loss-after"] = after[index]
         arrays = {MODEL: models[index]}
@@ -159,9 +161,9 @@ def evaluate_clients(
     """Test the model that clients are sent on their own test examples; see ``train_clients``."""
     config = content.config_records[CONFIG]
     server_round = int(config["server-round"])  # type: ignore[arg-type]
-    origin = member_from(content.array_records[MODEL])
+    origin = model_from(content, setup.initial)
     parts = parts_told(config)
-    kept = _recalled(parts, clients, origin, _moment(config, server_round + 1, folder))
+    kept = _recalled(parts, clients, origin, moment_of(config, server_round + 1, folder))
     own: Stack = {}
     for part in parts:
         # Only what a part changes is stacked: without that, all clients test one and the same model.
@@ -204,7 +206,18 @@ def step_weights(steps: Tensor, local: LocalSpec, pull: float) -> Tensor:
     return (1 - (1 - shrink) ** k) / shrink if shrink else k
 
 
-def _pull(parts: Sequence[Part]) -> float:
+def _local(local: LocalSpec, config: Mapping[str, Any]) -> LocalSpec:
+    """Return the local training with the learning rate that an instruction names, if it names one.
+
+    Raises:
+        UserError: It is out of range.
+    """
+    told = config.get("lr", local.lr)
+    return local if told == local.lr else LocalSpec.parse({**dict(local), "lr": told}, source="instruction")
+
+
+def pull_of(parts: Sequence[Part]) -> float:
+    """Return μ of FedProx among parts, 0 without."""
     return sum(float(getattr(part.settings, "mu", 0.0)) for part in parts if part.slug == "fedprox")
 
 
@@ -247,8 +260,3 @@ def _keep(keeping: Mapping[str, Stack], clients: Sequence[Client], moment: Momen
             for slug, stacked in keeping.items()
         }
         keep(client.context, kept, moment, local=local)
-
-
-def _moment(config: Mapping[str, Any], server_round: int, folder: Path | None) -> Moment:
-    every = int(config.get("checkpoint-every", 1))
-    return Moment(str(config.get("federation", "")), server_round, every, folder)

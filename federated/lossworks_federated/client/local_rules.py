@@ -5,19 +5,22 @@ w⁰ are the global parameters that a round starts from, w a client's; what a cl
 clients in the order of the round's batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossworks.cohort import Learner, LocalRule, Member, Seen, Stack
+from lossworks.cohort import LocalRule, Member, Seen, Stack
 from lossworks.data.batch import IGNORE_INDEX
 from lossworks.head import LogSumExp, SumOfSquares
 from lossworks.losses.rows import rows_of
 from lossworks.models import Outputs
+
+StackedFeatures = Callable[[Stack, Tensor], Tensor]
+"""Takes parameters (m, …) and inputs (m, B, …), and returns features (m, B, …, D), without a gradient."""
 
 
 class Together(LocalRule):
@@ -142,31 +145,38 @@ class Contrast(LocalRule):
     projection head.
 
     Args:
-        learner: Gives features.
+        features: Gives those of other parameters.
         origin: w⁰.
         previous: Each client's parameters at the end of its last round, (M, …); w⁰ where it had none.
         mu: μ; 0 is FedAvg.
         temperature: T.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("inputs", "features")
+
     def __init__(
-        self, learner: Learner, origin: Member, previous: Stack, mu: float = 1.0, temperature: float = 0.5
+        self,
+        features: StackedFeatures,
+        origin: Member,
+        previous: Stack,
+        mu: float = 1.0,
+        temperature: float = 0.5,
     ) -> None:
-        self._learner, self._origin, self._previous = learner, origin, previous
+        self._features, self._origin, self._previous = features, origin, previous
         self._mu, self._temperature = mu, temperature
 
     def of(self, place: int) -> LocalRule:
         """Return the rule of one client alone."""
         previous = _only(self._previous, place)
-        return Contrast(self._learner, self._origin, previous, self._mu, self._temperature)
+        return Contrast(self._features, self._origin, previous, self._mu, self._temperature)
 
     def penalty(self, seen: Seen) -> Tensor | None:
         """Return the mean contrast of each client, shape (m,), of its features (m, B, …, D)."""
         hidden, count = seen.outputs.hidden, len(seen.inputs)
         whole = {name: value.expand(count, *value.shape) for name, value in self._origin.items()}
         previous = {name: value[:count] for name, value in self._previous.items()}
-        towards = self._learner.features(whole, seen.inputs)
-        away = self._learner.features(previous, seen.inputs)
+        towards = self._features(whole, seen.inputs)
+        away = self._features(previous, seen.inputs)
         near = F.cosine_similarity(hidden, towards, dim=-1) / self._temperature
         far = F.cosine_similarity(hidden, away, dim=-1) / self._temperature
         return self._mu * _mean(F.softplus(far - near), seen.valid)
@@ -184,6 +194,8 @@ class Margin(LocalRule):
         on: What o is.
         reduce: Whether each example has its logarithm or the batch has one.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("logits",)
 
     def __init__(
         self,

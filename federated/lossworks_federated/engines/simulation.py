@@ -5,7 +5,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import RunError
@@ -14,6 +13,7 @@ from lossworks_federated.specs import FederationSpec
 
 if TYPE_CHECKING:
     from flwr.app import Context
+    from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid
 
 
@@ -34,13 +34,13 @@ def await_clients(grid: "Grid", clients: int, limit_s: float) -> None:
         time.sleep(_LOOK_S)
 
 
-def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_folder: Path) -> None:
+def simulate(spec: FederationSpec, app: "ClientApp", work: Callable[["Grid"], None]) -> None:
     """Do ``work`` with the Grid of a simulation that has the spec's clients.
 
     Args:
         spec: The federation.
+        app: What clients run.
         work: Called in a thread.
-        state_folder: Where clients keep what they keep.
 
     Raises:
         RunError: The simulation failed.
@@ -49,7 +49,6 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
-    from lossworks_federated.client.client_app import client_app
     from lossworks_federated.flower_private import settle_telemetry
 
     settle_telemetry()
@@ -73,7 +72,7 @@ def simulate(spec: FederationSpec, work: Callable[["Grid"], None], *, state_fold
         try:
             run_simulation(
                 server,
-                client_app(state_folder, spec.privacy, spec.deadline_s or 0.0),
+                app,
                 spec.split.clients,
                 backend_config={
                     "client_resources": {"num_cpus": 1, "num_gpus": 0.0},

@@ -135,7 +135,7 @@ def _figures(curves: dict[str, Series], target: float | None) -> dict[str, float
 
 
 def _to_target(curves: dict[str, Series], target: float) -> dict[str, float]:
-    rounds, accuracies = curves["server/accuracy"]
+    rounds, accuracies = curves.get("server/accuracy", (np.zeros(0), np.zeros(0)))
     reached = np.flatnonzero(accuracies >= target)
     if not len(reached):
         return dict.fromkeys(("rounds_to_target", "bytes_to_target", "virtual_to_target"), math.nan)

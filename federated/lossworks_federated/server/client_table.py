@@ -143,7 +143,8 @@ def rows_of(
     asked["used"] = asked["left_out"] == b""
     used = np.flatnonzero(asked["used"])
     asked["examples"][used] = received.examples.numpy()
-    asked["loss"][used] = received.column("loss").numpy()
+    if received.reports("loss"):
+        asked["loss"][used] = received.column("loss").numpy()
     asked["drift"][used], asked["cosine"][used] = _geometry(received, *model)
     places = {int(client): place for place, client in enumerate(rows["client"])}
     for client, one in tested.items():
@@ -160,8 +161,8 @@ def _geometry(received: Received, origin: Member, new: Member) -> tuple[np.ndarr
     squares, inner = torch.zeros(m, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
     applied_square = 0.0
     for name, update in received.updates.items():
-        flat = update.flatten(1)
-        applied = (new[name] - origin[name]).flatten()
+        flat = update.reshape(m, -1).float()
+        applied = (new[name] - origin[name]).flatten().float()
         squares += torch.linalg.vector_norm(flat, dim=1).double().square()
         inner += (flat @ applied).double()
         applied_square += float(torch.linalg.vector_norm(applied).double().square())

@@ -38,7 +38,7 @@ def guidance_matrix(
     Returns:
         Shape (…), in the dtype of the displacements; in [0, 1] unless rescaled.
     """
-    squares = displacements.double().square().flatten(1)
+    squares = displacements.double().square().reshape(len(displacements), -1)
     if not len(squares):
         return torch.ones(displacements.shape[1:], dtype=displacements.dtype)
     if order == "paper":

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lossworks.cohort import Member, Stack
-from lossworks.tasks.interface import Task
+from lossworks.tasks.interface import Mode
 from lossworks_federated.server.screening import Received
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.strategies.interface import OwnTest
@@ -64,8 +64,8 @@ def drift(received: Received, origin: Member, new: Member) -> dict[str, float]:
     squares, inner = torch.zeros(m, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
     mean_square = applied_square = applied_inner = 0.0
     for name, update in received.updates.items():
-        flat = update.flatten(1)
-        mean = p @ flat
+        flat = update.reshape(m, -1)
+        mean = p.to(flat) @ flat
         applied = (new[name] - origin[name]).flatten()
         squares += torch.linalg.vector_norm(flat, dim=1).double().square()
         inner += (flat @ mean).double()
@@ -83,16 +83,18 @@ def drift(received: Received, origin: Member, new: Member) -> dict[str, float]:
     }
 
 
-def spread(tested: Mapping[int, OwnTest], kind: Task | type[Task]) -> dict[str, float]:
-    """Return how the clients' figures on their own test rows are spread.
+def spread(tested: Mapping[int, OwnTest], name: str, best: Mode) -> dict[str, float]:
+    """Return how a figure of the clients on their own test rows is spread.
+
+    Args:
+        tested: Each client's last test.
+        name: The figure.
+        best: Which is better.
 
     Returns:
-        Of the yardstick in which the task compares clients: ``mean`` over clients, ``weighted`` by rows,
-        ``worst10``, the mean of the worst tenth (at least one), ``std``, and the worst, ``min`` or ``max``;
-        nothing if no client has test rows.
+        ``mean`` over clients, ``weighted`` by rows, ``worst10``, the mean of the worst tenth (at least one),
+        ``std``, and the worst, ``min`` or ``max``; nothing if no client knows the figure.
     """
-    tracked = kind.compared_by()
-    name, best = tracked.removeprefix("eval/"), kind.yardsticks[tracked]
     known = [one for one in tested.values() if name in one.figures]
     if not known:
         return {}

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from lossworks.cohort import Member
 from lossworks.errors import LossworksError, RunError
 from lossworks.files import write_atomically
+from lossworks.tasks.interface import Mode
 from lossworks.tensors import load_tensors, write_tensors
 from lossworks.tracking import Journal, read_all
 from lossworks_federated.privacy import with_privacy
@@ -136,35 +138,58 @@ class _Turn:
     further: dict[str, float] = field(default_factory=dict)
 
 
-class Rounds:
+class RoundLoop(ABC):
     """One strategy with one seed, from the first round or from where it stopped.
 
     Args:
         spec: The federation.
         chosen: The strategy.
-        setup: Of strategy and seed.
+        task: What its clients are told.
+        initial: The model before the first round.
         grid: The engine.
         files: Where to save.
+
+    Attributes:
+        obstacle: Why clients are trained one by one, if they are.
+        compared: The figure in which clients are compared, as they report it, and which is better.
     """
 
+    obstacle: str | None = None
+    compared: tuple[str, Mode] = ("accuracy", "max")
+
     def __init__(
-        self, spec: FederationSpec, chosen: StrategySpec, setup: SharedSetup, grid: Grid, files: RoundFiles
+        self,
+        spec: FederationSpec,
+        chosen: StrategySpec,
+        task: TaskSpec,
+        initial: Member,
+        grid: Grid,
+        files: RoundFiles,
     ) -> None:
-        self._spec, self._setup, self._files = spec, setup, files
-        self.strategy = build_strategy(spec, chosen, setup.task, files.path.name)
-        local, clients = setup.task.local, setup.task.split.clients
-        devices = Devices(spec.devices, clients, setup.task.seed) if spec.devices.declared else None
-        self._grid = TimedGrid(grid, devices, self.strategy.partition_of, local.epochs, chosen.deadline)
+        self._spec, self._initial, self._files = spec, initial, files
+        self.strategy = build_strategy(spec, chosen, task, files.path.name)
+        clients = task.split.clients
+        devices = Devices(spec.devices, clients, task.seed) if spec.devices.declared else None
+        self._grid = TimedGrid(grid, devices, self.strategy.partition_of, task.local.epochs, chosen.deadline)
         self._wanted = min(spec.clients_per_round or clients, clients)
         self._first = self._wanted if chosen.over_selection > 1 else None
         self._outer: Strategy = with_privacy(self.strategy, spec.privacy)
         self._timeout = spec.deadline_s or _HOUR
         self._best = BestModel(files.best)
-        self._flights = None
-        if isinstance(self.strategy, Asynchronous):
-            sizes = [len(rows) for rows in setup.split.train]
-            under_way = self.strategy.concurrency or self._wanted
-            self._flights = Flights(self.strategy, self._grid, sizes, under_way, self._timeout)
+        self._flights: Flights | None = None
+
+    @abstractmethod
+    def held_out(self, model: Member) -> dict[str, float]:
+        """Return what the server measures of a model on examples that no client has."""
+
+    def trained(self, received: Received) -> dict[str, float]:
+        """Return what is recorded of what clients report of a round's training."""
+        return {"train/loss": received.mean("loss")}
+
+    def terms(self, received: Received, new: Member) -> dict[str, float]:
+        """Return the terms that the loss of the next model falls into, if they can be told."""
+        del received, new
+        return {}
 
     def run(self) -> FederationOutcome:
         """Do all rounds that are left and return how it ended.
@@ -180,7 +205,7 @@ class Rounds:
             table = ClientTable(self._files.table, done)
             with Journal.open(self._files.journal) as journal, table:
                 if done == 0:
-                    journal.write(0, held_out(self._setup, model) | self._virtual())
+                    journal.write(0, self.held_out(model) | self._virtual())
                 while done < self._spec.rounds:
                     model, found, rows = self._round(done + 1, model)
                     done += 1
@@ -195,16 +220,14 @@ class Rounds:
             raise
         finally:
             write_tensors(self._files.model, model)
-            outcome = FederationOutcome(
-                status, done, reason, metrics, self._clients(), self._setup.learner.reason
-            )
+            outcome = FederationOutcome(status, done, reason, metrics, self._clients(), self.obstacle)
             outcome.write(self._files.outcome)
         return outcome
 
     def _begin(self) -> tuple[int, Member]:
         saved = self._files.newest()
         if saved is None:
-            return 0, self._setup.initial
+            return 0, self._initial
         done, groups, totals = saved
         self.strategy.restore(groups["strategy"])
         self._grid.down, self._grid.up = totals["down"], totals["up"]
@@ -226,12 +249,12 @@ class Rounds:
         if new is None or usable < self._spec.min_replies:
             raise RunError(
                 f"round {server_round}: {usable} usable replies of {len(turn.exchanges)}, fewer than "
-                f"min_replies={self._spec.min_replies} ({described(received)}); the last global model is "
+                f"min_replies={self._spec.min_replies} ({received.described()}); the last global model is "
                 f"{self._files.model}"
             )
         ended = time.perf_counter()
         found = {
-            "train/loss": received.mean("loss"),
+            **self.trained(received),
             "round/asked": len(turn.exchanges),
             "round/usable": usable,
             **{f"round/{reason}": len(received.refused.get(reason, ())) for reason in REASONS},
@@ -243,7 +266,7 @@ class Rounds:
         tests = self.strategy.plan.tests(server_round)
         if tests:
             found |= self._measured(server_round, model, new)
-            self._best.offer(server_round, found["server/loss"], new)
+            self._best.offer(server_round, found.get("server/loss", math.nan), new)
         tested = self.strategy.tested if tests else {}
         rows = rows_of(server_round, turn.exchanges, received, (model, new), tested)
         found |= {
@@ -290,10 +313,10 @@ class Rounds:
         )
         # What measuring sends is no cost of the method.
         self._grid.down, self._grid.up = before
-        found = held_out(self._setup, new) | drift(received, model, new)
-        found |= spread(self.strategy.tested, self._setup.kind)
+        found = self.held_out(new) | drift(received, model, new)
+        found |= spread(self.strategy.tested, *self.compared)
         if self._spec.measure.terms and self._flights is None:  # all start from w⁰
-            found |= loss_terms(self._setup, received, new)
+            found |= self.terms(received, new)
         return found
 
     def _save(self, server_round: int, model: Member) -> None:
@@ -311,6 +334,39 @@ class Rounds:
         }
 
 
+class Rounds(RoundLoop):
+    """Rounds of our own clients, whose held-out examples the server has.
+
+    Args:
+        spec: The federation.
+        chosen: The strategy.
+        setup: Of strategy and seed.
+        grid: The engine.
+        files: Where to save.
+    """
+
+    def __init__(
+        self, spec: FederationSpec, chosen: StrategySpec, setup: SharedSetup, grid: Grid, files: RoundFiles
+    ) -> None:
+        super().__init__(spec, chosen, setup.task, setup.initial, grid, files)
+        self._setup = setup
+        self.obstacle = setup.learner.reason
+        tracked = setup.kind.compared_by()
+        self.compared = tracked.removeprefix("eval/"), setup.kind.yardsticks[tracked]
+        if isinstance(self.strategy, Asynchronous):
+            sizes = [len(rows) for rows in setup.split.train]
+            under_way = self.strategy.concurrency or self._wanted
+            self._flights = Flights(self.strategy, self._grid, sizes, under_way, self._timeout)
+
+    def held_out(self, model: Member) -> dict[str, float]:
+        """Return loss and yardsticks on the server's held-out examples."""
+        return held_out(self._setup, model)
+
+    def terms(self, received: Received, new: Member) -> dict[str, float]:
+        """Return FedLD's terms of the loss; see :func:`lossworks_federated.server.measures.loss_terms`."""
+        return loss_terms(self._setup, received, new)
+
+
 def build_strategy(
     spec: FederationSpec, chosen: StrategySpec, task: TaskSpec, federation: str = ""
 ) -> Federated:
@@ -324,7 +380,7 @@ def build_strategy(
     """
     plan = StrategyPlan(
         seed=task.seed,
-        task=task.model_dump_json(),
+        task=task.model_dump_json() if spec.app is None else None,
         federation=federation,
         checkpoint_every=spec.checkpoint_every,
         clients_per_round=spec.asked(chosen),
@@ -335,15 +391,6 @@ def build_strategy(
         deadline_s=spec.deadline_s or _HOUR,
         terms=spec.measure.terms,
         updates=spec.updates,
+        lr=task.local.lr,
     )
     return strategy(chosen.name)(plan=plan, also=chosen.also, **chosen.hyperparameters)
-
-
-def described(received: Received) -> str:
-    """Return in words which clients' replies are left out and why."""
-    parts = []
-    for reason, who in received.refused.items():
-        shown = ", ".join(map(str, who[:5])) + (", …" if len(who) > 5 else "")
-        says = f", says {received.error!r}" if reason == "failed" else ""
-        parts.append(f"{REASONS[reason]}: client{'s' if len(who) > 1 else ''} {shown}{says}")
-    return "; ".join(parts) or "all that were asked answered"

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +11,10 @@ from lossworks.files import write_atomically
 from lossworks.runs import RunFolder
 from lossworks.tensors import load_tensors
 from lossworks_federated.server.kept_models import BestModel, keep_as_run
-from lossworks_federated.server.rounds import FederationOutcome, RoundFiles, Rounds
-from lossworks_federated.shared_setup import SharedSetup, make_setup
-from lossworks_federated.spec_parts import TaskSpec
+from lossworks_federated.server.participants import participants_of
+from lossworks_federated.server.rounds import FederationOutcome, RoundFiles
+from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.specs import FederationSpec, StrategySpec
-from lossworks_federated.virtual.devices import Devices
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -74,28 +72,21 @@ class Session:
         spec: The federation.
         folder: Of the run.
         watcher: Receives its progress.
+
+    Attributes:
+        participants: Who takes part.
     """
 
     def __init__(self, spec: FederationSpec, folder: RunFolder, watcher: FederationWatcher) -> None:
         self.spec, self.folder, self._watcher = spec, folder, watcher
+        self.participants = participants_of(spec)
         pairs = [(strategy, seed) for seed in spec.seeds for strategy in spec.strategies]
         self.children = [
             Child(strategy, seed, RoundFiles(folder.path / _folder_name(index, strategy, seed)))
             for index, (strategy, seed) in enumerate(pairs)
         ]
 
-    @staticmethod
-    def check(spec: FederationSpec) -> None:
-        """Make data, split, model and devices of every seed once.
-
-        Raises:
-            UserError: They can't be made.
-        """
-        for seed in spec.seeds:
-            _setup(spec.told(StrategySpec(), seed).model_dump_json())
-            Devices(spec.devices, spec.split.clients, seed)
-
-    def run(self, grid_of: Callable[[SharedSetup, Child], "Grid"]) -> None:
+    def run(self, grid_of: Callable[[Child], "Grid"]) -> None:
         """Run every child that has not finished; one that fails doesn't stop the others.
 
         Args:
@@ -116,22 +107,22 @@ class Session:
                 self._keep_model(child, child_id)
                 self._finish(child, child_id)
 
-    def setup(self, child: Child) -> SharedSetup:
-        """Return what a child's clients have in common."""
-        task = self.spec.told(child.strategy, child.seed)
-        # Strategies of a seed differ in the clients' learning rate at most, so data and split are made once.
-        common = _setup(self.spec.told(StrategySpec(), child.seed).model_dump_json())
-        return common.of(task)
+    def setup(self, child: Child) -> SharedSetup | None:
+        """Return what a child's clients have in common, where the server knows it."""
+        return self.participants.setup(child.strategy, child.seed)
 
-    def _follow(self, child: Child, child_id: str, grid_of: Callable[[SharedSetup, Child], "Grid"]) -> None:
+    def _follow(self, child: Child, child_id: str, grid_of: Callable[[Child], "Grid"]) -> None:
         """Do a child's rounds while its journal goes to MLflow and to the watcher."""
         from lossworks.tracking import Follower
 
         watcher, setup = self._watcher, self.setup(child)
+        if setup is not None and setup.split.left_out:
+            small, least = len(setup.split.left_out), self.spec.split.min_size
+            watcher.say(f"left out are {small} owners with fewer than split.min_size={least} examples")
         journal = child.files.journal
         follower = Follower(self.spec.tracking, child_id, journal, on_row=watcher.row, on_message=watcher.say)
         with follower:
-            Rounds(self.spec, child.strategy, setup, grid_of(setup, child), child.files).run()
+            self.participants.rounds(child.strategy, child.seed, grid_of(child), child.files).run()
 
     def _enter(self, child: Child) -> str:
         """Return a child's id in MLflow, entering it if it is new."""
@@ -162,12 +153,12 @@ class Session:
 
     def _keep_model(self, child: Child, child_id: str) -> None:
         """Make a run of training out of the child's model, if it has finished."""
-        outcome = child.outcome
-        if outcome is None or outcome.status != "finished":
+        outcome, setup = child.outcome, self.setup(child)
+        if setup is None or outcome is None or outcome.status != "finished":
             return
         try:
             keep_as_run(
-                self.setup(child),
+                setup,
                 child_id,
                 name=f"{self.spec.name}: {child.title}",
                 storage=self.spec.storage,
@@ -232,11 +223,6 @@ def _folder_name(index: int, strategy: StrategySpec, seed: int) -> str:
     # Hyperparameters may make two of a name; the number tells them apart, and a digest that it is the same.
     digest = hashlib.sha256(strategy.model_dump_json().encode()).hexdigest()[:6]
     return f"{index:02d}-{strategy.name}-{digest}-seed{seed}"
-
-
-@lru_cache(maxsize=2)
-def _setup(task: str) -> SharedSetup:
-    return make_setup(TaskSpec.model_validate_json(task))
 
 
 def finish_session(session: Session, artifacts: list[Path]) -> None:

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 FILE = Path(__file__).with_name("strategies.json")
 CLIENT_PART, AVERAGES, EXCHANGES, PLAIN_SGD = "client-part", "averages", "exchanges", "plain-sgd"
 POOLED, WHOLE_UPDATES = "pooled", "whole-updates"
-KEEPS, ASYNCHRONOUS = "keeps", "asynchronous"
+KEEPS, ASYNCHRONOUS, REPORTS = "keeps", "asynchronous", "reports"
 """What a declaration says of a strategy in its flags.
 
 It has a part in clients, which other strategies can add; the next model is w⁰ plus the mean update, weighted
 by examples; further arrays than parameters go between clients and server; clients take plain SGD steps; one
 client trains on what all of them have; what the server does holds for whole updates only, since it compares
 them with each other or keeps a sum of them that clients keep, too; clients keep arrays between rounds;
-replies are taken in one by one.
+replies are taken in one by one; clients report more of their training than how many examples they have.
 """
 _KNOWN = frozenset(
     (
-        *("parts", "task", "federation", "checkpoint-every", "server-round", "epochs", "terms"),
+        *("parts", "task", "federation", "checkpoint-every", "server-round", "epochs", "lr", "seed", "terms"),
         *("clipping_norm", "norm_bit"),  # of Flower's mods for privacy, which read them before a client does
     )
 )
@@ -51,7 +51,8 @@ clients and server, so that privacy which clips and blurs updates refuses it; `p
 steps of SGD without momentum; `pooled`, one client trains on what all of them have, which only a simulation
 can do; `whole-updates`, the server compares clients' updates with each other or keeps a sum of them that
 clients keep, too, so that compressed ones (`updates`) are refused; `keeps`, clients keep arrays from round to
-round; `asynchronous`, replies are taken in one by one as they arrive in virtual time.
+round; `asynchronous`, replies are taken in one by one as they arrive in virtual time; `reports`, clients
+report more than how many examples they have.
 """
 
 _catalogue = Catalogue(FILE, {"strategies": "strategy"})
@@ -134,22 +135,27 @@ def part_of(entry: Mapping[str, Any]) -> "Part":
 
 
 def parts_told(config: Mapping[str, Any]) -> "list[Part]":
-    """Return the client parts that an instruction asks for, of our strategies or of Flower's own.
+    """Return the client parts that an instruction to one of our own clients asks for.
 
     Raises:
         RunError: It holds something that no client here knows, and would leave undone.
     """
-    described = json.loads(str(config.get("parts", "[]")))
-    names = [entry.get("name") for entry in described]
-    for key, (slug, hyperparameter) in _ASKED_BY_FLOWER.items():
-        if key in config and slug not in names:
-            described.append({"name": slug, hyperparameter: float(config[key])})
     unknown = sorted(set(config) - _KNOWN - set(_ASKED_BY_FLOWER))
     if unknown:
         raise RunError(
             f"the instruction holds {unknown[0]}={config[unknown[0]]!r}, which a client of Lossworks "
             f"does not know and would ignore; it knows {', '.join(sorted(_KNOWN | set(_ASKED_BY_FLOWER)))}"
         )
+    return parts_in(config)
+
+
+def parts_in(config: Mapping[str, Any]) -> "list[Part]":
+    """Return the client parts that an instruction asks for, of our strategies or of Flower's own."""
+    described = json.loads(str(config.get("parts", "[]")))
+    names = [entry.get("name") for entry in described]
+    for key, (slug, hyperparameter) in _ASKED_BY_FLOWER.items():
+        if key in config and slug not in names:
+            described.append({"name": slug, hyperparameter: float(config[key])})
     return [part_of(entry) for entry in described]
 
 

@@ -8,12 +8,14 @@ from lossworks.cohort import Member, Stack
 from lossworks_federated.strategies.interface import Federated, Reproducible
 from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
 
+_OF_NORMS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
 
 class LocalNormsPart(Part):
     """Keeps scale and shift of normalisation layers in the client, which trains and tests with its own.
 
-    Our classifiers normalise by GroupNorm, which has no running statistics; a parameter belongs to a
-    normalisation layer if its name says so (``norm``, or a layer that :func:`of_norms` is told).
+    Our classifiers normalise by GroupNorm, which has no running statistics; those of an app that has some
+    stay in the client, too.
     """
 
     slug = "fedbn"
@@ -53,10 +55,10 @@ class FedBN(Federated, Reproducible):
 
 
 def is_norm(name: str, member: Member) -> bool:
-    """Return whether a parameter is scale or shift of a normalisation layer.
+    """Return whether an entry is scale, shift or a running statistic of a normalisation layer.
 
-    These have one axis, and the layer's weight has one, too; a linear or convolutional layer's has more.
+    The layer's weight has one axis; a linear or convolutional layer's has more.
     """
     layer, _, leaf = name.rpartition(".")
     weight = member.get(f"{layer}.weight")
-    return leaf in ("weight", "bias") and weight is not None and torch.Tensor.dim(weight) == 1
+    return leaf in _OF_NORMS and weight is not None and torch.Tensor.dim(weight) == 1

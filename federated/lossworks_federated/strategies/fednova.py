@@ -21,6 +21,7 @@ class FedNova(Federated, Reproducible):
     paper = Paper(
         "Tackling the Objective Inconsistency Problem in Federated Optimization", "Wang et al.", 2020
     )
+    reports = ("step-weight",)
 
     def combine(self, received: Received) -> Member:
         """Return w⁰ plus the normalised updates."""

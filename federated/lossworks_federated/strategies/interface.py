@@ -23,8 +23,16 @@ from lossworks.catalogue.entry import Entry
 from lossworks.cohort import Member, Stack
 from lossworks.errors import RunError
 from lossworks_federated.client.update_coding import coding_of
-from lossworks_federated.records import CONFIG, METRICS, MODEL, array_record, flattened, grouped, member_from
-from lossworks_federated.server.screening import Received, screen
+from lossworks_federated.records import (
+    CONFIG,
+    MODEL,
+    array_record,
+    flattened,
+    grouped,
+    member_from,
+    part_mark,
+)
+from lossworks_federated.server.screening import Received, metrics_of, screen
 from lossworks_federated.spec_parts import GuardSpec, UpdatesSpec
 from lossworks_federated.strategies.catalogue import (
     ASYNCHRONOUS,
@@ -33,6 +41,7 @@ from lossworks_federated.strategies.catalogue import (
     EXCHANGES,
     KEEPS,
     PLAIN_SGD,
+    REPORTS,
     WHOLE_UPDATES,
     part_of,
 )
@@ -53,13 +62,15 @@ class StrategyPlan:
         clients_tested: How many test the global model; all if None.
         test_every: Rounds between tests.
         rounds: The last round, which is always tested; None if unknown.
-        task: What clients are told, as JSON; see :class:`lossworks_federated.specs.TaskSpec`.
+        task: What clients are told, as JSON; see :class:`lossworks_federated.specs.TaskSpec`. None for
+            apps of others, which know it.
         federation: Name under which clients keep what they keep.
         checkpoint_every: Rounds between states that the server saves.
         guard: Which replies are refused.
         deadline_s: Seconds to wait for replies outside of rounds.
         terms: Whether clients measure their loss after training, in rounds that are tested.
         updates: How clients send their updates.
+        lr: Learning rate that clients are told; None for their own.
     """
 
     seed: int = 0
@@ -67,13 +78,14 @@ class StrategyPlan:
     clients_tested: int | None = None
     test_every: int = 1
     rounds: int | None = None
-    task: str = "{}"
+    task: str | None = None
     federation: str = ""
     checkpoint_every: int = 1
     guard: GuardSpec = field(default_factory=GuardSpec)
     deadline_s: float = 3600.0
     terms: bool = False
     updates: UpdatesSpec = field(default_factory=UpdatesSpec)
+    lr: float | None = None
 
     def tests(self, server_round: int) -> bool:
         """Return whether the global model is tested after a round."""
@@ -102,6 +114,7 @@ class Federated(Entry, Strategy):
         whole_updates: Whether the server compares clients' updates with each other, or keeps a sum of them
             that clients keep, too, so that compressed ones won't do.
         asynchronous: Whether it takes in replies one by one.
+        reports: Names of the metrics of clients that it reads besides ``num-examples``.
 
     Raises:
         UserError: A hyperparameter is unknown or out of range.
@@ -114,6 +127,7 @@ class Federated(Entry, Strategy):
     averages: ClassVar[bool] = False
     whole_updates: ClassVar[bool] = False
     asynchronous: ClassVar[bool] = False
+    reports: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -141,6 +155,7 @@ class Federated(Entry, Strategy):
             WHOLE_UPDATES: cls.whole_updates,
             KEEPS: part is not None and part.keeps,
             ASYNCHRONOUS: cls.asynchronous,
+            REPORTS: bool(cls.reports),
         }
         flags = (*cls.flags, *(flag for flag, holds in known.items() if holds))
         return replace(super().declaration(), flags=flags)
@@ -151,16 +166,20 @@ class Federated(Entry, Strategy):
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    ) -> tuple[ArrayRecord, MetricRecord | None]:
         """Aggregate usable replies; the result has the dtypes that were sent.
 
         Some of Flower's strategies give float64.
+
+        Raises:
+            RunError: No reply is usable, or the aggregate is not finite.
         """
         found, metrics = super().aggregate_train(server_round, replies)  # type: ignore[safe-super]
         if found is None:
-            return None, metrics
-        origin = self.origin
-        typed = {name: value.to(origin[name].dtype) for name, value in member_from(found).items()}
+            # Flower's own loop would go on with the old parameters, round by round, and say nothing.
+            lost = sum(map(len, self.received.refused.values()))
+            raise RunError(f"round {server_round}: 0 usable replies of {lost} ({self.received.described()})")
+        typed = {name: _typed(value, self.origin[name]) for name, value in member_from(found).items()}
         self.check_finite(typed, server_round)
         return array_record(typed), metrics
 
@@ -220,6 +239,7 @@ class Reproducible(FlowerFedAvg):
     plan: StrategyPlan
     parts: list[Part]
     described: list[dict[str, Any]]
+    reports: ClassVar[tuple[str, ...]]
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -268,13 +288,17 @@ class Reproducible(FlowerFedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the next global parameters and the mean loss, or None if no reply is usable."""
+        """Return the next global parameters and the mean loss, if clients report one.
+
+        Both are None if no reply is usable.
+        """
         del server_round
         good, _ = self._check_and_log_replies(replies, is_train=True)
         if not good:
             return None, None
         record = array_record(self.combine(self.received))
-        return record, MetricRecord({"loss": self.received.mean("loss")})
+        told = ["loss"] if self.received.reports("loss") else []
+        return record, MetricRecord({name: self.received.mean(name) for name in told})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean of each figure over the examples of the clients that answered."""
@@ -283,9 +307,13 @@ class Reproducible(FlowerFedAvg):
         for partition, reply in self._known(replies):
             if reply.has_error():
                 continue
-            found: Any = reply.content[METRICS]
-            if found["num-examples"]:
-                figures = {name: float(value) for name, value in found.items() if name != "num-examples"}
+            found = metrics_of(reply)
+            if found.get("num-examples"):
+                figures = {
+                    name: float(value)
+                    for name, value in found.items()
+                    if name != "num-examples" and isinstance(value, int | float)
+                }
                 self.tested[partition] = OwnTest(int(found["num-examples"]), figures)
         names = dict.fromkeys(name for one in self.tested.values() for name in one.figures)
         return MetricRecord({name: self._tested_mean(name) for name in names}) if names else None
@@ -325,18 +353,7 @@ class Reproducible(FlowerFedAvg):
         return sorted((self._partitions[node], node) for node in present if node in self._partitions)
 
     def _take_in_strangers(self, nodes: Sequence[int]) -> None:
-        """Number nodes of another app, which don't answer which partition is theirs, behind those that do.
-
-        Raises:
-            RunError: The strategy has a part in clients, which such an app has not.
-        """
-        if nodes and self.parts:
-            slugs = ", ".join(part.slug for part in self.parts)
-            raise RunError(
-                f"{len(nodes)} nodes run another ClientApp than lossworks_federated.client.client_app, and "
-                f"would leave undone what {slugs} does in clients; use a strategy without a part in clients, "
-                "such as fedavg, or our ClientApp"
-            )
+        """Number nodes of another app, which don't answer which partition is theirs, behind those that do."""
         first = max(self._partitions.values(), default=-1) + 1
         self._partitions.update({node: first + place for place, node in enumerate(sorted(nodes))})
 
@@ -378,7 +395,10 @@ class Reproducible(FlowerFedAvg):
         coding = coding_of(self.plan.updates)
         replies = list(replies) if coding is None else [coding.read_reply(self.origin, r) for r in replies]
         sending = [part.slug for part in self.parts if part.sends]
-        received = screen(self._known(replies), self._asked_of(), self.origin, sending, self.plan.guard)
+        needed = [*(part_mark(part.slug) for part in self.parts), *self.reports]
+        received = screen(
+            self._known(replies), self._asked_of(), self.origin, sending, self.plan.guard, needed
+        )
         self.received = received
         if received.messages:
             for part in self.parts:
@@ -405,9 +425,11 @@ class Reproducible(FlowerFedAvg):
         plan = self.plan
         return {
             "parts": json.dumps(self.described),
-            "task": plan.task,
+            **({} if plan.task is None else {"task": plan.task}),
+            "seed": plan.seed,
             "federation": plan.federation,
             "checkpoint-every": plan.checkpoint_every,
+            **({} if plan.lr is None else {"lr": plan.lr}),
         }
 
     def _asked_of(self) -> list[int]:
@@ -416,6 +438,11 @@ class Reproducible(FlowerFedAvg):
     def _messages(self, content: RecordDict, chosen: Nodes, kind: str) -> list[Message]:
         self._asked = [(partition, Message(content, node, kind)) for partition, node in chosen]
         return [message for _, message in self._asked]
+
+
+def _typed(value: Tensor, like: Tensor) -> Tensor:
+    """Return an aggregate in the dtype that was sent; means of whole numbers are rounded."""
+    return value.to(like.dtype) if like.is_floating_point() else value.round().to(like.dtype)
 
 
 def moved(origin: Member, updates: Stack, weights: Tensor) -> Member:

@@ -23,7 +23,7 @@ class ContrastPart(Part):
         """Return the contrast."""
         settings = self.settings
         return Contrast(
-            cohort.learner, cohort.origin, cohort.placed(cohort.kept), settings.mu, settings.temperature
+            cohort.features, cohort.origin, cohort.placed(cohort.kept), settings.mu, settings.temperature
         )
 
     def finish(self, cohort: Cohort, ended: Stack, steps: Tensor) -> PartOutcome:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from lossworks.cohort import Batches, Learner, LocalRule, Member, Stack
+from lossworks.cohort import Batches, LocalRule, Member, Stack
+from lossworks_federated.client.local_rules import StackedFeatures
 from lossworks_federated.spec_parts import LocalSpec
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Cohort:
     """Clients about to train.
 
     Attributes:
-        learner: What they learn from.
+        features: Gives the features of other parameters.
         origin: w⁰.
         batches: What each sees.
         local: Their optimiser.
@@ -30,7 +31,7 @@ class Cohort:
         kept: What each client kept for this part, (M, …) by name; what ``Part.initial`` gives if nothing.
     """
 
-    learner: Learner
+    features: StackedFeatures
     origin: Member
     batches: Batches
     local: LocalSpec

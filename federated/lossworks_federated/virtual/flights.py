@@ -307,7 +307,7 @@ class Flights:
             flight.up = sizes.get(flight.client, 0)
             flight.left_out = reasons.get(flight.client, "")
             if flight.left_out:
-                flight.error = received.error
+                flight.error = received.said.get(flight.left_out, "")
             else:
                 place = places[flight.client]
                 flight.metrics = received.metrics[place]
@@ -339,9 +339,9 @@ def _received(landed: Sequence[Flight], updates: Sequence[Member], origin: Membe
     for flight in landed:
         if flight.left_out:
             refused.setdefault(flight.left_out, []).append(flight.client)
-    error = next((flight.error for flight in landed if flight.error), "")
+    said = {flight.left_out: flight.error for flight in reversed(landed) if flight.error}
     if not used:
-        return Received.nothing(refused, error)
+        return Received.nothing(refused, said)
     return Received(
         messages=(),
         partitions=tuple(flight.client for flight in used),
@@ -351,5 +351,5 @@ def _received(landed: Sequence[Flight], updates: Sequence[Member], origin: Membe
         updates={name: torch.stack([update[name] for update in updates]) for name in updates[0]},
         sent={},
         refused={reason: tuple(who) for reason, who in refused.items()},
-        error=error,
+        said=said,
     )

@@ -1,6 +1,7 @@
 """What a member does besides descending on its loss: the hooks of local training."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,7 +36,13 @@ class LocalRule:
 
     A method overrides those it needs. Gradients and steps have the members first, and hold the first m of
     them that are still at work, so a hook takes the front part of what it keeps.
+
+    Attributes:
+        reads: What ``penalty`` reads of ``inputs``, ``features`` and ``logits``, for callers that would make
+            the others in vain.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("inputs", "features", "logits")
 
     def of(self, place: int) -> "LocalRule":
         """Return the rule of one member alone, which has the first axis to itself.

@@ -1,19 +1,25 @@
 """Small federations for tests: run in this process, with what a test wants to look at."""
 
+import tomllib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 
+from lossworks.catalogue.registry import Catalogue
 from lossworks.cohort import Member
+from lossworks_federated.apps.offered import offered_app
 from lossworks_federated.client.client_app import client_app
 from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.server.rounds import RoundFiles, Rounds
 from lossworks_federated.shared_setup import SharedSetup, make_setup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec
+from lossworks_federated.strategies import catalogue
 
 TINY: dict[str, Any] = {
     "rounds": 3,
@@ -90,3 +96,35 @@ class OneByOneGrid(CohortGrid):
             return self.app(message, self._contexts[node])
         except Exception as error:  # noqa: BLE001  (as Flower does)
             return Message(Error(2, str(error)), reply_to=message)
+
+
+OTHER_PACKAGE = Path(__file__).parents[1] / "other_package"
+
+
+def install_package(
+    folder: Path, patch: pytest.MonkeyPatch, points: Mapping[str, Mapping[str, str]] | None = None
+) -> None:
+    """Offer what another package has for federations, for as long as the patch holds.
+
+    Args:
+        folder: A new one, for what an installed package says of itself.
+        patch: Puts it on the path.
+        points: Entry points by group and name; those of tests/support/other_package if unset.
+    """
+    if points is None:
+        text = (OTHER_PACKAGE / "pyproject.toml").read_text()
+        groups = ("lossworks.strategies", "lossworks.client_apps")
+        points = {group: tomllib.loads(text)["project"]["entry-points"][group] for group in groups}
+    info = folder / "lossworks_other-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lossworks-other\nVersion: 1.0\n")
+    lines = [
+        line
+        for group, of in points.items()
+        for line in (f"[{group}]", *(f"{k} = {v}" for k, v in of.items()))
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    patch.syspath_prepend(str(OTHER_PACKAGE))
+    patch.syspath_prepend(str(folder))
+    patch.setattr(catalogue, "_catalogue", Catalogue(catalogue.FILE, {"strategies": "strategy"}))
+    offered_app.cache_clear()
