@@ -4,11 +4,12 @@ The noise comes from numpy's global stream, unseeded, as it must be where it pro
 privacy don't repeat.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import UserError
-from lossworks_federated.spec_parts import PrivacySpec
+from lossworks_federated.spec_parts import GuardSpec, PrivacySpec
 from lossworks_federated.strategies.catalogue import strategies
 
 if TYPE_CHECKING:
@@ -25,8 +26,13 @@ def client_mods(privacy: PrivacySpec) -> list[Any]:
     if privacy.kind == "local":
         from flwr.clientapp.mod import LocalDpMod
 
-        # One client's update changes by at most two clipping norms when its data change.
-        blur = LocalDpMod(privacy.clipping_norm, 2 * privacy.clipping_norm, privacy.epsilon, privacy.delta)
+        from lossworks_federated.server.accountant import noise_over_sensitivity
+
+        # One client's update changes by at most two clipping norms when its data change. Flower multiplies it
+        # by √(2 log(1.25/δ))/ε, which is too little noise for an ε above 1, so that is taken out again.
+        usual = math.sqrt(2 * math.log(1.25 / privacy.delta)) / privacy.epsilon
+        sensitivity = 2 * privacy.clipping_norm * noise_over_sensitivity(privacy) / usual
+        blur = LocalDpMod(privacy.clipping_norm, sensitivity, privacy.epsilon, privacy.delta)
         return [_of_whole_replies(blur)]
     if privacy.kind == "central":
         from flwr.clientapp.mod import fixedclipping_mod
@@ -59,10 +65,10 @@ def _of_whole_replies(mod: Any) -> Any:
 def with_privacy(strategy: "Federated", privacy: PrivacySpec) -> "Strategy":
     """Return a strategy that adds the server's noise, if there is any to add.
 
-    A mean Σ p_i g_i of updates of norm at most C changes by at most C·max p_i when one client's update is
-    taken out, so the noise's standard deviation is z·C·max p_i, with the shares p_i of the clients whose
-    replies are used. Flower's own z·C/m is for equal shares of all m that were asked, and it gives a round up
-    when one of them has failed.
+    The noise's standard deviation is z·C/m with the m clients whose replies are used, which count alike: the
+    sum of their updates of norm at most C gets noise of z·C, whoever was drawn. With weights by examples it
+    would depend on who was, and tell of it. Flower's own z·C/m is for all that were asked, and it gives a
+    round up when one of them has failed.
 
     Args:
         strategy: Whose mean update gets noise.
@@ -81,19 +87,19 @@ def with_privacy(strategy: "Federated", privacy: PrivacySpec) -> "Strategy":
             aggregated, metrics = strategy.aggregate_train(server_round, replies)
             if not aggregated:
                 return aggregated, metrics
-            examples = strategy.received.examples
-            return noisy(self, aggregated, float(examples.max() / examples.sum())), metrics
+            return noisy(self, aggregated, 1 / len(strategy.received.partitions)), metrics
 
     return CentralNoise(strategy, privacy.noise_multiplier, privacy.clipping_norm, 1)
 
 
-def require_compatible(strategy: str, others: Sequence[str], privacy: PrivacySpec) -> None:
+def require_compatible(strategy: str, others: Sequence[str], privacy: PrivacySpec, guard: GuardSpec) -> None:
     """Refuse what the maths or Flower's mods don't allow.
 
     Args:
         strategy: Slug of the strategy.
         others: Slugs of the methods whose client part is added to it.
         privacy: What is asked for.
+        guard: Which replies are refused.
 
     Raises:
         UserError: With the reason.
@@ -120,3 +126,10 @@ def require_compatible(strategy: str, others: Sequence[str], privacy: PrivacySpe
             f"privacy.kind=central with {strategy}: the server's noise is for a mean of clipped "
             f"updates, and {strategy} aggregates otherwise; averaging ones: {able}"
         )
+    for name in ("largest_norm", "least_cosine"):
+        if privacy.kind == "central" and getattr(guard, name) is not None:
+            raise UserError(
+                f"privacy.kind=central with guard.{name}={getattr(guard, name):g}: one client's update would "
+                "decide by the median which others count, and so change the mean by more than its own; all "
+                "updates are clipped to privacy.clipping_norm anyway"
+            )

@@ -107,21 +107,43 @@ class GuardSpec(Spec):
 
 
 class PrivacySpec(Spec):
-    """Flower's client-side privacy; ``privacy=local`` is short for ``privacy.kind=local``."""
+    """Differential privacy by Flower; ``privacy=local`` is short for ``privacy.kind=local``."""
 
     shorthand: ClassVar[str | None] = "kind"
 
     kind: Literal["none", "local", "central", "secagg"] = Field(
         "none",
         description="none; local (each client clips its update and adds noise for (ε, δ)); central (clients "
-        "clip, the server adds noise); secagg is refused with the reason",
+        "clip and count alike, the server adds noise); secagg is refused with the reason",
     )
     clipping_norm: float = Field(1.0, gt=0.0, description="largest norm of a client's update")
     epsilon: float = Field(10.0, gt=0.0, description="ε of kind=local, for one round")
-    delta: float = Field(1e-5, gt=0.0, lt=1.0, description="δ of kind=local, for one round")
+    delta: float = Field(
+        1e-5, gt=0.0, lt=1.0, description="δ of all rounds together, and of one round of kind=local"
+    )
     noise_multiplier: float = Field(
         0.1, ge=0.0, description="of kind=central: deviation of the noise over clipping_norm / clients"
     )
+    budget: float | None = Field(
+        None,
+        gt=0.0,
+        description="ε at delta that all rounds together may spend; rounds that would spend more are refused "
+        "before the first; null for any",
+    )
+
+    @property
+    def noisy(self) -> bool:
+        """Whether there is noise, without which there is no ε."""
+        return self.kind == "local" or (self.kind == "central" and self.noise_multiplier > 0)
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> Self:
+        if self.budget is not None and not self.noisy:
+            raise ValueError(
+                f"budget={self.budget:g}: needs kind=local, or kind=central with a noise_multiplier above 0; "
+                "without noise nothing is private"
+            )
+        return self
 
 
 class UpdatesSpec(Spec):

@@ -242,7 +242,7 @@ class FederationSpec(Spec):
 
     def _require_fit(self, strategy: StrategySpec) -> None:
         others = [entry["name"] for entry in strategy.also]
-        require_compatible(strategy.name, others, self.privacy)
+        require_compatible(strategy.name, others, self.privacy, self.guard)
         whole = WHOLE_UPDATES in declaration(strategy.name).flags
         self.updates.require_fit(strategy.name, whole_updates=whole, guard=self.guard, privacy=self.privacy)
         plain = self.local.optimizer == "sgd" and not self.local.momentum
@@ -281,6 +281,11 @@ class FederationSpec(Spec):
             raise ValueError(
                 f"{name}: concurrency={strategy.hyperparameters['concurrency']}: there are only "
                 f"{self.split.clients} clients"
+            )
+        if self.privacy.kind != "none":
+            raise ValueError(
+                f"privacy.kind={self.privacy.kind} with {name}: what is spent is counted by rounds, and it "
+                "has none"
             )
         if self.guard != GuardSpec():
             raise ValueError(

@@ -24,10 +24,11 @@ from lossworks_federated.client.client_memory import Moment, keep, recall
 from lossworks_federated.client.faults import FAULTS, fault_of
 from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.federate import federate
+from lossworks_federated.server.accountant import noise_over_sensitivity
 from lossworks_federated.server.measures import drift, spread
 from lossworks_federated.server.rounds import FederationOutcome, RoundFiles
 from lossworks_federated.shared_setup import SharedSetup
-from lossworks_federated.spec_parts import FaultSpec
+from lossworks_federated.spec_parts import FaultSpec, PrivacySpec
 from lossworks_federated.specs import FederationSpec
 from lossworks_federated.strategies.catalogue import ASYNCHRONOUS
 from lossworks_federated.strategies.catalogue import strategies as catalogue
@@ -259,7 +260,7 @@ def test_local_privacy_clips_and_adds_noise(tmp_path: Path) -> None:
     loud = {**privacy, "epsilon": 10.0}
     rounds = rounds_of(tiny(rounds=1, privacy=loud), tmp_path / "loud")
     rounds.run()
-    sigma = 2 * 0.5 * np.sqrt(2 * np.log(1.25 / 1e-5)) / 10
+    sigma = 2 * 0.5 * noise_over_sensitivity(PrivacySpec.model_validate(loud))
     norms = torch.cat([u.flatten(1) for u in rounds.strategy.received.updates.values()], 1).norm(dim=1)
     assert norms.mean() == pytest.approx(sigma * size**0.5, rel=0.1)
 
@@ -269,9 +270,7 @@ def test_central_privacy_adds_the_servers_noise(tmp_path: Path) -> None:
     quiet = trained(tiny(rounds=1, privacy=privacy), tmp_path / "quiet")
     noisy = trained(tiny(rounds=1, privacy={**privacy, "noise_multiplier": 1.2}), tmp_path / "noisy")
     noise = torch.cat([(noisy[name] - quiet[name]).flatten() for name in quiet])
-    sizes = [len(rows) for rows in setup_of(tiny()).split.train]
-    assert max(sizes) > 1.5 * sum(sizes) / 6  # the one with the largest share must be hidden, too
-    assert float(noise.std()) == pytest.approx(1.2 * 0.5 * max(sizes) / sum(sizes), rel=0.15)
+    assert float(noise.std()) == pytest.approx(1.2 * 0.5 / 6, rel=0.15)  # all six count alike
 
 
 def test_central_noise_is_that_of_the_clients_that_answered(tmp_path: Path) -> None:
@@ -289,8 +288,7 @@ def test_central_noise_is_that_of_the_clients_that_answered(tmp_path: Path) -> N
     noise = torch.cat([(noisy[name] - quiet[name]).flatten() for name in quiet])
 
     assert 0 < len(received.partitions) < 6
-    share = float(received.examples.max() / received.examples.sum())
-    assert float(noise.std()) == pytest.approx(1.2 * 0.5 * share, rel=0.15)
+    assert float(noise.std()) == pytest.approx(1.2 * 0.5 / len(received.partitions), rel=0.15)
 
 
 @pytest.mark.parametrize("kind", ["central", "local"])

@@ -28,7 +28,8 @@ class ComparedStrategy:
         outcome: How it ended.
         figures: accuracy and worst10 (means of the last 10 measured rounds), rounds_to_target,
             bytes_to_target and virtual_to_target (NaN if not reached), bytes, seconds_per_round, left_out,
-            virtual_seconds (of all rounds; NaN where no virtual time passes).
+            virtual_seconds (of all rounds; NaN where no virtual time passes); epsilon, at the spec's
+            privacy.delta, where there is privacy.
     """
 
     strategy: str
@@ -110,7 +111,11 @@ def _curves(journal: Path) -> dict[str, Series]:
 
 def _entry(child: Child, target: float | None) -> ComparedStrategy:
     curves = _curves(child.files.journal)
-    return ComparedStrategy(child.strategy.title, child.seed, curves, child.outcome, _figures(curves, target))
+    outcome, figures = child.outcome, _figures(curves, target)
+    if outcome is not None and "privacy/epsilon" in outcome.metrics:
+        # Not of the curve, which has the first value of a round that was repeated.
+        figures["epsilon"] = outcome.metrics["privacy/epsilon"]
+    return ComparedStrategy(child.strategy.title, child.seed, curves, outcome, figures)
 
 
 def _left_out(curves: dict[str, Series]) -> float:

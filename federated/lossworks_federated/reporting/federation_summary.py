@@ -80,7 +80,7 @@ def print_federation(spec: FederationSpec, result: FederationResult, *, where: s
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH_OF_FILES)
-    console.print(_table(result.comparison, len(spec.seeds)))
+    console.print(_table(result.comparison, spec))
     of_seed = f", seed {spec.seeds[0]}" if len(spec.seeds) > 1 else ""
     lines = [("pictures", ", ".join(str(path) for path in result.pictures if path.suffix == ".png"))]
     lines += [(f"worst clients{of_seed}", f"{title}: {_named(who)}") for title, who in result.worst.items()]
@@ -97,7 +97,8 @@ def _named(clients: list[tuple[int, float]]) -> str:
     return ", ".join(f"{client} ({accuracy:.2f})" for client, accuracy in clients)
 
 
-def _table(comparison: Comparison, seeds: int) -> Table:
+def _table(comparison: Comparison, spec: FederationSpec) -> Table:
+    seeds = len(spec.seeds)
     many = f"means over {seeds} seeds ± 95 % interval" if seeds > 1 else "one seed, so no intervals"
     table = Table(title=f"last 10 measured rounds, {many}", title_justify="left")
     table.add_column("strategy", overflow="fold")
@@ -120,6 +121,9 @@ def _table(comparison: Comparison, seeds: int) -> Table:
         ("left out", lambda name: _mean(comparison, name, "left_out", "{:.0f}")),
         ("s a round", lambda name: _mean(comparison, name, "seconds_per_round", "{:.3f}")),
     ]
+    if spec.privacy.noisy:
+        heading = f"ε at δ = {spec.privacy.delta:g}"
+        columns.append((heading, lambda name: _mean(comparison, name, "epsilon", "{:.4g}")))
     for heading, _ in columns:
         table.add_column(heading, justify="right")
     for name in comparison.strategies:

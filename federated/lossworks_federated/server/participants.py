@@ -13,7 +13,7 @@ from lossworks_federated.apps.prepared import PreparedApp
 from lossworks_federated.client.client_app import client_app
 from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.engines.sequential_grid import SequentialGrid
-from lossworks_federated.server.rounds import RoundFiles, RoundLoop, Rounds
+from lossworks_federated.server.rounds import RoundFiles, RoundLoop, Rounds, accountant_of, build_strategy
 from lossworks_federated.shared_setup import SharedSetup, make_setup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec, StrategySpec
@@ -62,10 +62,12 @@ class OwnClients(Participants):
     """Our own clients with data that the spec names and splits."""
 
     def check(self) -> None:
-        """See that data, split, model and devices of every seed can be made."""
+        """See that data, split, model and devices can be made, and count what privacy will be spent."""
         for seed in self.spec.seeds:
             self.setup(StrategySpec(), seed)
             Devices(self.spec.devices, self.spec.split.clients, seed)
+            for chosen in self.spec.strategies:
+                accountant_of(self.spec, build_strategy(self.spec, chosen, self.spec.told(chosen, seed)))
 
     def app(self, state_folder: Path) -> ClientApp:
         """Return our ClientApp."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ConfigRecord
@@ -36,6 +36,9 @@ from lossworks_federated.virtual.devices import Devices
 from lossworks_federated.virtual.flights import Flights
 from lossworks_federated.virtual.timed_grid import TimedGrid
 
+if TYPE_CHECKING:
+    from lossworks_federated.server.accountant import PrivacyAccountant
+
 _SAVED = 2  # newest states that stay
 _HOUR = 3600.0
 
@@ -55,6 +58,7 @@ class RoundFiles:
         self.best = path / "best.safetensors"
         self.outcome = path / "outcome.json"
         self.table = path / "clients.parquet"
+        self.spent = path / "privacy.safetensors"
         self._states = path / "states"
 
     def save(self, server_round: int, groups: Mapping[str, Member], totals: Mapping[str, Any]) -> None:
@@ -174,6 +178,7 @@ class RoundLoop(ABC):
         self._wanted = min(spec.clients_per_round or clients, clients)
         self._first = self._wanted if chosen.over_selection > 1 else None
         self._outer: Strategy = with_privacy(self.strategy, spec.privacy)
+        self._accountant = accountant_of(spec, self.strategy)
         self._timeout = spec.deadline_s or _HOUR
         self._best = BestModel(files.best)
         self._flights: Flights | None = None
@@ -225,6 +230,8 @@ class RoundLoop(ABC):
         return outcome
 
     def _begin(self) -> tuple[int, Member]:
+        if self._accountant is not None and self._files.spent.is_file():
+            self._accountant.restore(load_tensors(self._files.spent))
         saved = self._files.newest()
         if saved is None:
             return 0, self._initial
@@ -263,6 +270,8 @@ class RoundLoop(ABC):
             "seconds/clients": turn.trained - began,
             "seconds/aggregation": ended - turn.trained,
         }
+        if self._accountant is not None:
+            found["privacy/epsilon"] = self._accountant.epsilon
         tests = self.strategy.plan.tests(server_round)
         if tests:
             found |= self._measured(server_round, model, new)
@@ -281,6 +290,7 @@ class RoundLoop(ABC):
         self.strategy.present = self._grid.present()
         arrays = array_record(model)
         asked = list(self._outer.configure_train(server_round, arrays, ConfigRecord(), self._grid))
+        self._spend(server_round)
         replies = self._grid.send_and_receive(asked, timeout=self._timeout, first=self._first)
         trained = time.perf_counter()
         of_nodes, seconds = self._grid.exchanged, self._grid.seconds
@@ -326,6 +336,23 @@ class RoundLoop(ABC):
             groups |= self._flights.tensors()
             totals["flights"] = self._flights.record()
         self._files.save(server_round, groups, totals)
+
+    def _spend(self, server_round: int) -> None:
+        """Count what a round about to begin spends of the clients' privacy.
+
+        It is written before they are asked, so that a round that is repeated after an interruption counts
+        twice, as its noise is drawn anew.
+        """
+        if self._accountant is None:
+            return
+        self._accountant.spend(self.strategy.asked, self.strategy.clients)
+        epsilon, budget = self._accountant.epsilon, self._spec.privacy.budget
+        if budget is not None and epsilon > budget:
+            raise RunError(
+                f"round {server_round} would bring ε to {epsilon:.4g}, above privacy.budget={budget:g}; "
+                "rounds that were repeated, or had fewer clients to draw from, spent more than was planned"
+            )
+        write_tensors(self._files.spent, self._accountant.state())
 
     def _clients(self) -> dict[str, dict[str, float]]:
         return {
@@ -392,5 +419,26 @@ def build_strategy(
         terms=spec.measure.terms,
         updates=spec.updates,
         lr=task.local.lr,
+        alike=spec.privacy.kind == "central",
     )
     return strategy(chosen.name)(plan=plan, also=chosen.also, **chosen.hyperparameters)
+
+
+def accountant_of(spec: FederationSpec, chosen: Federated) -> "PrivacyAccountant | None":
+    """Return what adds up the privacy that a strategy's rounds spend, or None if there is no noise.
+
+    Raises:
+        UserError: All rounds together would spend more than the budget.
+    """
+    if not spec.privacy.noisy:
+        return None
+    from lossworks_federated.server.accountant import PrivacyAccountant
+
+    accountant = PrivacyAccountant(spec.privacy, secret=not any(part.keeps for part in chosen.parts))
+    if spec.privacy.budget is not None:
+        clients = spec.split.clients
+        forecast = accountant.forecast(
+            spec.rounds, lambda server_round: chosen.plan.trained_in(server_round, clients), clients
+        )
+        forecast.require_within(spec.privacy)
+    return accountant

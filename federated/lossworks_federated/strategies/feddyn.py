@@ -6,9 +6,9 @@ from lossworks.catalogue.declaration import Paper, number
 from lossworks.cohort import LocalRule, Member, Stack
 from lossworks_federated.client.local_rules import Dynamic
 from lossworks_federated.server.screening import Received
-from lossworks_federated.strategies.interface import Federated, Reproducible, moved
+from lossworks_federated.strategies.interface import Federated, Reproducible, equal_weights, moved
 from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
-from lossworks_federated.strategies.scaffold import equal_weights, zeros
+from lossworks_federated.strategies.scaffold import zeros
 
 
 class DynamicPart(Part):

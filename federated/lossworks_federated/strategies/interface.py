@@ -71,6 +71,7 @@ class StrategyPlan:
         terms: Whether clients measure their loss after training, in rounds that are tested.
         updates: How clients send their updates.
         lr: Learning rate that clients are told; None for their own.
+        alike: Whether clients count alike in a mean that is weighted by examples otherwise.
     """
 
     seed: int = 0
@@ -86,10 +87,15 @@ class StrategyPlan:
     terms: bool = False
     updates: UpdatesSpec = field(default_factory=UpdatesSpec)
     lr: float | None = None
+    alike: bool = False
 
     def tests(self, server_round: int) -> bool:
         """Return whether the global model is tested after a round."""
         return server_round % self.test_every == 0 or server_round == self.rounds
+
+    def trained_in(self, server_round: int, present: int) -> np.ndarray:
+        """Return which of the clients that are there train in a round, rising."""
+        return _places(self.seed, present, self.clients_per_round, server_round, _TRAIN)
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,8 @@ class Federated(Entry, Strategy):
     drawn: Any
     partition_of: Any
     present: Any
+    asked: Any
+    clients: int
 
     def check_finite(self, member: Member, server_round: int) -> None:
         """Refuse an aggregate that holds NaN or infinity.
@@ -251,9 +259,18 @@ class Reproducible(FlowerFedAvg):
         self._partitions: dict[int, int] = {}
         self._asked: list[tuple[int, Message]] = []
 
+    @property
+    def asked(self) -> list[int]:
+        """Partitions of the clients that the last instructions went to."""
+        return [partition for partition, _ in self._asked]
+
     def combine(self, received: Received) -> Member:
-        """Return the next global parameters: w⁰ + Σ p_i g_i, p_i the share of examples of client i."""
-        return moved(self.origin, received.updates, received.examples / received.examples.sum())
+        """Return the next global parameters: w⁰ + Σ p_i g_i, p_i the share of examples of client i.
+
+        Under ``plan.alike`` all p_i are 1/m.
+        """
+        shares = received.examples / received.examples.sum()
+        return moved(self.origin, received.updates, equal_weights(received) if self.plan.alike else shares)
 
     def summary(self) -> None:
         """Say nothing: Lossworks shows what a person needs."""
@@ -363,16 +380,11 @@ class Reproducible(FlowerFedAvg):
 
     def drawn(self, nodes: Nodes, count: int | None, server_round: int, purpose: int = _TRAIN) -> Nodes:
         """Return the clients drawn for a round, sorted; all if ``count`` is None or more than there are."""
-        if count is None or count >= len(nodes):
-            return nodes
         return [nodes[index] for index in self.places(len(nodes), count, server_round, purpose)]
 
-    def places(self, of: int, count: int, number: int, purpose: int = _TRAIN) -> np.ndarray:
-        """Return which of so many are drawn, sorted; all if ``count`` is more than there are."""
-        if count >= of:
-            return np.arange(of)
-        stream = np.random.default_rng([self.plan.seed, number, purpose])
-        return np.sort(stream.choice(of, count, replace=False))
+    def places(self, of: int, count: int | None, number: int, purpose: int = _TRAIN) -> np.ndarray:
+        """Return which of so many are drawn, sorted; all if ``count`` is None or more than there are."""
+        return _places(self.plan.seed, of, count, number, purpose)
 
     def _explore(self, share: float, epochs: int, nodes: Nodes, arrays: ArrayRecord, grid: Grid) -> Received:
         """Let a share of the clients train plainly from w⁰, outside a round, and return usable replies."""
@@ -382,7 +394,7 @@ class Reproducible(FlowerFedAvg):
         replies = grid.send_and_receive(
             self._messages(content, chosen, MessageType.TRAIN), timeout=self.plan.deadline_s
         )
-        return screen(self._known(replies), self._asked_of(), self.origin, [], self.plan.guard)
+        return screen(self._known(replies), self.asked, self.origin, [], self.plan.guard)
 
     def _check_and_log_replies(
         self, replies: Iterable[Message], is_train: bool, validate: bool = True
@@ -396,9 +408,7 @@ class Reproducible(FlowerFedAvg):
         replies = list(replies) if coding is None else [coding.read_reply(self.origin, r) for r in replies]
         sending = [part.slug for part in self.parts if part.sends]
         needed = [*(part_mark(part.slug) for part in self.parts), *self.reports]
-        received = screen(
-            self._known(replies), self._asked_of(), self.origin, sending, self.plan.guard, needed
-        )
+        received = screen(self._known(replies), self.asked, self.origin, sending, self.plan.guard, needed)
         self.received = received
         if received.messages:
             for part in self.parts:
@@ -432,9 +442,6 @@ class Reproducible(FlowerFedAvg):
             **({} if plan.lr is None else {"lr": plan.lr}),
         }
 
-    def _asked_of(self) -> list[int]:
-        return [partition for partition, _ in self._asked]
-
     def _messages(self, content: RecordDict, chosen: Nodes, kind: str) -> list[Message]:
         self._asked = [(partition, Message(content, node, kind)) for partition, node in chosen]
         return [message for _, message in self._asked]
@@ -443,6 +450,19 @@ class Reproducible(FlowerFedAvg):
 def _typed(value: Tensor, like: Tensor) -> Tensor:
     """Return an aggregate in the dtype that was sent; means of whole numbers are rounded."""
     return value.to(like.dtype) if like.is_floating_point() else value.round().to(like.dtype)
+
+
+def _places(seed: int, of: int, count: int | None, server_round: int, purpose: int) -> np.ndarray:
+    """Return ``count`` of ``of`` places, drawn without replacement, rising; all if None or too many."""
+    if count is None or count >= of:
+        return np.arange(of)
+    return np.sort(np.random.default_rng([seed, server_round, purpose]).choice(of, count, replace=False))
+
+
+def equal_weights(received: Received) -> Tensor:
+    """Return 1/m for each of the usable replies, float64 (m,)."""
+    m = len(received.partitions)
+    return torch.full((m,), 1 / m, dtype=torch.float64)
 
 
 def moved(origin: Member, updates: Stack, weights: Tensor) -> Member:

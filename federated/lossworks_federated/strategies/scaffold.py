@@ -8,7 +8,7 @@ from lossworks.cohort import LocalRule, Member, Stack
 from lossworks.errors import UserError
 from lossworks_federated.client.local_rules import ControlVariates
 from lossworks_federated.server.screening import Received
-from lossworks_federated.strategies.interface import Federated, Reproducible, moved
+from lossworks_federated.strategies.interface import Federated, Reproducible, equal_weights, moved
 from lossworks_federated.strategies.parts import Cohort, Part, PartOutcome
 
 
@@ -84,9 +84,3 @@ class Scaffold(Federated, Reproducible):
 def zeros(like: Member) -> Member:
     """Return zeros of the same names and shapes."""
     return {name: torch.zeros_like(value) for name, value in like.items()}
-
-
-def equal_weights(received: Received) -> Tensor:
-    """Return 1/m for each of the usable replies."""
-    m = len(received.partitions)
-    return torch.full((m,), 1 / m, dtype=torch.float64)
