@@ -3,7 +3,10 @@
 N examples, M clients, K classes. Everything is a function of labels, spec and seed.
 """
 
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 import torch
@@ -15,29 +18,59 @@ from lossworks_federated.spec_parts import SplitSpec
 _ORDER, _SIZES, _TESTS, _FEATURES = range(4)  # what a random stream is for
 
 
+class OwnRows(Sequence[np.ndarray]):
+    """Which rows each client has, cut from one array: a million small ones would take more than they hold.
+
+    Args:
+        rows: Of all clients, one after the other, int64 (N,).
+        ends: Where each client's end, int64 (M,), rising.
+    """
+
+    def __init__(self, rows: np.ndarray, ends: np.ndarray) -> None:
+        self.rows, self.ends = rows, ends
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """How many rows each client has, int64 (M,)."""
+        return np.diff(self.ends, prepend=0)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, client: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, client: slice) -> "OwnRows": ...
+    def __getitem__(self, client: int | slice) -> "np.ndarray | OwnRows":
+        if isinstance(client, slice):
+            return _of_parts([self[place] for place in range(*client.indices(len(self)))])
+        if not 0 <= client < len(self):
+            raise IndexError(client)
+        return self.rows[self.ends[client - 1] if client else 0 : self.ends[client]]
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Which examples each client has; clients are named by their partition, from 0.
 
     Attributes:
-        train: Rows that clients train on, int64, one array a client.
-        test: Rows that clients keep for their own tests; empty arrays where there are none.
+        train: Rows that each client trains on.
+        test: Rows that each keeps for its own tests; none where there are none.
         counts: Examples of each class that each client has, train and test, int64 (M, K).
         moved: Examples that went to other clients than drawn, to give each its least.
         left_out: Names of owners that are no clients, since they have fewer examples than the least.
     """
 
-    train: tuple[np.ndarray, ...]
-    test: tuple[np.ndarray, ...]
+    train: OwnRows
+    test: OwnRows
     counts: np.ndarray
     moved: int
     left_out: tuple[str, ...] = ()
 
     def pooled(self) -> "Split":
         """Return the split in which the first client trains on what all of them have; tests stay."""
-        empty = np.zeros(0, dtype=np.int64)
-        train = (np.concatenate(self.train), *[empty] * (len(self.train) - 1))
-        return replace(self, train=train)
+        everything = len(self.train.rows)
+        return replace(self, train=OwnRows(self.train.rows, np.full(len(self.train), everything)))
 
     def heterogeneity(self) -> dict[str, float]:
         """Return how the clients differ.
@@ -87,13 +120,23 @@ def split_examples(labels: np.ndarray, spec: SplitSpec, seed: int, owners: np.nd
     if spec.kind == "natural":
         parts, left_out = _by_owner(owners, spec.clients, spec.min_size)
     else:
-        drawn = [shuffled[rows] for rows in _partition(labels[shuffled], spec, seed)]
-        parts, moved = _with_least(drawn, spec.min_size)
-    classes = int(labels.max()) + 1
-    counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in parts])
+        drawn = _partition(labels[shuffled], spec, seed)
+        parts, moved = _with_least(OwnRows(shuffled[drawn.rows], drawn.ends), spec.min_size)
+    classes, sizes = int(labels.max()) + 1, parts.sizes
+    places = np.repeat(np.arange(spec.clients), sizes) * classes + labels[parts.rows]
+    counts = np.bincount(places, minlength=spec.clients * classes).reshape(spec.clients, classes)
     stream = np.random.default_rng([seed, _TESTS])
-    train, test = zip(*(_cut(stream.permutation(rows), spec.test_fraction) for rows in parts), strict=True)
-    return Split(train, test, counts, moved, left_out)
+    for own in parts:
+        stream.shuffle(own)
+    tests = np.minimum(sizes - 1, np.round(spec.test_fraction * sizes).astype(np.int64))
+    for_test = np.arange(len(parts.rows)) - np.repeat(parts.ends - sizes, sizes) < np.repeat(tests, sizes)
+    return Split(
+        OwnRows(parts.rows[~for_test], np.cumsum(sizes - tests)),
+        OwnRows(parts.rows[for_test], np.cumsum(tests)),
+        counts,
+        moved,
+        left_out,
+    )
 
 
 def with_feature_noise(inputs: Tensor, split: Split, variance: float, seed: int) -> Tensor:
@@ -111,25 +154,50 @@ def with_feature_noise(inputs: Tensor, split: Split, variance: float, seed: int)
     return noisy
 
 
-def _partition(labels: np.ndarray, spec: SplitSpec, seed: int) -> list[np.ndarray]:
+def _partition(labels: np.ndarray, spec: SplitSpec, seed: int) -> OwnRows:
     """Return all rows by client; some may have none."""
-    if spec.kind == "quantity":  # flwr-datasets has no sizes of 0
+    if spec.kind == "quantity":
         shares = np.random.default_rng([seed, _SIZES]).dirichlet(np.full(spec.clients, spec.alpha))
-        return np.split(np.arange(len(labels)), np.round(np.cumsum(shares)[:-1] * len(labels)).astype(int))
+        return OwnRows(np.arange(len(labels)), _cuts(shares, len(labels), np.round))
     if spec.kind == "shards":
         return _shards(labels, spec, seed)
-    from datasets import Dataset
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
-
-    m = spec.clients
-    # Its own rule for a least size draws everything anew, in vain for many clients; ours is _with_least.
-    drawn = DirichletPartitioner(m, "label", spec.alpha, min_partition_size=0, seed=seed)
-    partitioner = IidPartitioner(m) if spec.kind == "iid" else drawn
-    partitioner.dataset = Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
-    return [np.asarray(partitioner.load_partition(client)["row"], dtype=np.int64) for client in range(m)]
+    if spec.kind == "dirichlet":
+        return _dirichlet(labels, spec, seed)
+    sizes = np.full(spec.clients, len(labels) // spec.clients)
+    sizes[: len(labels) % spec.clients] += 1
+    return OwnRows(np.arange(len(labels)), np.cumsum(sizes))
 
 
-def _shards(labels: np.ndarray, spec: SplitSpec, seed: int) -> list[np.ndarray]:
+def _dirichlet(labels: np.ndarray, spec: SplitSpec, seed: int) -> OwnRows:
+    """Return what flwr-datasets' DirichletPartitioner gives, row by row; its lists take minutes for many.
+
+    Its own rule for a least size draws everything anew, in vain for many clients; ours is ``_with_least``.
+    """
+    stream = np.random.default_rng(seed)
+    rows, owners = [], []
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        ends = _cuts(stream.dirichlet(np.full(spec.clients, spec.alpha)), len(mine), np.trunc)
+        rows.append(mine)
+        owners.append(np.repeat(np.arange(spec.clients), np.diff(ends, prepend=0)))
+    owner = np.concatenate(owners)
+    dealt = OwnRows(
+        np.concatenate(rows)[np.argsort(owner, kind="stable")],
+        np.cumsum(np.bincount(owner, minlength=spec.clients)),
+    )
+    for own in dealt:
+        stream.shuffle(own)
+    return dealt
+
+
+def _cuts(shares: np.ndarray, count: int, whole: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return where ``count`` rows are cut by shares that add up to 1, made whole numbers."""
+    ends = whole(np.cumsum(shares) * count).astype(np.int64)
+    ends[-1] = count
+    return ends
+
+
+def _shards(labels: np.ndarray, spec: SplitSpec, seed: int) -> OwnRows:
     """Return rows sorted by label, cut and dealt; flwr-datasets would leave out what fills no whole shard."""
     each, pieces = spec.shards_per_client, spec.clients * spec.shards_per_client
     if pieces > len(labels):
@@ -139,12 +207,10 @@ def _shards(labels: np.ndarray, spec: SplitSpec, seed: int) -> list[np.ndarray]:
         )
     shards = np.array_split(labels.argsort(kind="stable"), pieces)
     dealt = np.random.default_rng([seed, _SIZES]).permutation(pieces).reshape(spec.clients, each)
-    return [np.concatenate([shards[piece] for piece in own]) for own in dealt]
+    return _of_parts([np.concatenate([shards[piece] for piece in own]) for own in dealt])
 
 
-def _by_owner(
-    owners: np.ndarray | None, clients: int, least: int
-) -> tuple[list[np.ndarray], tuple[str, ...]]:
+def _by_owner(owners: np.ndarray | None, clients: int, least: int) -> tuple[OwnRows, tuple[str, ...]]:
     """Return each client's rows, and the owners that have fewer than ``least`` and are left out.
 
     A client has all rows of one owner, or of several, in the order of their names; no owner's rows are parted
@@ -161,30 +227,51 @@ def _by_owner(
             f"split.clients={clients}: {large.sum()} owners{few} have at least split.min_size={least} "
             "training examples; others are left out, since no owner's examples are mixed with another's"
         )
-    client_of = np.full(len(names), -1)
+    client_of = np.full(len(names), clients)
     client_of[large] = np.arange(large.sum()) * clients // large.sum()
-    return [np.flatnonzero(client_of[numbers] == client) for client in range(clients)], left_out
+    own = client_of[numbers]
+    order = np.argsort(own, kind="stable")
+    sizes = np.bincount(own, minlength=clients + 1)[:clients]
+    return OwnRows(order[: sizes.sum()], np.cumsum(sizes)), left_out
 
 
-def _with_least(parts: list[np.ndarray], least: int) -> tuple[list[np.ndarray], int]:
+def _of_parts(parts: Sequence[np.ndarray]) -> OwnRows:
+    return OwnRows(np.concatenate(parts), np.cumsum([len(part) for part in parts]))
+
+
+def _with_least(parts: OwnRows, least: int) -> tuple[OwnRows, int]:
     """Return the parts with examples moved from the largest to those below ``least``, and how many were."""
-    parts = list(parts)
-    sizes = np.array([len(part) for part in parts])
-    moved = 0
-    for poor in np.flatnonzero(sizes < least):
-        while sizes[poor] < least:
-            rich = int(sizes.argmax())
+    sizes, moved = parts.sizes, 0
+    poor = np.flatnonzero(sizes < least)
+    if not len(poor):
+        return parts, 0
+    # The largest first, and of those the first; what a client gives and takes is in ``changed``.
+    heap = [(-int(size), client) for client, size in enumerate(sizes) if size > least]
+    heapq.heapify(heap)
+    changed: dict[int, np.ndarray] = {}
+    for client in poor.tolist():
+        taken = [parts[client]]
+        while (missing := least - sum(map(len, taken))) > 0:
+            size, rich = -heap[0][0], heap[0][1]
             # Half of what it has above the least, so that one client isn't emptied for all.
-            count = int(min(least - sizes[poor], max(1, (sizes[rich] - least) // 2)))
-            parts[poor] = np.concatenate((parts[poor], parts[rich][-count:]))
-            parts[rich] = parts[rich][:-count]
-            sizes[poor] += count
-            sizes[rich] -= count
+            count = min(missing, max(1, (size - least) // 2))
+            whole = changed.get(rich, parts[rich])
+            taken.append(whole[-count:])
+            changed[rich] = whole[:-count]
+            if size - count > least:
+                heapq.heapreplace(heap, (count - size, rich))
+            else:
+                heapq.heappop(heap)
             moved += count
-    return parts, moved
-
-
-def _cut(rows: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows for training, at least one, and for testing."""
-    test = min(len(rows) - 1, round(share * len(rows)))
-    return rows[test:], rows[:test]
+        changed[client] = np.concatenate(taken)
+    ends = sizes.copy()
+    for client, rows in changed.items():
+        ends[client] = len(rows)
+    ends = np.cumsum(ends)
+    found = OwnRows(np.empty_like(parts.rows), ends)
+    stays = np.ones(len(sizes), dtype=bool)
+    stays[list(changed)] = False
+    found.rows[np.repeat(stays, np.diff(ends, prepend=0))] = parts.rows[np.repeat(stays, sizes)]
+    for client, rows in changed.items():
+        found[client][:] = rows
+    return found, moved
