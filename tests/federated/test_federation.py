@@ -3,9 +3,13 @@
 import json
 import logging
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -217,33 +221,88 @@ def test_intervals_are_students() -> None:
 # What clients keep
 
 
-def test_clients_recall_what_was_kept_before_a_round(tmp_path: Path) -> None:
-    def client() -> Context:
-        return Context(1, 1, {"partition-id": 4}, RecordDict(), {})
+def client(partition: int = 4, **config: str) -> Context:
+    return Context(1, 1, {"partition-id": partition, **config}, RecordDict(), {})
 
+
+def value(number: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"scaffold": {"w": torch.full((2,), float(number)), "a": torch.zeros(())}}
+
+
+def recalled(one: Context, moment: Moment) -> float | None:
+    found = recall([one], ["scaffold"], moment)[0]
+    return float(found["scaffold"]["w"][0]) if found else None
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_clients_recall_what_was_kept_before_a_round(stored: bool, tmp_path: Path) -> None:
     def moment(number: int, name: str = "run") -> Moment:
-        return Moment(name, number, 2, tmp_path)
-
-    def value(number: float) -> dict:
-        return {"scaffold": {"w": torch.full((2,), number)}}
+        return Moment(name, number, 2, tmp_path if stored else None)
 
     first = client()
     for number in range(1, 6):
-        keep(first, value(number), moment(number), local=False)
-    assert float(recall(first, ["scaffold"], moment(6))["scaffold"]["w"][0]) == 5
-    # A new process, going on after the state that the server saved at round 4, and again after round 2.
-    assert float(recall(client(), ["scaffold"], moment(5))["scaffold"]["w"][0]) == 4
-    assert recall(client(), ["scaffold"], moment(9, "other")) == {}
-    assert sorted(int(file.stem) for file in tmp_path.rglob("*.safetensors")) == [4, 5]
+        keep([first], [value(number)], moment(number), local=False)
+    assert recalled(first, moment(6)) == 5
+    if stored:
+        # A new process, going on after the state that the server saved at round 4.
+        assert recalled(client(), moment(5)) == 4
+        assert recalled(client(5), moment(5)) is None
+        with closing(sqlite3.connect(tmp_path / "run" / "clients.sqlite")) as database:
+            rounds = database.execute("SELECT round FROM kept ORDER BY round").fetchall()
+        assert rounds == [(4,), (5,)]  # what the server can go on from, and the newest
+        # Round 3 again, after which nothing of the attempt that was stopped is left.
+        keep([client()], [value(30)], moment(3), local=False)
+        assert recalled(client(), moment(9)) == 30
     # The same node in another federation starts anew.
-    assert recall(first, ["scaffold"], moment(6, "other")) == {}
+    assert recalled(first, moment(1, "other")) is None
+
+
+def test_a_store_that_is_gone_is_said(tmp_path: Path) -> None:
+    """But a node with a folder of its own may be asked in a later round for the first time."""
+    assert recalled(client(), Moment("run", 1, 1, tmp_path)) is None
+    with pytest.raises(RunError, match=r"clients\.sqlite is gone.*scaffold before round 2.*put it back"):
+        recalled(client(), Moment("run", 2, 1, tmp_path))
+    assert recalled(client(4, **{"state-folder": str(tmp_path)}), Moment("run", 2, 1, tmp_path)) is None
+
+
+def test_a_federation_whose_clients_state_is_gone_does_not_go_on(tmp_path: Path) -> None:
+    trained(tiny("scaffold", rounds=2), tmp_path)
+    shutil.rmtree(tmp_path / "clients")
+    with pytest.raises(RunError, match="is gone"):
+        rounds_of(tiny("scaffold", rounds=3), tmp_path).run()
+    trained(tiny("fedavg", rounds=2), tmp_path / "none")
+    assert not list((tmp_path / "none" / "clients").glob("*"))  # which keeps nothing, and misses nothing
+    trained(tiny("fedavg", rounds=3), tmp_path / "none")
+
+
+def test_a_damaged_store_is_said(tmp_path: Path) -> None:
+    trained(tiny("scaffold", rounds=1), tmp_path)
+    (store,) = tmp_path.rglob("clients.sqlite")
+    store.write_bytes(b"no database" * 1000)
+    with pytest.raises(RunError, match=r"clients\.sqlite: what clients keep can't be read"):
+        rounds_of(tiny("scaffold", rounds=2), tmp_path).run()
+
+
+def test_what_clients_keep_is_not_in_memory_where_it_is_on_disk(tmp_path: Path) -> None:
+    spec = tiny("scaffold", rounds=3)
+    grids: list[CohortGrid] = []
+
+    def grid(folder: Path | None) -> Callable[[SharedSetup], CohortGrid]:
+        def made(setup: SharedSetup) -> CohortGrid:
+            grids.append(CohortGrid(setup, folder))
+            return grids[-1]
+
+        return made
+
+    on_disk = trained(spec, tmp_path / "disk", grid(tmp_path / "disk" / "clients"))
+    in_memory = trained(spec, tmp_path / "memory", grid(None))
+    assert difference(on_disk, in_memory) == 0
+    assert [len(one._contexts) for one in grids] == [0, 6]
 
 
 def test_a_federations_name_can_not_leave_the_folder(tmp_path: Path) -> None:
-    context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
-    kept = {"scaffold": {"w": torch.ones(2)}}
-    keep(context, kept, Moment("../../elsewhere", 1, 1, tmp_path / "in"), local=False)
-    assert [file.parent.parent.parent.name for file in tmp_path.rglob("*.safetensors")] == ["in"]
+    keep([client()], [value(1)], Moment("../../elsewhere", 1, 1, tmp_path / "in"), local=False)
+    assert [file.parent.parent.name for file in tmp_path.rglob("*.sqlite")] == ["in"]
 
 
 # Privacy
@@ -330,25 +389,6 @@ def test_figures_that_were_recorded_before_a_kill_are_in_the_outcome(tmp_path: P
 
     assert again.rounds == 3
     assert again.metrics == whole.metrics
-
-
-def test_what_clients_keep_stays_in_memory_up_to_a_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rest is read again from disk, and nothing changes."""
-    spec = tiny("scaffold", rounds=3)
-    whole = trained(spec, tmp_path / "whole")
-    one = sum(value.nbytes for value in setup_of(spec).initial.values())
-    monkeypatch.setattr("lossworks_federated.engines.cohort_grid._KEPT_IN_MEMORY", 2 * one)
-    grids: list[CohortGrid] = []
-
-    def grid(setup: SharedSetup) -> CohortGrid:
-        grids.append(CohortGrid(setup, tmp_path / "part" / "clients"))
-        return grids[0]
-
-    part = trained(spec, tmp_path / "part", grid)
-    assert difference(whole, part) == 0
-    assert len(grids[0]._contexts) == 2
 
 
 @pytest.mark.parametrize(

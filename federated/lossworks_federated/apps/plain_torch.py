@@ -256,7 +256,7 @@ class PlainRule:
             returned = part.returned(told.origin, returned)
         content[MODEL] = array_record(member_of(returned, 0))
         if told.context is not None and kept:
-            keep(told.context, kept, told.moment, local=False)
+            keep([told.context], [kept], told.moment, local=False)
         weight = step_weights(steps, _local(self._optimizer, lr), pull_of(told.parts))
         self._reported = {
             "steps": self._steps,
@@ -309,7 +309,7 @@ class _Told:
         keeping = [part for part in self.parts if part.keeps]
         found: dict[str, Member] = {}
         if self.context is not None and keeping:
-            found = recall(self.context, [part.slug for part in keeping], self.moment)
+            (found,) = recall([self.context], [part.slug for part in keeping], self.moment)
         stacks: dict[str, Stack] = {part.slug: {} for part in self.parts}
         for part in keeping:
             own = self._placed(found.get(part.slug) or part.initial(self.origin))

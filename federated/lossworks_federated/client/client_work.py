@@ -98,7 +98,10 @@ def _train_at_once(
     parts = parts_told(config)
     batches = setup.batches([client.partition for client in clients], server_round, epochs)
     moment = moment_of(config, server_round, folder)
-    kept = _recalled(parts, clients, origin, moment)
+    coding = coding_of(task.updates) if server_round else None  # an exploration is of whole updates
+    unsent = [KEPT] if coding is not None and coding.keeps else []
+    known = _recall(parts, unsent, clients, moment)
+    kept = _stacked(parts, known, origin)
     cohorts = [
         Cohort(setup.learner.features, origin, batches, own, _sent(content, part), kept[part.slug])
         for part in parts
@@ -122,12 +125,13 @@ def _train_at_once(
         for client in partitions
     ]
     models = [afflicted(fault, origin, member_of(returned, index)) for index, fault in enumerate(faults)]
-    coding = coding_of(task.updates) if server_round else None  # an exploration is of whole updates
     if coding is not None:
         nothing = {name: torch.zeros_like(value) for name, value in origin.items()} if coding.keeps else {}
-        unsent = [recall(client.context, [KEPT], moment).get(KEPT, nothing) for client in clients]
         seeds = [(task.seed, server_round, client) for client in partitions]
-        written = [coding.written(origin, *each) for each in zip(models, unsent, seeds, strict=True)]
+        written = [
+            coding.written(origin, model, one.get(KEPT, nothing), seed)
+            for model, one, seed in zip(models, known, seeds, strict=True)
+        ]
         models = [sent for sent, _ in written]
         if coding.keeps:
             keeping[KEPT] = stack([kept for _, kept in written])
@@ -163,7 +167,8 @@ def evaluate_clients(
     server_round = int(config["server-round"])  # type: ignore[arg-type]
     origin = model_from(content, setup.initial)
     parts = parts_told(config)
-    kept = _recalled(parts, clients, origin, moment_of(config, server_round + 1, folder))
+    known = _recall(parts, [], clients, moment_of(config, server_round + 1, folder))
+    kept = _stacked(parts, known, origin)
     own: Stack = {}
     for part in parts:
         # Only what a part changes is stacked: without that, all clients test one and the same model.
@@ -236,27 +241,27 @@ def _sent(content: RecordDict, part: Part) -> Member:
     return member_from(record) if record is not None else {}
 
 
-def _recalled(
-    parts: Sequence[Part], clients: Sequence[Client], origin: Member, moment: Moment
-) -> dict[str, Stack]:
-    """Return what each client kept, stacked, by slug of the part."""
-    keeping = [part for part in parts if part.keeps]
-    slugs = [part.slug for part in keeping]
-    found = [recall(client.context, slugs, moment) for client in clients] if keeping else []
-    stacks: dict[str, Stack] = {part.slug: {} for part in parts}
-    for part in keeping:
-        initial = part.initial(origin)
-        stacks[part.slug] = stack([one.get(part.slug, initial) for one in found]) if initial else {}
+def _recall(
+    parts: Sequence[Part], further: Sequence[str], clients: Sequence[Client], moment: Moment
+) -> list[dict[str, Member]]:
+    """Return what each client kept, by slug of the part or name of what else."""
+    slugs = [*(part.slug for part in parts if part.keeps), *further]
+    return recall([client.context for client in clients], slugs, moment) if slugs else [{} for _ in clients]
+
+
+def _stacked(parts: Sequence[Part], known: Sequence[dict[str, Member]], origin: Member) -> dict[str, Stack]:
+    """Return what clients kept or begin with, stacked, by slug of the part."""
+    stacks: dict[str, Stack] = {}
+    for part in parts:
+        initial = part.initial(origin) if part.keeps else {}
+        stacks[part.slug] = stack([one.get(part.slug, initial) for one in known]) if initial else {}
     return stacks
 
 
 def _keep(keeping: Mapping[str, Stack], clients: Sequence[Client], moment: Moment, local: bool) -> None:
-    if not keeping:
-        return
-    for index, client in enumerate(clients):
-        # Cloned where it stays in memory, since a view would hold the whole stack.
-        kept = {
-            slug: {name: value.clone() for name, value in member_of(stacked, index).items()}
-            for slug, stacked in keeping.items()
-        }
-        keep(client.context, kept, moment, local=local)
+    if keeping:
+        kept = [
+            {slug: member_of(stacked, index) for slug, stacked in keeping.items()}
+            for index in range(len(clients))
+        ]
+        keep([client.context for client in clients], kept, moment, local=local)

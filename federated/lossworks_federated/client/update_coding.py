@@ -69,7 +69,7 @@ class UpdateCoding:
             return params, dict(unsent)
         start, end = _flat(origin), _flat(params)
         if unsent:
-            end = end + _flat(unsent)
+            end = end + _flat({name: unsent[name] for name in origin})  # files sort their names
         if self._spec.kind == "quantised":
             return self._quantised(origin, start, end, seed), {}
         count = self._count(len(end))

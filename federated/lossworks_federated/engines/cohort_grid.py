@@ -7,7 +7,6 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from lossworks_federated.client.client_app import DROPPED_OUT, as_records
-from lossworks_federated.client.client_memory import bytes_kept
 from lossworks_federated.client.client_work import Client, Reply, evaluate_clients, train_clients
 from lossworks_federated.engines.in_process_grid import InProcessGrid
 from lossworks_federated.flower_private import failed
@@ -15,9 +14,6 @@ from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import PrivacySpec
-
-_KEPT_IN_MEMORY = 2**29
-"""Bytes of what clients keep that stay in memory where it is on disk as well; the rest is read again."""
 
 
 class CohortGrid(InProcessGrid):
@@ -35,10 +31,9 @@ class CohortGrid(InProcessGrid):
     def __init__(
         self, setup: SharedSetup, state_folder: Path | None = None, privacy: PrivacySpec | None = None
     ) -> None:
-        super().__init__(setup.task.split.clients)
+        super().__init__(setup.task.split.clients, contexts_last=state_folder is None)
         self._setup, self._folder = setup, state_folder
         self._mods = client_mods(privacy or PrivacySpec())
-        self._kept: dict[int, int] = {}
 
     def answers(self, messages: Sequence[Message]) -> list[Message]:
         """Return the replies to messages, those of one instruction made at once."""
@@ -60,7 +55,6 @@ class CohortGrid(InProcessGrid):
             replies = train_clients(self._setup, content, clients, folder=self._folder, local=True)
         else:
             replies = evaluate_clients(self._setup, content, clients, folder=self._folder)
-        self._spare_memory(clients)
         return [
             answer
             for message, client, reply in zip(group, clients, replies, strict=True)
@@ -81,22 +75,8 @@ class CohortGrid(InProcessGrid):
             answer = _around(mod, answer)
         return answer(message, client.context)
 
-    def _spare_memory(self, clients: list[Client]) -> None:
-        """Let go of what clients keep and is on disk, if it takes too much room: the longest unused first."""
-        if self._folder is None:
-            return
-        for client in clients:
-            self._contexts[client.partition] = self._contexts.pop(client.partition)
-            self._kept[client.partition] = bytes_kept(client.context)
-        over = sum(self._kept.values()) - _KEPT_IN_MEMORY
-        for partition in list(self._contexts):
-            if over <= 0:
-                return
-            over -= self._kept.pop(partition, 0)
-            del self._contexts[partition]
-
     def _client(self, node: int) -> Client:
-        partition = self.partitions[node]
+        partition = node - 1
         return Client(partition, self.context_of(partition))
 
 

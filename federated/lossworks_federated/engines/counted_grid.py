@@ -1,6 +1,6 @@
 """A Grid around another that counts what goes through it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -26,9 +26,9 @@ class CountedGrid(Grid):
         self._inner = inner
         self.down = self.up = 0
         self.exchanged: dict[int, tuple[int, int]] = {}
-        known = getattr(inner, "partitions", None)
+        known = getattr(inner, "nodes", None)
         if known is not None:
-            self.partitions: dict[int, int] = known
+            self.nodes: Sequence[tuple[int, int]] = known
 
     def set_run(self, run: Run) -> None:
         """Pass the run on to the inner grid."""

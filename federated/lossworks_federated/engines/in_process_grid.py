@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
@@ -10,6 +10,30 @@ from flwr.serverapp import Grid
 from lossworks_federated.flower_private import Run, identify, make_run, name_message
 
 _RUN = 1
+
+
+class NumberedNodes(Sequence[tuple[int, int]]):
+    """Partition and node id of each of M clients, without a million objects: ids are partitions + 1.
+
+    Args:
+        clients: M.
+    """
+
+    def __init__(self, clients: int) -> None:
+        self._clients = clients
+
+    def __len__(self) -> int:
+        return self._clients
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, place: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        if isinstance(place, slice):
+            return [(one, one + 1) for one in range(self._clients)[place]]
+        partition = range(self._clients)[place]
+        return partition, partition + 1
 
 
 class InProcessGrid(Grid):
@@ -20,16 +44,20 @@ class InProcessGrid(Grid):
     Args:
         clients: How many nodes there are.
         run_config: Run configuration that clients find in their contexts.
+        contexts_last: Whether clients keep things in their contexts; a million contexts take gigabytes.
     """
 
-    def __init__(self, clients: int, run_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, clients: int, run_config: Mapping[str, Any] | None = None, *, contexts_last: bool = True
+    ) -> None:
         identify(_RUN)
         self._run = make_run(_RUN)
         self._run_config = dict(run_config or {})
         self._contexts: dict[int, Context] = {}
+        self._contexts_last = contexts_last
         self._sent = 0
         self._waiting: dict[str, Message] = {}
-        self.partitions = {client + 1: client for client in range(clients)}
+        self.nodes = NumberedNodes(clients)
 
     def set_run(self, run: Run) -> None:
         """Take a run; the grid needs none."""
@@ -53,7 +81,7 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the ids of all clients, sorted."""
-        return list(self.partitions)
+        return [node for _, node in self.nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Answer messages at once, and return their ids for ``pull_messages``."""
@@ -81,15 +109,16 @@ class InProcessGrid(Grid):
         """Return the replies to messages; whoever doesn't answer in time has none."""
 
     def context_of(self, partition: int) -> Context:
-        """Return a client's context, which lasts as long as the grid."""
+        """Return a client's context, which lasts as long as the grid unless clients keep nothing in it."""
         context = self._contexts.get(partition)
         if context is None:
             context = Context(
                 run_id=_RUN,
                 node_id=partition + 1,
-                node_config={"partition-id": partition, "num-partitions": len(self.partitions)},
+                node_config={"partition-id": partition, "num-partitions": len(self.nodes)},
                 state=RecordDict(),
                 run_config=dict(self._run_config),
             )
-            self._contexts[partition] = context
+            if self._contexts_last:
+                self._contexts[partition] = context
         return context

@@ -44,7 +44,7 @@ class SequentialGrid(InProcessGrid):
         message.content = deepcopy(instruction)
         began = time.monotonic()
         try:
-            reply = self._app(message, self.context_of(self.partitions[message.metadata.dst_node_id]))
+            reply = self._app(message, self.context_of(message.metadata.dst_node_id - 1))
         except LossworksError as error:
             reply = failed(message, str(error))
         except Exception as error:  # noqa: BLE001 - anybody's code, which is to stop no other client

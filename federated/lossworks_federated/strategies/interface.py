@@ -48,7 +48,7 @@ from lossworks_federated.strategies.catalogue import (
 from lossworks_federated.strategies.parts import Part
 
 _TRAIN, _TEST, _EXPLORE = range(3)  # what a draw is for
-Nodes = list[tuple[int, int]]
+Nodes = Sequence[tuple[int, int]]
 """Partition and node id of every client, sorted."""
 
 
@@ -257,6 +257,7 @@ class Reproducible(FlowerFedAvg):
         self.clients = 0
         self.present: np.ndarray | None = None
         self._partitions: dict[int, int] = {}
+        self._numbered = False  # whether ids are partitions + 1, as in our own grids
         self._asked: list[tuple[int, Message]] = []
 
     @property
@@ -354,12 +355,13 @@ class Reproducible(FlowerFedAvg):
 
     def nodes(self, grid: Grid) -> Nodes:
         """Return the clients there are, asking those that are new for their partition."""
+        known: Nodes | None = getattr(grid, "nodes", None)
+        self._numbered = known is not None
+        if known is not None:
+            return known
         present = list(grid.get_node_ids())
         new = [node for node in present if node not in self._partitions]
-        known = getattr(grid, "partitions", None)
-        if known is not None:
-            self._partitions.update({node: known[node] for node in new})
-        elif new:
+        if new:
             question = RecordDict({CONFIG: ConfigRecord()})
             asked = [Message(question, node, MessageType.QUERY) for node in new]
             for reply in grid.send_and_receive(asked):
@@ -376,11 +378,12 @@ class Reproducible(FlowerFedAvg):
 
     def partition_of(self, node: int) -> int:
         """Return the partition of a node that ``nodes`` has found."""
-        return self._partitions[node]
+        return node - 1 if self._numbered else self._partitions[node]
 
     def drawn(self, nodes: Nodes, count: int | None, server_round: int, purpose: int = _TRAIN) -> Nodes:
         """Return the clients drawn for a round, sorted; all if ``count`` is None or more than there are."""
-        return [nodes[index] for index in self.places(len(nodes), count, server_round, purpose)]
+        places = self.places(len(nodes), count, server_round, purpose)
+        return [nodes[place] for place in places.tolist()]
 
     def places(self, of: int, count: int | None, number: int, purpose: int = _TRAIN) -> np.ndarray:
         """Return which of so many are drawn, sorted; all if ``count`` is None or more than there are."""
