@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST = 60  # clients that fit as bars; more are drawn as an image
+_MOST_COLUMNS = 20_000  # of the image, which has far fewer pixels
 
 
 def draw_split(split: Split, path: Path, *, title: str, names: tuple[str, ...] | None = None) -> Path:
@@ -68,14 +69,24 @@ def _draw_bars(figure: "Figure", counts: np.ndarray, names: tuple[str, ...]) -> 
 def _draw_image(figure: "Figure", counts: np.ndarray, names: tuple[str, ...]) -> None:
     shares = counts / counts.sum(1, keepdims=True)
     order = np.lexsort((-shares.max(1), shares.argmax(1)))
+    every = -(-len(order) // _MOST_COLUMNS)
+    order = order[::every]
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     image = upper.imshow(
-        shares[order].T, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
+        shares[order].T,
+        aspect="auto",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        extent=(-0.5, every * len(order) - 0.5, counts.shape[1] - 0.5, -0.5),
     )
     upper.set(ylabel="class", title="Share of each class in a client's examples")
     if len(names) <= 30:
         upper.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=upper, shrink=0.8)
-    lower.fill_between(range(len(counts)), counts.sum(1)[order], step="mid", color=BLUE, alpha=0.7)
-    lower.set(xlabel="client, sorted by its most frequent class", ylabel="examples", ylim=(0, None))
+    places = every * np.arange(len(order))
+    lower.fill_between(places, counts[order].sum(1), step="mid", color=BLUE, alpha=0.7)
+    few = f"; one in {every} is shown" if every > 1 else ""
+    lower.set(xlabel=f"client, sorted by its most frequent class{few}", ylabel="examples", ylim=(0, None))
     lower.spines[["top", "right"]].set_visible(False)

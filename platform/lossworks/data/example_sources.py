@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lossworks.data.learnt import Learnt
+from lossworks.data.on_disk import ROWS_AT_ONCE, on_disk
 from lossworks.data.tables import Cells, Features, read_cells
 from lossworks.data.text.readers import hub_call, import_datasets
 from lossworks.errors import UserError
@@ -17,6 +18,7 @@ from lossworks.files import reading, within
 from lossworks.specs import ExamplesSpec
 from lossworks.specs.values import TableSpec
 
+_MANY = 10**6  # points from which blobs are on disk
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
@@ -146,13 +148,29 @@ def _scikit_learn(name: str) -> Read:
 
 
 def _blobs(examples: int, seed: int) -> Read:
-    """Return points around 10 centres in 32 dimensions, which no classifier tells apart without errors."""
+    """Return points around 10 centres in 32 dimensions, which no classifier tells apart without errors.
+
+    From a million points on they are drawn in blocks, which are kept on disk.
+    """
+    if examples >= _MANY:
+        return _many_blobs(examples, seed)
     from sklearn.datasets import make_blobs
 
     inputs, labels = make_blobs(
         examples, n_features=32, centers=10, cluster_std=2.5, center_box=(-1.5, 1.5), random_state=seed
     )
     return Read(inputs, labels.astype(np.int64), tuple(str(number) for number in range(10)))
+
+
+def _many_blobs(examples: int, seed: int) -> Read:
+    stream = np.random.default_rng([seed, _MANY])
+    centres = stream.uniform(-1.5, 1.5, (10, 32)).astype(np.float32)
+    labels = stream.permutation(np.arange(examples) % 10)
+    blocks = (
+        centres[some] + np.float32(2.5) * stream.standard_normal((len(some), 32), dtype=np.float32)
+        for some in (labels[start : start + ROWS_AT_ONCE] for start in range(0, examples, ROWS_AT_ONCE))
+    )
+    return Read(on_disk(blocks, (examples, 32)), labels, tuple(str(number) for number in range(10)))
 
 
 def _mnist1d(seed: int) -> Read:

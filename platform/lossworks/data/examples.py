@@ -14,11 +14,13 @@ from torch import Tensor
 
 from lossworks.data.example_sources import read_examples
 from lossworks.data.learnt import Learnt, digest_of
+from lossworks.data.on_disk import rows_of
 from lossworks.data.standardise import Standardisation, to_float32
 from lossworks.data.tables import Features
 from lossworks.errors import UserError
 from lossworks.specs import ExamplesSpec
 
+_SCALED_BY = 2**20  # rows
 _SPLIT, _NOISE, _IMBALANCE, _BAGS = range(4)  # what a random stream is for
 
 
@@ -113,15 +115,22 @@ def load_examples(spec: ExamplesSpec, seed: int, learnt: Learnt | None = None) -
     held_out = _held_out(labels, spec.held_out_fraction, seed, names)
     train = np.flatnonzero(~held_out)
     train = train[_kept(labels[train], spec.imbalance, len(names), seed)]
-    standardise = scale_of(spec.standardise, inputs[train], learnt)
-    x = to_float32(standardise(inputs) if standardise else inputs)
+    # What is on disk is drawn, all rows alike, and its scale that of the first as well as of all.
+    known = train[:_SCALED_BY] if isinstance(inputs, np.memmap) else train
+    standardise = scale_of(spec.standardise, np.asarray(inputs[known]), learnt)
+
+    def scaled(some: np.ndarray) -> np.ndarray:
+        return to_float32(standardise(some) if standardise else some)
+
     noisy = with_label_noise(labels[train], spec.label_noise, len(names), seed)
     dealt = in_bags(len(train), spec.bag_size, seed)
     bags = spec.bag_size if spec.bag_size > 1 else None
     return ExampleData(
-        Examples(torch.from_numpy(x[train][dealt]), torch.from_numpy(noisy[dealt]), bags),
+        Examples(
+            torch.from_numpy(rows_of(inputs, train[dealt], scaled)), torch.from_numpy(noisy[dealt]), bags
+        ),
         # Held-out examples are measured one by one, each a bag of its own.
-        Examples(torch.from_numpy(x[held_out]), torch.from_numpy(labels[held_out]), bags and 1),
+        Examples(torch.from_numpy(scaled(inputs[held_out])), torch.from_numpy(labels[held_out]), bags and 1),
         names,
         None if owners is None else owners[train][dealt],
         standardise,

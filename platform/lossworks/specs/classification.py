@@ -17,9 +17,9 @@ class ExamplesSpec(TableSpec):
 
     source: str = Field(
         "digits",
-        description=f"{', '.join(BUILT_IN)}, blobs:N (N points around 10 centres), csv:PATH or "
-        "parquet:PATH (a table with a column of classes), npz:PATH (arrays x and y), imagefolder:PATH (a "
-        "folder a class) or hf:NAME (the datasets library; needs a network)",
+        description=f"{', '.join(BUILT_IN)}, blobs:N (N points around 10 centres; a million and more lie on "
+        "disk), csv:PATH or parquet:PATH (a table with a column of classes), npz:PATH (arrays x and y), "
+        "imagefolder:PATH (a folder a class) or hf:NAME (the datasets library; needs a network)",
     )
     label: str = Field("label", min_length=1, description="column with the class, of a table or hf data set")
     owner: str | None = Field(
