@@ -235,6 +235,13 @@ class MeasureSpec(Spec):
     terms: bool = Field(
         True, description="measure local, distribution shift and aggregation loss of every measured round"
     )
+    personalise: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="at the end each client, or so many as clients says, fine-tunes the global model for so "
+        "many epochs of its own examples, and tests both on its own tests; null for not",
+    )
     target: float | None = Field(
         None, gt=0.0, le=1.0, description="held-out accuracy whose first round is reported; null for none"
     )

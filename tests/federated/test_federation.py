@@ -424,9 +424,8 @@ def test_a_comparison_is_tracked_as_parent_and_children(at_home: Path) -> None:
     from mlflow import MlflowClient
 
     spec = tiny().model_copy(update={"name": "compared"})
-    spec = FederationSpec.parse(
-        {**spec.model_dump(mode="json"), "strategies": ["fedavg", "fedld"], "seeds": [0, 1]}
-    )
+    changes = {"strategies": ["fedavg", "fedld"], "seeds": [0, 1], "measure": {"personalise": 1}}
+    spec = FederationSpec.parse({**spec.model_dump(mode="json"), **changes})
     result = federate(spec)
     client = MlflowClient(tracking_uri=f"sqlite:///{at_home / 'mlflow.db'}")
     parent = client.get_run(result.folder.run_id)
@@ -440,7 +439,8 @@ def test_a_comparison_is_tracked_as_parent_and_children(at_home: Path) -> None:
         points = client.get_metric_history(run.info.run_id, "server/accuracy")
         assert sorted(point.step for point in points) == [0, 1, 2, 3]
         files = {item.path for item in client.list_artifacts(run.info.run_id)}
-        assert {"clients.parquet", "model.safetensors", "outcome.json", "spec.yaml"} <= files
+        assert {"clients.parquet", "personalised.parquet"} <= files
+        assert {"model.safetensors", "outcome.json", "spec.yaml"} <= files
     files = {item.path for item in client.list_artifacts(parent.info.run_id)}
     pictures = {"comparison.png", "comparison.svg", "split-seed0.png", "split-seed1.png"}
     pictures |= {f"clients-seed{seed}.{form}" for seed in (0, 1) for form in ("png", "svg")}
@@ -510,11 +510,17 @@ def test_the_command_prints_a_table(
     at_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del at_home
-    file = write_spec(tmp_path, measure={"target": 0.2}, rounds=2)
+    measure = {"target": 0.2, "personalise": 1}
+    file = write_spec(tmp_path, measure=measure, rounds=2)
     assert main(["federate", str(file), "strategies=[fedavg,{name: fedld, rho: 0.5}]"]) == 0
     out = capsys.readouterr().out
     told = ("fedld (paper) rho=0.5", "held-out accuracy", "worst tenth", "rounds to 0.2", "round 2/2")
-    for text in (*told, "worst clients: fedavg: "):
+    for text in (
+        *told,
+        "worst clients: fedavg: ",
+        "fine-tuned by each client for 1 epoch",
+        "clients helped",
+    ):
         assert text in out
 
 

@@ -17,6 +17,8 @@ from lossworks_federated.client.client_work import Client, train_clients
 from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.federate import federate
 from lossworks_federated.records import MODEL, array_record
+from lossworks_federated.reporting.comparison import figures_of
+from lossworks_federated.server.session import Session
 from lossworks_federated.strategies.asynchronous.fedasync import FedAsync
 from lossworks_federated.virtual.device_specs import DevicesSpec
 from lossworks_federated.virtual.devices import Devices, read_trace
@@ -116,16 +118,12 @@ def test_a_wrong_trace_is_refused_by_row(rows: list[str], says: str, tmp_path: P
         read_trace(trace(tmp_path, *rows), 6)
 
 
-def test_a_trace_without_its_columns_or_file_is_refused_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOSSWORKS_HOME", str(tmp_path / "home"))
+def test_a_trace_without_its_columns_or_file_is_refused_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("client,start\n0,1\n")
     for name, says in (("other.csv", "no column from"), ("none.csv", "none.csv: can't be read")):
         devices = {"availability": {"trace": str(tmp_path / name)}}
         with pytest.raises(UserError, match=says):
-            federate(tiny(devices=devices))
-    assert not list((tmp_path / "home" / "runs").iterdir())
+            Session.check(tiny(devices=devices))
 
 
 # Rounds
@@ -140,6 +138,20 @@ def test_a_round_lasts_as_long_as_its_slowest_reply(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         whole.append(whole[-1] + max(own[row["client"]] for row in rows if row["round"] == number))
     assert seconds_of(tmp_path) == pytest.approx(whole)
+
+
+def test_the_virtual_time_to_a_target_is_that_of_the_round_that_reaches_it(tmp_path: Path) -> None:
+    rounds_of(tiny(devices=DEVICES, rounds=6), tmp_path).run()
+    journal = tmp_path / "child" / "metrics.jsonl"
+    rows = read_all(journal)
+    accuracies = [row["metrics"]["server/accuracy"] for row in rows]
+    target = sorted(accuracies)[3]
+    reached = next(place for place, accuracy in enumerate(accuracies) if accuracy >= target)
+    assert 0 < reached < 6
+    found = figures_of(journal, target)
+    assert found["virtual_to_target"] == seconds_of(tmp_path)[reached]
+    assert found["virtual_seconds"] == seconds_of(tmp_path)[-1]
+    assert np.isnan(figures_of(journal, 1.0)["virtual_to_target"])
 
 
 @pytest.mark.parametrize("entry", ["fedavg", "scaffold", "fedlex"])
@@ -376,10 +388,7 @@ def test_what_can_not_be_had_is_refused(make: Callable[[], object], says: str) -
         make()
 
 
-def test_a_deployed_federation_refuses_virtual_arrivals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOSSWORKS_HOME", str(tmp_path))
+def test_a_deployed_federation_refuses_virtual_arrivals() -> None:
     spec = tiny("fedasync")
     with pytest.raises(UserError, match="deployed federation arrive in real time"):
         federate(spec, grid=CohortGrid(setup_of(spec)))

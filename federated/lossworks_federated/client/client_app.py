@@ -8,7 +8,8 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from lossworks.errors import RunError
-from lossworks_federated.client.client_work import Client, Reply, evaluate_clients, train_clients
+from lossworks_federated.client.client_work import Client, Reply, train_clients
+from lossworks_federated.client.personalise import own_tests
 from lossworks_federated.privacy import client_mods
 from lossworks_federated.records import CONFIG, METRICS, array_record
 from lossworks_federated.shared_setup import SharedSetup, setup_of
@@ -64,7 +65,7 @@ def client_app(
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
         setup, client, folder = configured(message, context)
-        reply = evaluate_clients(setup, message.content, [client], folder=folder)[0]
+        reply = own_tests(setup, message.content, [client], folder=folder)[0]
         return Message(as_records(reply), reply_to=message)
 
     return app

@@ -163,16 +163,8 @@ def evaluate_clients(
     setup: SharedSetup, content: RecordDict, clients: Sequence[Client], *, folder: Path | None = None
 ) -> list[Reply]:
     """Test the model that clients are sent on their own test examples; see ``train_clients``."""
-    config = content.config_records[CONFIG]
-    server_round = int(config["server-round"])  # type: ignore[arg-type]
     origin = model_from(content, setup.initial)
-    parts = parts_told(config)
-    known = _recall(parts, [], clients, moment_of(config, server_round + 1, folder))
-    kept = _stacked(parts, known, origin)
-    own: Stack = {}
-    for part in parts:
-        # Only what a part changes is stacked: without that, all clients test one and the same model.
-        own = part.start(own, kept[part.slug])
+    own = own_parameters(setup, content, clients, folder=folder)
     rows = [setup.split.test[client.partition] for client in clients]
     tested = [place for place, r in enumerate(rows) if len(r)]
     if own:
@@ -189,6 +181,23 @@ def evaluate_clients(
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         replies[place] = Reply({}, {"num-examples": len(rows[place]), **finite})
     return replies
+
+
+def own_parameters(
+    setup: SharedSetup, content: RecordDict, clients: Sequence[Client], *, folder: Path | None = None
+) -> Stack:
+    """Return the parameters that clients have in place of the global ones, (M, …); most methods have none."""
+    config = content.config_records[CONFIG]
+    server_round = int(config["server-round"])  # type: ignore[arg-type]
+    origin = model_from(content, setup.initial)
+    parts = parts_told(config)
+    known = _recall(parts, [], clients, moment_of(config, server_round + 1, folder))
+    kept = _stacked(parts, known, origin)
+    own: Stack = {}
+    for part in parts:
+        # Only what a part changes is stacked: without that, all clients test one and the same model.
+        own = part.start(own, kept[part.slug])
+    return own
 
 
 def step_weights(steps: Tensor, local: LocalSpec, pull: float) -> Tensor:

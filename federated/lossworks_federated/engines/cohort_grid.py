@@ -7,7 +7,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from lossworks_federated.client.client_app import DROPPED_OUT, as_records
-from lossworks_federated.client.client_work import Client, Reply, evaluate_clients, train_clients
+from lossworks_federated.client.client_work import Client, Reply, train_clients
+from lossworks_federated.client.personalise import own_tests
 from lossworks_federated.engines.in_process_grid import InProcessGrid
 from lossworks_federated.flower_private import failed
 from lossworks_federated.privacy import client_mods
@@ -54,7 +55,7 @@ class CohortGrid(InProcessGrid):
         if kind == MessageType.TRAIN:
             replies = train_clients(self._setup, content, clients, folder=self._folder, local=True)
         else:
-            replies = evaluate_clients(self._setup, content, clients, folder=self._folder)
+            replies = own_tests(self._setup, content, clients, folder=self._folder)
         return [
             answer
             for message, client, reply in zip(group, clients, replies, strict=True)

@@ -28,8 +28,10 @@ class ComparedStrategy:
         outcome: How it ended.
         figures: accuracy and worst10 (means of the last 10 measured rounds), rounds_to_target,
             bytes_to_target and virtual_to_target (NaN if not reached), bytes, seconds_per_round, left_out,
-            virtual_seconds (of all rounds; NaN where no virtual time passes); epsilon, at the spec's
-            privacy.delta, where there is privacy.
+            virtual_seconds (of all rounds; NaN where no virtual time passes), personal and personal_worst10
+            (of models that clients fine-tuned; NaN where they did not), gain, helped and hurt (what that
+            changes, and how many clients it helps and hurts); epsilon, at the spec's privacy.delta, where
+            there is privacy.
     """
 
     strategy: str
@@ -68,6 +70,11 @@ class Comparison:
     def timed(self) -> bool:
         """Whether virtual time has passed."""
         return any("virtual/seconds" in entry.curves for entry in self.entries)
+
+    @property
+    def personalised(self) -> bool:
+        """Whether clients have fine-tuned the global model."""
+        return any("personal/mean" in entry.curves for entry in self.entries)
 
     def reached(self, strategy: str) -> str:
         """Return in words how many seeds reached the target and after how many rounds."""
@@ -133,6 +140,11 @@ def _figures(curves: dict[str, Series], target: float | None) -> dict[str, float
         "left_out": _left_out(curves),
         "seconds_per_round": _seconds(curves),
         "virtual_seconds": _at(curves, "virtual/seconds", -1),
+        "personal": _at(curves, "personal/mean", -1),
+        "personal_worst10": _at(curves, "personal/worst10", -1),
+        "gain": _at(curves, "personal/gain", -1),
+        "helped": _at(curves, "personal/helped", -1),
+        "hurt": _at(curves, "personal/hurt", -1),
     }
     if target is not None:
         figures |= _to_target(curves, target)

@@ -1,6 +1,6 @@
 """What a person sees of a federation: progress while it runs, a table at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +18,7 @@ from lossworks_federated.specs import FederationSpec
 
 _WIDTH_OF_FILES = 150
 _MIB = 2.0**20
+_Column = tuple[str, Callable[[str], str]]
 
 
 class FederationDisplay(FederationWatcher):
@@ -81,6 +82,8 @@ def print_federation(spec: FederationSpec, result: FederationResult, *, where: s
     if not console.is_terminal:
         console = Console(width=_WIDTH_OF_FILES)
     console.print(_table(result.comparison, spec))
+    if result.comparison.personalised:
+        console.print(_personal_table(result.comparison, spec.measure.personalise or 0))
     of_seed = f", seed {spec.seeds[0]}" if len(spec.seeds) > 1 else ""
     lines = [("pictures", ", ".join(str(path) for path in result.pictures if path.suffix == ".png"))]
     lines += [(f"worst clients{of_seed}", f"{title}: {_named(who)}") for title, who in result.worst.items()]
@@ -102,7 +105,7 @@ def _table(comparison: Comparison, spec: FederationSpec) -> Table:
     many = f"means over {seeds} seeds ± 95 % interval" if seeds > 1 else "one seed, so no intervals"
     table = Table(title=f"last 10 measured rounds, {many}", title_justify="left")
     table.add_column("strategy", overflow="fold")
-    columns: list[tuple[str, Callable[[str], str]]] = [
+    columns: list[_Column] = [
         ("held-out accuracy", lambda name: _mean(comparison, name, "accuracy", "{:.4f}")),
         ("clients' accuracy", lambda name: _mean(comparison, name, "clients", "{:.4f}")),
         ("worst tenth", lambda name: _mean(comparison, name, "worst10", "{:.4f}")),
@@ -124,6 +127,25 @@ def _table(comparison: Comparison, spec: FederationSpec) -> Table:
     if spec.privacy.noisy:
         heading = f"ε at δ = {spec.privacy.delta:g}"
         columns.append((heading, lambda name: _mean(comparison, name, "epsilon", "{:.4g}")))
+    return _filled(table, columns, comparison)
+
+
+def _personal_table(comparison: Comparison, epochs: int) -> Table:
+    title = f"the last model, fine-tuned by each client for {epochs} epoch{'s' if epochs > 1 else ''}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("strategy", overflow="fold")
+    columns: list[_Column] = [
+        ("clients' accuracy", lambda name: _mean(comparison, name, "personal", "{:.4f}")),
+        ("worst tenth", lambda name: _mean(comparison, name, "personal_worst10", "{:.4f}")),
+        ("change", lambda name: _mean(comparison, name, "gain", "{:+.4f}")),
+        ("clients helped", lambda name: _mean(comparison, name, "helped", "{:.0f}")),
+        ("hurt", lambda name: _mean(comparison, name, "hurt", "{:.0f}")),
+    ]
+    return _filled(table, columns, comparison)
+
+
+def _filled(table: Table, columns: Sequence[_Column], comparison: Comparison) -> Table:
+    """Return a table with its columns, and a row a strategy."""
     for heading, _ in columns:
         table.add_column(heading, justify="right")
     for name in comparison.strategies:
@@ -137,5 +159,6 @@ def _mean(comparison: Comparison, name: str, figure: str, form: str, unit: float
         return "–"
     # Seconds and bytes of runs are no sample of anything: their interval says nothing.
     shown = form.format(found.value / unit)
-    accuracy = figure in ("accuracy", "clients", "worst10") and found.half_width is not None
+    accuracies = ("accuracy", "clients", "worst10", "personal", "personal_worst10")
+    accuracy = figure in accuracies and found.half_width is not None
     return f"{shown} ± {form.format(found.half_width)}" if accuracy else shown

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -25,6 +25,11 @@ from lossworks_federated.records import array_record, flattened, grouped, member
 from lossworks_federated.server.client_table import ClientTable, Exchange, rows_of
 from lossworks_federated.server.kept_models import BestModel
 from lossworks_federated.server.measures import drift, held_out, loss_terms, spread
+from lossworks_federated.server.personal_tests import (
+    personal_spread,
+    personal_tests,
+    write_personal_tests,
+)
 from lossworks_federated.server.screening import REASONS, Received
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import TaskSpec
@@ -59,6 +64,7 @@ class RoundFiles:
         self.outcome = path / "outcome.json"
         self.table = path / "clients.parquet"
         self.spent = path / "privacy.safetensors"
+        self.personalised = path / "personalised.parquet"
         self._states = path / "states"
 
     def save(self, server_round: int, groups: Mapping[str, Member], totals: Mapping[str, Any]) -> None:
@@ -219,6 +225,10 @@ class RoundLoop(ABC):
                     metrics |= found
                     if done % self._spec.checkpoint_every == 0 or done == self._spec.rounds:
                         self._save(done, model)
+                if self._spec.measure.personalise:
+                    found = self._personalised(done, model, self._spec.measure.personalise)
+                    journal.write(done, found)
+                    metrics |= found
             status, reason = "finished", ""
         except LossworksError as error:
             status, reason = "failed", str(error)
@@ -238,7 +248,7 @@ class RoundLoop(ABC):
         done, groups, totals = saved
         self.strategy.restore(groups["strategy"])
         self._grid.down, self._grid.up = totals["down"], totals["up"]
-        self._grid.now = totals["now"]
+        self._grid.now = totals.get("now", 0.0)  # older states know of no virtual time
         if self._flights is not None:
             self._flights.restore(groups, totals["flights"])
         return done, groups["model"]
@@ -315,19 +325,31 @@ class RoundLoop(ABC):
         return {} if self._grid.devices is None else {"virtual/seconds": self._grid.now}
 
     def _measured(self, server_round: int, model: Member, new: Member) -> dict[str, float]:
-        received, arrays = self.strategy.received, array_record(new)
-        before = self._grid.down, self._grid.up
-        tests = self._outer.configure_evaluate(server_round, arrays, ConfigRecord(), self._grid)
-        self._outer.aggregate_evaluate(
-            server_round, self._grid.send_and_receive(tests, timeout=self._timeout)
-        )
-        # What measuring sends is no cost of the method.
-        self._grid.down, self._grid.up = before
+        received = self.strategy.received
+        self._outer.aggregate_evaluate(server_round, self._tests(server_round, new, {}))
         found = self.held_out(new) | drift(received, model, new)
         found |= spread(self.strategy.tested, *self.compared)
         if self._spec.measure.terms and self._flights is None:  # all start from w⁰
             found |= self.terms(received, new)
         return found
+
+    def _personalised(self, server_round: int, model: Member, epochs: int) -> dict[str, float]:
+        """Let clients fine-tune the last model and test it, write what each had of it, and return it all."""
+        replies = self._tests(server_round, model, {"personalise": epochs})
+        name, best = self.compared
+        found = personal_tests(replies, self.strategy.partition_of, name)
+        write_personal_tests(self._files.personalised, found, name)
+        return personal_spread(found, best)
+
+    def _tests(self, server_round: int, model: Member, told: Mapping[str, Any]) -> list[Message]:
+        """Let clients test a model on their own examples, and return their replies."""
+        before = self._grid.down, self._grid.up
+        config, arrays = ConfigRecord(dict(told)), array_record(model)
+        tests = self._outer.configure_evaluate(server_round, arrays, config, self._grid)
+        replies = list(self._grid.send_and_receive(tests, timeout=self._timeout))
+        # What measuring sends is no cost of the method.
+        self._grid.down, self._grid.up = before
+        return replies
 
     def _save(self, server_round: int, model: Member) -> None:
         groups = {"model": model, "strategy": self.strategy.state()}

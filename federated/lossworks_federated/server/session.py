@@ -174,7 +174,7 @@ class Session:
 
         outcome = child.outcome
         own = child.files
-        files = (own.path / "spec.yaml", own.outcome, own.model, own.table)
+        files = (own.path / "spec.yaml", own.outcome, own.model, own.table, own.personalised)
         status = _STATUS[outcome.status if outcome else "stopped"]
         try:
             finish_run(
