@@ -613,6 +613,7 @@ def test_flowers_own_simulation_gives_the_same_models(
     """In a process of its own: Flower shuts Ray down at the end, and other tests use it."""
     split = {"kind": "dirichlet", "clients": 4, "alpha": 0.5}
     changes = {"strategies": strategies, "rounds": 2, "split": split, "faults": {"nan_clients": [2]}}
+    changes |= {"devices": {"speed": {"uniform": {"low": 5, "high": 50}}}, "measure": {"personalise": 1}}
     file = write_spec(tmp_path, **changes)
     cohort = federate(FederationSpec.read(file)).folder.path
     before = set((at_home / "runs").iterdir())
@@ -625,3 +626,6 @@ def test_flowers_own_simulation_gives_the_same_models(
     for ours, theirs in zip(*models, strict=True):
         assert ours.parent.name == theirs.parent.name
         assert difference(load_tensors(ours), load_tensors(theirs)) < 1e-5
+        outcomes = [FederationOutcome.read(model.with_name("outcome.json")) for model in (ours, theirs)]
+        for figure in ("virtual/seconds", "personal/accuracy_mean"):
+            assert outcomes[0].metrics[figure] == pytest.approx(outcomes[1].metrics[figure])

@@ -46,7 +46,9 @@ class AmountSpec(Spec):
         given = [name for name in ("constant", "lognormal", "uniform") if getattr(self, name) is not None]
         if len(given) != 1:
             says = " and ".join(given) if given else "nothing"
-            raise ValueError(f"holds {says}; give one of constant, lognormal and uniform")
+            raise ValueError(
+                f"holds {says}; give one of constant, lognormal and uniform, such as {{constant: 5}}"
+            )
         return self
 
 

@@ -107,6 +107,7 @@ class Flights:
         self._models: dict[int, Member] = {}
         self._started: Counter[int] = Counter()  # how often clients have started from the newest version
         self._queue: list[tuple[float, int]] = []
+        self._nodes: dict[int, int] = {}
 
     def round(self, server_round: int, model: Member, replies: int) -> Landed:
         """Go on until so many replies have arrived.
@@ -283,11 +284,12 @@ class Flights:
         )
         model = self._models[version]
         record = array_record(model)
-        nodes = dict(self._strategy.nodes(self._grid))
+        self._nodes = self._nodes or dict(self._strategy.nodes(self._grid))  # in this process none goes away
         numbers = sorted({flight.number for flight in flights})
         contents = {number: self._strategy.content(number, record) for number in numbers}
         messages = [
-            Message(contents[flight.number], nodes[flight.client], MessageType.TRAIN) for flight in flights
+            Message(contents[flight.number], self._nodes[flight.client], MessageType.TRAIN)
+            for flight in flights
         ]
         counted = self._grid.down, self._grid.up
         replies = list(self._grid.exchange(messages, timeout=self._timeout))
