@@ -10,6 +10,7 @@ from lossworks.lost_runs import watched
 from lossworks.runs import RunFolder
 from lossworks.specs.files import located
 from lossworks_federated.reporting.comparison import Comparison, compare
+from lossworks_federated.reporting.yardstick import Yardstick
 from lossworks_federated.server.participants import participants_of
 from lossworks_federated.server.session import (
     FederationWatcher,
@@ -76,7 +77,7 @@ def federate(
     check_tracking(spec.tracking)
     RunFolder.check_storage(spec)
     # Data, split and models are made once before anything is entered anywhere, to see that they can be.
-    participants_of(spec).check()
+    participants_of(spec).check(deployed=grid is not None)
     session = open_session(spec, resume, watcher)
     with session.folder.hold(), watched(session.folder):
         try:
@@ -108,12 +109,15 @@ def result_of(folder: RunFolder) -> FederationResult:
 
 
 def _result(session: Session, pictures: list[Path]) -> FederationResult:
-    from lossworks_federated.reporting.client_accuracies import ClientAccuracies
+    from lossworks_federated.reporting.client_figures import ClientFigures
 
     ended = [(child, child.outcome) for child in session.children]
     failed = tuple((child.title, end.reason) for child, end in ended if end and end.status == "failed")
     first = [child for child in session.children if child.seed == session.spec.seeds[0]]
-    found = {child.strategy.title: ClientAccuracies.read(child.files.table).worst(_WORST) for child in first}
+    what = Yardstick.of(session.spec)
+    found = {
+        child.strategy.title: ClientFigures.read(child.files.table, what).worst(_WORST) for child in first
+    }
     worst = {title: clients for title, clients in found.items() if clients}
     return FederationResult(session.folder, compare(session), tuple(pictures), failed, worst)
 
@@ -123,6 +127,7 @@ def _run(session: Session, grid: "Grid | None") -> None:
     if all(child.outcome and child.outcome.status == "finished" for child in session.children):
         return
     if grid is not None:
+        session.participants.prepare(grid, session.folder.path)
         session.run(lambda _child: grid)
         return
     if spec.engine == "flower":
@@ -135,12 +140,12 @@ def _run(session: Session, grid: "Grid | None") -> None:
 
 def draw_federation(session: Session) -> list[Path]:
     """Draw the comparison, and of each seed the split and clients over rounds; return what was drawn."""
-    from lossworks_federated.reporting.client_accuracies import ClientAccuracies
+    from lossworks_federated.reporting.client_figures import ClientFigures
     from lossworks_federated.reporting.client_heat_map import draw_client_heat_map
     from lossworks_federated.reporting.comparison_picture import draw_comparison
     from lossworks_federated.reporting.split_picture import draw_split
 
-    comparison = compare(session)
+    comparison, what = compare(session), Yardstick.of(session.spec)
     comparison.write_csv(session.folder.path / "comparison.csv")
     pictures = []
     if comparison.entries:
@@ -154,10 +159,10 @@ def draw_federation(session: Session) -> list[Path]:
             title = f"{session.spec.name}, seed {seed}: {session.spec.split.kind}"
             pictures.append(draw_split(setup.split, path, title=title, names=setup.kind.class_names()))
         own = [child for child in session.children if child.seed == seed]
-        found = {child.strategy.title: ClientAccuracies.read(child.files.table) for child in own}
-        tested = {title: accuracies for title, accuracies in found.items() if len(accuracies.values)}
+        found = {child.strategy.title: ClientFigures.read(child.files.table, what) for child in own}
+        tested = {title: figures for title, figures in found.items() if len(figures.values)}
         if tested:
             path = session.folder.path / f"clients-seed{seed}.png"
-            title = f"{session.spec.name}, seed {seed}: clients' accuracy over rounds"
+            title = f"{session.spec.name}, seed {seed}: clients' {what.words} over rounds"
             pictures += draw_client_heat_map(tested, path, title=title)
     return pictures

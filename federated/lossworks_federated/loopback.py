@@ -23,6 +23,8 @@ from typing import Self
 from lossworks.errors import LossworksError, RunError, UserError
 from lossworks.home import QUIET_ENVIRONMENT, prepare_process
 from lossworks.ports import require_free_port, silence
+from lossworks.specs import ExamplesSpec
+from lossworks.specs.classification import FROM_PATH
 from lossworks_federated.engines.credentials import make_certificates, make_node_key
 from lossworks_federated.specs import FederationSpec
 
@@ -107,19 +109,23 @@ class Deployment:
         for process in (*self._nodes, *([self._link] if self._link else [])):
             _stop(process)
 
-    def add_node(self, partition: int, clients: int, *, registered: bool = True) -> subprocess.Popen[bytes]:
+    def add_node(
+        self, partition: int, clients: int, *, registered: bool = True, data: str | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start a client's SuperNode with a key of its own.
 
         Args:
             partition: The client.
             clients: How many there are.
             registered: Whether the SuperLink is told the key; it lets nobody else in.
+            data: Source of the node's own data, which nobody else is told.
         """
         private, public = make_node_key(self.folder, f"node-{partition}")
         if registered:
             self.flwr("supernode", "register", str(public), "lab")
         state = self.folder / f"state-{partition}"
         config = f'partition-id={partition} num-partitions={clients} state-folder="{state}"'
+        config += "" if data is None else f" data={json.dumps(data)}"
         options = ["--superlink", f"127.0.0.1:{self.port}", "--root-certificates", str(self.authority)]
         options += ["--auth-supernode-private-key", str(private), "--node-config", config]
         options += ["--host", "127.0.0.1", "--port", str(free_port())]
@@ -218,6 +224,29 @@ def require_deployable(spec: FederationSpec) -> None:
         )
 
 
+def own_sources(spec: FederationSpec, given: Sequence[str]) -> list[str | None]:
+    """Return the source of each node's own data, with absolute paths; None of those that have none.
+
+    Raises:
+        UserError: There must be one a node with ``split.kind=nodes``, and none otherwise; or one is no file.
+    """
+    if not spec.split.at_nodes and given:
+        raise UserError(f"--data {given[0]}: nodes' own data are for split.kind=nodes")
+    if spec.split.at_nodes and len(given) != spec.split.clients:
+        raise UserError(f"split.clients={spec.split.clients}: give --data SOURCE for each, not {len(given)}")
+    return [_absolute(source) for source in given] or [None] * spec.split.clients
+
+
+def _absolute(source: str) -> str:
+    kind, _, name = ExamplesSpec.parse({"source": source}, source="--data").source.partition(":")
+    path = Path(name).expanduser().absolute()
+    if kind not in FROM_PATH or not path.exists():
+        raise UserError(
+            f"--data {source}: must be {', '.join(f'{one}:PATH' for one in FROM_PATH)} that is there"
+        )
+    return f"{kind}:{path}"
+
+
 def _program(name: str) -> str:
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name
@@ -252,12 +281,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("spec", help="YAML file such as federated/specs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--folder", help="new folder for certificates, keys and logs; default: one that goes")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="a node's own data, such as csv:PATH, for split.kind=nodes; once for each node",
+    )
     parsed = parser.parse_intermixed_args(arguments)
     try:
         spec = FederationSpec.read(parsed.spec, parsed.overrides)
         require_deployable(spec)
+        sources = own_sources(spec, parsed.data)
         with _folder(parsed.folder) as folder:
-            _run(spec, folder)
+            _run(spec, folder, sources)
     except LossworksError as error:
         print(f"loopback: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -267,15 +304,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(spec: FederationSpec, folder: Path) -> None:
+def _run(spec: FederationSpec, folder: Path, sources: Sequence[str | None]) -> None:
     from lossworks.runs import RunFolder
     from lossworks_federated.federate import result_of
     from lossworks_federated.reporting.federation_summary import print_federation
 
     with Deployment(folder) as deployment:
         print(f"SuperLink on 127.0.0.1:{deployment.port}, TLS, registered nodes only", flush=True)
-        for partition in range(spec.split.clients):
-            deployment.add_node(partition, spec.split.clients)
+        for partition, source in enumerate(sources):
+            deployment.add_node(partition, spec.split.clients, data=source)
         print(f"{spec.split.clients} SuperNodes started; flwr run", flush=True)
         found = result_of(RunFolder(deployment.run(spec)))
     print_federation(spec, found, where="SuperLink and SuperNodes")

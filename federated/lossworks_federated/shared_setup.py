@@ -87,6 +87,16 @@ def make_setup(task: TaskSpec) -> SharedSetup:
     run = task.run_spec()
     kind = task_of(run).open(run, None, learnt_of_start(run))
     split = split_examples(_classes_of(kind, task.split), task.split, task.seed, kind.row_owners())
+    return setup_with(task, kind, split)
+
+
+def setup_with(task: TaskSpec, kind: Task, split: Split) -> SharedSetup:
+    """Return what clients of a task have in common, with data that were read and split already.
+
+    Raises:
+        UserError: Clients can't train the model or its loss, or what it begins from can't be read.
+    """
+    run = kind.spec_of_run
     model = kind.build_model()
     if run.start is not None:
         begin_from(trained_weights(run.start, "start"), model)
@@ -104,7 +114,9 @@ def make_setup(task: TaskSpec) -> SharedSetup:
         kind=kind,
         split=split,
         train=train,
-        learner=_learner(kind, model, train, min(task.local.batch_size, max(map(len, split.train)))),
+        learner=_learner(
+            kind, model, train, min(task.local.batch_size, max(map(len, split.train), default=1))
+        ),
         initial={n: value.detach().clone() for n, value in model.named_parameters() if value.requires_grad},
     ).of(task)
 

@@ -1,10 +1,11 @@
 """Parts of a federation's spec, and the part of it that clients are told."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lossworks.specs import RunSpec, Spec
+from lossworks.specs.files import named_files
 from lossworks.tasks import parse_train_spec
 
 
@@ -13,12 +14,13 @@ class SplitSpec(Spec):
 
     shorthand: ClassVar[str | None] = "kind"
 
-    kind: Literal["iid", "dirichlet", "shards", "quantity", "natural"] = Field(
+    kind: Literal["iid", "dirichlet", "shards", "quantity", "natural", "nodes"] = Field(
         "dirichlet",
         description="iid; dirichlet (each class is cut by its own draw of shares); shards (examples sorted "
         "by label are cut into equal shards, so many a client); quantity (sizes are drawn, labels alike); "
-        "natural (by data.owner, whose examples stay together: of owners that are more than clients several "
-        "share one, and those with fewer examples than min_size are left out and counted)",
+        "natural (each client is an owner of data.owner: those with fewer examples than min_size are left "
+        "out and counted, and of more owners than clients so many are drawn); nodes (each node of a deployed "
+        "federation has its own data, which its own configuration names)",
     )
     clients: int = Field(20, ge=1, le=1_000_000, description="clients, M")
     alpha: float = Field(
@@ -38,6 +40,32 @@ class SplitSpec(Spec):
     noise: float = Field(
         0.0, ge=0.0, description="feature skew: client i's inputs get Gaussian noise of variance noise·i/M"
     )
+
+    @property
+    def at_nodes(self) -> bool:
+        """Whether each node has its own data, which nobody else reads."""
+        return self.kind == "nodes"
+
+
+class NodesSpec(Spec):
+    """What is given for ``split.kind=nodes`` instead of being asked of the nodes."""
+
+    mean: tuple[float, ...] | None = Field(
+        None,
+        min_length=1,
+        description="means of the features or channels; null for those of all nodes' sums",
+    )
+    deviation: tuple[Annotated[float, Field(gt=0.0)], ...] | None = Field(
+        None, min_length=1, description="their deviations, with mean"
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if (self.mean is None) != (self.deviation is None):
+            raise ValueError("mean and deviation are given together, or neither")
+        if self.mean is not None and self.deviation is not None and len(self.mean) != len(self.deviation):
+            raise ValueError(f"{len(self.mean)} means and {len(self.deviation)} deviations: must be as many")
+        return self
 
 
 class LocalSpec(Spec):
@@ -267,3 +295,8 @@ class TaskSpec(Spec):
             UserError: It doesn't fit what is installed here.
         """
         return parse_train_spec({**self.run, "seed": self.seed}, source="the task that clients are told")
+
+    def files_named(self) -> list[str]:
+        """Return which fields name files of the machine that reads them, as ``data.source=csv:PATH``."""
+        start = self.run.get("start")
+        return [str(file) for file in named_files(self.run)] + ([f"start={start}"] if start else [])

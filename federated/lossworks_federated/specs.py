@@ -22,6 +22,7 @@ from lossworks_federated.spec_parts import (
     GuardSpec,
     LocalSpec,
     MeasureSpec,
+    NodesSpec,
     PrivacySpec,
     SplitSpec,
     TaskSpec,
@@ -157,6 +158,7 @@ class FederationSpec(Spec):
     task: str = Field(_USUAL, description="what clients train; `lossworks tasks` lists what there is")
     data: ExamplesSpec = ExamplesSpec()
     split: SplitSpec = SplitSpec()
+    nodes: NodesSpec = NodesSpec()
     model: ClassifierModelSpec = ClassifierModelSpec(width=64)
     start: str | None = Field(
         None, min_length=1, description="trained weights to begin from: a run, a folder of an export, hf:PATH"
@@ -204,8 +206,6 @@ class FederationSpec(Spec):
             raise ValueError(
                 f"faults.straggle with engine={self.engine} needs a deadline_s that they outlast"
             )
-        if self.app is not None:
-            self._require_app(self.app)
         self.faults.require_clients(self.split.clients)
         titles = [strategy.title for strategy in self.strategies]
         for title in titles:
@@ -303,6 +303,35 @@ class FederationSpec(Spec):
         if self.clients_per_round is None:
             return None
         return math.ceil(self.clients_per_round * strategy.over_selection)
+
+    @model_validator(mode="after")
+    def _fits_whose_data(self) -> Self:
+        if self.app is not None:
+            self._require_app(self.app)
+        if self.split.at_nodes:
+            self._require_own_data()
+        elif self.nodes != NodesSpec():
+            raise ValueError("nodes: is for split.kind=nodes")
+        return self
+
+    def _require_own_data(self) -> None:
+        """Refuse what is done to data that are read and split in one place, where nodes have their own."""
+        if self.task != _USUAL:
+            raise ValueError(
+                f"task={self.task}: nodes with data of their own agree on classes and scale, so that "
+                f"split.kind=nodes is for task={_USUAL}"
+            )
+        usual = ExamplesSpec()
+        for name in ("source", "owner", "held_out_fraction", "label_noise", "imbalance", "bag_size"):
+            if getattr(self.data, name) != getattr(usual, name):
+                raise ValueError(
+                    f"data.{name}={getattr(self.data, name)}: with split.kind=nodes each node has its own "
+                    "data, named in its own configuration; leave the field out"
+                )
+        if self.split.noise:
+            raise ValueError(f"split.noise={self.split.noise:g}: is not put on data of split.kind=nodes")
+        if self.nodes.mean is not None and not self.data.standardise:
+            raise ValueError("nodes.mean needs data.standardise=true")
 
     def _require_app(self, app: AppSpec) -> None:
         """Refuse what an app of others has of its own, or can't be asked for."""

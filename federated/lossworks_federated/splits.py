@@ -15,7 +15,7 @@ from torch import Tensor
 from lossworks.errors import UserError
 from lossworks_federated.spec_parts import SplitSpec
 
-_ORDER, _SIZES, _TESTS, _FEATURES = range(4)  # what a random stream is for
+_ORDER, _SIZES, _TESTS, _FEATURES, _OWNERS = range(5)  # what a random stream is for
 
 
 class OwnRows(Sequence[np.ndarray]):
@@ -58,7 +58,7 @@ class Split:
         test: Rows that each keeps for its own tests; none where there are none.
         counts: Examples of each class that each client has, train and test, int64 (M, K).
         moved: Examples that went to other clients than drawn, to give each its least.
-        left_out: Names of owners that are no clients, since they have fewer examples than the least.
+        left_out: Names of owners that are no clients: too small, or not drawn.
     """
 
     train: OwnRows
@@ -118,7 +118,7 @@ def split_examples(labels: np.ndarray, spec: SplitSpec, seed: int, owners: np.nd
     left_out: tuple[str, ...] = ()
     moved = 0
     if spec.kind == "natural":
-        parts, left_out = _by_owner(owners, spec.clients, spec.min_size)
+        parts, left_out = _by_owner(owners, spec, seed)
     else:
         drawn = _partition(labels[shuffled], spec, seed)
         parts, moved = _with_least(OwnRows(shuffled[drawn.rows], drawn.ends), spec.min_size)
@@ -137,6 +137,29 @@ def split_examples(labels: np.ndarray, spec: SplitSpec, seed: int, owners: np.nd
         moved,
         left_out,
     )
+
+
+def own_split(labels: np.ndarray, spec: SplitSpec, seed: int, client: int, classes: int) -> Split:
+    """Return the split of a client that has its own examples, in which others have none.
+
+    Args:
+        labels: The client's, shape (N,), int64 in [0, K).
+        spec: Says how many it has at least, and which share of them is for its own test.
+        seed: Of the draw of its test examples.
+        client: Its partition.
+        classes: K.
+
+    Raises:
+        UserError: It has too few.
+    """
+    if len(labels) < spec.min_size:
+        raise UserError(f"split.min_size={spec.min_size}: client {client} has {len(labels)} examples")
+    rows = np.random.default_rng([seed, _TESTS, client]).permutation(len(labels))
+    tests = min(len(rows) - 1, round(spec.test_fraction * len(rows)))
+    counts = np.zeros((client + 1, classes), dtype=np.int64)
+    counts[client] = np.bincount(labels, minlength=classes)
+    train, test = (OwnRows(own, np.array([*[0] * client, len(own)])) for own in (rows[tests:], rows[:tests]))
+    return Split(train, test, counts, 0)
 
 
 def with_feature_noise(inputs: Tensor, split: Split, variance: float, seed: int) -> Tensor:
@@ -210,29 +233,27 @@ def _shards(labels: np.ndarray, spec: SplitSpec, seed: int) -> OwnRows:
     return _of_parts([np.concatenate([shards[piece] for piece in own]) for own in dealt])
 
 
-def _by_owner(owners: np.ndarray | None, clients: int, least: int) -> tuple[OwnRows, tuple[str, ...]]:
-    """Return each client's rows, and the owners that have fewer than ``least`` and are left out.
+def _by_owner(owners: np.ndarray | None, spec: SplitSpec, seed: int) -> tuple[OwnRows, tuple[str, ...]]:
+    """Return each client's rows, all of one owner, and the owners that are no clients.
 
-    A client has all rows of one owner, or of several, in the order of their names; no owner's rows are parted
-    or given to another.
+    Those have fewer rows than the least, or were not drawn where there are more of them than clients. The
+    clients are in the order of their owners' names.
     """
     if owners is None:
         raise UserError("split.kind=natural: the examples have no owners; name their column as data.owner")
     names, numbers = np.unique(owners, return_inverse=True)
-    large = np.bincount(numbers, minlength=len(names)) >= least
-    left_out = tuple(str(name) for name in names[~large])
-    if large.sum() < clients:
-        few = f", of {len(names)}," if left_out else ""
+    large = np.flatnonzero(np.bincount(numbers, minlength=len(names)) >= spec.min_size)
+    if len(large) < spec.clients:
+        few = f", of {len(names)}," if len(large) < len(names) else ""
         raise UserError(
-            f"split.clients={clients}: {large.sum()} owners{few} have at least split.min_size={least} "
-            "training examples; others are left out, since no owner's examples are mixed with another's"
+            f"split.clients={spec.clients}: {len(large)} owners{few} have at least split.min_size="
+            f"{spec.min_size} training examples; others are left out, since no owner's examples are mixed "
+            "with another's"
         )
-    client_of = np.full(len(names), clients)
-    client_of[large] = np.arange(large.sum()) * clients // large.sum()
-    own = client_of[numbers]
-    order = np.argsort(own, kind="stable")
-    sizes = np.bincount(own, minlength=clients + 1)[:clients]
-    return OwnRows(order[: sizes.sum()], np.cumsum(sizes)), left_out
+    stream = np.random.default_rng([seed, _OWNERS])
+    drawn = np.sort(stream.choice(large, spec.clients, replace=False)) if len(large) > spec.clients else large
+    left_out = tuple(str(name) for name in np.delete(names, drawn))
+    return _of_parts([np.flatnonzero(numbers == owner) for owner in drawn]), left_out
 
 
 def _of_parts(parts: Sequence[np.ndarray]) -> OwnRows:

@@ -13,8 +13,9 @@ from pyarrow import parquet
 from lossworks.errors import RunError
 from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
-from lossworks_federated.reporting.client_accuracies import ClientAccuracies
+from lossworks_federated.reporting.client_figures import ClientFigures
 from lossworks_federated.reporting.client_heat_map import _draw_panel, draw_client_heat_map
+from lossworks_federated.reporting.yardstick import Yardstick
 from lossworks_federated.server.client_table import ClientTable, Exchange, rows_of
 from lossworks_federated.server.screening import Received
 from lossworks_federated.strategies.interface import OwnTest
@@ -115,7 +116,7 @@ def test_a_million_rows_are_written_in_groups(tmp_path: Path) -> None:
     found = parquet.ParquetFile(file)
     assert found.metadata.num_rows == 1_000_000
     assert max(found.metadata.row_group(k).num_rows for k in range(found.num_row_groups)) == 2**16
-    read = ClientAccuracies.read(file)
+    read = ClientFigures.read(file, Yardstick())
     assert read.rounds.tolist() == list(range(1, 11))
     assert read.worst(3) == [(7, 0.25)]
 
@@ -124,7 +125,7 @@ def test_last_and_worst_against_a_loop() -> None:
     stream = np.random.default_rng(0)
     n = 400
     rounds = np.sort(stream.integers(1, 60, n))
-    found = ClientAccuracies(rounds, stream.integers(0, 9, n) * 3, stream.random(n))
+    found = ClientFigures(rounds, stream.integers(0, 9, n) * 3, stream.random(n), Yardstick())
     clients, means = found.last()
     assert clients.tolist() == sorted(set(found.clients.tolist()))
     for client, mean in zip(clients, means, strict=True):
@@ -138,22 +139,22 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     file = tmp_path / "clients.parquet"
     file.write_bytes(b"no Parquet")
     with pytest.raises(RunError, match=r"clients\.parquet: is damaged"):
-        ClientAccuracies.read(file)
+        ClientFigures.read(file, Yardstick())
 
 
 def test_the_heat_map_shows_every_client_and_round() -> None:
     """Rows are sorted by accuracy; what was not tested is empty."""
     rounds, clients = np.array([2, 2, 4, 4, 5]), np.array([0, 9, 0, 4, 9])
-    found = ClientAccuracies(rounds, clients, np.array([0.9, 0.2, 0.8, 0.5, 0.3]))
-    image = _draw_panel(Figure().subplots(), found, np.array([9, 4, 0]))
+    found = ClientFigures(rounds, clients, np.array([0.9, 0.2, 0.8, 0.5, 0.3]), Yardstick())
+    image = _draw_panel(Figure().subplots(), found, np.array([9, 4, 0]), (0.0, 1.0))
     shown = np.ma.filled(image.get_array().reshape(3, 3), -1)
     np.testing.assert_allclose(shown, [[0.2, -1, 0.3], [-1, 0.5, -1], [0.9, 0.8, -1]])
 
 
 def test_many_clients_and_rounds_are_averaged(tmp_path: Path) -> None:
     rounds, clients = (grid.ravel() for grid in np.mgrid[1:301, 0:1000])
-    found = ClientAccuracies(rounds, clients, clients / 1000)
-    image = _draw_panel(Figure().subplots(), found, np.arange(1000))
+    found = ClientFigures(rounds, clients, clients / 1000, Yardstick())
+    image = _draw_panel(Figure().subplots(), found, np.arange(1000), (0.0, 1.0))
     shown = image.get_array().reshape(100, 200)
     np.testing.assert_allclose(shown, np.repeat((np.arange(100) * 10 + 4.5)[:, None] / 1000, 200, 1))
     files = draw_client_heat_map({"a": found, "b": found}, tmp_path / "clients.png", title="many")

@@ -584,8 +584,9 @@ def test_natural_owners_become_clients(at_home: Path, tmp_path: Path) -> None:
             setup.kind.row_owners()[row] for row in (*setup.split.train[client], *setup.split.test[client])
         }
         assert mine == {f"site-{client}"}
-    grouped = setup_of(tiny(data=data, split={"kind": "natural", "clients": 3, "min_size": 2}))
-    assert [len(set(setup.kind.row_owners()[rows])) for rows in grouped.split.train] == [3, 2, 2]
+    fewer = setup_of(tiny(data=data, split={"kind": "natural", "clients": 3, "min_size": 2}))
+    assert [len(set(fewer.kind.row_owners()[rows])) for rows in fewer.split.train] == [1, 1, 1]
+    assert len(fewer.split.left_out) == 4
     with pytest.raises(UserError, match="7 owners"):
         setup_of(tiny(data=data, split={"kind": "natural", "clients": 8, "min_size": 2}))
     trained(spec, tmp_path / "run")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lossworks_federated.engines.cohort_grid import CohortGrid, NumberedNodes
+from lossworks_federated.engines.cohort_grid import CohortGrid
+from lossworks_federated.engines.in_process_grid import NumberedNodes
 from lossworks_federated.specs import FederationSpec
 from lossworks_federated.strategies.fedavg import FedAvg
 from lossworks_federated.strategies.interface import StrategyPlan

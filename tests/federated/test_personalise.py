@@ -38,13 +38,13 @@ def test_what_a_client_makes_of_the_model_against_a_loop(tmp_path: Path) -> None
 
         def logits(params: dict[str, torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
             stacked = {name: value[None] for name, value in params.items()}
-            return setup.model(stacked, setup.inputs[chosen][None])[1][0]
+            return setup.learner.model(stacked, setup.train.inputs[chosen][None])[1][0]
 
-        loss = torch.nn.functional.cross_entropy(logits(start, train), setup.labels[train])
+        loss = torch.nn.functional.cross_entropy(logits(start, train), setup.train.labels[train])
         steps = torch.autograd.grad(loss, list(start.values()))
         own = {name: start[name].detach() - 0.1 * step for name, step in zip(start, steps, strict=True)}
         for params, name in ((start, ""), (own, "personal_")):
-            z, y = logits(params, test).detach(), setup.labels[test]
+            z, y = logits(params, test).detach(), setup.train.labels[test]
             assert row[f"{name}accuracy"] == pytest.approx(float((z.argmax(1) == y).float().mean()), abs=1e-6)
             expected = float(torch.nn.functional.cross_entropy(z, y))
             assert row[f"{name}loss"] == pytest.approx(expected, rel=1e-4)

@@ -139,9 +139,9 @@ def test_owners_stay_apart():
     owners = np.repeat(["ann", "bob", "cyd", "dan", "eve"], [30, 3, 12, 1, 20])
     labels = labels_of(len(owners), 3)
 
-    def by_owner(clients, min_size=4):
+    def by_owner(clients, min_size=4, seed=0):
         spec = SplitSpec(kind="natural", clients=clients, min_size=min_size)
-        return split_examples(labels, spec, 0, owners)
+        return split_examples(labels, spec, seed, owners)
 
     found = by_owner(3)
     rows = [np.concatenate(parts) for parts in zip(found.train, found.test, strict=True)]
@@ -151,8 +151,11 @@ def test_owners_stay_apart():
     assert found.moved == 0
     assert by_owner(4, min_size=2).left_out == ("dan",)
 
-    shared = by_owner(2)
-    assert [set(owners[own]) for own in shared.train] == [{"ann", "cyd"}, {"eve"}]
+    drawn = [by_owner(2, seed=seed) for seed in range(20)]
+    taking = {tuple(owners[own[0]] for own in one.train) for one in drawn}
+    assert taking == {("ann", "cyd"), ("ann", "eve"), ("cyd", "eve")}
+    assert all(len(set(owners[own])) == 1 for one in drawn for own in one.train)
+    assert all(len(one.left_out) == 3 for one in drawn)
     with pytest.raises(UserError, match=r"clients=4: 3 owners, of 5, have at least split.min_size=4"):
         by_owner(4)
 

@@ -18,7 +18,8 @@ from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.federate import federate
 from lossworks_federated.records import MODEL, array_record
 from lossworks_federated.reporting.comparison import figures_of
-from lossworks_federated.server.session import Session
+from lossworks_federated.reporting.yardstick import Yardstick
+from lossworks_federated.server.participants import participants_of
 from lossworks_federated.strategies.asynchronous.fedasync import FedAsync
 from lossworks_federated.virtual.device_specs import DevicesSpec
 from lossworks_federated.virtual.devices import Devices, read_trace
@@ -123,7 +124,7 @@ def test_a_trace_without_its_columns_or_file_is_refused_before_anything_starts(t
     for name, says in (("other.csv", "no column from"), ("none.csv", "none.csv: can't be read")):
         devices = {"availability": {"trace": str(tmp_path / name)}}
         with pytest.raises(UserError, match=says):
-            Session.check(tiny(devices=devices))
+            participants_of(tiny(devices=devices)).check(deployed=False)
 
 
 # Rounds
@@ -148,10 +149,10 @@ def test_the_virtual_time_to_a_target_is_that_of_the_round_that_reaches_it(tmp_p
     target = sorted(accuracies)[3]
     reached = next(place for place, accuracy in enumerate(accuracies) if accuracy >= target)
     assert 0 < reached < 6
-    found = figures_of(journal, target)
+    found = figures_of(journal, target, Yardstick())
     assert found["virtual_to_target"] == seconds_of(tmp_path)[reached]
     assert found["virtual_seconds"] == seconds_of(tmp_path)[-1]
-    assert np.isnan(figures_of(journal, 1.0)["virtual_to_target"])
+    assert np.isnan(figures_of(journal, 1.0, Yardstick())["virtual_to_target"])
 
 
 @pytest.mark.parametrize("entry", ["fedavg", "scaffold", "fedlex"])

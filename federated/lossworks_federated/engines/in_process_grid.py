@@ -43,21 +43,25 @@ class InProcessGrid(Grid):
 
     Args:
         clients: How many nodes there are.
-        run_config: Run configuration that clients find in their contexts.
+        node_configs: Of each client, what its node's configuration holds besides its partition.
         contexts_last: Whether clients keep things in their contexts; a million contexts take gigabytes.
     """
 
     def __init__(
-        self, clients: int, run_config: Mapping[str, Any] | None = None, *, contexts_last: bool = True
+        self,
+        clients: int,
+        node_configs: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        contexts_last: bool = True,
     ) -> None:
         identify(_RUN)
         self._run = make_run(_RUN)
-        self._run_config = dict(run_config or {})
+        self._node_configs = node_configs
         self._contexts: dict[int, Context] = {}
         self._contexts_last = contexts_last
         self._sent = 0
         self._waiting: dict[str, Message] = {}
-        self.nodes = NumberedNodes(clients)
+        self._clients, self.nodes = clients, NumberedNodes(clients)
 
     def set_run(self, run: Run) -> None:
         """Take a run; the grid needs none."""
@@ -112,12 +116,14 @@ class InProcessGrid(Grid):
         """Return a client's context, which lasts as long as the grid unless clients keep nothing in it."""
         context = self._contexts.get(partition)
         if context is None:
+            own = self._node_configs[partition] if self._node_configs else {}
+            known = {"partition-id": partition, "num-partitions": self._clients}
             context = Context(
                 run_id=_RUN,
                 node_id=partition + 1,
-                node_config={"partition-id": partition, "num-partitions": len(self.nodes)},
+                node_config={**own, **known},
                 state=RecordDict(),
-                run_config=dict(self._run_config),
+                run_config={},
             )
             if self._contexts_last:
                 self._contexts[partition] = context

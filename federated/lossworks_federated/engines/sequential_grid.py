@@ -18,7 +18,7 @@ class SequentialGrid(InProcessGrid):
     Args:
         app: The ClientApp.
         clients: How many nodes there are.
-        run_config: Run configuration that clients find in their contexts.
+        node_configs: Of each client, what its node's configuration holds besides its partition.
         deadline_s: Seconds after which a client's reply is left out; None for never.
     """
 
@@ -27,10 +27,10 @@ class SequentialGrid(InProcessGrid):
         app: Callable[[Message, Context], Message],
         clients: int,
         *,
-        run_config: Mapping[str, Any] | None = None,
+        node_configs: Sequence[Mapping[str, Any]] | None = None,
         deadline_s: float | None = None,
     ) -> None:
-        super().__init__(clients, run_config)
+        super().__init__(clients, node_configs)
         self._app, self._deadline_s = app, deadline_s
 
     def answers(self, messages: Sequence[Message]) -> list[Message]:

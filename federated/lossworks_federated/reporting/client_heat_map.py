@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lossworks.reporting.picture_style import STYLE, save_picture
-from lossworks_federated.reporting.client_accuracies import ClientAccuracies
+from lossworks_federated.reporting.client_figures import ClientFigures
+from lossworks_federated.reporting.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,10 +18,10 @@ _MOST_ROWS, _MOST_COLUMNS, _NAMED = 100, 200, 40
 _ACROSS = 3
 
 
-def draw_client_heat_map(found: Mapping[str, ClientAccuracies], path: Path, *, title: str) -> list[Path]:
-    """Draw accuracies, clients × rounds, as PNG and SVG: a panel a strategy, all with the same clients.
+def draw_client_heat_map(found: Mapping[str, ClientFigures], path: Path, *, title: str) -> list[Path]:
+    """Draw figures, clients × rounds, as PNG and SVG: a panel a strategy, all with the same clients.
 
-    Clients are sorted by their mean accuracy over all tests and strategies, the best at the top. More than
+    Clients are sorted by their mean figure over all tests and strategies, the best at the top. More than
     100 clients, or 200 measured rounds, are averaged in bins.
 
     Args:
@@ -33,7 +34,11 @@ def draw_client_heat_map(found: Mapping[str, ClientAccuracies], path: Path, *, t
 
     across = min(len(found), _ACROSS)
     down = -(-len(found) // across)
-    order = _by_accuracy(list(found.values()))
+    yardstick = next(iter(found.values())).yardstick
+    order = _by_figure(list(found.values()))
+    values = np.concatenate([one.values for one in found.values()])
+    # Accuracies lie between 0 and 1, and others where they lie.
+    limits = (0.0, 1.0) if yardstick == Yardstick() else (float(values.min()), float(values.max()))
     with rc_context({**STYLE, "axes.grid": False}):
         size = (7.0 * max(across, 1.6), 1.2 + 6.0 * down)
         figure = Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
@@ -41,11 +46,11 @@ def draw_client_heat_map(found: Mapping[str, ClientAccuracies], path: Path, *, t
         panels = figure.subplots(down, across, squeeze=False, sharex=True)
         for axes in panels.flat[len(found) :]:
             axes.set_axis_off()
-        for place, (name, accuracies) in enumerate(found.items()):
+        for place, (name, figures) in enumerate(found.items()):
             axes = panels.flat[place]
-            image = _draw_panel(axes, accuracies, order)
-            clients, means = accuracies.last()
-            worst = means.argmin()
+            image = _draw_panel(axes, figures, order, limits)
+            clients, means = figures.last()
+            worst = (yardstick.sign * means).argmin()
             axes.set_title(
                 f"{name}\nmean {means.mean():.2f}, worst {means[worst]:.2f} (client {clients[worst]})"
             )
@@ -55,16 +60,16 @@ def draw_client_heat_map(found: Mapping[str, ClientAccuracies], path: Path, *, t
                 axes.set_xlabel("round")
                 axes.tick_params(labelbottom=True)
         bar = figure.colorbar(image, ax=panels, shrink=0.7, aspect=30)
-        bar.set_label("accuracy on the client's own tests")
+        bar.set_label(f"{yardstick.words} on the client's own tests")
         return save_picture(figure, path)
 
 
-def _by_accuracy(found: list[ClientAccuracies]) -> np.ndarray:
+def _by_figure(found: list[ClientFigures]) -> np.ndarray:
     """Return all clients, the worst first."""
     clients, places = np.unique(np.concatenate([one.clients for one in found]), return_inverse=True)
     values = np.concatenate([one.values for one in found])
     means = np.bincount(places, values) / np.bincount(places)
-    return clients[np.lexsort((clients, means))]
+    return clients[np.lexsort((clients, found[0].yardstick.sign * means))]
 
 
 def _row_label(clients: int) -> str:
@@ -73,7 +78,9 @@ def _row_label(clients: int) -> str:
     return f"share of all {clients} clients, the best at the top"
 
 
-def _draw_panel(axes: "Axes", found: ClientAccuracies, order: np.ndarray) -> "QuadMesh":
+def _draw_panel(
+    axes: "Axes", found: ClientFigures, order: np.ndarray, limits: tuple[float, float]
+) -> "QuadMesh":
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -91,9 +98,11 @@ def _draw_panel(axes: "Axes", found: ClientAccuracies, order: np.ndarray) -> "Qu
     starts = rounds[np.searchsorted(np.arange(len(rounds)) * width // len(rounds), np.arange(width))]
     sides = np.concatenate(([starts[0] - 0.5], (starts[1:] + starts[:-1]) / 2, [rounds[-1] + 0.5]))
     edges = np.arange(height + 1) - 0.5 if len(order) <= _MOST_ROWS else np.linspace(0, 1, height + 1)
-    palette = colormaps["viridis"].with_extremes(bad="#e4e7eb")
+    dark_is_bad = "viridis" if found.yardstick.best == "max" else "viridis_r"
+    palette = colormaps[dark_is_bad].with_extremes(bad="#e4e7eb")
+    low, high = limits
     image = axes.pcolormesh(
-        sides, edges, means.reshape(height, width), cmap=palette, vmin=0, vmax=1, rasterized=True
+        sides, edges, means.reshape(height, width), cmap=palette, vmin=low, vmax=high, rasterized=True
     )
     axes.set_facecolor("#e4e7eb")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=6))

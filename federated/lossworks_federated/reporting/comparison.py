@@ -10,6 +10,7 @@ import numpy as np
 from lossworks.metrics.intervals import MeanInterval
 from lossworks.reporting.series import Series, series
 from lossworks.tracking import read_all
+from lossworks_federated.reporting.yardstick import Yardstick
 from lossworks_federated.server.rounds import FederationOutcome
 from lossworks_federated.server.screening import REASONS
 from lossworks_federated.server.session import Child, Session
@@ -26,9 +27,10 @@ class ComparedStrategy:
         seed: The seed.
         curves: Steps and values by metric.
         outcome: How it ended.
-        figures: accuracy and worst10 (means of the last 10 measured rounds), rounds_to_target,
-            bytes_to_target and virtual_to_target (NaN if not reached), bytes, seconds_per_round, left_out,
-            virtual_seconds (of all rounds; NaN where no virtual time passes), personal and personal_worst10
+        figures: that of the yardstick by its name and worst10 (means of the last 10 measured rounds), last
+            and best (of the yardstick; best_round is the best's), rounds_to_target, bytes_to_target and
+            virtual_to_target (NaN if not reached), bytes, seconds_per_round, left_out, virtual_seconds (of
+            all rounds; NaN where no virtual time passes), personal and personal_worst10
             (of models that clients fine-tuned; NaN where they did not), gain, helped and hurt (what that
             changes, and how many clients it helps and hurts); epsilon, at the spec's privacy.delta, where
             there is privacy.
@@ -47,11 +49,13 @@ class Comparison:
 
     Attributes:
         entries: By seed, then strategy.
-        target: Held-out accuracy that rounds and bytes are counted to, if any.
+        target: Held-out figure that rounds and bytes are counted to, if any.
+        yardstick: What is compared.
     """
 
     entries: tuple[ComparedStrategy, ...]
     target: float | None
+    yardstick: Yardstick
 
     @property
     def strategies(self) -> list[str]:
@@ -65,6 +69,14 @@ class Comparison:
     def mean(self, strategy: str, figure: str) -> MeanInterval | None:
         """Return a figure's mean over seeds."""
         return MeanInterval.of([entry.figures.get(figure, math.nan) for entry in self.of(strategy)])
+
+    def difference(self, strategy: str) -> MeanInterval | None:
+        """Return the mean over seeds of the yardstick less that of the first strategy with the same seed."""
+        name, base = self.yardstick.name, {one.seed: one for one in self.of(self.strategies[0])}
+        pairs = [(one, base[one.seed]) for one in self.of(strategy) if one.seed in base]
+        return MeanInterval.of(
+            [one.figures.get(name, math.nan) - other.figures.get(name, math.nan) for one, other in pairs]
+        )
 
     @property
     def timed(self) -> bool:
@@ -100,14 +112,10 @@ class Comparison:
 
 def compare(session: Session) -> Comparison:
     """Return the figures of a federation's children, from their journals."""
-    target = session.spec.measure.target
-    entries = [_entry(child, target) for child in session.children if child.files.journal.is_file()]
-    return Comparison(tuple(entry for entry in entries if entry.curves), target)
-
-
-def figures_of(journal: Path, target: float | None) -> dict[str, float]:
-    """Return the figures of one journal; see :class:`ComparedStrategy`."""
-    return _figures(_curves(journal), target)
+    target, yardstick = session.spec.measure.target, Yardstick.of(session.spec)
+    begun = [child for child in session.children if child.files.journal.is_file()]
+    entries = [_entry(child, target, yardstick) for child in begun]
+    return Comparison(tuple(entry for entry in entries if entry.curves), target, yardstick)
 
 
 def _curves(journal: Path) -> dict[str, Series]:
@@ -116,9 +124,14 @@ def _curves(journal: Path) -> dict[str, Series]:
     return {name: found for name in names if (found := series(rows, name)) is not None}
 
 
-def _entry(child: Child, target: float | None) -> ComparedStrategy:
+def figures_of(journal: Path, target: float | None, yardstick: Yardstick) -> dict[str, float]:
+    """Return the figures of one journal; see :class:`ComparedStrategy`."""
+    return _figures(_curves(journal), target, yardstick)
+
+
+def _entry(child: Child, target: float | None, yardstick: Yardstick) -> ComparedStrategy:
     curves = _curves(child.files.journal)
-    outcome, figures = child.outcome, _figures(curves, target)
+    outcome, figures = child.outcome, _figures(curves, target, yardstick)
     if outcome is not None and "privacy/epsilon" in outcome.metrics:
         # Not of the curve, which has the first value of a round that was repeated.
         figures["epsilon"] = outcome.metrics["privacy/epsilon"]
@@ -131,11 +144,13 @@ def _left_out(curves: dict[str, Series]) -> float:
     return float(sum(found)) if found else math.nan
 
 
-def _figures(curves: dict[str, Series], target: float | None) -> dict[str, float]:
+def _figures(curves: dict[str, Series], target: float | None, yardstick: Yardstick) -> dict[str, float]:
     figures = {
-        "accuracy": _last(curves, "server/accuracy"),
-        "worst10": _last(curves, "clients/accuracy_worst10"),
-        "clients": _last(curves, "clients/accuracy_mean"),
+        yardstick.name: _last(curves, yardstick.curve),
+        "last": _at(curves, yardstick.curve, -1),
+        **_best(curves, yardstick),
+        "worst10": _last(curves, f"clients/{yardstick.name}_worst10"),
+        "clients": _last(curves, f"clients/{yardstick.name}_mean"),
         "bytes": _at(curves, "bytes/down", -1) + _at(curves, "bytes/up", -1),
         "left_out": _left_out(curves),
         "seconds_per_round": _seconds(curves),
@@ -147,13 +162,21 @@ def _figures(curves: dict[str, Series], target: float | None) -> dict[str, float
         "hurt": _at(curves, "personal/hurt", -1),
     }
     if target is not None:
-        figures |= _to_target(curves, target)
+        figures |= _to_target(curves, target, yardstick)
     return figures
 
 
-def _to_target(curves: dict[str, Series], target: float) -> dict[str, float]:
-    rounds, accuracies = curves.get("server/accuracy", (np.zeros(0), np.zeros(0)))
-    reached = np.flatnonzero(accuracies >= target)
+def _best(curves: dict[str, Series], yardstick: Yardstick) -> dict[str, float]:
+    if yardstick.curve not in curves:
+        return {"best": math.nan, "best_round": math.nan}
+    rounds, values = curves[yardstick.curve]
+    place = int((yardstick.sign * values).argmax())
+    return {"best": float(values[place]), "best_round": float(rounds[place])}
+
+
+def _to_target(curves: dict[str, Series], target: float, yardstick: Yardstick) -> dict[str, float]:
+    rounds, values = curves.get(yardstick.curve, (np.zeros(0), np.zeros(0)))
+    reached = np.flatnonzero(yardstick.reached(values, target))
     if not len(reached):
         return dict.fromkeys(("rounds_to_target", "bytes_to_target", "virtual_to_target"), math.nan)
     first = float(rounds[reached[0]])

@@ -7,6 +7,7 @@ import numpy as np
 
 from lossworks.reporting.picture_style import BLUE, ORANGE, STYLE, not_measured, save_picture
 from lossworks_federated.reporting.comparison import ComparedStrategy, Comparison
+from lossworks_federated.reporting.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,8 +39,9 @@ def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> list[P
         panels = figure.subplots(2, across)
         (rounds, sent, spread), (drift, disagreement, terms) = panels[:, :3]
         colours = _colours(comparison)
-        _draw_curves(rounds, comparison, "server/accuracy", colours)
-        rounds.set(title="Held-out accuracy over rounds", ylabel="accuracy")
+        words = comparison.yardstick.words
+        _draw_curves(rounds, comparison, comparison.yardstick.curve, colours)
+        rounds.set(title=f"Held-out {words} over rounds", ylabel=words)
         _mark_target(rounds, comparison.target)
         _draw_bytes(sent, comparison, colours)
         _draw_spread(spread, comparison, colours)
@@ -95,23 +97,31 @@ def _aligned(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, n
 
 
 def _draw_bytes(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[float, ...]]) -> None:
-    axes.set_title("Held-out accuracy over what was sent")
+    words = comparison.yardstick.words
+    axes.set_title(f"Held-out {words} over what was sent")
     for name in comparison.strategies:
         for entry in comparison.of(name):
-            if "bytes/up" in entry.curves:
+            if {"bytes/up", comparison.yardstick.curve} <= entry.curves.keys():
                 steps, up = entry.curves["bytes/up"]
                 total = (steps, (up + entry.curves["bytes/down"][1]) / 2**20)
-                axes.plot(*_over(entry, total), color=colours[name], alpha=0.7, linewidth=1.6)
+                axes.plot(
+                    *_over(entry, comparison.yardstick.curve, total),
+                    color=colours[name],
+                    alpha=0.7,
+                    linewidth=1.6,
+                )
     _mark_target(axes, comparison.target)
-    axes.set(xlabel="MiB up and down, all clients", ylabel="accuracy")
+    axes.set(xlabel="MiB up and down, all clients", ylabel=words)
 
 
-def _over(entry: ComparedStrategy, cost: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what was spent up to each measured round, and the accuracy there."""
-    steps, accuracies = entry.curves["server/accuracy"]
+def _over(
+    entry: ComparedStrategy, curve: str, cost: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what was spent up to each measured round, and the figure there."""
+    steps, values = entry.curves[curve]
     spent = dict(zip(*cost, strict=True))
     known = [index for index, step in enumerate(steps) if step in spent]
-    return np.array([spent[steps[index]] for index in known]), accuracies[known]
+    return np.array([spent[steps[index]] for index in known]), values[known]
 
 
 def _draw_virtual(
@@ -119,14 +129,15 @@ def _draw_virtual(
 ) -> None:
     for name in comparison.strategies:
         for entry in comparison.of(name):
-            if "virtual/seconds" not in entry.curves:
+            if not {"virtual/seconds", comparison.yardstick.curve} <= entry.curves.keys():
                 continue
             steps, seconds = entry.curves["virtual/seconds"]
             style: Any = {"color": colours[name], "alpha": 0.7, "linewidth": 1.6}
-            accuracy.plot(*_over(entry, (steps, seconds)), **style)
+            accuracy.plot(*_over(entry, comparison.yardstick.curve, (steps, seconds)), **style)
             length.plot(steps[1:], np.diff(seconds), **style)
     _mark_target(accuracy, comparison.target)
-    accuracy.set(title="Held-out accuracy over virtual time", xlabel="virtual seconds", ylabel="accuracy")
+    words = comparison.yardstick.words
+    accuracy.set(title=f"Held-out {words} over virtual time", xlabel="virtual seconds", ylabel=words)
     length.set(title="Length of rounds", xlabel="round", ylabel="virtual seconds")
     length.set_ylim(bottom=0)
     _count_whole(length)
@@ -139,12 +150,14 @@ def _count_whole(axes: "Axes") -> None:
 
 
 def _draw_spread(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[float, ...]]) -> None:
-    axes.set_title("Clients' accuracy on their own tests, last round")
+    yardstick = comparison.yardstick
+    axes.set_title(f"Clients' {yardstick.words} on their own tests, last round")
     names = comparison.strategies
-    values = [
-        [one["accuracy"] for e in comparison.of(name) if e.outcome for one in e.outcome.clients.values()]
+    tested = [
+        [one for e in comparison.of(name) if e.outcome for one in e.outcome.clients.values()]
         for name in names
     ]
+    values = [[one[yardstick.name] for one in own if yardstick.name in one] for own in tested]
     if not any(values):
         not_measured(axes)
         return
@@ -161,7 +174,9 @@ def _draw_spread(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[
         box.set(facecolor=colours[name], alpha=0.5)
     axes.set_yticks(range(1, len(names) + 1), names)
     axes.invert_yaxis()
-    axes.set(xlabel="accuracy; box: quartiles, whiskers: worst and best tenth", xlim=(-0.02, 1.02))
+    axes.set(xlabel=f"{yardstick.words}; box: quartiles, whiskers: worst and best tenth")
+    if yardstick == Yardstick():  # which lies between 0 and 1
+        axes.set_xlim(-0.02, 1.02)
 
 
 def _draw_terms(axes: "Axes", comparison: Comparison) -> None:

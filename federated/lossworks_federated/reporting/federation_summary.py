@@ -96,18 +96,23 @@ def print_federation(spec: FederationSpec, result: FederationResult, *, where: s
 
 
 def _named(clients: list[tuple[int, float]]) -> str:
-    """Return clients with their accuracies in words."""
-    return ", ".join(f"{client} ({accuracy:.2f})" for client, accuracy in clients)
+    """Return clients with their figures in words."""
+    return ", ".join(f"{client} ({figure:.2f})" for client, figure in clients)
 
 
 def _table(comparison: Comparison, spec: FederationSpec) -> Table:
     seeds = len(spec.seeds)
-    many = f"means over {seeds} seeds ± 95 % interval" if seeds > 1 else "one seed, so no intervals"
-    table = Table(title=f"last 10 measured rounds, {many}", title_justify="left")
+    many = f"over {seeds} seeds ± 95 % interval" if seeds > 1 else "of one seed, so no intervals"
+    title = f"means of the last 10 measured rounds, {many}; differences are paired by seed"
+    table = Table(title=title, title_justify="left")
     table.add_column("strategy", overflow="fold")
+    what, base = comparison.yardstick, next(iter(comparison.strategies), "")
     columns: list[_Column] = [
-        ("held-out accuracy", lambda name: _mean(comparison, name, "accuracy", "{:.4f}")),
-        ("clients' accuracy", lambda name: _mean(comparison, name, "clients", "{:.4f}")),
+        (f"held-out {what.words}", lambda name: _mean(comparison, name, what.name, "{:.4f}")),
+        (f"less {base}'s", lambda name: _difference(comparison, name)),
+        ("last round", lambda name: _mean(comparison, name, "last", "{:.4f}")),
+        ("best round", lambda name: _mean(comparison, name, "best", "{:.4f}")),
+        (f"clients' {what.words}", lambda name: _mean(comparison, name, "clients", "{:.4f}")),
         ("worst tenth", lambda name: _mean(comparison, name, "worst10", "{:.4f}")),
     ]
     if comparison.target is not None:
@@ -135,7 +140,10 @@ def _personal_table(comparison: Comparison, epochs: int) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("strategy", overflow="fold")
     columns: list[_Column] = [
-        ("clients' accuracy", lambda name: _mean(comparison, name, "personal", "{:.4f}")),
+        (
+            f"clients' {comparison.yardstick.words}",
+            lambda name: _mean(comparison, name, "personal", "{:.4f}"),
+        ),
         ("worst tenth", lambda name: _mean(comparison, name, "personal_worst10", "{:.4f}")),
         ("change", lambda name: _mean(comparison, name, "gain", "{:+.4f}")),
         ("clients helped", lambda name: _mean(comparison, name, "helped", "{:.0f}")),
@@ -153,12 +161,21 @@ def _filled(table: Table, columns: Sequence[_Column], comparison: Comparison) ->
     return table
 
 
+def _difference(comparison: Comparison, name: str) -> str:
+    found = comparison.difference(name)
+    if found is None or name == comparison.strategies[0]:
+        return "–"
+    shown = f"{found.value:+.4f}"
+    return shown if found.half_width is None else f"{shown} ± {found.half_width:.4f}"
+
+
 def _mean(comparison: Comparison, name: str, figure: str, form: str, unit: float = 1.0) -> str:
     found = comparison.mean(name, figure)
     if found is None:
         return "–"
     # Seconds and bytes of runs are no sample of anything: their interval says nothing.
     shown = form.format(found.value / unit)
-    accuracies = ("accuracy", "clients", "worst10", "personal", "personal_worst10")
-    accuracy = figure in accuracies and found.half_width is not None
-    return f"{shown} ± {form.format(found.half_width)}" if accuracy else shown
+    of_clients = ("clients", "worst10", "personal", "personal_worst10")
+    sampled = (comparison.yardstick.name, "last", "best", *of_clients)
+    told = figure in sampled and found.half_width is not None
+    return f"{shown} ± {form.format(found.half_width)}" if told else shown

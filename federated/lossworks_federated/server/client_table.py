@@ -36,7 +36,7 @@ _ROW = np.dtype(
         ("virtual_seconds", "<f8"),
         ("test_examples", "<i8"),
         ("test_loss", "<f4"),
-        ("accuracy", "<f4"),
+        ("figure", "<f4"),
     ]
 )
 _ROWS_AT_ONCE = 2**16  # of a row group
@@ -68,18 +68,20 @@ class ClientTable:
     counts), ``left_out`` (why not, one of :data:`lossworks_federated.server.screening.REASONS`), ``examples``
     and ``loss`` (of its training), ``drift`` (the norm ‖g_i‖ of its update), ``cosine`` (of g_i with w⁺ − w⁰,
     what the round moved the global model by), ``bytes_down``, ``bytes_up``, ``virtual_seconds``, and where
-    it tested the new global model on its own examples ``test_examples``, ``test_loss`` and ``accuracy``.
-    What is unknown is null.
+    it tested the new global model on its own examples ``test_examples``, ``test_loss`` and the figure in
+    which clients are compared, by its name. What is unknown is null.
 
     Args:
         file: The Parquet file; the rows are beside it.
         done: The round that is gone on from; later rows are dropped.
+        name: Of the figure in which clients are compared.
 
     Raises:
         RunError: The rows can't be opened.
     """
 
-    def __init__(self, file: Path, done: int) -> None:
+    def __init__(self, file: Path, done: int, name: str = "accuracy") -> None:
+        self._name = name
         self.file, self._log = file, file.with_suffix(".rows")
         try:
             self._log.touch()
@@ -98,7 +100,7 @@ class ClientTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stream.close()
-        _write_parquet(_rows(self._log), self.file)
+        _write_parquet(_rows(self._log), self.file, self._name)
 
     def write(self, rows: np.ndarray) -> None:
         """Append the rows of a round, as ``rows_of`` makes them.
@@ -118,6 +120,7 @@ def rows_of(
     received: Received,
     model: tuple[Member, Member],
     tested: Mapping[int, OwnTest],
+    name: str = "accuracy",
 ) -> np.ndarray:
     """Return the rows of a round.
 
@@ -127,11 +130,12 @@ def rows_of(
         received: The usable replies.
         model: The global model before the round and after it.
         tested: Tests of the clients' own examples after it, by client.
+        name: Of the figure in which clients are compared.
     """
     only_tested = sorted(set(tested) - {one.client for one in exchanges})
     rows = np.zeros(len(exchanges) + len(only_tested), _ROW)
-    for name in ("loss", "drift", "cosine", "virtual_seconds", "test_loss", "accuracy"):
-        rows[name] = np.nan
+    for column in ("loss", "drift", "cosine", "virtual_seconds", "test_loss", "figure"):
+        rows[column] = np.nan
     asked = rows[: len(exchanges)]
     rows["round"] = server_round
     rows["client"] = [*(one.client for one in exchanges), *only_tested]
@@ -151,7 +155,7 @@ def rows_of(
         row = places[client]
         rows["test_examples"][row] = one.examples
         rows["test_loss"][row] = one.figures.get("loss", np.nan)
-        rows["accuracy"][row] = one.figures.get("accuracy", np.nan)
+        rows["figure"][row] = one.figures.get(name, np.nan)
     return rows
 
 
@@ -193,15 +197,15 @@ def _rows(log: Path) -> np.ndarray:
     return np.memmap(log, _ROW, mode="r")
 
 
-def _write_parquet(rows: np.ndarray, file: Path) -> None:
+def _write_parquet(rows: np.ndarray, file: Path, name: str) -> None:
     """Write all rows, in row groups, in one piece."""
     from pyarrow import parquet
 
     partial = hidden_beside(file)
     try:
-        with parquet.ParquetWriter(partial, _columns(rows[:0]).schema, compression="zstd") as writer:
+        with parquet.ParquetWriter(partial, _columns(rows[:0], name).schema, compression="zstd") as writer:
             for start in range(0, len(rows), _ROWS_AT_ONCE):
-                writer.write_table(_columns(rows[start : start + _ROWS_AT_ONCE]))
+                writer.write_table(_columns(rows[start : start + _ROWS_AT_ONCE], name))
         partial.replace(file)
     except OSError as error:
         raise RunError(f"{file}: can't be written: {error.strerror}") from None
@@ -209,7 +213,7 @@ def _write_parquet(rows: np.ndarray, file: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _columns(rows: np.ndarray) -> Any:
+def _columns(rows: np.ndarray, figure: str) -> Any:
     """Return rows as a table of Arrow, with null for what is unknown."""
     import pyarrow as pa
 
@@ -227,5 +231,6 @@ def _columns(rows: np.ndarray) -> Any:
         if name == "left_out":
             values = values.astype(str).astype(object)
         missing = np.isnan(values) if values.dtype.kind == "f" else unknown.get(name)
-        columns[name] = pa.array(values, mask=missing, type=pa.string() if name == "left_out" else None)
+        kind = pa.string() if name == "left_out" else None
+        columns[figure if name == "figure" else name] = pa.array(values, mask=missing, type=kind)
     return pa.table(columns)

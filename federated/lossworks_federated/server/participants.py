@@ -1,5 +1,6 @@
 """Who takes part in a federation, and so what the server knows of model and data."""
 
+import json
 from abc import ABC, abstractmethod
 from functools import lru_cache
 from pathlib import Path
@@ -7,17 +8,24 @@ from pathlib import Path
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from lossworks.data.learnt import Learnt
+from lossworks.errors import UserError
 from lossworks_federated.apps.app_rounds import AppRounds, initial_of
 from lossworks_federated.apps.app_spec import AppSpec
 from lossworks_federated.apps.prepared import PreparedApp
 from lossworks_federated.client.client_app import client_app
 from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.engines.sequential_grid import SequentialGrid
+from lossworks_federated.nodes.agreement import agree
+from lossworks_federated.nodes.node_rounds import NodeRounds
+from lossworks_federated.nodes.own_data import server_setup
 from lossworks_federated.server.rounds import RoundFiles, RoundLoop, Rounds, accountant_of, build_strategy
 from lossworks_federated.shared_setup import SharedSetup, make_setup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec, StrategySpec
 from lossworks_federated.virtual.devices import Devices
+
+_AGREEMENT_S = 600.0
 
 
 class Participants(ABC):
@@ -31,12 +39,23 @@ class Participants(ABC):
         self.spec = spec
 
     @abstractmethod
-    def check(self) -> None:
+    def check(self, *, deployed: bool) -> None:
         """See that the model before the first round can be made, and the data read that the server reads.
+
+        Args:
+            deployed: Whether nodes are connected already, as in a deployed federation.
 
         Raises:
             UserError: They can't.
         """
+
+    def prepare(self, grid: Grid, folder: Path) -> None:
+        """Ask nodes what the server must know before any round; a run's folder keeps it.
+
+        Raises:
+            UserError, RunError: They can't take part.
+        """
+        del grid, folder
 
     @abstractmethod
     def app(self, state_folder: Path) -> ClientApp:
@@ -61,8 +80,9 @@ class Participants(ABC):
 class OwnClients(Participants):
     """Our own clients with data that the spec names and splits."""
 
-    def check(self) -> None:
+    def check(self, *, deployed: bool) -> None:
         """See that data, split, model and devices can be made, and count what privacy will be spent."""
+        del deployed
         for seed in self.spec.seeds:
             self.setup(StrategySpec(), seed)
             Devices(self.spec.devices, self.spec.split.clients, seed)
@@ -71,7 +91,7 @@ class OwnClients(Participants):
 
     def app(self, state_folder: Path) -> ClientApp:
         """Return our ClientApp."""
-        return client_app(state_folder, self.spec.privacy, self.spec.deadline_s or 0.0)
+        return client_app(state_folder, self.spec.privacy, self.spec.deadline_s or 0.0, reads_paths=True)
 
     def grid(self, strategy: StrategySpec, seed: int, state_folder: Path) -> Grid:
         """Return a grid that trains a round's clients at once, or one that calls them in turn."""
@@ -102,8 +122,9 @@ class AppClients(Participants):
         super().__init__(spec)
         self._app = app
 
-    def check(self) -> None:
+    def check(self, *, deployed: bool) -> None:
         """See that the package gives the model before the first round, for every seed."""
+        del deployed
         for seed in self.spec.seeds:
             initial_of(self._app, seed)
 
@@ -116,9 +137,44 @@ class AppClients(Participants):
         return AppRounds(self.spec, strategy, seed, self._app, grid, files)
 
 
+class NodesWithData(Participants):
+    """Our own clients on nodes of a deployed federation, each with data that its own configuration names."""
+
+    _learnt: Learnt | None = None
+
+    def check(self, *, deployed: bool) -> None:
+        """See that there are nodes."""
+        if not deployed:
+            raise UserError(
+                "split.kind=nodes: the data are at the nodes of a deployed federation (`flwr run`); "
+                "`python -m lossworks_federated.loopback SPEC --data csv:A --data csv:B` shows it here"
+            )
+
+    def prepare(self, grid: Grid, folder: Path) -> None:
+        """Let nodes agree on classes, columns and scale, unless they have in this run already."""
+        kept = folder / "learnt"
+        self._learnt = Learnt.read(kept, "the run")
+        if self._learnt is None:
+            task = self.spec.told(StrategySpec(), self.spec.seeds[0])
+            self._learnt = agree(grid, task, self.spec.nodes, self.spec.deadline_s or _AGREEMENT_S)
+            self._learnt.write(kept)
+
+    def app(self, state_folder: Path) -> ClientApp:
+        """Return our ClientApp."""
+        return client_app(state_folder, self.spec.privacy, self.spec.deadline_s or 0.0)
+
+    def rounds(self, strategy: StrategySpec, seed: int, grid: Grid, files: RoundFiles) -> RoundLoop:
+        """Return rounds that are measured by the nodes' own tests."""
+        facts = {} if self._learnt is None else self._learnt.facts
+        setup = server_setup(self.spec.told(strategy, seed), facts)
+        return NodeRounds(self.spec, strategy, setup, json.dumps(facts), grid, files)
+
+
 def participants_of(spec: FederationSpec) -> Participants:
     """Return who takes part in a federation."""
-    return OwnClients(spec) if spec.app is None else AppClients(spec, spec.app)
+    if spec.app is not None:
+        return AppClients(spec, spec.app)
+    return NodesWithData(spec) if spec.split.at_nodes else OwnClients(spec)
 
 
 @lru_cache(maxsize=2)

@@ -158,6 +158,7 @@ class RoundLoop(ABC):
         initial: The model before the first round.
         grid: The engine.
         files: Where to save.
+        learnt: What nodes with data of their own have agreed on, as JSON.
 
     Attributes:
         obstacle: Why clients are trained one by one, if they are.
@@ -175,9 +176,10 @@ class RoundLoop(ABC):
         initial: Member,
         grid: Grid,
         files: RoundFiles,
+        learnt: str | None = None,
     ) -> None:
         self._spec, self._initial, self._files = spec, initial, files
-        self.strategy = build_strategy(spec, chosen, task, files.path.name)
+        self.strategy = build_strategy(spec, chosen, task, files.path.name, learnt)
         clients = task.split.clients
         devices = Devices(spec.devices, clients, task.seed) if spec.devices.declared else None
         self._grid = TimedGrid(grid, devices, self.strategy.partition_of, task.local.epochs, chosen.deadline)
@@ -213,7 +215,7 @@ class RoundLoop(ABC):
         status, reason = "stopped", "interrupted"
         metrics = self._files.metrics_until(done)
         try:
-            table = ClientTable(self._files.table, done)
+            table = ClientTable(self._files.table, done, self.compared[0])
             with Journal.open(self._files.journal) as journal, table:
                 if done == 0:
                     journal.write(0, self.held_out(model) | self._virtual())
@@ -287,7 +289,7 @@ class RoundLoop(ABC):
             found |= self._measured(server_round, model, new)
             self._best.offer(server_round, found.get("server/loss", math.nan), new)
         tested = self.strategy.tested if tests else {}
-        rows = rows_of(server_round, turn.exchanges, received, (model, new), tested)
+        rows = rows_of(server_round, turn.exchanges, received, (model, new), tested, self.compared[0])
         found |= {
             "bytes/down": self._grid.down,
             "bytes/up": self._grid.up,
@@ -417,7 +419,11 @@ class Rounds(RoundLoop):
 
 
 def build_strategy(
-    spec: FederationSpec, chosen: StrategySpec, task: TaskSpec, federation: str = ""
+    spec: FederationSpec,
+    chosen: StrategySpec,
+    task: TaskSpec,
+    federation: str = "",
+    learnt: str | None = None,
 ) -> Federated:
     """Return a strategy as a federation's spec asks for it.
 
@@ -426,6 +432,7 @@ def build_strategy(
         chosen: The strategy.
         task: What its clients are told.
         federation: Name under which clients keep what they keep.
+        learnt: What nodes with data of their own have agreed on, as JSON.
     """
     plan = StrategyPlan(
         seed=task.seed,
@@ -442,6 +449,7 @@ def build_strategy(
         updates=spec.updates,
         lr=task.local.lr,
         alike=spec.privacy.kind == "central",
+        learnt=learnt,
     )
     return strategy(chosen.name)(plan=plan, also=chosen.also, **chosen.hyperparameters)
 

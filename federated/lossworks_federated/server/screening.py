@@ -166,7 +166,7 @@ def screen(
     )
 
 
-def _last_line(reason: str | None) -> str:
+def last_line(reason: str | None) -> str:
     """Return the line of an error's text that says what it was; Flower sends whole tracebacks."""
     lines = [line.strip(" '>") for line in (reason or "").replace("\\n", "\n").splitlines()]
     lines = [line for line in lines if line]
@@ -188,7 +188,7 @@ def _defect(
 ) -> tuple[str, str]:
     """Return what is wrong with a reply before its numbers are looked at, and what it says or lacks."""
     if reply.has_error():
-        return "failed", _last_line(reply.error.reason)
+        return "failed", last_line(reply.error.reason)
     found = shapes_of(reply.content)
     if not found.get(MODEL):
         return "empty", f"no arrays in a record {MODEL!r}"

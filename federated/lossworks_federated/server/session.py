@@ -117,8 +117,11 @@ class Session:
 
         watcher, setup = self._watcher, self.setup(child)
         if setup is not None and setup.split.left_out:
-            small, least = len(setup.split.left_out), self.spec.split.min_size
-            watcher.say(f"left out are {small} owners with fewer than split.min_size={least} examples")
+            split = self.spec.split
+            watcher.say(
+                f"left out are {len(setup.split.left_out)} owners: with fewer than split.min_size="
+                f"{split.min_size} examples, or beyond split.clients={split.clients}"
+            )
         journal = child.files.journal
         follower = Follower(self.spec.tracking, child_id, journal, on_row=watcher.row, on_message=watcher.say)
         with follower:

@@ -33,7 +33,7 @@ replies are taken in one by one; clients report more of their training than how 
 _KNOWN = frozenset(
     (
         *("parts", "task", "federation", "checkpoint-every", "server-round", "epochs", "lr", "seed", "terms"),
-        "personalise",
+        *("learnt", "personalise"),
         *("clipping_norm", "norm_bit"),  # of Flower's mods for privacy, which read them before a client does
     )
 )

@@ -72,6 +72,7 @@ class StrategyPlan:
         updates: How clients send their updates.
         lr: Learning rate that clients are told; None for their own.
         alike: Whether clients count alike in a mean that is weighted by examples otherwise.
+        learnt: What nodes with data of their own have agreed on, as JSON; None for others.
     """
 
     seed: int = 0
@@ -88,6 +89,7 @@ class StrategyPlan:
     updates: UpdatesSpec = field(default_factory=UpdatesSpec)
     lr: float | None = None
     alike: bool = False
+    learnt: str | None = None
 
     def tests(self, server_round: int) -> bool:
         """Return whether the global model is tested after a round."""
@@ -369,6 +371,7 @@ class Reproducible(FlowerFedAvg):
                     answer: Any = reply.content[CONFIG]
                     self._partitions[reply.metadata.src_node_id] = int(answer["partition-id"])
             self._take_in_strangers([node for node in new if node not in self._partitions])
+            self._require_apart(present)
         return sorted((self._partitions[node], node) for node in present if node in self._partitions)
 
     def _take_in_strangers(self, nodes: Sequence[int]) -> None:
@@ -379,6 +382,21 @@ class Reproducible(FlowerFedAvg):
     def partition_of(self, node: int) -> int:
         """Return the partition of a node that ``nodes`` has found."""
         return node - 1 if self._numbered else self._partitions[node]
+
+    def _require_apart(self, present: Sequence[int]) -> None:
+        """Refuse two nodes that say the same partition.
+
+        Raises:
+            RunError: Naming them.
+        """
+        of: dict[int, int] = {}
+        for node in present:
+            partition = self._partitions[node]
+            if partition in of:
+                raise RunError(
+                    f"nodes {of[partition]} and {node} both say that they have partition {partition}"
+                )
+            of[partition] = node
 
     def drawn(self, nodes: Nodes, count: int | None, server_round: int, purpose: int = _TRAIN) -> Nodes:
         """Return the clients drawn for a round, sorted; all if ``count`` is None or more than there are."""
@@ -443,6 +461,7 @@ class Reproducible(FlowerFedAvg):
             "federation": plan.federation,
             "checkpoint-every": plan.checkpoint_every,
             **({} if plan.lr is None else {"lr": plan.lr}),
+            **({} if plan.learnt is None else {"learnt": plan.learnt}),
         }
 
     def _messages(self, content: RecordDict, chosen: Nodes, kind: str) -> list[Message]:

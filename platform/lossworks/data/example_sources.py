@@ -52,6 +52,8 @@ def read_examples(spec: ExamplesSpec, seed: int, learnt: Learnt | None = None) -
         UserError: The source can't be read.
     """
     found = _read(spec, seed, learnt)
+    if len(found.names) < 2 and learnt is None:  # who has learnt its classes needn't see all of them here
+        raise UserError(f"the labels hold {len(found.names)} class; two are the least")
     return found if spec.classes is None else _of_classes(found, [str(name) for name in spec.classes])
 
 
@@ -89,7 +91,7 @@ def _numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return labels as numbers in the order of their sorted names, and the names.
 
     Raises:
-        UserError: There are fewer than two classes, or a label is NaN.
+        UserError: A label is NaN, or none of what labels can be.
     """
     given = np.asarray(labels)
     if given.dtype.kind == "S":
@@ -99,8 +101,6 @@ def _numbered(labels: Any) -> tuple[np.ndarray, tuple[str, ...]]:
     names, numbers = np.unique(given, return_inverse=True)
     if names.dtype.kind == "f" and not np.isfinite(names).all():
         raise UserError("a label is NaN or infinite")
-    if len(names) < 2:
-        raise UserError(f"the labels hold {len(names)} class; two are the least")
     order = in_order(names)
     places = np.argsort(order)
     return places[numbers.reshape(-1)].astype(np.int64), tuple(str(names[at]) for at in order)

@@ -15,6 +15,7 @@ from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import declaration
 from lossworks.data import load_examples
 from lossworks.data.batch import IGNORE_INDEX, Batch
+from lossworks.data.examples import ExampleData
 from lossworks.data.learnt import Learnt
 from lossworks.data.standardise import Standardisation
 from lossworks.errors import UserError
@@ -48,6 +49,8 @@ class ClassificationTask(ExamplesTask):
 
     Args:
         spec: The run.
+        learnt: What the model has learnt from data before.
+        data: Its examples, where they were read already.
 
     Raises:
         UserError: The examples can't be read, or are of more than two classes where the loss is for two.
@@ -80,10 +83,12 @@ class ClassificationTask(ExamplesTask):
         {"eval/accuracy": "accuracy", "eval/ece": "calibration error"},
     )
 
-    def __init__(self, spec: ClassifierSpec, learnt: Learnt | None = None) -> None:
+    def __init__(
+        self, spec: ClassifierSpec, learnt: Learnt | None = None, data: ExampleData | None = None
+    ) -> None:
         super().__init__(spec)
         self.run = spec
-        self.data = load_examples(spec.data, spec.seed, learnt)
+        self.data = load_examples(spec.data, spec.seed, learnt) if data is None else data
         self.train, self.held_out = self.data.train, self.data.held_out
         self.shape = self.data.shape
         self.outputs = len(self.data.names)

@@ -76,7 +76,7 @@ class OneByOneGrid(CohortGrid):
 
     def __init__(self, setup: SharedSetup, state_folder: Path | None = None) -> None:
         super().__init__(setup, state_folder)
-        self.app = client_app(state_folder)
+        self.app = client_app(state_folder, reads_paths=True)
         del self.nodes  # so that clients are asked for them
 
     def get_node_ids(self) -> list[int]:
