@@ -40,6 +40,7 @@ from lossworks_federated.strategies.catalogue import (
     check_also,
     check_settings,
     declaration,
+    part_of,
 )
 from lossworks_federated.virtual.device_specs import DevicesSpec
 
@@ -354,14 +355,9 @@ class FederationSpec(Spec):
                     f"strategies: {strategy.name} trains on what all clients have in one place, and only "
                     f"app={app.name} knows what that is; leave it out"
                 )
-            for name in (strategy.name, *(entry["name"] for entry in strategy.also)):
-                needs = {CLIENT_PART, REPORTS} & set(declaration(name).flags)
-                if needs and not app.offered.uses_local_rule:
-                    raise ValueError(
-                        f"strategies: {name} needs something of clients that app={app.name} leaves undone: "
-                        "let it train within `local_rule` and say so with uses_local_rule=True, or take a "
-                        "strategy that needs nothing, such as fedavg"
-                    )
+            own = {"name": strategy.name, **strategy.hyperparameters}
+            for entry in () if app.offered.uses_local_rule else (own, *strategy.also):
+                _require_nothing_of_clients(entry, app.name)
 
     def told(self, strategy: StrategySpec, seed: int) -> TaskSpec:
         """Return what clients are told for one strategy and seed.
@@ -412,3 +408,20 @@ def _class_of(values: Mapping[str, Any], source: str) -> type[FederationSpec]:
         return federation_class(task)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def _require_nothing_of_clients(entry: Mapping[str, Any], app: str) -> None:
+    """Refuse a strategy, as ``name`` and hyperparameters, that needs something of an app without our part."""
+    name = entry["name"]
+    flags = declaration(name).flags
+    part = part_of(entry) if CLIENT_PART in flags else None
+    if REPORTS not in flags and (part is None or part.idle):
+        return
+    without = (
+        f", or {name} with {part.strength}=0, which leaves clients alone" if part and part.strength else ""
+    )
+    raise ValueError(
+        f"strategies: {name} needs something of clients that app={app} leaves undone: let it train within "
+        "`local_rule` and say so with uses_local_rule=True, or take a strategy that needs nothing, such as "
+        f"fedavg{without}"
+    )

@@ -28,8 +28,8 @@ def _parse(values: Mapping[str, Any], source: str) -> FederationSpec:
     spec = FederationSpec.parse(values, source=source)
     if len(spec.strategies) != 1:
         raise UserError(f"{source}: strategies: sweeps and studies take federations of one strategy each")
-    if spec.engine != "cohort":
-        raise UserError(f"{source}: engine={spec.engine}: sweeps and studies train by engine=cohort")
+    if spec.engine == "flower":
+        raise UserError(f"{source}: engine={spec.engine}: sweeps and studies train in their own process")
     return spec
 
 
@@ -53,15 +53,13 @@ def _yardsticks(spec: FederationSpec) -> Mapping[str, Direction]:
 
 def _train(spec: FederationSpec, path: Path, report: StepReport) -> None:
     from lossworks.tracking import rows_while
-    from lossworks_federated.engines.cohort_grid import CohortGrid
-    from lossworks_federated.server.rounds import RoundFiles, Rounds
-    from lossworks_federated.shared_setup import make_setup
+    from lossworks_federated.server.participants import participants_of
+    from lossworks_federated.server.rounds import RoundFiles
 
     (strategy,), (seed,) = spec.strategies, spec.seeds
-    setup = make_setup(spec.told(strategy, seed))
-    files = RoundFiles(path)
-    grid = CohortGrid(setup, path / "clients", spec.privacy)
-    rounds = Rounds(spec, strategy, setup, grid, files)
+    files, taking = RoundFiles(path), participants_of(spec)
+    taking.check(deployed=False)
+    rounds = taking.rounds(strategy, seed, taking.grid(strategy, seed, path / "clients"), files)
     for row in rows_while(files.journal, rounds.run):
         if row["step"] > 0 and "server/accuracy" in row["metrics"]:
             report(row["step"], row["metrics"])

@@ -20,8 +20,11 @@ from lossworks.errors import RunError, UserError
 from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
 from lossworks_federated.apps.plain_torch import load_model, local_rule
+from lossworks_federated.client.app_memory import keep_app, recall_app
+from lossworks_federated.client.client_memory import Moment
 from lossworks_federated.engines.sequential_grid import SequentialGrid
 from lossworks_federated.flower_private import identify
+from lossworks_federated.loopback import main as loopback
 from lossworks_federated.server.participants import participants_of
 from lossworks_federated.server.rounds import RoundFiles, RoundLoop
 from lossworks_federated.shared_setup import SharedSetup
@@ -59,9 +62,11 @@ def ended(spec: FederationSpec, folder: Path) -> Member:
 # As they are
 
 
-@pytest.mark.parametrize("name", sorted(set(strategies()) - NEEDING - OURS_ALONE))
+@pytest.mark.parametrize(
+    "name", [*sorted(set(strategies()) - NEEDING - OURS_ALONE), {"name": "fedld", "margin": 0.0}], ids=str
+)
 def test_a_quick_start_app_trains_under_every_strategy_without_a_part(
-    name: str, packages: None, tmp_path: Path
+    name: Any, packages: None, tmp_path: Path
 ) -> None:
     """Its model has whole numbers, too; what it reports and its package measures is recorded."""
     model = ended(of_app(name), tmp_path)
@@ -134,6 +139,7 @@ def test_the_command_runs_an_app(packages: None, tmp_path: Path, capsys: pytest.
             "fedlex needs something of clients that app=quick-start leaves undone: let",
         ),
         ({"strategies": ["fednova"]}, "fednova needs something of clients"),
+        ({"strategies": ["fedld"]}, "or fedld with margin=0, which leaves clients alone"),
         ({"strategies": [{"name": "fedavg", "also": ["fedprox"]}]}, "fedprox needs something of clients"),
     ],
 )
@@ -160,6 +166,44 @@ def test_an_app_that_can_not_be_used_is_named(
 def test_without_any_package_it_is_said_how_one_offers_an_app() -> None:
     with pytest.raises(UserError, match="no installed package offers a ClientApp; one does through an entry"):
         of_app()
+
+
+def test_what_an_app_keeps_in_its_context_is_there_when_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays, numbers, texts and bytes, of the round that is gone on from; each child begins without."""
+    install_package(
+        tmp_path / "info",
+        monkeypatch,
+        {"lossworks.client_apps": {"counting": "lossworks_other.apps:COUNTING"}},
+    )
+    whole = ended(of_app(app="counting", rounds=4), tmp_path / "whole")
+    for rounds in (1, 3):
+        ended(of_app(app="counting", rounds=rounds), tmp_path / "cut")
+    assert equal(ended(of_app(app="counting", rounds=4), tmp_path / "cut"), whole)
+    assert float(whole["w"]) == 1 + 2 + 3 + 4
+    assert sorted(file.stem for file in (tmp_path / "whole" / "clients").rglob("*/0/*")) == ["app-3", "app-4"]
+
+    spec = of_app(app="counting")
+    app = participants_of(spec).app(tmp_path / "both")
+    context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
+    for federation, expected in (("a", [1, 2]), ("b", [1])):
+        for server_round, value in enumerate(expected, 1):
+            message = instruction([], {"w": torch.zeros(1)}, seed=0, federation=federation)
+            message.content["config"]["server-round"] = server_round
+            assert float(app(message, context).content["arrays"]["w"].numpy()[0]) == value
+
+
+def test_a_context_that_an_app_has_emptied_is_empty_when_it_goes_on(tmp_path: Path) -> None:
+    moments = [Moment("run", number, 1, tmp_path) for number in range(4)]
+    context = Context(1, 1, {"partition-id": 0}, RecordDict({"texts": ConfigRecord({"a": "b"})}), {})
+    keep_app(context, moments[1])
+    del context.state["texts"]
+    keep_app(context, moments[2])
+    for moment, names in ((moments[3], set()), (moments[2], {"texts"})):
+        again = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
+        recall_app(again, moment)
+        assert set(again.state) == names
 
 
 # With the parts of strategies
@@ -362,3 +406,20 @@ def test_flower_s_simulation_runs_an_app_as_the_sequential_engine_does(tmp_path:
     assert [len(found) for found in models] == [2, 2]
     for ours, theirs in zip(*models, strict=True):
         assert equal(load_tensors(ours), load_tensors(theirs))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_deployed_app_is_the_sequential_engine_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SuperNodes run the package's app; its part of SCAFFOLD is kept at the node."""
+    install_package(tmp_path / "info", monkeypatch)
+    monkeypatch.setenv("LOSSWORKS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(OTHER_PACKAGE), str(tmp_path / "info")]))
+    spec = of_app("scaffold", "with-rule", split={"clients": 2}, measure={"every": 2})
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec.model_dump(mode="json")))
+
+    assert loopback([str(tmp_path / "spec.yaml")]) == 0, capsys.readouterr().err
+    (theirs,) = (tmp_path / "home" / "runs").glob("*/*/model.safetensors")
+    assert equal(load_tensors(theirs), ended(spec, tmp_path / "here"))

@@ -12,6 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from lossworks_federated.apps.offered import RunValue, offered_app
+from lossworks_federated.client.app_memory import keep_app, recall_app
+from lossworks_federated.client.client_memory import moment_of
 from lossworks_federated.records import CONFIG
 
 _KINDS = (MessageType.TRAIN, MessageType.EVALUATE)
@@ -23,7 +25,7 @@ class PreparedApp(ClientApp):
     It finds the run configuration in its context; which partition is whose is answered for it. Before each
     call, the random streams of Python, numpy and torch are seeded by seed and round of the instruction and
     the client's partition, and afterwards they are as they were, so that the same federation gives the same
-    result.
+    result. What the app keeps in its context is kept in the client's folder, too, for a run that goes on.
 
     Args:
         name: Of the app; it is imported where it is called.
@@ -45,8 +47,17 @@ class PreparedApp(ClientApp):
         kind = _KINDS.index(message.metadata.message_type)
         partition = int(context.node_config["partition-id"])
         numbers = [int(told["seed"]), int(told["server-round"]), partition, kind]
+        configured = self._configured(context)
+        folder = configured.node_config.get("state-folder")
+        moments = [
+            moment_of(told, int(told["server-round"]) + later, Path(str(folder)) if folder else None)
+            for later in (kind, 0)  # an evaluation comes after the training of its round
+        ]
+        recall_app(configured, moments[0])
         with streams_seeded(numbers):
-            return offered_app(self._name).app(message, self._configured(context))
+            reply = offered_app(self._name).app(message, configured)
+        keep_app(configured, moments[1])
+        return reply
 
     def _configured(self, context: Context) -> Context:
         """Return a context with the same state; Flower refuses one whose configuration was changed."""

@@ -17,8 +17,8 @@ from lossworks.errors import RunError
 from lossworks_federated.client.client_store import ClientStore
 from lossworks_federated.records import array_record, member_from
 
-_KEPT = "kept."
-_ROUND = "kept-round"
+KEPT, ROUND = "kept.", "kept-round"
+"""Records in a context: what parts keep, by slug behind the first, and since which round."""
 _STORE = "clients.sqlite"
 
 
@@ -100,8 +100,8 @@ def keep(
         for slug, member in groups.items():
             # Cloned where it stays in memory, since a view would hold the whole stack.
             own = {name: value.clone() for name, value in member.items()}
-            context.state[_KEPT + slug] = array_record(own, local=local)
-        context.state[_ROUND] = ConfigRecord({"round": moment.server_round, "federation": moment.federation})
+            context.state[KEPT + slug] = array_record(own, local=local)
+        context.state[ROUND] = ConfigRecord({"round": moment.server_round, "federation": moment.federation})
 
 
 def _partition(context: Context) -> int:
@@ -109,11 +109,11 @@ def _partition(context: Context) -> int:
 
 
 def _recalled(context: Context, slugs: Sequence[str], moment: Moment) -> dict[str, Member]:
-    known = context.state.config_records.get(_ROUND)
+    known = context.state.config_records.get(ROUND)
     fits = known is not None and known["federation"] == moment.federation
     if known is None or not fits or int(known["round"]) >= moment.server_round:  # type: ignore[arg-type]
-        for name in [name for name in context.state if name.startswith(_KEPT)]:
+        for name in [name for name in context.state if name.startswith(KEPT)]:
             del context.state[name]
         return {}
     records = context.state.array_records
-    return {slug: member_from(records[_KEPT + slug]) for slug in slugs if _KEPT + slug in records}
+    return {slug: member_from(records[KEPT + slug]) for slug in slugs if KEPT + slug in records}

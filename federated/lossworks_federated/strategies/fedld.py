@@ -15,12 +15,11 @@ class MarginPart(Part):
     """Discourages confident outputs."""
 
     slug = "fedld"
+    strength = "margin"
 
-    def rule(self, cohort: Cohort) -> LocalRule | None:
+    def rule(self, cohort: Cohort) -> LocalRule:
         """Return the margin control."""
         del cohort
-        if not self.settings.margin:
-            return None
         if self.settings.variant == "paper":
             return Margin(self.settings.margin, on="logits", reduce="sample")
         return Margin(self.settings.margin, on="softmax", reduce="batch")

@@ -11,6 +11,7 @@ class ProximalPart(Part):
     """Pulls clients towards w⁰."""
 
     slug = "fedprox"
+    strength = "mu"
 
     def rule(self, cohort: Cohort) -> LocalRule:
         """Return the pull."""

@@ -148,8 +148,10 @@ class Federated(Entry, Strategy):
         super().__init__(**self.flower_arguments())
         self.plan = plan or StrategyPlan()
         own = {"name": self.slug, **self.settings()}
-        self.described = [own, *map(dict, also)] if self.part else [dict(entry) for entry in also]
-        self.parts = [part_of(entry) for entry in self.described]
+        described = [own, *map(dict, also)] if self.part else [dict(entry) for entry in also]
+        pairs = [(entry, part_of(entry)) for entry in described]
+        self.described = [entry for entry, part in pairs if not part.idle]
+        self.parts = [part for _, part in pairs if not part.idle]
 
     @classmethod
     def declaration(cls) -> Declaration:

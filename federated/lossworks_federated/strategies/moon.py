@@ -14,6 +14,7 @@ class ContrastPart(Part):
 
     slug = "moon"
     keeps = True
+    strength = "mu"
 
     def initial(self, origin: Member) -> Member:
         """Return w⁰: a client's first round has no earlier model."""

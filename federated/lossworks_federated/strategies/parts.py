@@ -70,6 +70,7 @@ class Part:
         plain_sgd: Whether clients must take steps of SGD without momentum.
         sends: Whether clients send arrays besides their parameters, named and shaped like them.
         keeps: Whether clients keep arrays between rounds.
+        strength: The hyperparameter that leaves nothing to do in clients where it is 0; empty if none does.
     """
 
     slug: ClassVar[str]
@@ -77,9 +78,15 @@ class Part:
     plain_sgd: ClassVar[bool] = False
     sends: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
+    strength: ClassVar[str] = ""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = SimpleNamespace(**settings)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it leaves clients as they are, whatever they run."""
+        return bool(self.strength) and not getattr(self.settings, self.strength)
 
     def initial(self, origin: Member) -> Member:
         """Return what a client has kept before its first round."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -124,6 +124,29 @@ def evaluate(arrays: Mapping[str, Tensor]) -> dict[str, float]:
     return {"loss": loss, "accuracy": accuracy}
 
 
+counting = ClientApp()
+
+
+@counting.train()
+def _count(message: Message, context: Context) -> Message:
+    """Return the model plus the number of the call, which is known from the context alone."""
+    state = context.state
+    kept = [
+        int(state["calls"]["number"]) if "calls" in state else 0,
+        int(state["arrays/of it"]["a/b"].numpy().sum()) if "calls" in state else 0,
+        len(state["texts"]["bytes"]) if "calls" in state else 0,
+    ]
+    assert len(set(kept)) == 1, kept
+    number = kept[0] + 1
+    state["calls"] = MetricRecord({"number": number, "all": list(range(number))})
+    state["arrays/of it"] = ArrayRecord({"a/b": torch.ones(number, dtype=torch.float64)})
+    state["texts"] = ConfigRecord({"bytes": b"\xff" * number, "text": "é", "flags": [True] * number})
+    moved = message.content["arrays"].to_torch_state_dict()["w"] + number
+    content = {"arrays": ArrayRecord({"w": moved}), "metrics": MetricRecord({"num-examples": 2})}
+    return Message(content=RecordDict(content), reply_to=message)
+
+
 CONFIG = {"local-epochs": 1, "batch-size": 8}
 QUICK_START = OfferedApp(quick_start, initial, evaluate, CONFIG)
 WITH_RULE = OfferedApp(with_rule, initial, evaluate, {"batch-size": 8}, uses_local_rule=True)
+COUNTING = OfferedApp(counting, lambda seed: {"w": torch.zeros(1)})
