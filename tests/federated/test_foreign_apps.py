@@ -11,6 +11,7 @@ from lossworks.cohort import plan_batches
 from lossworks.errors import RunError, UserError
 from lossworks_federated.client.client_app import client_app
 from lossworks_federated.engines.cohort_grid import CohortGrid
+from lossworks_federated.engines.counted_grid import CountedGrid
 from lossworks_federated.engines.sequential_grid import SequentialGrid
 from lossworks_federated.flower_private import failed, identify, name_message
 from lossworks_federated.records import array_record, member_from
@@ -46,6 +47,32 @@ def test_nodes_that_do_not_answer_are_numbered_by_id():
     """Whatever the strategy: whether their app does its part is seen by their replies."""
     for name in ("fedavg", "fedlex"):
         assert strategy(name)().nodes(Strangers()) == [(0, 10), (1, 20), (2, 30)]
+
+
+def test_an_app_that_answers_no_question_trains_under_ours():
+    """On nodes of which nobody knows the partitions; the same ones are drawn in the same round."""
+    app, trained = ClientApp(), []
+
+    @app.train()
+    def train(message, context):
+        trained.append(context.node_id)
+        arrays = message.content["arrays"].to_torch_state_dict()
+        moved = ArrayRecord({name: value + context.node_id for name, value in arrays.items()})
+        content = RecordDict({"arrays": moved, "metrics": MetricRecord({"num-examples": 10})})
+        return Message(content, reply_to=message)
+
+    def model_after(**plan):
+        grid = CountedGrid(SequentialGrid(app, 3))
+        del grid.partitions
+        own = strategy("fedavg")(plan=StrategyPlan(test_every=9, **plan))
+        arrays = ArrayRecord({"w": torch.zeros(2, dtype=torch.float64)})
+        return member_from(own.start(grid, arrays, num_rounds=2).arrays)["w"]
+
+    assert model_after().tolist() == [4, 4]  # twice the mean of the nodes' ids
+    trained.clear()
+    assert torch.equal(model_after(clients_per_round=2), model_after(clients_per_round=2))
+    assert trained[:4] == trained[4:]
+    assert len(set(trained[:2])) == 2
 
 
 # Flower's own strategies over our clients
