@@ -596,24 +596,29 @@ SIMULATED = ["fedavg", "scaffold", {"name": "fedlex", "explore_epochs": 1}]
 
 
 @pytest.mark.parametrize(
-    "strategies",
+    ("strategies", "more"),
     [
-        SIMULATED,
-        [
-            name
-            for name, one in sorted(catalogue().items())
-            if name not in ("fedavg", "scaffold") and ASYNCHRONOUS not in one.flags
-        ],
+        (SIMULATED, {}),
+        (
+            [
+                name
+                for name, one in sorted(catalogue().items())
+                if name not in ("fedavg", "scaffold") and ASYNCHRONOUS not in one.flags
+            ],
+            {},
+        ),
+        (["fedavg", "moon"], {"updates": {"kind": "top-k", "share": 0.1}}),
+        (["fedavg"], {"updates": {"kind": "quantised", "bits": 6}}),
     ],
-    ids=["some", "the others"],
+    ids=["some", "the others", "top-k", "quantised"],
 )
 @pytest.mark.slow
 def test_flowers_own_simulation_gives_the_same_models(
-    strategies: list[object], at_home: Path, tmp_path: Path
+    strategies: list[object], more: dict[str, object], at_home: Path, tmp_path: Path
 ) -> None:
     """In a process of its own: Flower shuts Ray down at the end, and other tests use it."""
     split = {"kind": "dirichlet", "clients": 4, "alpha": 0.5}
-    changes = {"strategies": strategies, "rounds": 2, "split": split, "faults": {"nan_clients": [2]}}
+    changes = {"strategies": strategies, "rounds": 2, "split": split, "faults": {"nan_clients": [2]}, **more}
     changes |= {"devices": {"speed": {"uniform": {"low": 5, "high": 50}}}, "measure": {"personalise": 1}}
     file = write_spec(tmp_path, **changes)
     cohort = federate(FederationSpec.read(file)).folder.path
