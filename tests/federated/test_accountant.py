@@ -134,6 +134,13 @@ def test_a_repeated_round_counts_twice(tmp_path: Path) -> None:
     assert again.metrics["privacy/epsilon"] == pytest.approx(three, rel=1e-9)
 
 
+def test_rounds_do_not_go_on_when_what_was_spent_is_unknown(tmp_path: Path) -> None:
+    rounds_of(tiny(rounds=1, privacy=PRIVATE), tmp_path).run()
+    (tmp_path / "child" / "privacy.safetensors").unlink()
+    with pytest.raises(RunError, match=r"privacy\.safetensors is gone.*first 1 rounds have spent"):
+        rounds_of(tiny(rounds=2, privacy=PRIVATE), tmp_path).run()
+
+
 def test_clients_count_alike_under_central_noise(tmp_path: Path) -> None:
     private = rounds_of(tiny(rounds=1, privacy={"kind": "central", "noise_multiplier": 0.0}), tmp_path)
     private.run()

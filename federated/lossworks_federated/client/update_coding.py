@@ -34,7 +34,8 @@ class UpdateCoding:
 
     With error feedback (Stich, Cordonnier, Jaggi 2018, *Sparsified SGD with Memory*) a client adds to g what
     it has not sent before, e, and keeps g + e less what it sends; so the sum of all that it sent plus what it
-    keeps is the sum of its updates. Without, a random mask is multiplied by D/k, so that its mean is g.
+    keeps is the sum of its updates. A reply that is lost on its way takes with it what it held. Without error
+    feedback a random mask is multiplied by D/k, so that its mean is g.
 
     Args:
         spec: How; ``kind`` is not none.

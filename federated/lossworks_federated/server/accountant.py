@@ -32,7 +32,8 @@ class PrivacyAccountant:
     k Gaussian mechanisms are one with a noise √k times smaller, whose ε is exact (Balle, Wang 2018). The
     second is for ``kind=central`` alone and counts that nobody but the server knows who was asked: a fixed
     number of clients, all sets of them alike, drawn anew each round without replacement (Wang, Balle,
-    Kasiviswanathan 2019, theorem 27), composed by Rényi divergence.
+    Kasiviswanathan 2019, theorem 27), composed by Rényi divergence. Who is drawn follows from the spec's
+    seed, so it is no secret to those who know the seed.
 
     Args:
         privacy: Kind, noise and δ; ``kind`` is local or central, with noise.

@@ -242,9 +242,15 @@ class RoundLoop(ABC):
         return outcome
 
     def _begin(self) -> tuple[int, Member]:
-        if self._accountant is not None and self._files.spent.is_file():
-            self._accountant.restore(load_tensors(self._files.spent))
         saved = self._files.newest()
+        if self._accountant is not None:
+            if self._files.spent.is_file():
+                self._accountant.restore(load_tensors(self._files.spent))
+            elif saved is not None:
+                raise RunError(
+                    f"{self._files.spent} is gone: it says how much privacy the first {saved[0]} rounds have "
+                    "spent, and no round may go on without it; put it back, or start another run"
+                )
         if saved is None:
             return 0, self._initial
         done, groups, totals = saved
