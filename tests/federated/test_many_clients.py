@@ -3,10 +3,13 @@
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from lossworks_federated.client.client_store import ClientStore
 from lossworks_federated.engines.cohort_grid import CohortGrid
 from lossworks_federated.engines.in_process_grid import NumberedNodes
 from lossworks_federated.specs import FederationSpec
@@ -36,6 +39,23 @@ def test_a_million_nodes_are_numbered_and_drawn_like_a_list() -> None:
 def test_the_grid_answers_for_its_nodes() -> None:
     grid = CohortGrid(setup_of(tiny()))
     assert list(grid.get_node_ids()) == [node for _, node in grid.nodes] == [1, 2, 3, 4, 5, 6]
+
+
+def test_clients_of_several_threads_share_a_store(tmp_path: Path) -> None:
+    """As processes of Flower's simulation do, each of which opens the file for itself."""
+    store = ClientStore(tmp_path / "clients.sqlite")
+
+    def work(client: int) -> None:
+        for server_round in (1, 2, 3):
+            kept = {"scaffold": {"w": torch.tensor([10.0 * client + server_round])}}
+            store.write([(client, kept)], server_round, safe=server_round - 1)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(12)))
+    found = store.read(range(13), before=3)
+
+    assert [float(one["scaffold"]["w"]) for one in found[:12]] == [10.0 * client + 2 for client in range(12)]
+    assert found[12] == {}
 
 
 def test_the_spec_of_a_million_is_one() -> None:
