@@ -37,8 +37,9 @@ class FederationResult:
         comparison: Figures of every strategy.
         pictures: What was drawn.
         failed: Titles of the children that failed, with the reason.
-        worst: By title of the strategy, the worst clients of the first seed with their mean accuracies over
+        worst: By title of the strategy, the worst clients of the first seed with their mean figures over
             their last 10 tests, the worst first.
+        models: By title of the strategy, the run that its global model was made one of, of the first seed.
     """
 
     folder: RunFolder
@@ -46,6 +47,7 @@ class FederationResult:
     pictures: tuple[Path, ...]
     failed: tuple[tuple[str, str], ...]
     worst: dict[str, list[tuple[int, float]]]
+    models: dict[str, str]
 
 
 def federate(
@@ -119,7 +121,8 @@ def _result(session: Session, pictures: list[Path]) -> FederationResult:
         child.strategy.title: ClientFigures.read(child.files.table, what).worst(_WORST) for child in first
     }
     worst = {title: clients for title, clients in found.items() if clients}
-    return FederationResult(session.folder, compare(session), tuple(pictures), failed, worst)
+    models = {child.strategy.title: run for child in first if (run := child.model_run) is not None}
+    return FederationResult(session.folder, compare(session), tuple(pictures), failed, worst, models)
 
 
 def _run(session: Session, grid: "Grid | None") -> None:

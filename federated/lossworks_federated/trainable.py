@@ -5,23 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.errors import UserError
+from lossworks.tasks.registry import task_class
 from lossworks.trainables import Direction, StepReport, Trainable
 from lossworks_federated.specs import FederationSpec
 
-_YARDSTICKS: dict[str, Direction] = {
-    "server/accuracy": "max",
-    "server/cross_entropy": "min",
-    "server/ece": "min",
-    "server/brier": "min",
-    "clients/accuracy_mean": "max",
-    "clients/accuracy_weighted": "max",
-    "clients/accuracy_worst10": "max",
-    "clients/accuracy_min": "max",
-    "clients/accuracy_std": "min",
-    "bytes/down": "min",
-    "bytes/up": "min",
-    "train/loss": "min",
-}
+_COSTS: dict[str, Direction] = {"bytes/down": "min", "bytes/up": "min", "train/loss": "min"}
 
 
 def _parse(values: Mapping[str, Any], source: str) -> FederationSpec:
@@ -47,8 +35,13 @@ def _cpus(spec: FederationSpec) -> float:
 
 
 def _yardsticks(spec: FederationSpec) -> Mapping[str, Direction]:
-    del spec
-    return _YARDSTICKS
+    kind = task_class(spec.task)
+    found = {f"server/{name.removeprefix('eval/')}": best for name, best in kind.yardsticks.items()}
+    tracked = kind.compared_by()
+    best, of_clients = kind.yardsticks[tracked], f"clients/{tracked.removeprefix('eval/')}"
+    worst = "min" if best == "max" else "max"
+    found |= {f"{of_clients}_{which}": best for which in ("mean", "weighted", "worst10", worst)}
+    return {**found, f"{of_clients}_std": "min", **_COSTS}
 
 
 def _train(spec: FederationSpec, path: Path, report: StepReport) -> None:
@@ -61,7 +54,7 @@ def _train(spec: FederationSpec, path: Path, report: StepReport) -> None:
     taking.check(deployed=False)
     rounds = taking.rounds(strategy, seed, taking.grid(strategy, seed, path / "clients"), files)
     for row in rows_while(files.journal, rounds.run):
-        if row["step"] > 0 and "server/accuracy" in row["metrics"]:
+        if row["step"] > 0 and any(name.startswith("server/") for name in row["metrics"]):
             report(row["step"], row["metrics"])
 
 

@@ -20,8 +20,6 @@ from flwr.app import Context, RecordDict
 from lossworks.cli import main
 from lossworks.errors import RunError, UserError
 from lossworks.metrics.intervals import MeanInterval
-from lossworks.tasks.classification import ClassificationTask
-from lossworks.tasks.text.language_model import LanguageTask
 from lossworks.tensors import load_tensors
 from lossworks.tracking import read_all
 from lossworks_federated.client.client_memory import Moment, keep, recall
@@ -177,15 +175,15 @@ def test_drift_against_its_definition(tmp_path: Path) -> None:
 
 def test_spread_over_clients() -> None:
     tested = {client: OwnTest(10 * (client + 1), {"accuracy": client / 20}) for client in range(20)}
-    found = spread(tested, ClassificationTask)
+    found = spread(tested, "accuracy", "max")
     assert found["clients/accuracy_worst10"] == pytest.approx(np.mean([0, 1 / 20]))
     assert found["clients/accuracy_mean"] == pytest.approx(np.mean(np.arange(20) / 20))
     assert found["clients/accuracy_min"] == 0
     assert found["clients/accuracy_weighted"] > found["clients/accuracy_mean"]
-    assert spread({}, ClassificationTask) == {}
+    assert spread({}, "accuracy", "max") == {}
 
     bits = {client: OwnTest(10, {"bits_per_byte": 1.0 + client}) for client in range(20)}
-    found = spread(bits, LanguageTask)
+    found = spread(bits, "bits_per_byte", "min")
     assert found["clients/bits_per_byte_worst10"] == pytest.approx(19.5)
     assert found["clients/bits_per_byte_max"] == 20
 

@@ -63,7 +63,7 @@ def test_an_app_that_answers_no_question_trains_under_ours():
 
     def model_after(**plan):
         grid = CountedGrid(SequentialGrid(app, 3))
-        del grid.partitions
+        del grid.nodes
         own = strategy("fedavg")(plan=StrategyPlan(test_every=9, **plan))
         arrays = ArrayRecord({"w": torch.zeros(2, dtype=torch.float64)})
         return member_from(own.start(grid, arrays, num_rounds=2).arrays)["w"]

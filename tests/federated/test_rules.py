@@ -85,7 +85,7 @@ def zeros():
         Proximal(member(), 0.0),
         ControlVariates(zeros(), repeat(zeros(), 3)),
         Dynamic(member(), repeat(zeros(), 3), 0.0),
-        Contrast(learner_of(), member(), repeat(member(1), 3), mu=0.0),
+        Contrast(learner_of().features, member(), repeat(member(1), 3), mu=0.0),
         Margin(0.0),
         Margin(0.0, "softmax", "batch"),
         Guided({name: torch.ones_like(value) for name, value in member().items()}),
@@ -177,7 +177,7 @@ def test_contrast_has_its_closed_form():
     valid = outputs()[1]
     params = repeat(member(2), 2)
     hidden, logits = model(params, inputs)
-    rule = Contrast(learner_of(), member(), repeat(member(1), 3), mu=2.0, temperature=0.7)
+    rule = Contrast(learner_of().features, member(), repeat(member(1), 3), mu=2.0, temperature=0.7)
     found = rule.penalty(seen(inputs, hidden, logits, valid))
 
     for client in range(2):

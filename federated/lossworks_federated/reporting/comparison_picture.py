@@ -50,7 +50,8 @@ def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> list[P
         drift.set_ylim(bottom=0)
         _draw_curves(disagreement, comparison, "drift/disagreement", colours)
         disagreement.set(title="Disagreement of updates, 0 where all agree", ylabel="disagreement")
-        disagreement.set_ylim(0, 1.05)
+        # Means are weighted by examples, so that small clients may be further from it than updates are long.
+        disagreement.set_ylim(0, max(1.05, disagreement.get_ylim()[1]))
         if comparison.timed:
             _draw_virtual(panels[0, 3], panels[1, 3], comparison, colours)
         _draw_terms(terms, comparison)
@@ -151,7 +152,7 @@ def _count_whole(axes: "Axes") -> None:
 
 def _draw_spread(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[float, ...]]) -> None:
     yardstick = comparison.yardstick
-    axes.set_title(f"Clients' {yardstick.words} on their own tests, last round")
+    axes.set_title("Clients on their own tests, last round")
     names = comparison.strategies
     tested = [
         [one for e in comparison.of(name) if e.outcome for one in e.outcome.clients.values()]
@@ -180,7 +181,7 @@ def _draw_spread(axes: "Axes", comparison: Comparison, colours: dict[str, tuple[
 
 
 def _draw_terms(axes: "Axes", comparison: Comparison) -> None:
-    axes.set_title("Loss terms, mean of the last 10 measured rounds")
+    axes.set_title("Loss terms, last 10 measured rounds")
     names = [n for n in comparison.strategies if any("terms/local" in e.curves for e in comparison.of(n))]
     if not names:
         not_measured(axes)

@@ -16,7 +16,7 @@ from lossworks_federated.reporting.comparison import Comparison
 from lossworks_federated.server.session import Child, FederationWatcher
 from lossworks_federated.specs import FederationSpec
 
-_WIDTH_OF_FILES = 150
+_WIDTH_OF_FILES = 190
 _MIB = 2.0**20
 _Column = tuple[str, Callable[[str], str]]
 
@@ -88,10 +88,17 @@ def print_federation(spec: FederationSpec, result: FederationResult, *, where: s
     lines = [("pictures", ", ".join(str(path) for path in result.pictures if path.suffix == ".png"))]
     lines += [(f"worst clients{of_seed}", f"{title}: {_named(who)}") for title, who in result.worst.items()]
     lines += [("failed", f"{title}: {reason}") for title, reason in result.failed]
+    if result.models:
+        named = ", ".join(f"{title}: {run}" for title, run in result.models.items())
+        lines.append((f"models, as runs{of_seed}", named))
     uri = tracking_uri(spec.tracking)
     look = redact(uri) if uri.startswith("http") else f"{program()} ui"
     again = f"{program()} federate --resume {result.folder.run_id}"
     commands = [("see the runs in MLflow", look), *([("try again", again)] if result.failed else [])]
+    if result.models:
+        commands.append(
+            ("write a model", f"{program()} export {next(iter(result.models.values()))} --to model")
+        )
     print_summary(f"{spec.name}: {spec.rounds} rounds, {where or f'engine {spec.engine}'}", lines, commands)
 
 

@@ -38,7 +38,8 @@ def guidance_matrix(
     Returns:
         Shape (…), in the dtype of the displacements; in [0, 1] unless rescaled.
     """
-    squares = displacements.double().square().reshape(len(displacements), -1)
+    # By shape, since -1 can't be told where there are none.
+    squares = displacements.double().square().reshape(len(displacements), displacements.shape[1:].numel())
     if not len(squares):
         return torch.ones(displacements.shape[1:], dtype=displacements.dtype)
     if order == "paper":

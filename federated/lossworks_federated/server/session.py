@@ -44,6 +44,12 @@ class Child:
         return f"{self.strategy.title}, seed {self.seed}"
 
     @property
+    def model_run(self) -> str | None:
+        """Return the id of the run of training that its global model was made one of, if it was."""
+        marker = self.files.path / "model-run"
+        return marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
+
+    @property
     def outcome(self) -> FederationOutcome | None:
         """Return how it ended, or None if it has not."""
         return FederationOutcome.read(self.files.outcome) if self.files.outcome.is_file() else None
@@ -171,6 +177,8 @@ class Session:
             )
         except LossworksError as error:
             self._watcher.say(f"{child.title}: its model can't be kept as a run: {error}")
+        else:
+            write_atomically(child.files.path / "model-run", child_id)
 
     def _finish(self, child: Child, child_id: str) -> None:
         from lossworks.tracking import finish_run
