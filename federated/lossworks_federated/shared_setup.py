@@ -26,8 +26,9 @@ from lossworks.tasks.interface import ExampleRows, Task
 from lossworks.tasks.registry import task_of
 from lossworks.training.weights.adapters import equip
 from lossworks.training.weights.start import begin_from, learnt_of_start, trained_weights
+from lossworks_federated.feature_shift import shifted_held_out, shifted_training
 from lossworks_federated.spec_parts import SplitSpec, TaskSpec
-from lossworks_federated.splits import Split, split_examples, with_feature_noise
+from lossworks_federated.splits import Split, split_examples
 
 _STACKED_FLOPS = 4e7
 """Operations of a client's step up to which all clients are trained at once.
@@ -43,9 +44,10 @@ class SharedSetup:
 
     Attributes:
         task: What it follows from.
-        kind: What is trained, with all data; the held-out ones are the server's.
+        kind: What is trained, with all data as they are.
         split: Whose the training rows are.
-        train: The training rows, with each client's feature noise.
+        train: The training rows, as their clients see them.
+        held_out: The server's rows, as the clients together see them.
         learner: What clients learn from, and how they are measured.
         initial: Parameters before the first round; what is not trained is not among them.
     """
@@ -54,6 +56,7 @@ class SharedSetup:
     kind: Task
     split: Split
     train: ExampleRows
+    held_out: ExampleRows
     learner: Learner
     initial: Member
 
@@ -108,12 +111,13 @@ def setup_with(task: TaskSpec, kind: Task, split: Split) -> SharedSetup:
     persistent = model.state_dict().keys() - dict(model.named_parameters()).keys()
     if persistent:
         raise UserError("the model keeps buffers, which federated averaging would not know how to treat")
-    train = _noisy(kind.train, split, task)
+    train = shifted_training(kind.train, split, task.split, task.seed)
     return SharedSetup(
         task=task,
         kind=kind,
         split=split,
         train=train,
+        held_out=shifted_held_out(kind.held_out, task.split, task.seed),
         learner=_learner(
             kind, model, train, min(task.local.batch_size, max(map(len, split.train), default=1))
         ),
@@ -134,16 +138,6 @@ def _classes_of(kind: Task, split: SplitSpec) -> np.ndarray:
             "use iid, quantity, or natural with data.owner"
         )
     return np.zeros(len(kind.train), dtype=np.int64) if classes is None else classes
-
-
-def _noisy(train: ExampleRows, split: Split, task: TaskSpec) -> ExampleRows:
-    """Return training rows with each client's feature noise."""
-    if not task.split.noise:
-        return train
-    if not isinstance(train, Examples) or not train.inputs.is_floating_point():
-        raise UserError(f"split.noise={task.split.noise}: is for inputs that are numbers; set it to 0")
-    inputs = with_feature_noise(train.inputs, split, task.split.noise, task.seed)
-    return Examples(inputs, train.labels, train.bag_size, train.further)
 
 
 def _learner(kind: Task, model: HeadedModel, train: ExampleRows, batch_size: int) -> Learner:

@@ -8,6 +8,8 @@ from lossworks.specs import RunSpec, Spec
 from lossworks.specs.files import named_files
 from lossworks.tasks import parse_train_spec
 
+ShiftKind = Literal["none", "contrast", "noise", "blur", "resolution"]
+
 
 class SplitSpec(Spec):
     """How examples are spread over clients; ``split=shards`` is short for ``split.kind=shards``."""
@@ -40,6 +42,18 @@ class SplitSpec(Spec):
     noise: float = Field(
         0.0, ge=0.0, description="feature skew: client i's inputs get Gaussian noise of variance noise·i/M"
     )
+
+    shifts: tuple[ShiftKind, ...] = Field(
+        (),
+        description="feature skew of images: client i sees its own, and its tests, in the i-th way of these, "
+        "in turn: none, contrast, noise, blur, resolution; held-out ones are seen in all of them",
+    )
+    shift_strength: float = Field(1.0, gt=0.0, le=10.0, description="how much shifts change images")
+
+    @property
+    def shifts_features(self) -> bool:
+        """Whether clients see inputs in ways of their own."""
+        return bool(self.noise or self.shifts)
 
     @property
     def at_nodes(self) -> bool:

@@ -329,8 +329,9 @@ class FederationSpec(Spec):
                     f"data.{name}={getattr(self.data, name)}: with split.kind=nodes each node has its own "
                     "data, named in its own configuration; leave the field out"
                 )
-        if self.split.noise:
-            raise ValueError(f"split.noise={self.split.noise:g}: is not put on data of split.kind=nodes")
+        if self.split.shifts_features:
+            name = "noise" if self.split.noise else "shifts"
+            raise ValueError(f"split.{name}: is not put on data of split.kind=nodes")
         if self.nodes.mean is not None and not self.data.standardise:
             raise ValueError("nodes.mean needs data.standardise=true")
 

@@ -9,13 +9,11 @@ from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lossworks.errors import UserError
 from lossworks_federated.spec_parts import SplitSpec
 
-_ORDER, _SIZES, _TESTS, _FEATURES, _OWNERS = range(5)  # what a random stream is for
+_ORDER, _SIZES, _TESTS, _OWNERS = 0, 1, 2, 4  # what a random stream is for; 3 and 5 are of feature shifts
 
 
 class OwnRows(Sequence[np.ndarray]):
@@ -160,21 +158,6 @@ def own_split(labels: np.ndarray, spec: SplitSpec, seed: int, client: int, class
     counts[client] = np.bincount(labels, minlength=classes)
     train, test = (OwnRows(own, np.array([*[0] * client, len(own)])) for own in (rows[tests:], rows[:tests]))
     return Split(train, test, counts, 0)
-
-
-def with_feature_noise(inputs: Tensor, split: Split, variance: float, seed: int) -> Tensor:
-    """Return inputs (N, …) with Gaussian noise of variance σ·i/M on those of client i."""
-    if not variance:
-        return inputs
-    noisy, clients = inputs.clone(), len(split.train)
-    for client in range(clients):
-        rows = torch.from_numpy(np.concatenate((split.train[client], split.test[client])))
-        g = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([seed, _FEATURES, client]).generate_state(1)[0])
-        )
-        deviation = (variance * client / clients) ** 0.5
-        noisy[rows] += deviation * torch.randn(inputs[rows].shape, generator=g)
-    return noisy
 
 
 def _partition(labels: np.ndarray, spec: SplitSpec, seed: int) -> OwnRows:

@@ -4,14 +4,13 @@ import struct
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lossworks.errors import UserError
 from lossworks_federated.reporting.split_picture import draw_split
 from lossworks_federated.spec_parts import SplitSpec
-from lossworks_federated.splits import _dirichlet, split_examples, with_feature_noise
+from lossworks_federated.splits import _dirichlet, split_examples
 
 KINDS = ("iid", "dirichlet", "shards", "quantity")
 
@@ -158,20 +157,6 @@ def test_owners_stay_apart():
     assert all(len(one.left_out) == 3 for one in drawn)
     with pytest.raises(UserError, match=r"clients=4: 3 owners, of 5, have at least split.min_size=4"):
         by_owner(4)
-
-
-def test_features_may_be_skewed():
-    """Client i's noise has the variance σ·i/M; the first has none."""
-    labels = labels_of(4000)
-    found = split(labels, kind="iid", clients=4)
-    inputs = torch.zeros(4000, 3)
-    noisy = with_feature_noise(inputs, found, 2.0, seed=0)
-
-    assert torch.equal(inputs, torch.zeros(4000, 3))
-    assert with_feature_noise(inputs, found, 0.0, seed=0) is inputs
-    variances = [float(noisy[torch.from_numpy(rows)].var()) for rows in found.train]
-    assert variances == pytest.approx([0.0, 0.5, 1.0, 1.5], rel=0.15)
-    assert torch.equal(noisy, with_feature_noise(inputs, found, 2.0, seed=0))
 
 
 @pytest.mark.parametrize(

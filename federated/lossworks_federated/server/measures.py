@@ -16,8 +16,8 @@ _EXAMPLES_AT_ONCE = 2**17  # times the clients whose models are measured togethe
 
 def held_out(setup: SharedSetup, model: Member) -> dict[str, float]:
     """Return the training loss and the yardsticks of the task on held-out rows."""
-    rows = np.arange(len(setup.kind.held_out))
-    (found,) = setup.learner.measured(_only(model), setup.kind.held_out, [rows])
+    rows = np.arange(len(setup.held_out))
+    (found,) = setup.learner.measured(_only(model), setup.held_out, [rows])
     return {f"server/{name.removeprefix('eval/')}": value for name, value in found.metrics().items()}
 
 
@@ -30,7 +30,7 @@ def loss_terms(setup: SharedSetup, received: Received, new: Member) -> dict[str,
     """
     p = received.examples / received.examples.sum()
     local = float(p @ received.column("loss-after"))
-    data = setup.kind.held_out
+    data = setup.held_out
     rows = np.arange(len(data))
     at_once = max(1, _EXAMPLES_AT_ONCE // len(rows))
     own: list[float] = []
