@@ -33,7 +33,7 @@ def test_the_bare_loop_does_what_the_cohort_does() -> None:
 def test_rows_of_a_small_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"data": {"source": "digits"}, "model": {"kind": "mlp", "layers": 1, "width": 8}}
     monkeypatch.setitem(benchmark._MAIN, "mlp-100-20", small)
-    rows = list(benchmark.run(["cases=mlp-100-20", "methods=cohort,loop", "rounds=3", "curves=false"], 1))
+    rows = list(benchmark.run(["cases=mlp-100-20", "methods=cohort,loop", "rounds=3", "large=false"], 1))
     found = {(row.case, row.method, row.metric): row for row in rows}
     assert set(found) == {
         ("mlp-100-20", "cohort", "seconds_per_round"),

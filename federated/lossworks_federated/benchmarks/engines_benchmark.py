@@ -30,6 +30,13 @@ _MAIN: dict[str, dict[str, Any]] = {
 _METHODS = ("cohort", "loop", "flower", "pfl")
 _SAME = 1e-2  # difference of updates, as a share, at which methods count as having done the same: rounding
 # can put a ReLU on its other side, after which one weight takes another step
+_TEXT: dict[str, Any] = {
+    "task": "language-model",
+    "data": {"corpus": "stdlib", "max_bytes": 200_000, "vocab_size": 512, "sequence_length": 64},
+    "split": {"kind": "iid", "clients": 20, "test_fraction": 0.0},
+    "model": {"layers": 2, "width": 64, "heads": 4},
+    "local": {"epochs": 1, "batch_size": 8, "lr": 0.1},
+}
 _WIDTHS = {"10k": 80, "100k": 290, "1M": 975, "10M": 3140}
 
 
@@ -43,8 +50,13 @@ class FederatedSpec(Spec):
         _METHODS, description=f"of {', '.join(_METHODS)}; pfl (Apple's simulator) where it is installed"
     )
     rounds: int = Field(8, ge=3, le=1000, description="rounds of each measurement, the first left out")
+    large: bool = Field(
+        True, description="measure a language model and perceptrons of 1M and 10M parameters, too"
+    )
     curves: bool = Field(
-        True, description="measure cohort sizes, model sizes, unequal clients, 10,000 clients and FedLD, too"
+        False,
+        description="measure cohort sizes, small models, unequal clients, 10,000 clients and FedLD, too, for "
+        "a quarter of an hour",
     )
     threads: int = Field(2, ge=1, le=64, description="threads of torch")
     limit_s: float = Field(600.0, gt=0.0, description="seconds after which a measurement is given up")
@@ -64,6 +76,8 @@ def run(overrides: Sequence[str], repeats: int) -> Iterator[BenchmarkRow]:
         for case in spec.cases:
             changes = {"split": _split(100, "iid"), "clients_per_round": 20, **_MAIN[case]}
             yield from _compare(workers, case, changes, spec.methods, repeats)
+        if spec.large:
+            yield from _large(workers, repeats)
         if spec.curves:
             yield from _curves(workers)
 
@@ -139,6 +153,14 @@ def _blobs(clients: int, width: int, kind: str = "iid") -> dict[str, Any]:
     }
 
 
+def _large(workers: _Workers, repeats: int) -> Iterator[BenchmarkRow]:
+    both, few = ("cohort", "loop"), {"rounds": 3}
+    yield from _compare(workers, "transformer, 20 clients a round", {**_TEXT, **few}, both, repeats)
+    for size in ("1M", "10M"):
+        changes = {**_blobs(10, _WIDTHS[size]), **few}
+        yield from _compare(workers, f"10 clients a round, {size} parameters", changes, both, repeats)
+
+
 def _curves(workers: _Workers) -> Iterator[BenchmarkRow]:
     both = ("cohort", "loop")
     few = {"rounds": 3}
@@ -147,8 +169,8 @@ def _curves(workers: _Workers) -> Iterator[BenchmarkRow]:
     for kind, words in (("iid", "equal"), ("quantity", "unequal")):
         changes = {**_blobs(100, 80, kind), **few}
         yield from _compare(workers, f"100 clients a round, {words} sizes", changes, both, 1)
-    for size, width in _WIDTHS.items():
-        changes = {**_blobs(10, width), **few}
+    for size in ("10k", "100k"):
+        changes = {**_blobs(10, _WIDTHS[size]), **few}
         yield from _compare(workers, f"10 clients a round, {size} parameters", changes, both, 1)
     yield from _many(workers)
     yield from _server_step(workers)

@@ -75,7 +75,7 @@ def _by_figure(found: list[ClientFigures]) -> np.ndarray:
 def _row_label(clients: int) -> str:
     if clients <= _MOST_ROWS:
         return "client, the best at the top"
-    return f"share of all {clients} clients, the best at the top"
+    return f"share of the {clients:,} clients that tested, the best at the top"
 
 
 def _draw_panel(
