@@ -405,7 +405,8 @@ def test_flower_s_simulation_runs_an_app_as_the_sequential_engine_does(tmp_path:
         shutil.rmtree(tmp_path / "info")
     assert [len(found) for found in models] == [2, 2]
     for ours, theirs in zip(*models, strict=True):
-        assert equal(load_tensors(ours), load_tensors(theirs))
+        # To rounding: Flower's processes have one thread, and sums of several are in another order.
+        assert difference(load_tensors(ours), load_tensors(theirs)) < 1e-5
 
 
 @pytest.mark.slow
