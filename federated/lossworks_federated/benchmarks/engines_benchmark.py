@@ -28,6 +28,7 @@ _MAIN: dict[str, dict[str, Any]] = {
     "cnn-100-20": {"data": {"source": "mnist1d"}, "model": {"kind": "cnn", "layers": 2, "width": 32}},
 }
 _METHODS = ("cohort", "loop", "flower", "pfl")
+_BOTH = ("cohort", "loop")
 _SAME = 1e-2  # difference of updates, as a share, at which methods count as having done the same: rounding
 # can put a ReLU on its other side, after which one weight takes another step
 _TEXT: dict[str, Any] = {
@@ -77,7 +78,7 @@ def run(overrides: Sequence[str], repeats: int) -> Iterator[BenchmarkRow]:
             changes = {"split": _split(100, "iid"), "clients_per_round": 20, **_MAIN[case]}
             yield from _compare(workers, case, changes, spec.methods, repeats)
         if spec.large:
-            yield from _large(workers, repeats)
+            yield from _large(workers)
         if spec.curves:
             yield from _curves(workers)
 
@@ -101,14 +102,14 @@ class _Workers:
 def _compare(
     workers: _Workers, case: str, changes: Mapping[str, Any], methods: Sequence[str], repeats: int
 ) -> Iterator[BenchmarkRow]:
-    """Yield the rows of one case, its methods measured in turns."""
+    """Yield the rows of one case, its methods measured in turns; peers that take minutes to start once."""
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     notes: dict[str, str] = {}
     if "pfl" in methods and find_spec("pfl") is None:
         notes["pfl"] = "not installed: pip install 'lossworks[bench]'"
-    for _ in range(repeats):
+    for turn in range(repeats):
         for method in methods:
-            if method in notes:
+            if method in notes or (turn and method not in _BOTH):
                 continue
             try:
                 found[method].append(workers.measure(method, changes))
@@ -153,25 +154,24 @@ def _blobs(clients: int, width: int, kind: str = "iid") -> dict[str, Any]:
     }
 
 
-def _large(workers: _Workers, repeats: int) -> Iterator[BenchmarkRow]:
-    both, few = ("cohort", "loop"), {"rounds": 3}
-    yield from _compare(workers, "transformer, 20 clients a round", {**_TEXT, **few}, both, repeats)
+def _large(workers: _Workers) -> Iterator[BenchmarkRow]:
+    few = {"rounds": 3}
+    yield from _compare(workers, "transformer, 20 clients a round", {**_TEXT, **few}, _BOTH, 1)
     for size in ("1M", "10M"):
         changes = {**_blobs(10, _WIDTHS[size]), **few}
-        yield from _compare(workers, f"10 clients a round, {size} parameters", changes, both, repeats)
+        yield from _compare(workers, f"10 clients a round, {size} parameters", changes, _BOTH, 1)
 
 
 def _curves(workers: _Workers) -> Iterator[BenchmarkRow]:
-    both = ("cohort", "loop")
     few = {"rounds": 3}
     for clients in (10, 30, 100, 300, 1000):
-        yield from _compare(workers, f"{clients} clients a round", {**_blobs(clients, 80), **few}, both, 1)
+        yield from _compare(workers, f"{clients} clients a round", {**_blobs(clients, 80), **few}, _BOTH, 1)
     for kind, words in (("iid", "equal"), ("quantity", "unequal")):
         changes = {**_blobs(100, 80, kind), **few}
-        yield from _compare(workers, f"100 clients a round, {words} sizes", changes, both, 1)
+        yield from _compare(workers, f"100 clients a round, {words} sizes", changes, _BOTH, 1)
     for size in ("10k", "100k"):
         changes = {**_blobs(10, _WIDTHS[size]), **few}
-        yield from _compare(workers, f"10 clients a round, {size} parameters", changes, both, 1)
+        yield from _compare(workers, f"10 clients a round, {size} parameters", changes, _BOTH, 1)
     yield from _many(workers)
     yield from _server_step(workers)
 
