@@ -330,8 +330,8 @@ class FederationSpec(Spec):
                     "data, named in its own configuration; leave the field out"
                 )
         if self.split.shifts_features:
-            name = "noise" if self.split.noise else "shifts"
-            raise ValueError(f"split.{name}: is not put on data of split.kind=nodes")
+            told = f"noise={self.split.noise:g}" if self.split.noise else f"shifts={list(self.split.shifts)}"
+            raise ValueError(f"split.{told}: is not put on data of split.kind=nodes")
         if self.nodes.mean is not None and not self.data.standardise:
             raise ValueError("nodes.mean needs data.standardise=true")
 
