@@ -89,3 +89,13 @@ def test_the_spread_against_its_definition() -> None:
     assert (found["personal/helped"], found["personal/hurt"]) == (6, 7)
     assert found["personal/gain"] == pytest.approx(-0.005)
     assert personal_spread([], "max") == {}
+
+
+def test_where_one_client_has_all_nobody_fine_tunes(tmp_path: Path) -> None:
+    """The others have nothing to train on; what is measured besides is there."""
+    spec = tiny("centralised", rounds=1, measure={"personalise": 1})
+    trained(spec, tmp_path)
+    last = read_all(tmp_path / "child" / "metrics.jsonl")[-1]["metrics"]
+    assert "personal/mean" not in last
+    first = next(row["metrics"] for row in read_all(tmp_path / "child" / "metrics.jsonl") if row["step"] == 1)
+    assert first["clients/accuracy_mean"] > 0
