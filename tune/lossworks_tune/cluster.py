@@ -9,6 +9,7 @@ from lossworks.adapters.ray_private import start_ray
 from lossworks.errors import UserError
 from lossworks.home import ray_variables
 from lossworks.ports import require_answer
+from lossworks.tracking import usable_cpus
 
 WAITING_CPUS = 0.01
 """CPUs of a process that waits for the workers it has started; Ray takes no 0."""
@@ -18,11 +19,6 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in specs are from where the command was called
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
-
-
-def usable_cpus() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def room(at_once: int | None, cpus: float, free: float) -> int:

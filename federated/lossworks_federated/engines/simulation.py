@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import RunError
 from lossworks.home import prepare_process
+from lossworks.tracking import usable_cpus
 from lossworks_federated.specs import FederationSpec
 
 if TYPE_CHECKING:
@@ -90,5 +91,5 @@ def _ray_arguments() -> dict[str, Any]:
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if "RAY_ADDRESS" in os.environ:
         return arguments
-    here = {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    here = {"address": "local", "num_cpus": usable_cpus(), "include_dashboard": False}
     return arguments | here

@@ -16,6 +16,7 @@ from lossworks.home import ray_variables
 from lossworks.ports import require_answer
 from lossworks.signals import hangups_ignored
 from lossworks.specs import RunSpec
+from lossworks.tracking import usable_cpus
 from lossworks_jobs.clusters.local_nodes import use_token
 
 _LOST_AFTER_S = 60.0
@@ -125,8 +126,7 @@ def require_local_resources(spec: RunSpec) -> None:
     Raises:
         UserError: The workers need more CPUs than this process may use.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    require_room(spec, [{"CPU": float(usable)}], only=("CPU",))
+    require_room(spec, [{"CPU": float(usable_cpus())}], only=("CPU",))
 
 
 def require_room(spec: RunSpec, nodes: Sequence[Mapping[str, float]], only: tuple[str, ...] = ()) -> None:

@@ -3,7 +3,6 @@
 Shapes: M members, m of them at work, B examples a member, D features, K classes.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from lossworks.data.examples import Examples
 from lossworks.losses.objective import Objective, RowLosses
 from lossworks.models import HeadedModel, Outputs
 from lossworks.tasks.interface import Evaluation, ExampleRows, Task
+from lossworks.tracking import usable_cpus
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -215,12 +215,10 @@ class MemberLearner(Learner):
     ) -> None:
         self.task, self.rows, self._loss = task, rows, loss
         self.reason = f"task={task.slug} is trained a client on each core"
-        self._cores = cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        self._cores = usable_cpus()
         # A call puts parameters into a model for as long as it takes, so each that goes on needs its own.
         self._model, self._free = model, SimpleQueue[HeadedModel]()
-        self._pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(self._cores, initializer=torch.set_num_threads, initargs=(1,))
 
     def at_once(self, size: int) -> int:
         """See :class:`Learner`: a few for each core, so that none waits long for the last."""

@@ -11,7 +11,7 @@ from lossworks.tracking.address import check_tracking, tracking_uri
 from lossworks.tracking.delivery import deliver
 from lossworks.tracking.follower import Follower
 from lossworks.tracking.journal import Journal, JournalRow, last_step, read_all, read_rows, rows_while
-from lossworks.tracking.machine import machine
+from lossworks.tracking.machine import machine, usable_cpus
 from lossworks.tracking.store import create_run, finish_run, open_run
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "redact",
     "rows_while",
     "tracking_uri",
+    "usable_cpus",
 ]

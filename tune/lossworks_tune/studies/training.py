@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lossworks.errors import LossworksError, RunError
+from lossworks.tracking import usable_cpus
 from lossworks.trainables import trainable
-from lossworks_tune.cluster import WAITING_CPUS, cluster, room, usable_cpus
+from lossworks_tune.cluster import WAITING_CPUS, cluster, room
 from lossworks_tune.studies.plan import StudyPlan, Training
 from lossworks_tune.studies.store import Result
 

@@ -11,9 +11,9 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from lossworks.errors import LossworksError, RunError, UserError
-from lossworks.tracking import Journal
+from lossworks.tracking import Journal, usable_cpus
 from lossworks.trainables import Trainable
-from lossworks_tune.cluster import WAITING_CPUS, cluster, room, usable_cpus
+from lossworks_tune.cluster import WAITING_CPUS, cluster, room
 from lossworks_tune.sweeps.engines.ray_source import Source, SparingScheduler
 from lossworks_tune.sweeps.engines.scheduling import build_scheduler
 from lossworks_tune.sweeps.engines.stopping import Leader
