@@ -39,6 +39,7 @@ NAMES: dict[str, TensorName] = {
         "classes, int64, or numbers, floating point; of sets of labels (B, P), padded with -100",
         (IGNORE_INDEX, torch.nan),
     ),
+    "soft_targets": TensorName("(B, K, …)", "probabilities of the classes, in place of the targets'"),
     "weight": TensorName("(B, …)", "factor of each element's loss, floating point", (0, 0.0)),
     "segments": TensorName("(B, …)", "which bag or step an element belongs to, int64"),
     "reference": TensorName("(B, C)", "log-probabilities of whole answers by the reference model"),

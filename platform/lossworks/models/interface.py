@@ -59,6 +59,7 @@ class Outputs:
         rerun: From other inputs to their outputs, for losses that look at changed inputs.
         roles: Outputs of companions of the model, such as a teacher, by role.
         attention: Gives the entropies of the model's attention; None of models that have none.
+        sides: Further outputs for the same targets, such as coarser maps of a segmenter.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class Outputs:
         rerun: "Callable[[Tensor], Outputs] | None" = None,
         roles: "Mapping[str, Outputs] | None" = None,
         attention: Callable[[], Tensor] | None = None,
+        sides: "Sequence[Outputs]" = (),
     ) -> None:
-        self.hidden, self.head = hidden, head
+        self.hidden, self.head, self.sides = hidden, head, tuple(sides)
         self.rerun, self.roles, self.attention = rerun, dict(roles or {}), attention
         self._dense = dense
 
@@ -110,7 +112,13 @@ class Outputs:
     def with_roles(self, roles: "Mapping[str, Outputs]") -> "Outputs":
         """Return the same with the outputs of companions."""
         return Outputs(
-            self.hidden, self.head, dense=self._dense, rerun=self.rerun, roles=roles, attention=self.attention
+            self.hidden,
+            self.head,
+            dense=self._dense,
+            rerun=self.rerun,
+            roles=roles,
+            attention=self.attention,
+            sides=self.sides,
         )
 
 
