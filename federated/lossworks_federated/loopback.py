@@ -24,7 +24,7 @@ from lossworks.errors import LossworksError, RunError, UserError
 from lossworks.home import QUIET_ENVIRONMENT, prepare_process
 from lossworks.ports import require_free_port, silence
 from lossworks.specs import ExamplesSpec
-from lossworks.specs.classification import FROM_PATH
+from lossworks.specs.tasks.classification import FROM_PATH
 from lossworks_federated.engines.credentials import make_certificates, make_node_key
 from lossworks_federated.specs import FederationSpec
 

@@ -41,6 +41,7 @@ NAMES: dict[str, TensorName] = {
     ),
     "soft_targets": TensorName("(B, K, …)", "probabilities of the classes, in place of the targets'"),
     "weight": TensorName("(B, …)", "factor of each element's loss, floating point", (0, 0.0)),
+    "numbers": TensorName("(B,)", "which row of its data a row is, int64"),
     "segments": TensorName("(B, …)", "which bag or step an element belongs to, int64"),
     "reference": TensorName("(B, C)", "log-probabilities of whole answers by the reference model"),
     "mismatched": TensorName(

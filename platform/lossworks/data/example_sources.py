@@ -16,7 +16,7 @@ from lossworks.data.text.readers import hub_call, import_datasets
 from lossworks.errors import UserError
 from lossworks.files import reading, within
 from lossworks.specs import ExamplesSpec
-from lossworks.specs.values import TableSpec
+from lossworks.specs.tasks.values import TableSpec
 
 _MANY = 10**6  # points from which blobs are on disk
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

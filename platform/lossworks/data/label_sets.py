@@ -13,7 +13,7 @@ from lossworks.data.standardise import Standardisation, to_float32
 from lossworks.data.tables import Features, read_cells
 from lossworks.data.values import split
 from lossworks.errors import UserError
-from lossworks.specs.values import LabelSetsSpec
+from lossworks.specs.tasks.values import LabelSetsSpec
 
 _TOPICS = 1  # what a random stream is for
 _FEATURES, _RANK, _BEST, _NOISE = 32, 24, 5, 0.5

@@ -12,7 +12,7 @@ from lossworks.data.learnt import Learnt, digest_of
 from lossworks.data.standardise import Standardisation, to_float32
 from lossworks.data.tables import Features, read_cells
 from lossworks.errors import UserError
-from lossworks.specs.values import ValuesSpec
+from lossworks.specs.tasks.values import ValuesSpec
 
 _SPLIT, _OUTLIERS, _CHAIN, _LINEAR = range(4)  # what a random stream is for
 _STATES, _FEATURES, _SUCCESSORS = 100, 16, 4  # of a chain

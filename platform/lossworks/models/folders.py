@@ -16,6 +16,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CLASSIFIER_FORMAT = "lossworks-classifier"
 PREDICTOR_FORMAT = "lossworks-predictor"
+SEGMENTER_FORMAT = "lossworks-segmenter"
 
 
 def require_fit(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:

@@ -1,7 +1,6 @@
 """Specs: what a run is, checked before anything starts."""
 
 from lossworks.specs.base import Spec, field_paths, read_yaml
-from lossworks.specs.classification import ClassifierModelSpec, ExamplesSpec
 from lossworks.specs.optimisation import OptimizerSpec, ScheduleSpec
 from lossworks.specs.parts import (
     AnalysisSpec,
@@ -17,7 +16,9 @@ from lossworks.specs.parts import (
     TelemetrySpec,
     WeightSpec,
 )
-from lossworks.specs.text import DataSpec, PreferenceDataSpec, TokensSpec, UnlearningDataSpec
+from lossworks.specs.tasks.classification import ClassifierModelSpec, ExamplesSpec
+from lossworks.specs.tasks.segmenter import SegmenterSpec
+from lossworks.specs.tasks.text import DataSpec, PreferenceDataSpec, TokensSpec, UnlearningDataSpec
 from lossworks.specs.tracking import ModelTrackingSpec, TrackingSpec
 from lossworks.specs.train import RunSpec
 
@@ -38,6 +39,7 @@ __all__ = [
     "RoleSpec",
     "RunSpec",
     "ScheduleSpec",
+    "SegmenterSpec",
     "ShardingSpec",
     "Spec",
     "SpikeSpec",

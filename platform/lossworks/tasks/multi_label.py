@@ -18,7 +18,7 @@ from lossworks.metrics.ranking import ranking_metrics, ranking_sums
 from lossworks.models import Outputs
 from lossworks.models.predictors import load_predictor, save_predictor
 from lossworks.specs import ClassifierModelSpec, LossSpec, RunSpec
-from lossworks.specs.values import LabelSetsSpec
+from lossworks.specs.tasks.values import LabelSetsSpec
 from lossworks.tasks.examples import ExamplesTask, read_inputs, require_small
 from lossworks.tasks.interface import Mode, Predictions, Simplest
 

@@ -22,7 +22,7 @@ from lossworks.metrics.regression import value_metrics, value_sums
 from lossworks.models import Outputs
 from lossworks.models.predictors import load_predictor, save_predictor
 from lossworks.specs import ClassifierModelSpec, LossSpec, RunSpec
-from lossworks.specs.values import ValuesSpec
+from lossworks.specs.tasks.values import ValuesSpec
 from lossworks.tasks.examples import ExamplesTask, read_inputs, require_small, require_whole_bags
 from lossworks.tasks.interface import Mode, Predictions, Simplest
 

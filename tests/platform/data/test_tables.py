@@ -15,7 +15,7 @@ from lossworks.data.tables import Features, read_cells
 from lossworks.data.values import load_values
 from lossworks.errors import UserError
 from lossworks.specs import ExamplesSpec
-from lossworks.specs.values import ValuesSpec
+from lossworks.specs.tasks.values import ValuesSpec
 
 MESSY = """Größe;Gewicht;Raucher;Geboren;Stadt;Punkte;Art
 1,72;70,5;ja;03.05.1990;Köln;1.234,5;Katze

@@ -7,7 +7,7 @@ import torch
 from lossworks.data.label_sets import load_label_sets
 from lossworks.data.values import load_values
 from lossworks.errors import UserError
-from lossworks.specs.values import LabelSetsSpec, ValuesSpec
+from lossworks.specs.tasks.values import LabelSetsSpec, ValuesSpec
 
 
 def values(seed=0, **fields):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lossworks.errors import UserError
-from lossworks.specs.text import facts_in
+from lossworks.specs.tasks.text import facts_in
 
 _ONSETS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 

@@ -8,7 +8,7 @@ from lossworks.data.answers.generated import docstring_pairs, function_names, wr
 from lossworks.data.answers.records import read_examples, read_preferences
 from lossworks.data.answers.templates import ChatTemplate
 from lossworks.specs import DataSpec, PreferenceDataSpec, TokensSpec, UnlearningDataSpec
-from lossworks.specs.text import facts_in
+from lossworks.specs.tasks.text import facts_in
 
 
 def records_of(spec: DataSpec) -> list[AnswerRecord]:

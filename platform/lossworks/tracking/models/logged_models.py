@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossworks.errors import UserError
-from lossworks.models.folders import CLASSIFIER_FORMAT, CONFIG, PREDICTOR_FORMAT, read_config
+from lossworks.models.folders import (
+    CLASSIFIER_FORMAT,
+    CONFIG,
+    PREDICTOR_FORMAT,
+    SEGMENTER_FORMAT,
+    read_config,
+)
 from lossworks.models.pretrained import CONFIG_BESIDE_TRANSFORMERS, FORMAT
 from lossworks.specs.tracking import ModelTrackingSpec
 from lossworks.tracking.client import connect, store_errors
@@ -45,7 +51,8 @@ def log_model(spec: ModelTrackingSpec, run_id: str, folder: Path, *, step: int) 
 
     It is stored as a script of ours and the folder as it is, without a pickled object. A language model
     takes the column ``text`` and gives ``loss`` and ``bits_per_byte``; a classifier takes examples (N, …)
-    float32 and gives probabilities, a regression values (N,) and a multi-label model scores.
+    float32 and gives probabilities, a regression values (N,) and a multi-label model scores; a segmenter
+    takes images (N, C, H, W) and gives the probabilities of every pixel's classes, (N, H, W, K).
 
     Args:
         spec: Where the run is, and the name to register.
@@ -119,6 +126,7 @@ def _served(folder: Path) -> _Served:
         FORMAT: _Served("served_language_model.py", _texts),
         CLASSIFIER_FORMAT: _Served("served_classifier.py", lambda: _examples(config, "classes")),
         PREDICTOR_FORMAT: _Served("served_predictor.py", lambda: _examples(config, "names")),
+        SEGMENTER_FORMAT: _Served("served_segmenter.py", lambda: _images(config)),
     }
     found = config.get("format")
     if found not in known:
@@ -178,6 +186,21 @@ def _examples(config: dict[str, Any], columns: str) -> "tuple[ModelSignature, An
     mean = (config["standardisation"] or {"mean": [0.0] * shape[0]})["mean"]
     column = np.array(mean, dtype=kind).reshape(1, -1, *[1] * (len(shape) - 1))
     return signature, np.broadcast_to(column, (1, *shape)).copy()
+
+
+def _images(config: dict[str, Any]) -> "tuple[ModelSignature, Any]":
+    """Return signature and example of a model of dense prediction."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    channels, kind = int(config["channels"]), np.dtype(np.float32)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(kind, (-1, channels, -1, -1))]),
+        outputs=Schema([TensorSpec(kind, (-1, -1, -1, len(config["classes"])))]),
+    )
+    mean = np.array((config["standardisation"] or {"mean": [0.0] * channels})["mean"], dtype=kind)
+    return signature, np.broadcast_to(mean.reshape(1, -1, 1, 1), (1, channels, 16, 16)).copy()
 
 
 def _texts() -> "tuple[ModelSignature, Any]":

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from lossworks.specs.base import Spec
-from lossworks.specs.values import TableSpec
+from lossworks.specs.tasks.values import TableSpec
 
 BUILT_IN = ("digits", "breast-cancer", "wine", "mnist1d")
 FROM_PATH = ("csv", "parquet", "npz", "imagefolder")
