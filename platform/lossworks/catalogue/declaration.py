@@ -196,10 +196,10 @@ class Declaration:
             ``sequence`` (the same, reduced per sequence before a nonlinearity), ``logits`` (dense logits (N,
             K)), ``margin`` (one logit a row, two classes), ``value`` (outputs of a head against a scalar
             target), ``multi-label`` (sets of classes), ``attention`` (entropies of a language model's
-            attention), ``bag`` (mean responses of groups of rows), ``distillation`` (what a teacher says of
-            the same rows), ``cross-tokenizer`` (what a teacher of other tokens says of the same text),
-            ``preference`` (a chosen and a rejected answer), ``unlearning`` (what is to be forgotten and what
-            is to stay), or what a package brings.
+            attention), ``bag`` (mean responses of groups of rows), ``map`` (logits of an image's pixels
+            against its mask), ``distillation`` (what a teacher says of the same rows), ``cross-tokenizer``
+            (what a teacher of other tokens says of the same text), ``preference`` (a chosen and a rejected
+            answer), ``unlearning`` (what is to be forgotten and what is to stay), or what a package brings.
         title: One line.
         formula: The formula as text.
         paper: Its source.

@@ -10,8 +10,8 @@ from lossworks.data.batch import Batch
 from lossworks.errors import UserError
 from lossworks.head import linear_top_k
 from lossworks.head.core.valid_rows import check_range
+from lossworks.head.label_blocks import OverNegatives, streamed
 from lossworks.losses.interface import Loss
-from lossworks.losses.label_blocks import OverNegatives, streamed
 from lossworks.losses.problems import CLASSES, Problem
 from lossworks.losses.rows import wide
 from lossworks.models.interface import Outputs

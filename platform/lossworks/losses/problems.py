@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lossworks.data.batch import IGNORE_INDEX
+
 CLASSES = 7
 _LENGTH = 3
+_MAP_CLASSES, _MAP = 3, (5, 6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,14 @@ def of_candidates(rows: int, candidates: int, generator: torch.Generator) -> Pro
     shape = (rows, candidates, _LENGTH)
     logits = torch.randn(*shape, CLASSES, dtype=torch.float64, generator=generator)
     return Problem(logits, torch.randint(0, CLASSES, shape, generator=generator))
+
+
+def of_maps(rows: int, generator: torch.Generator) -> Problem:
+    """Return logits (rows, 3, 5, 6), and a class for each pixel but for one that is ignored."""
+    logits = torch.randn(rows, _MAP_CLASSES, *_MAP, dtype=torch.float64, generator=generator)
+    targets = torch.randint(0, _MAP_CLASSES, (rows, *_MAP), generator=generator)
+    targets[:, 1, 2] = IGNORE_INDEX
+    return Problem(logits, targets)
 
 
 def steps(targets: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, number, switch
-from lossworks.losses.label_blocks import SOFTPLUS_SUM
+from lossworks.head.label_blocks import SOFTPLUS_SUM
 from lossworks.losses.multi_label import StreamedMultiLabelLoss
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, number, switch
-from lossworks.losses.label_blocks import LOG_SUM_EXP
+from lossworks.head.label_blocks import LOG_SUM_EXP
 from lossworks.losses.multi_label import StreamedMultiLabelLoss, mean_of_counted
 
 

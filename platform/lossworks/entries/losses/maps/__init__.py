@@ -1,0 +1,1 @@
+"""Losses of whole maps, against the masks of images."""
