@@ -40,6 +40,7 @@ NAMES: dict[str, TensorName] = {
         (IGNORE_INDEX, torch.nan),
     ),
     "soft_targets": TensorName("(B, K, …)", "probabilities of the classes, in place of the targets'"),
+    "priors": TensorName("(B, K)", "shares of the classes that each image is expected to have"),
     "weight": TensorName("(B, …)", "factor of each element's loss, floating point", (0, 0.0)),
     "numbers": TensorName("(B,)", "which row of its data a row is, int64"),
     "segments": TensorName("(B, …)", "which bag or step an element belongs to, int64"),

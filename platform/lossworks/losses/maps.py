@@ -3,7 +3,8 @@
 Shapes: B images, K classes of which the first is the background, H by W pixels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -29,11 +30,13 @@ class Maps:
         logits: z, float32 at least, shape (B, K, H, W).
         targets: y, one-hot classes or their probabilities, in the same dtype, shape (B, K, H, W).
         valid: Which pixels count, bool, shape (B, H, W).
+        further: What the batch holds besides, by name.
     """
 
     logits: Tensor
     targets: Tensor
     valid: Tensor
+    further: Mapping[str, Tensor | None] = field(default_factory=dict)
 
     @cached_property
     def log_probabilities(self) -> Tensor:
@@ -106,7 +109,7 @@ class MapLoss(Loss):
         self._check(logits, targets)
         targets = self.counting(targets, context)
         with torch.autocast(logits.device.type, enabled=False):
-            maps = self._maps(logits, targets, context.others.get(_SOFT))
+            maps = self._maps(logits, targets, context.others)
             values = self.images(maps)
             return self.reduce_elements(values, self._images_that_count(maps.valid), context)
 
@@ -120,15 +123,16 @@ class MapLoss(Loss):
         self.require_shape("targets", targets, logits[:, 0])
         check_range(targets.reshape(-1), classes=logits.shape[1], ignore_index=self.ignore_index)
 
-    def _maps(self, logits: Tensor, targets: Tensor, soft: Tensor | None) -> Maps:
+    def _maps(self, logits: Tensor, targets: Tensor, further: Mapping[str, Tensor | None]) -> Maps:
         """Return what counts; chosen, and not multiplied, since what doesn't count may hold anything."""
         valid = self.valid_rows(targets)
         z = torch.where(valid[:, None], wide(logits), 0)
+        soft = further.get(_SOFT)
         if soft is None:
             every = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
-            return Maps(z, ((targets[:, None] == every) & valid[:, None]).to(z), valid)
+            return Maps(z, ((targets[:, None] == every) & valid[:, None]).to(z), valid, further)
         self.require_shape(_SOFT, soft, logits)
-        return Maps(z, torch.where(valid[:, None], soft.detach().to(z), 0), valid)
+        return Maps(z, torch.where(valid[:, None], soft.detach().to(z), 0), valid, further)
 
     def _images_that_count(self, valid: Tensor) -> Tensor:
         return valid.flatten(1).any(1)

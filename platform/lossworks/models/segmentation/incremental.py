@@ -4,6 +4,7 @@ Shapes: B images of C channels and sides H, W; D features of a pixel, the width;
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ class Ear(nn.Module):
         return functional.relu(self.norm(self.convolution(x)))
 
 
+_ABSENT = -30.0  # the logit of classes that have not arrived
+
+
 @dataclass(frozen=True, eq=False)
 class StepOutputs:
     """What the heads of all steps give.
@@ -46,6 +50,12 @@ class StepOutputs:
 
     ears: list[Tensor]
     heads: list[Tensor]
+
+    @classmethod
+    def of(cls, outputs: Outputs) -> "StepOutputs":
+        """Return what the sides of an :class:`IncrementalUNet`'s outputs are."""
+        sides = outputs.sides
+        return cls([side.hidden.movedim(-1, 1) for side in sides], [side.logits for side in sides])
 
     def background(self, clamped: int) -> Tensor:
         """Return b_0 + Σ_t min(δ_t, 0) over some later steps, and plain δ_t over the others, (B, H, W).
@@ -69,7 +79,7 @@ class IncrementalUNet(Segmenter):
 
     Its logits are the background's, b_0 + Σ_t min(δ_t, 0), and those of all classes, each by a sigmoid of its
     own (Zhang and Gao, *Background Adaptation with Residual Modeling*, 2024). Heads of steps that have not
-    begun are left out of the background, and their classes get the logit −30.
+    begun are left out of the background, and their classes get a logit of −30.
 
     Args:
         spec: What to build; its ``steps`` are the K_t.
@@ -96,21 +106,29 @@ class IncrementalUNet(Segmenter):
         self.register_buffer("step", torch.tensor(len(spec.steps) - 1))
         self.register_buffer("identity", torch.eye(classes), persistent=False)
 
-    def stepwise(self, inputs: Tensor) -> StepOutputs:
-        """Return what the heads of all steps that have begun give for whole images (B, C, H, W)."""
-        features = self.pyramid(inputs)[0]
-        begun = int(self.step) + 1
-        ears = [ear(features) for ear in self.ears[:begun]]
-        heads = [head(ear.movedim(1, -1)) for head, ear in zip(self.heads, ears, strict=False)]
-        return StepOutputs(ears, heads)
+    @property
+    def linear(self) -> list[nn.Linear]:
+        """The heads of all steps."""
+        return [cast("nn.Linear", head) for head in self.heads]
 
     def read(self, inputs: Tensor) -> Outputs:
-        """See :meth:`Segmenter.read`; the features are the logits themselves, with an identity for a head."""
-        found = self.stepwise(inputs)
-        known = torch.cat((found.background(len(found.heads))[..., None], found.classes()), -1)
-        absent = len(self.identity) - known.shape[-1]
-        logits = functional.pad(known, (0, absent), value=-30.0)
-        return Outputs(logits, self.head(), dense=logits)
+        """See :meth:`Segmenter.read`; the sides are features and head of each step that has begun."""
+        features = self.pyramid(inputs)[0]
+        begun = int(self.step) + 1
+        ears = [ear(features).movedim(1, -1) for ear in self.ears[:begun]]
+        heads = [Head(own.weight, own.bias) for own in self.linear]
+        sides = [Outputs(ear, head) for ear, head in zip(ears, heads, strict=False)]
+        found = StepOutputs(ears, [side.logits for side in sides])
+        known = torch.cat((found.background(begun)[..., None], found.classes()), -1)
+        logits = functional.pad(known, (0, len(self.identity) - known.shape[-1]), value=_ABSENT)
+        if self.training and begun < len(self.ears):
+            logits = logits + self._unread(begun)
+        return Outputs(logits, self.head(), dense=logits, sides=sides)
+
+    def _unread(self, begun: int) -> Tensor:
+        """Return 0, which hangs on the heads of later steps: DDP waits for a gradient of every parameter."""
+        later = [*self.ears[begun:], *self.heads[begun:]]
+        return torch.stack([0.0 * p.sum() for module in later for p in module.parameters()]).sum()
 
     def head(self) -> Head:
         """Return an identity: the features are the logits, since a minimum is in the background's."""
