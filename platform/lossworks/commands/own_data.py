@@ -6,11 +6,14 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lossworks.cli import Command
 from lossworks.errors import UserError
 from lossworks.files import write_atomically
+
+if TYPE_CHECKING:
+    from lossworks.tasks.interface import Predictions
 
 
 def _configure_data(parser: argparse.ArgumentParser) -> None:
@@ -78,15 +81,22 @@ def _data(arguments: argparse.Namespace) -> int:
 
 def _configure_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN|DIR", help="a run, or a folder that `lossworks export` made")
-    parser.add_argument("file", metavar="INPUT", help="a table as the model was trained on, npz, or text")
-    parser.add_argument("--to", metavar="OUTPUT", help="CSV file to write; default: the terminal")
+    parser.add_argument(
+        "file",
+        metavar="INPUT",
+        help="a table as the model was trained on, npz, text, an image or a folder of them",
+    )
+    parser.add_argument(
+        "--to", metavar="OUTPUT", help="CSV file to write, or a folder for masks; default: the terminal"
+    )
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     from lossworks.training.weights.export import predict_file
 
-    if arguments.to is not None:
-        _check_output(Path(arguments.to), Path(arguments.file))
+    to = None if arguments.to is None else Path(arguments.to)
+    if to is not None:
+        _check_output(to, Path(arguments.file))
     found = predict_file(arguments.model, Path(arguments.file))
     for note in found.notes:
         print(f"lossworks: {note}", file=sys.stderr)
@@ -95,10 +105,13 @@ def _predict(arguments: argparse.Namespace) -> int:
         f"predicted {name}" if name in found.given else name: values for name, values in found.columns.items()
     }
     columns = {**found.given, **own}
-    if arguments.to is None:
+    if to is None:
         _write(sys.stdout, columns)
+        if found.files:
+            print("lossworks: --to FOLDER writes the masks, too", file=sys.stderr)
         return 0
-    to = Path(arguments.to)
+    if found.files:
+        to = _write_files(to, found)
     text = io.StringIO(newline="")
     _write(text, columns)
     if to.exists() and not to.is_file():  # such as a pipe, in whose place no file may come
@@ -107,6 +120,19 @@ def _predict(arguments: argparse.Namespace) -> int:
         write_atomically(to, text.getvalue())
     print(f"{to}: {len(next(iter(columns.values()), []))} rows, {', '.join(list(own)[:4])}")
     return 0
+
+
+def _write_files(to: Path, found: "Predictions") -> Path:
+    """Write what belongs to a table beside it in a folder, and return the table's path there."""
+    if to.exists() and not to.is_dir():
+        raise UserError(f"--to {to}: is a file; what the model says are files of their own, so give a folder")
+    for name, content in found.files.items():
+        path = to / name
+        if path.exists():
+            raise UserError(f"{path}: is there already; give an empty folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content())
+    return to / "predictions.csv"
 
 
 def _check_output(to: Path, read: Path) -> None:

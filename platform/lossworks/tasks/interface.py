@@ -94,11 +94,14 @@ class Predictions:
         columns: Of the output, by name, a value for each row of the file.
         given: The file's own columns, which the output repeats in front.
         notes: What a person should know of it, in a sentence each.
+        files: What belongs to the output beside the table, such as masks: the content of each file by its
+            name, made when it is asked for.
     """
 
     columns: Mapping[str, Sequence[Any]]
     given: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    files: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
 
 Measure = Callable[[Outputs, Batch], Tensor]
@@ -501,7 +504,7 @@ class Task(ABC):
 
         Args:
             folder: What ``save`` wrote.
-            file: Of a kind that the model can read.
+            file: Of a kind that the model can read, or a folder of such files.
 
         Raises:
             UserError: The file can't be read, or the task predicts nothing of files.
