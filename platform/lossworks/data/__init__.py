@@ -6,7 +6,7 @@ numpy and torch only.
 
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.examples import ExampleData, Examples, load_examples
-from lossworks.data.order import BagOrder, Order, SequenceOrder
+from lossworks.data.order import BagOrder, Order, SequenceOrder, VisitOrder
 from lossworks.data.text.corpus import documents, fingerprint
 from lossworks.data.text.preparation import prepare
 from lossworks.data.text.readers import Piece
@@ -24,6 +24,7 @@ __all__ = [
     "SequenceOrder",
     "TokenSequences",
     "TokenizedCorpus",
+    "VisitOrder",
     "documents",
     "end_of_text_id",
     "fingerprint",

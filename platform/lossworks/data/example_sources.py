@@ -78,7 +78,7 @@ def _read(spec: ExamplesSpec, seed: int, learnt: Learnt | None) -> Read:
         case "npz":
             return _npz(existing_file(name), spec.owner)
         case "imagefolder":
-            return _image_folder(_folder(name), spec.image_size, links=spec.follow_links)
+            return _image_folder(existing_folder(name), spec.image_size, links=spec.follow_links)
         case "hf":
             return _hugging_face(name, spec)
         case "blobs" | "mnist1d":
@@ -127,7 +127,12 @@ def existing_file(name: str) -> Path:
     return path
 
 
-def _folder(name: str) -> Path:
+def existing_folder(name: str) -> Path:
+    """Return the folder that ``data.source`` names.
+
+    Raises:
+        UserError: There is none.
+    """
     path = Path(name).expanduser()
     if not path.is_dir():
         raise UserError(f"data.source: {path}: {'is no folder' if path.exists() else 'no such folder'}")

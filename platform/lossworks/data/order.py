@@ -73,13 +73,17 @@ class SequenceOrder:
                 f"position={position}, rank={rank}, workers={workers}: "
                 "must be position >= 0 and 0 <= rank < workers"
             )
-        start = position + rank * self.batch_size // workers
-        stop = position + (rank + 1) * self.batch_size // workers
+        start, stop = self.places(position, rank, workers)
         epochs = range(start // self.sequences, -(-stop // self.sequences))
         # Only what this share needs stays; the next one mostly needs the same epoch again.
         self._permutations = {epoch: self._permutation(epoch) for epoch in epochs} or self._permutations
         parts = [self._part(epoch, start, stop) for epoch in epochs]
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def places(self, position: int, rank: int, workers: int) -> tuple[int, int]:
+        """Return where in the endless order a worker's share begins, and where it ends; see :meth:`rows`."""
+        start = position + rank * self.batch_size // workers
+        return start, position + (rank + 1) * self.batch_size // workers
 
     def largest_share(self, workers: int) -> int:
         """Return the most sequences of a batch that any of ``workers`` gets."""
@@ -128,6 +132,35 @@ class BagOrder:
     def largest_share(self, workers: int) -> int:
         """Return the most rows of a batch that any of ``workers`` gets."""
         return self._bags.largest_share(workers) * self._bag_size
+
+
+class VisitOrder:
+    """The same order with the epoch in each number: visit = epoch · N + row, for data that differ by visit.
+
+    What is drawn for a visit, such as a patch of an image, is so a function of one number that no other visit
+    of a run has. Positions count rows, as those of ``SequenceOrder`` do.
+
+    Args:
+        rows: Number of rows, N, at least 1.
+        batch_size: Rows a global batch, at least 1.
+        seed: Seed of all permutations, at least 0.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self._rows = SequenceOrder(rows, batch_size, seed)
+
+    def rows(self, position: int, rank: int, workers: int) -> np.ndarray:
+        """Return one worker's visits, int64, shape (rows,); a visit's row is its remainder by N."""
+        count = self._rows.sequences
+        rows = self._rows.rows(position, rank, workers)
+        return rows + np.arange(*self._rows.places(position, rank, workers)) // count * count
+
+    def largest_share(self, workers: int) -> int:
+        """Return the most rows of a batch that any of ``workers`` gets."""
+        return self._rows.largest_share(workers)
 
 
 def held_out_of(rows: int, fraction: float) -> int:

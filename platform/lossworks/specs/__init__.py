@@ -17,6 +17,7 @@ from lossworks.specs.parts import (
     WeightSpec,
 )
 from lossworks.specs.tasks.classification import ClassifierModelSpec, ExamplesSpec
+from lossworks.specs.tasks.segmentation import AugmentationSpec, MasksSpec
 from lossworks.specs.tasks.segmenter import SegmenterSpec
 from lossworks.specs.tasks.text import DataSpec, PreferenceDataSpec, TokensSpec, UnlearningDataSpec
 from lossworks.specs.tracking import ModelTrackingSpec, TrackingSpec
@@ -24,12 +25,14 @@ from lossworks.specs.train import RunSpec
 
 __all__ = [
     "AnalysisSpec",
+    "AugmentationSpec",
     "CheckpointSpec",
     "ClassifierModelSpec",
     "DataSpec",
     "EvaluationSpec",
     "ExamplesSpec",
     "LossSpec",
+    "MasksSpec",
     "MethodSpec",
     "ModelSpec",
     "ModelTrackingSpec",

@@ -261,7 +261,11 @@ class Trainer:
         loss, parts = objective.value(total, counts)
         # A value of sums that are not finite may be finite, such as a quotient of them.
         seen = self.telemetry.look(
-            step, loss if bool(of_ranks.isfinite().all()) else math.nan, self.model, batches, rows
+            step,
+            loss if bool(of_ranks.isfinite().all()) else math.nan,
+            self.model,
+            batches,
+            rows % len(self.task.train),  # an order of visits has the epoch in its numbers, too
         )
         complaint = seen.complaint
         if undo is not None and seen.left_out:

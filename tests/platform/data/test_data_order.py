@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lossworks.data import BagOrder, SequenceOrder
+from lossworks.data import BagOrder, SequenceOrder, VisitOrder
 
 sizes = st.integers(min_value=1, max_value=40)
 
@@ -132,3 +132,17 @@ def test_a_batch_of_broken_bags_is_refused():
     """A bag that is split over batches has no mean."""
     with pytest.raises(ValueError, match="batch_size=10: must be a multiple of bag_size=4"):
         BagOrder(20, 4, 10, 0)
+
+
+@given(count=sizes, batch_size=sizes, position=st.integers(0, 500), workers=st.integers(1, 9))
+def test_visits_are_the_rows_of_the_same_order_with_their_epoch(count, batch_size, position, workers):
+    """Wherever it is taken up and by however many workers; a visit of a run never comes twice."""
+    visits, order = VisitOrder(count, batch_size, seed=3), SequenceOrder(count, batch_size, seed=3)
+    shares = [visits.rows(position, rank, workers) for rank in range(workers)]
+    found = np.concatenate(shares)
+
+    assert (found % count).tolist() == order.rows(position, 0, 1).tolist()
+    assert (found // count).tolist() == [place // count for place in range(position, position + batch_size)]
+    assert max(map(len, shares)) <= visits.largest_share(workers)
+    whole = np.concatenate([visits.rows(at * batch_size, 0, 1) for at in range(5)])
+    assert len(np.unique(whole)) == 5 * batch_size
