@@ -228,8 +228,8 @@ def features_of(cells: Cells, others: Sequence[str], spec: TableSpec, learnt: Le
     return Features.of(cells, others, spec.columns)
 
 
-def read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return arrays of an npz file, by name.
+def read_arrays(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Return arrays of an npz file, by name: those that are needed, and others if they are there.
 
     Raises:
         UserError: It can't be read, or lacks one.
@@ -243,7 +243,7 @@ def read_arrays(path: Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
                 raise UserError(
                     f"{path}: holds {', '.join(arrays.files)}; the arrays {' and '.join(needed)} are needed"
                 )
-            found = {name: arrays[name] for name in needed}
+            found = {name: arrays[name] for name in (*needed, *optional) if name in arrays.files}
     for name, array in found.items():
         if not isinstance(array, np.ndarray):  # numpy hands on as bytes what isn't written as npy
             raise UserError(f"{path}: {name} is no array; np.savez writes such files")

@@ -99,6 +99,11 @@ class Method(Settings):
         """Look at or change the distributed model after an update."""
         del model, step
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do, on all ranks alike: training then ends before its last step."""
+        return False
+
     def finish(self, trained: Trained) -> Finding:
         """Return what the method found after training."""
         del trained

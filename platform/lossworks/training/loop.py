@@ -191,7 +191,7 @@ class Trainer:
 
     def _train(self) -> tuple[RunStatus, str]:
         """Take steps to the end and return what that was, with a sentence about it."""
-        while self.step < self.spec.steps:
+        while self.step < self.spec.steps and not self._ended:
             try:
                 with self.profiler.step(self.step + 1):
                     stop = self._advance()
@@ -206,6 +206,11 @@ class Trainer:
                 return "stopped", f"stopped on request after step {self.step}"
         return "finished", ""
 
+    @property
+    def _ended(self) -> bool:
+        """Whether a method has nothing left to do, on all ranks alike."""
+        return any(method.ended for method in self.methods)
+
     def _advance(self) -> bool:
         """Take one step with what is due after it, or leave a batch out; return whether to stop early."""
         started = time.perf_counter()
@@ -217,7 +222,7 @@ class Trainer:
         self.step += 1
         row = done.metrics | self.speed.metrics(done.units, time.perf_counter() - started)
         self.clock.settle()
-        last = self.step == self.spec.steps
+        last = self.step == self.spec.steps or self._ended
         save = last or self.step % self.spec.checkpoint.every == 0
         self.held_out_loss = math.nan
         if save or self.step % self.spec.evaluation.every == 0:
