@@ -157,12 +157,15 @@ def _alike(raw: _Raw, learnt: Learnt | None) -> tuple[list[np.ndarray], list[str
     for key, image in zip(raw.keys, images, strict=True):
         if len(image) not in (1, wanted) or (len(image) == 1 and wanted not in (1, 3)):
             whose = f"those of {learnt.source}" if learnt is not None else "others"
-            raise UserError(f"{key}: the image has {len(image)} channels; {whose} have {wanted}")
+            raise UserError(f"image {key}: has {len(image)} channels; {whose} have {wanted}")
     grey = sum(len(image) < wanted for image in images)
     if grey:
         notes.append(f"{grey} grey images are read as images of three colours")
-    shape = [(wanted, *image.shape[1:]) for image in images]
-    return [np.broadcast_to(image, full) for image, full in zip(images, shape, strict=True)], notes
+    full = [
+        image if len(image) == wanted else np.broadcast_to(image, (wanted, *image.shape[1:]))
+        for image in images
+    ]
+    return full, notes
 
 
 def _folder(path: Path, *, links: bool) -> _Raw:
