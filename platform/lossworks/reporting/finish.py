@@ -30,7 +30,7 @@ def draw_report(folder: RunFolder, guess: float | None = None) -> Path:
     outcome = Outcome.stored(folder.outcome_file)
     plain = spec.loss.titles == ("cross-entropy",)
     kind = task_of(spec)
-    row = kind.element or kind.unit.removesuffix("s")
+    row = kind.element_of(spec)
     return train_report(
         rows,
         head_memory=outcome.head_memory if outcome else None,

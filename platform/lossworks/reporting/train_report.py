@@ -153,20 +153,22 @@ def draw_yardsticks(
     """
     axes.set_title(title)
     highest = 1.0
-    for (name, label), colour in zip(shown.items(), (BLUE, ORANGE), strict=False):
-        points = series(rows, name)
-        if points is not None:
-            axes.plot(*points, color=colour, marker="o" if points[0].size <= 50 else "", label=label)
-            axes.annotate(
-                f"{points[1][-1]:.3f}" if abs(points[1][-1]) < 10 else f"{points[1][-1]:,.4g}",
-                (points[0][-1], points[1][-1]),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="right",
-                color=colour,
-                fontweight="bold",
-            )
-            highest = max(highest, float(np.max(points[1])))
+    lines = [(points, label) for name, label in shown.items() if (points := series(rows, name)) is not None]
+    lowest = min((points[1][-1] for points, _ in lines), default=0.0)
+    for (points, label), colour in zip(lines, (BLUE, ORANGE), strict=False):
+        axes.plot(*points, color=colour, marker="o" if points[0].size <= 50 else "", label=label)
+        under = len(lines) > 1 and points[1][-1] == lowest  # two figures above each other would meet
+        axes.annotate(
+            f"{points[1][-1]:.3f}" if abs(points[1][-1]) < 10 else f"{points[1][-1]:,.4g}",
+            (points[0][-1], points[1][-1]),
+            xytext=(0, -8 if under else 8),
+            textcoords="offset points",
+            ha="right",
+            va="top" if under else "bottom",
+            color=colour,
+            fontweight="bold",
+        )
+        highest = max(highest, float(np.max(points[1])))
     step_axis(axes)
     axes.set(ylim=(0, 1.15 * highest))
     if axes.lines:

@@ -218,6 +218,12 @@ class Task(ABC):
         del learnt, role
         return spec
 
+    @classmethod
+    def element_of(cls, spec: RunSpec) -> str:
+        """Return what the losses of a run are means over, in the singular."""
+        del spec
+        return cls.element or cls.unit.removesuffix("s")
+
     @property
     def learnt(self) -> Learnt:
         """What the model needs ever after of the data, besides weights; nothing unless a task says so."""

@@ -77,7 +77,6 @@ class SegmentationTask(Task):
     slug = "segmentation"
     title = "a class for each pixel of an image"
     unit = "images"
-    element = "pixel"
     spec: ClassVar[type[RunSpec]] = SegmentationSpec
     kinds = ("row", "logits", "margin", "map")
     provides = ("inputs", "targets")
@@ -156,6 +155,12 @@ class SegmentationTask(Task):
             spec, channels=self.data.channels, classes=len(self.data.names), seed=self.run.seed
         )
 
+    @classmethod
+    def element_of(cls, spec: RunSpec) -> str:
+        """See :meth:`Task.element_of`: images, of losses of maps alone, and else pixels."""
+        kinds = {declaration(term.name).kind for term in spec.loss.terms}
+        return "image" if kinds == {"map"} else "pixel"
+
     def counts(self, batch: Batch) -> tuple[float, float]:
         """Return how many images have a pixel that counts, and nothing further."""
         return float((batch["targets"] != IGNORE_INDEX).flatten(1).any(1).sum()), 0.0
@@ -231,7 +236,7 @@ class SegmentationTask(Task):
             values = [value or 0.0 for value in pictured[name]]
             bars = axes.bar(places + shift, values, 0.38, color=colour, label=label)
             axes.bar_label(bars, fmt="%.3f", padding=3)
-        axes.set(ylabel="share", ylim=(0, 1.25), xticks=places)
+        axes.set(ylabel="share", ylim=(0, 1.45), xticks=places)
         axes.set_xticklabels(pictured["classes"])
         axes.grid(visible=False, axis="x")
         axes.legend(loc="upper right", ncols=2)

@@ -5,7 +5,7 @@ Shapes: B images of C channels and sides H, W.
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -110,13 +110,12 @@ class MapCases(Analysis):
         if not pictured.get("cases"):
             return None
         with rc_context(STYLE):
-            figure = Figure(figsize=(16, 20), dpi=80, layout="constrained", facecolor="white")
-            grid = figure.add_gridspec(4, 4, height_ratios=(1, 1, 1, 0.75))
-            for place, case in enumerate(pictured["cases"]):
-                _draw_case(
-                    [figure.add_subplot(grid[place, at]) for at in range(4)], case, pictured["classes"]
-                )
-            _draw_curves([figure.add_subplot(grid[3, :2]), figure.add_subplot(grid[3, 2:])], curves)
+            figure = Figure(figsize=(16, 17), dpi=80, layout="constrained", facecolor="white")
+            upper, lower = figure.subfigures(2, height_ratios=(4, 1))
+            grid = upper.subplots(len(pictured["cases"]), 4)
+            for row, case in zip(grid, pictured["cases"], strict=True):
+                _draw_case(row, case, pictured["classes"])
+            _draw_curves(lower.subplots(1, 2), curves)
         return figure
 
 
@@ -242,7 +241,7 @@ def _of_png(text: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
-def _draw_case(axes: "list[Axes]", case: Mapping[str, Any], classes: list[str]) -> None:
+def _draw_case(axes: "Sequence[Axes]", case: Mapping[str, Any], classes: list[str]) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Circle
 
@@ -269,10 +268,11 @@ def _draw_case(axes: "list[Axes]", case: Mapping[str, Any], classes: list[str]) 
         for x, y, radius in case["marks"][kind]:
             axes[3].add_patch(Circle((x, y), radius, fill=False, color=colour, linewidth=2))
     broken, spurious = (len(case["marks"][kind]) for kind in ("broken", "spurious"))
-    axes[3].set_xlabel(f"orange: missed, {broken} breaks; blue: too much, {spurious} spurious")
+    axes[3].set_title(f"errors: {broken} broken, {spurious} spurious")
+    axes[3].set_xlabel("orange: missed; blue: too much")
 
 
-def _draw_curves(axes: "list[Axes]", curves: Mapping[str, Curve]) -> None:
+def _draw_curves(axes: "Sequence[Axes]", curves: Mapping[str, Curve]) -> None:
     from lossworks.reporting.picture_style import BLUE, ORANGE, not_measured, step_axis
 
     for own, names in zip(axes, (("loss",), ("dice", "boundary_f")), strict=True):
