@@ -21,13 +21,53 @@ def _configure_data(parser: argparse.ArgumentParser) -> None:
         "What a column holds is told by its cells. Where that is wrong, a spec says it: "
         "data.columns.NAME=number, yes-no, date, category, or drop."
     )
-    parser.add_argument("source", metavar="SOURCE", help="csv:PATH or parquet:PATH")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="csv:PATH or parquet:PATH for a table; folder:PATH for images/ and masks/ of equal names",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as data.label=kind data.columns.zip=category"
     )
 
 
 def _data(arguments: argparse.Namespace) -> int:
+    kind, _, name = arguments.source.partition(":")
+    show = {"csv": _show_table, "parquet": _show_table, "folder": _show_masks}.get(kind)
+    if show is None or not name:
+        raise UserError(
+            f"{arguments.source}: give a table, csv:PATH or parquet:PATH, or images with masks, folder:PATH"
+        )
+    # Here as in a spec, where they are below data; errors name them as there.
+    show(arguments.source, [override.removeprefix("data.") for override in arguments.overrides])
+    return 0
+
+
+def _show_masks(source: str, overrides: Sequence[str]) -> None:
+    """Print what is read of a folder of images with masks: sizes, classes, and what is odd."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lossworks.data.images.census import count_masks
+    from lossworks.data.images.mask_sources import read_masks
+    from lossworks.specs import MasksSpec
+
+    found = count_masks(read_masks(MasksSpec(source=source).override(overrides)))
+    table = Table("class", "share of pixels", "images with it", box=None, header_style="bold")
+    for name, share, images in found.classes:
+        table.add_row(Text(name), f"{100 * share:.2f} %", str(images))
+    console = Console()
+    console.print(
+        f"{source.partition(':')[2]}: {found.summary}", highlight=False, markup=False, soft_wrap=True
+    )
+    console.print(table)
+    for note in found.notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
+
+
+def _show_table(source: str, overrides: Sequence[str]) -> None:
+    """Print what is read of a table, column by column."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -36,12 +76,8 @@ def _data(arguments: argparse.Namespace) -> int:
     from lossworks.data.tables import Features, is_empty, read_cells
     from lossworks.specs import ExamplesSpec
 
-    kind, _, name = arguments.source.partition(":")
-    if kind not in ("csv", "parquet") or not name:
-        raise UserError(f"{arguments.source}: give a table, csv:PATH or parquet:PATH")
-    # Here as in a spec, where they are below data; errors name them as there.
-    overrides = [override.removeprefix("data.") for override in arguments.overrides]
-    spec = ExamplesSpec(source=arguments.source).override(overrides)
+    name = source.partition(":")[2]
+    spec = ExamplesSpec(source=source).override(overrides)
     cells = read_cells(existing_file(name))
     others = [spec.label] if spec.label in cells.columns else []
     if not others and "label" in spec.model_fields_set:
@@ -76,7 +112,6 @@ def _data(arguments: argparse.Namespace) -> int:
         )
     if not others:
         console.print(f"no column is called {spec.label}: say which is the label with data.label=COLUMN")
-    return 0
 
 
 def _configure_predict(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +185,10 @@ def _write(file: TextIO, columns: dict[str, Sequence[Any]]) -> None:
 
 
 DATA = Command(
-    "show what is read of a table, column by column", _configure_data, _data, group="your own data"
+    "show what is read of a table, column by column, or of images with masks",
+    _configure_data,
+    _data,
+    group="your own data",
 )
 PREDICT = Command(
     "write what a trained model says of a file", _configure_predict, _predict, group="your own data"

@@ -7,7 +7,7 @@ import numpy as np
 
 from lossworks.data.batch import IGNORE_INDEX
 from lossworks.data.images.augmentation import levels
-from lossworks.data.images.drawn import draw_masked, names_of_drawn
+from lossworks.data.images.drawings.drawn import draw_masked, names_of_drawn
 from lossworks.data.images.mask_sources import BINARY, ReadMasks, read_masks
 from lossworks.data.images.masked_images import MaskedImages, Visiting
 from lossworks.data.learnt import Learnt, digest_of

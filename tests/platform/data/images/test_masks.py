@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lossworks.data.images.drawn import draw_masked
+from lossworks.data.images.drawings.drawn import draw_masked
 from lossworks.data.images.masks import load_masks
 from lossworks.errors import UserError
 from lossworks.specs import MasksSpec

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from lossworks.data.images.brush import coloured, grained, lit, smooth_noise
+from lossworks.data.images.drawings.brush import coloured, grained, lit, smooth_noise
 
 _THINNEST = 0.7  # pixels, of a vessel's half width
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lossworks.data.images.brush import bent, coloured, grained, lit, smooth_noise
+from lossworks.data.images.drawings.brush import bent, coloured, grained, lit, smooth_noise
 
 
 class Wall(NamedTuple):

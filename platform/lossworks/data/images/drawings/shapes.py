@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lossworks.data.images.brush import coloured, grained, lit, places, smooth_noise
+from lossworks.data.images.drawings.brush import coloured, grained, lit, places, smooth_noise
 
 SHAPES = ("background", "disc", "square", "triangle", "star")
 """The classes, in the order of their numbers."""

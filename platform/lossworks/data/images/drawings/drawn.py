@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lossworks.data.images.brush import out_of_domain
-from lossworks.data.images.careless import noisy_mask, weak_mask
-from lossworks.data.images.shapes import SHAPES, paint_shapes, place_shapes
-from lossworks.data.images.vessels import grow_vessels, paint_vessels
-from lossworks.data.images.voices import draw_voice
-from lossworks.data.images.walls import lay_bricks, paint_wall
+from lossworks.data.images.drawings.brush import out_of_domain
+from lossworks.data.images.drawings.careless import noisy_mask, weak_mask
+from lossworks.data.images.drawings.shapes import SHAPES, paint_shapes, place_shapes
+from lossworks.data.images.drawings.vessels import grow_vessels, paint_vessels
+from lossworks.data.images.drawings.voices import draw_voice
+from lossworks.data.images.drawings.walls import lay_bricks, paint_wall
 
 _WHAT, _LOOK, _DOMAIN, _CARE = range(4)  # what a random stream is for
 

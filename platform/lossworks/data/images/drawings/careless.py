@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
-from lossworks.data.images.brush import bent
+from lossworks.data.images.drawings.brush import bent
 
 _APART = 60  # pixels of a mask's border for each part that breaks out
 

@@ -1,0 +1,1 @@
+"""Images that are drawn with their masks, each kind in a file."""
