@@ -2,11 +2,12 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lossworks.benchmarks.table import BenchmarkRow
-from lossworks.errors import UserError
+from lossworks.errors import RunError, UserError
 from lossworks_federated.benchmarks import engines_benchmark as benchmark
 from lossworks_federated.benchmarks.engines_chart import draw_benchmark
 from lossworks_federated.benchmarks.engines_worker import by_cohort, rounds_by_loop
@@ -42,6 +43,21 @@ def test_rows_of_a_small_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
         ("mlp-100-20", "loop", "difference of updates"),
     }
     assert all(row.value is not None and math.isfinite(row.value) and not row.note for row in rows)
+
+
+def test_every_case_is_the_spec_of_a_federation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that take long to measure, too; a worker would refuse what is none."""
+    told = []
+
+    def told_only(module: str, case: dict[str, Any], threads: int, limit_s: float) -> dict[str, Any]:
+        told.append(FederationSpec.parse(case["spec"]))
+        raise RunError("not measured")
+
+    monkeypatch.setattr(benchmark, "run_worker", told_only)
+    rows = list(benchmark.run(["curves=true"], 1))
+    assert {row.note for row in rows} <= {"not measured", "not installed: pip install 'lossworks[bench]'"}
+    assert len(told) > 20
+    assert {spec.task for spec in told} == {"classification", "language-model"}
 
 
 def test_unknown_cases_and_methods_are_refused() -> None:

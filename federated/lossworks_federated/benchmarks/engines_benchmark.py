@@ -33,7 +33,7 @@ _SAME = 1e-2  # difference of updates, as a share, at which methods count as hav
 # can put a ReLU on its other side, after which one weight takes another step
 _TEXT: dict[str, Any] = {
     "task": "language-model",
-    "data": {"corpus": "stdlib", "max_bytes": 200_000, "vocab_size": 512, "sequence_length": 64},
+    "data": {"corpus": "stdlib", "max_bytes": 60_000, "vocab_size": 512, "sequence_length": 64},
     "split": {"kind": "iid", "clients": 20, "test_fraction": 0.0},
     "model": {"layers": 2, "width": 64, "heads": 4},
     "local": {"epochs": 1, "batch_size": 8, "lr": 0.1},
@@ -50,7 +50,7 @@ class FederatedSpec(Spec):
     methods: Annotated[tuple[str, ...], COMMAS] = Field(
         _METHODS, description=f"of {', '.join(_METHODS)}; pfl (Apple's simulator) where it is installed"
     )
-    rounds: int = Field(8, ge=3, le=1000, description="rounds of each measurement, the first left out")
+    rounds: int = Field(6, ge=3, le=1000, description="rounds of each measurement, the first left out")
     large: bool = Field(
         True, description="measure a language model and perceptrons of 1M and 10M parameters, too"
     )
@@ -157,8 +157,8 @@ def _blobs(clients: int, width: int, kind: str = "iid") -> dict[str, Any]:
 def _large(workers: _Workers) -> Iterator[BenchmarkRow]:
     few = {"rounds": 3}
     yield from _compare(workers, "transformer, 20 clients a round", {**_TEXT, **few}, _BOTH, 1)
-    for size in ("1M", "10M"):
-        changes = {**_blobs(10, _WIDTHS[size]), **few}
+    for size, epochs in (("1M", 5), ("10M", 2)):
+        changes = {**_blobs(10, _WIDTHS[size]), "local": {**_LOCAL, "epochs": epochs}, **few}
         yield from _compare(workers, f"10 clients a round, {size} parameters", changes, _BOTH, 1)
 
 

@@ -62,8 +62,8 @@ class SpecKind:
 KINDS = {
     "study": SpecKind("a study", "study", ("compare",)),
     "sweep": SpecKind("a sweep", "tune", ("base",)),
-    "federation": SpecKind("a federation", "federate", ("strategies",)),
-    "training": SpecKind("a training", "train", ("steps", "task")),
+    "federation": SpecKind("a federation", "federate", ("strategies", "rounds", "split")),
+    "training": SpecKind("a training", "train", ("steps",)),
 }
 
 

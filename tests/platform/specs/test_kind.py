@@ -48,6 +48,13 @@ def test_a_file_with_its_kind_gives_no_hint(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_task_alone_tells_no_kind():
+    """Federations have one, too."""
+    assert kind_of({"task": "language-model"}) is None
+    assert kind_of({"task": "language-model", "split": {"clients": 3}}) == "federation"
+    assert kind_of({"task": "language-model", "steps": 3}) == "training"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
