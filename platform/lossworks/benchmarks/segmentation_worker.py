@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lossworks.benchmarks.worker import median_seconds, peak_growth
-from lossworks.data.images.drawn import draw_masked
+from lossworks.data.images.drawings.drawn import draw_masked
 from lossworks.losses import create
 from lossworks.losses.interface import Loss
 from lossworks.models.segmentation import Segmenter, build_segmenter

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Declaration
-from lossworks.catalogue.registry import declaration
+from lossworks.catalogue.registry import declaration, declarations
 from lossworks.data import Order, VisitOrder
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.data.images.augmentation import levels
@@ -79,7 +79,7 @@ class SegmentationTask(Task):
     unit = "images"
     spec: ClassVar[type[RunSpec]] = SegmentationSpec
     kinds = ("row", "logits", "margin", "map")
-    provides = ("inputs", "targets")
+    provides = ("inputs", "targets", "priors")
     yardsticks: ClassVar[Mapping[str, Mode]] = {
         "eval/dice": "max",
         "eval/iou": "max",
@@ -108,6 +108,8 @@ class SegmentationTask(Task):
         self.run = spec
         self.data = load_masks(spec.data, spec.seed, learnt)
         self.train, self.held_out = self.data.train, self.data.held_out
+        if spec.data.unlabelled:
+            _require_label_free(spec)
         for term in spec.loss.terms:
             if declaration(term.name).kind == "margin" and len(self.data.names) != 2:
                 raise UserError(
@@ -171,7 +173,9 @@ class SegmentationTask(Task):
         return _sums(outputs.logits, batch["targets"])
 
     def figures(self, sums: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
-        """Return the yardsticks, and the overlap of every class."""
+        """Return the yardsticks, and the overlap of every class; none of what needs masks without any."""
+        if not self.run.data.labelled:
+            return {}, {}
         pixels, maps = (
             sums[: -_of_maps(len(self.data.names))],
             MapSums(sums[-_of_maps(len(self.data.names)) :]),
@@ -184,8 +188,10 @@ class SegmentationTask(Task):
             **{name: [None if math.isnan(v) else v for v in values] for name, values in by_class.items()},
         }
 
-    def simplest(self) -> Simplest:
+    def simplest(self) -> Simplest | None:
         """Return what the commonest class of the training pixels gets, said of every pixel."""
+        if not self.run.data.labelled:
+            return None
         counts = torch.from_numpy(self.data.train.pixels_of_classes(len(self.data.names)))
         log_p = ((counts + 1.0) / (counts.sum() + len(counts))).log()
         sums = []
@@ -261,6 +267,22 @@ class SegmentationTask(Task):
             standardisation=Standardisation.of_facts(learnt.facts),
             provenance=provenance,
         )
+
+
+def _require_label_free(spec: SegmentationSpec) -> None:
+    """Refuse to train on masks that aren't there.
+
+    Raises:
+        UserError: Naming the losses that read none.
+    """
+    for term in spec.loss.terms:
+        if "label-free" not in declaration(term.name).flags:
+            able = ", ".join(
+                slug for slug, entry in declarations("losses").items() if "label-free" in entry.flags
+            )
+            raise UserError(
+                f"data.unlabelled=true: loss.name={term.name} reads masks; what reads none: {able}"
+            )
 
 
 def _of_maps(classes: int) -> int:

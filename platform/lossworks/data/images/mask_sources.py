@@ -82,6 +82,8 @@ def read_masks(spec: MasksSpec, learnt: Learnt | None = None) -> ReadMasks:
         UserError: Something can't be read, fits nothing else, or holds a value that is no class.
     """
     kind, _, name = spec.source.partition(":")
+    if spec.unlabelled:
+        return _unlabelled(existing_folder(name), learnt, links=spec.follow_links)
     if kind == "folder":
         raw = _folder(existing_folder(name), links=spec.follow_links)
     else:
@@ -96,6 +98,24 @@ def read_masks(spec: MasksSpec, learnt: Learnt | None = None) -> ReadMasks:
     masks = [_numbered(codes, numbers) for codes in raw.codes]
     images, notes = _alike(raw, learnt)
     return ReadMasks(images, masks, raw.keys, tuple(kept), (*raw.notes, *notes))
+
+
+def _unlabelled(path: Path, learnt: Learnt | None, *, links: bool) -> ReadMasks:
+    """Return the pictures of a folder without masks, of whose pixels all count; the classes are a model's.
+
+    Raises:
+        UserError: A picture can't be read, or there is no model.
+    """
+    if learnt is None:
+        raise UserError("data.unlabelled=true: needs a trained model to adapt: set start=RUN")
+    below = (path, "images") if (path / "images").is_dir() else (path.parent, path.name)
+    files = _files(*below, links=links)
+    pictures = [read_picture(file, str(file)) for file in files.pictures.values()]
+    masks = [np.zeros(picture.image.shape[1:], dtype=np.int16) for picture in pictures]
+    keys = list(files.pictures)
+    raw = _Raw(pictures, [], keys, [], {}, files.notes)
+    images, notes = _alike(raw, learnt)
+    return ReadMasks(images, masks, keys, tuple(map(str, learnt.fact("classes"))), (*files.notes, *notes))
 
 
 def _told(raw: _Raw, ignore: int | None, learnt: Learnt | None) -> dict[int, str | None]:

@@ -38,6 +38,7 @@ class MaskedImages:
         keys: What the images are called, N texts.
         scale: What brings levels to the model's scale, if anything.
         visiting: What is done at each visit; None where images are taken as they are.
+        priors: Shares of the classes that each image is expected to have, (N, K); None where nobody said.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class MaskedImages:
         keys: Sequence[str],
         scale: Standardisation | None = None,
         visiting: Visiting | None = None,
+        priors: np.ndarray | None = None,
     ) -> None:
         self.images, self.masks, self.keys = list(images), list(masks), tuple(keys)
-        self.scale, self.visiting = scale, visiting
+        self.scale, self.visiting, self.priors = scale, visiting, priors
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -80,7 +82,10 @@ class MaskedImages:
         padded = [_padded(image, mask, height, width) for image, mask in pairs]
         inputs = np.stack([image for image, _ in padded])
         targets = np.stack([mask for _, mask in padded]).astype(np.int64)
-        return {"inputs": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
+        found = {"inputs": torch.from_numpy(inputs), "targets": torch.from_numpy(targets)}
+        if self.priors is not None:
+            found["priors"] = torch.from_numpy(self.priors[rows % len(self)])
+        return found
 
     def pair(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return image (C, H, W), float32 on the model's scale, and mask (H, W) of a row or visit."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lossworks.data.batch import IGNORE_INDEX
+from lossworks.data.example_sources import existing_file
 from lossworks.data.images.augmentation import levels
 from lossworks.data.images.drawings.drawn import draw_masked, names_of_drawn
+from lossworks.data.images.expected_shares import read_priors
 from lossworks.data.images.mask_sources import BINARY, ReadMasks, read_masks
 from lossworks.data.images.masked_images import MaskedImages, Visiting
 from lossworks.data.learnt import Learnt, digest_of
@@ -70,8 +72,10 @@ def load_masks(spec: MasksSpec, seed: int, learnt: Learnt | None = None) -> Mask
     scale = (
         _scale(train.images, spec.standardise) if learnt is None else Standardisation.of_facts(learnt.facts)
     )
+    visiting = Visiting(spec.augment, spec.patch, seed)
+    priors = None if spec.priors is None else _priors(spec.priors, train)
     return MaskData(
-        MaskedImages(train.images, train.masks, train.keys, scale, Visiting(spec.augment, spec.patch, seed)),
+        MaskedImages(train.images, train.masks, train.keys, scale, visiting, priors),
         MaskedImages(held_out.images, held_out.masks, held_out.keys, scale),
         train.names,
         channels,
@@ -127,10 +131,25 @@ def _of_classes(found: ReadMasks, spec: MasksSpec, learnt: Learnt | None) -> Rea
         numbers, names = np.minimum(numbers, 1), BINARY
     if learnt is not None:
         own = learnt.numbers_of(names, "classes")
-        numbers, names = np.where(numbers < 0, numbers, own[numbers]), tuple(map(str, learnt.fact("classes")))
+        numbers, names = (
+            np.where(numbers < 0, numbers, own[np.maximum(numbers, 0)]),
+            tuple(map(str, learnt.fact("classes"))),
+        )
     # One more entry, to which the number of what counts for nothing leads.
     table = np.append(numbers, IGNORE_INDEX).astype(np.int16)
     return found._replace(masks=[table[np.maximum(mask, -1)] for mask in found.masks], names=names)
+
+
+def _priors(source: str, train: ReadMasks) -> np.ndarray:
+    """Return the expected shares of the classes of each image, float32 (N, K).
+
+    Raises:
+        UserError: The file can't be read, lacks an image or a class, or holds what are no shares.
+    """
+    if source == "exact":
+        counts = [np.bincount(mask[mask >= 0], minlength=len(train.names)) for mask in train.masks]
+        return np.array([count / max(1, count.sum()) for count in counts], dtype=np.float32)
+    return read_priors(existing_file(source), train.keys, train.names)
 
 
 def _require_two(train: ReadMasks) -> None:

@@ -7,7 +7,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from lossworks.catalogue.declaration import Paper, integer
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.errors import UserError
 from lossworks.models import Outputs
-from lossworks.specs import RunSpec
+from lossworks.specs import MasksSpec, RunSpec
 from lossworks.tasks.analyses import Analysis, Curve, Finding, Probe
 from lossworks.tasks.interface import ExampleRows, Mode, Task
 
@@ -66,6 +66,8 @@ class MapCases(Analysis):
 
     def measure(self, probe: Probe) -> Finding:
         """See :meth:`Analysis.measure`."""
+        if not cast("MasksSpec", probe.task.spec_of_run.data).labelled:  # type: ignore[attr-defined]
+            return Finding({}, notes=["there are no masks to compare with"])
         rows = probe.held_out
         numbered = _Numbered(probe.task.held_out)
         found = probe.over(_Dice(len(probe.task.held_out)), numbered, rows)
@@ -111,7 +113,7 @@ class MapCases(Analysis):
             return None
         with rc_context(STYLE):
             figure = Figure(figsize=(16, 17), dpi=80, layout="constrained", facecolor="white")
-            upper, lower = figure.subfigures(2, height_ratios=(4, 1))
+            upper, lower = np.asarray(figure.subfigures(2, height_ratios=(4, 1)))
             grid = upper.subplots(len(pictured["cases"]), 4)
             for row, case in zip(grid, pictured["cases"], strict=True):
                 _draw_case(row, case, pictured["classes"])

@@ -105,6 +105,17 @@ class MasksSpec(Spec):
         "it; 0 takes whole images, which must then be of one size",
     )
     augment: AugmentationSpec = AugmentationSpec()
+    unlabelled: bool = Field(
+        False,
+        description="there are no masks, and of drawn images none are read: for losses such as sfda, which "
+        "adapt a trained model (start); of folder:PATH images/ is read, or the pictures in PATH itself",
+    )
+    priors: str | None = Field(
+        None,
+        min_length=1,
+        description="shares of the classes that each training image is expected to have, for sfda: a CSV "
+        "file with a column image (names without endings) and one for each class, or exact: its mask's own",
+    )
     input: str = Field("image", min_length=1, description="column of an hf data set with the image")
     label: str = Field("mask", min_length=1, description="column of an hf data set with the mask")
     follow_links: bool = Field(False, description="whether a folder's links to files outside of it are read")
@@ -113,6 +124,11 @@ class MasksSpec(Spec):
     def from_path(self) -> bool:
         """Whether the images are somebody's own, which may change."""
         return self.source.partition(":")[0] not in DRAWN_MASKS
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are masks to measure by."""
+        return not (self.unlabelled and self.from_path)
 
     @property
     def looks(self) -> tuple[Domain, Domain]:
@@ -130,6 +146,10 @@ class MasksSpec(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.unlabelled and self.from_path and not self.source.startswith("folder:"):
+            raise ValueError(f"unlabelled=true is for folder:PATH and drawn images, not source={self.source}")
+        if self.unlabelled and self.priors == "exact":
+            raise ValueError("priors=exact is what masks say, and with unlabelled=true there are none")
         if self.from_path:
             for name in ("labels", "domain", "held_out_domain"):
                 if getattr(self, name) != type(self).model_fields[name].default:

@@ -142,3 +142,14 @@ def test_classes_are_kept_numbered_and_joined():
 def test_what_is_no_such_thing_is_refused_by_name(values, message):
     with pytest.raises(UserError, match=message):
         load(**values)
+
+
+def test_classes_that_are_left_out_stay_so_for_a_model_that_learnt_the_others():
+    spec = MasksSpec(source="shapes:8", side=48, classes=["background", "disc", "square"])
+    first = load_masks(spec, 0)
+
+    again = load_masks(spec, 0, first.learnt)
+
+    for one, other in zip(first.train.masks, again.train.masks, strict=True):
+        assert np.array_equal(one, other)
+    assert any((mask == -100).any() for mask in again.train.masks)
