@@ -51,12 +51,12 @@ class Maps:
     @cached_property
     def cross_entropy(self) -> Tensor:
         """Mean cross-entropy of the pixels that count, in nats, shape (B,)."""
-        return self.mean(-(self.targets * self.log_probabilities).sum(1))
+        return pixel_means(-(self.targets * self.log_probabilities).sum(1), self.valid)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the means (B,) of values (B, H, W) over the pixels that count; 0 where none does."""
-        pixels = self.valid.flatten(1).sum(1).clamp(min=1)
-        return torch.where(self.valid, values, 0).flatten(1).sum(1) / pixels
+
+def pixel_means(values: Tensor, valid: Tensor) -> Tensor:
+    """Return the mean (B,) of values (B, H, W) over pixels that count, bool (B, H, W); 0 where none does."""
+    return torch.where(valid, values, 0).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)
 
 
 class MapLoss(Loss):

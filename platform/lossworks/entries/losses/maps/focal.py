@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, number
-from lossworks.losses.maps import MapLoss, Maps
+from lossworks.losses.maps import MapLoss, Maps, pixel_means
 
 
 class MapFocal(MapLoss):
@@ -27,4 +27,4 @@ class MapFocal(MapLoss):
         log_p = maps.log_probabilities
         # Away from 1, where a power below 1 has an infinite derivative.
         rest = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
-        return maps.mean(-(maps.targets * rest**self.gamma * log_p).sum(1))
+        return pixel_means(-(maps.targets * rest**self.gamma * log_p).sum(1), maps.valid)
