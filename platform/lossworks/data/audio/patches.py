@@ -1,0 +1,89 @@
+"""Patches of a few frames of a song's spectra, which a small network reads, and what it says of them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lossworks.data.audio.separation import Song, ideal_mask, softened
+from lossworks.data.audio.singing import sing
+from lossworks.data.audio.spectra import FrontEnd
+
+
+class Patches(NamedTuple):
+    """Patches of songs.
+
+    Attributes:
+        inputs: Magnitudes on the scale of each song's mean, float32 (N, frames, F).
+        targets: Probabilities that a bin is the voice's, float32 (N, frames, F).
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def draw_songs(count: int, seconds: float, rate: int, seed: int) -> list[Song]:
+    """Return songs of a voice over chords, each a function of seed and number; see :func:`sing`.
+
+    Args:
+        count: How many.
+        seconds: Of each.
+        rate: Samples a second.
+        seed: Of all.
+    """
+    streams = (np.random.default_rng([seed, number]) for number in range(count))
+    return [Song(*sing(stream, max(1, round(seconds * rate)), rate)) for stream in streams]
+
+
+def magnitudes_of(samples: np.ndarray, front: FrontEnd) -> np.ndarray:
+    """Return the magnitudes of a track's spectra, divided by their mean over the track, float64 (F, T).
+
+    Levels of tracks differ by orders; a silent track stays 0.
+    """
+    found = np.abs(front.spectra(samples))
+    mean = float(found.mean())
+    return np.asarray(found / mean if mean > 0 else found)
+
+
+def cut_patches(values: np.ndarray, frames: int, hop: int) -> np.ndarray:
+    """Return patches (N, frames, F) of values (F, T), the middles of which are ``hop`` frames apart.
+
+    The first has frame 0 in its middle; beyond both ends there are zeros. With ``hop`` 1, N is T.
+
+    Args:
+        values: Of bins.
+        frames: Of a patch, an odd number.
+        hop: At least 1.
+
+    Raises:
+        ValueError: ``frames`` is even, or a number is too small.
+    """
+    if frames < 1 or frames % 2 == 0 or hop < 1:
+        raise ValueError(f"frames={frames} must be odd and at least 1, and hop={hop} at least 1")
+    around = np.pad(values.T, ((frames // 2, frames // 2), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(around, frames, axis=0)
+    return np.ascontiguousarray(windows[::hop].swapaxes(1, 2))
+
+
+def middles(patches: np.ndarray) -> np.ndarray:
+    """Return values (F, T) from the middle frames of patches (T, frames, F) that were cut with hop 1."""
+    return np.ascontiguousarray(patches[:, patches.shape[1] // 2].T)
+
+
+def patches_of(
+    songs: list[Song], front: FrontEnd, frames: int = 9, hop: int = 8, softness: float = 0.02
+) -> Patches:
+    """Return patches of songs' mixtures with softened ideal masks, those of a song one after the other.
+
+    Args:
+        songs: With their parts.
+        front: How they become spectra.
+        frames: Of a patch, an odd number.
+        hop: From one patch to the next.
+        softness: See :func:`softened`.
+    """
+    inputs, targets = [], []
+    for song in songs:
+        mask = softened(ideal_mask(front.spectra(song.voice), front.spectra(song.accompaniment)), softness)
+        inputs.append(cut_patches(magnitudes_of(song.mixture, front), frames, hop).astype(np.float32))
+        targets.append(cut_patches(mask, frames, hop))
+    return Patches(np.concatenate(inputs), np.concatenate(targets))
