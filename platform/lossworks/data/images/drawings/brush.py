@@ -5,8 +5,15 @@ from scipy import ndimage
 
 
 def smooth_noise(stream: np.random.Generator, side: int, scale: float) -> np.ndarray:
-    """Return noise (side, side) of mean about 0 and deviation 1 that changes over ``scale`` pixels."""
-    found = ndimage.gaussian_filter(stream.standard_normal((side, side)), scale, mode="reflect")
+    """Return noise (side, side) of mean about 0 and deviation 1 that changes over ``scale`` pixels.
+
+    What changes slowly is drawn on a coarser grid and read between its places.
+    """
+    step = max(1, int(scale / 3))
+    coarse = -(-side // step) + (step > 1)
+    found = ndimage.gaussian_filter(stream.standard_normal((coarse, coarse)), scale / step, mode="reflect")
+    if step > 1:
+        found = ndimage.zoom(found, side / coarse, order=1, grid_mode=True, mode="nearest")
     spread = float(found.std())
     return np.asarray(found / spread if spread > 0 else found)
 
