@@ -11,6 +11,7 @@ from lossworks_federated.reporting.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _TERMS = {"local": "terms/local", "shift": "terms/shift", "aggregation": "terms/aggregation"}
 _TERM_COLOURS = (BLUE, ORANGE, "#6b8f3a")
@@ -27,37 +28,43 @@ def draw_comparison(comparison: Comparison, path: Path, *, title: str) -> list[P
         title: Heading.
     """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        across = 4 if comparison.timed else 3
-        size = (20 / 3 * across, 11)
-        figure = Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
-        seeds = len({entry.seed for entry in comparison.entries})
-        many = f", means and ranges over {seeds} seeds" if seeds > 1 else ""
-        figure.suptitle(f"{title}{many}", fontsize=19, fontweight="bold", x=0.02, ha="left")
-        panels = figure.subplots(2, across)
-        (rounds, sent, spread), (drift, disagreement, terms) = panels[:, :3]
-        colours = _colours(comparison)
-        words = comparison.yardstick.words
-        _draw_curves(rounds, comparison, comparison.yardstick.curve, colours)
-        rounds.set(title=f"Held-out {words} over rounds", ylabel=words)
-        _mark_target(rounds, comparison.target)
-        _draw_bytes(sent, comparison, colours)
-        _draw_spread(spread, comparison, colours)
-        _draw_curves(drift, comparison, "drift/norm", colours)
-        drift.set(title="Client drift: mean norm of updates", ylabel="norm")
-        drift.set_ylim(bottom=0)
-        _draw_curves(disagreement, comparison, "drift/disagreement", colours)
-        disagreement.set(title="Disagreement of updates, 0 where all agree", ylabel="disagreement")
-        # Means are weighted by examples, so that small clients may be further from it than updates are long.
-        disagreement.set_ylim(0, max(1.05, disagreement.get_ylim()[1]))
-        if comparison.timed:
-            _draw_virtual(panels[0, 3], panels[1, 3], comparison, colours)
-        _draw_terms(terms, comparison)
-        handles, labels = rounds.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
-        return save_picture(figure, path)
+        return save_picture(comparison_figure(comparison, title), path)
+
+
+def comparison_figure(comparison: Comparison, title: str) -> "Figure":
+    """Return what :func:`draw_comparison` draws."""
+    from matplotlib.figure import Figure
+
+    across = 4 if comparison.timed else 3
+    size = (20 / 3 * across, 11)
+    figure = Figure(figsize=size, dpi=100, layout="constrained", facecolor="white")
+    seeds = len({entry.seed for entry in comparison.entries})
+    many = f", means and ranges over {seeds} seeds" if seeds > 1 else ""
+    figure.suptitle(f"{title}{many}", fontsize=19, fontweight="bold", x=0.02, ha="left")
+    panels = figure.subplots(2, across)
+    (rounds, sent, spread), (drift, disagreement, terms) = panels[:, :3]
+    colours = _colours(comparison)
+    words = comparison.yardstick.words
+    _draw_curves(rounds, comparison, comparison.yardstick.curve, colours)
+    rounds.set(title=f"Held-out {words} over rounds", ylabel=words)
+    _mark_target(rounds, comparison.target)
+    _draw_bytes(sent, comparison, colours)
+    _draw_spread(spread, comparison, colours)
+    _draw_curves(drift, comparison, "drift/norm", colours)
+    drift.set(title="Client drift: mean norm of updates", ylabel="norm")
+    drift.set_ylim(bottom=0)
+    _draw_curves(disagreement, comparison, "drift/disagreement", colours)
+    disagreement.set(title="Disagreement of updates, 0 where all agree", ylabel="disagreement")
+    # Means are weighted by examples, so that small clients may be further from it than updates are long.
+    disagreement.set_ylim(0, max(1.05, disagreement.get_ylim()[1]))
+    if comparison.timed:
+        _draw_virtual(panels[0, 3], panels[1, 3], comparison, colours)
+    _draw_terms(terms, comparison)
+    handles, labels = rounds.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+    return figure
 
 
 def _colours(comparison: Comparison) -> dict[str, tuple[float, ...]]:
@@ -198,7 +205,8 @@ def _draw_terms(axes: "Axes", comparison: Comparison) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel="loss")
-    axes.legend(loc="best", fontsize=11)
+    # Below the panel, where no bar is; the space is there, since the axis beside it has a label as well.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=11)
 
 
 def _mark_target(axes: "Axes", target: float | None) -> None:
