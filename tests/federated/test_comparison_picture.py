@@ -13,7 +13,13 @@ from lossworks_federated.reporting.comparison_picture import comparison_figure, 
 from lossworks_federated.reporting.yardstick import Yardstick
 from lossworks_federated.server.rounds import FederationOutcome
 
-NAMES = ["fedavg", "fedavg, a deadline of 20 s", "fedavg, the first 10 of 15", "fedasync alpha=0.3", "fedbuff"]
+NAMES = [
+    "fedavg",
+    "fedavg, a deadline of 20 s",
+    "fedavg, the first 10 of 15",
+    "fedasync alpha=0.3",
+    "fedbuff",
+]
 STEPS = np.arange(1, 21)
 
 
@@ -53,7 +59,9 @@ def test_no_legend_lies_over_a_bar(figure: Figure) -> None:
     assert legends
     for axes in figure.axes:
         for patch in axes.patches:
-            assert not any(legend.get_window_extent().overlaps(patch.get_window_extent()) for legend in legends)
+            assert not any(
+                legend.get_window_extent().overlaps(patch.get_window_extent()) for legend in legends
+            )
 
 
 def test_titles_names_of_axes_and_legends_have_room(figure: Figure) -> None:

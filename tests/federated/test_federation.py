@@ -555,7 +555,7 @@ def test_resume_refuses_what_is_no_federation(
     at_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del at_home
-    (tmp_path / "spec.yaml").write_text("task: classification\n")
+    (tmp_path / "spec.yaml").write_text("kind: training\ntask: classification\n")
     assert main(["federate", "--resume", str(tmp_path)]) == 2
     assert "describes a training, which `lossworks train` runs and resumes" in capsys.readouterr().err
     assert main(["federate", "--resume", str(tmp_path), "rounds=3"]) == 2

@@ -99,6 +99,27 @@ def test_nodes_agree_on_what_all_of_their_data_hold(tmp_path: Path) -> None:
     assert facts["standardisation"]["deviation"] == pytest.approx(with_columns.tolist(), rel=1e-9)
 
 
+def test_what_is_constant_at_each_node_is_a_feature_if_nodes_differ(tmp_path: Path) -> None:
+    """One that is the same everywhere is none; a site with many wards does not hide those of the others."""
+    wards = {"site-0": {"ward": "a"}, "site-1": {"ward": "b"}, "site-2": {"ward": "b"}}
+    alike = {site: {"ward": "a"} for site in wards}
+    for changes, categories in (
+        (wards, ["a", "b"]),
+        (alike, None),
+        ({"site-0": {"ward": "a"}}, ["a", "north", "site-1", "site-2", "south"]),
+    ):
+        sources = write_sites(tmp_path, **changes)
+        facts = agreed(of_nodes(), sources)
+        found = {column["name"]: column["categories"] for column in facts["columns"]}
+
+        assert found.get("ward") == categories
+        setups = [
+            own_setup(of_nodes().told(StrategySpec(), 0).model_dump_json(), json.dumps(facts), source, place)
+            for place, source in enumerate(sources)
+        ]
+        assert {setup.train.batch(np.arange(1))["inputs"].shape[1] for setup in setups} == set(facts["shape"])
+
+
 def test_the_scale_of_sums_is_that_of_all_values() -> None:
     """In float64, around a mean that is large beside the deviation; unknown cells count nowhere."""
     stream = np.random.default_rng(0)

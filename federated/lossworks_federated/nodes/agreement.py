@@ -113,10 +113,13 @@ def _require_features(facts: Mapping[str, Any]) -> None:
 
 
 def _columns(said: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """Return the columns that any node takes for a feature, with the categories of all."""
+    """Return the columns that any node takes for a feature, with the categories of all.
+
+    One that is the same in all rows of every node is a feature if it differs between nodes.
+    """
     found: dict[str, Column] = {}
     for one in said:
-        for values in one["columns"]:
+        for values in (*one["columns"], *one["constant"]):
             column = Column.of_plain(values)
             known = found.get(column.name, column)
             if known.kind != column.kind:
@@ -127,6 +130,8 @@ def _columns(said: Sequence[Mapping[str, Any]]) -> list[Column]:
             both = tuple(sorted({*known.categories, *column.categories}))
             comma = known.comma if known.comma is not None else column.comma
             found[column.name] = Column(column.name, column.kind, both, known.gaps or column.gaps, comma)
+    taken = {values["name"] for one in said for values in one["columns"]}
+    found = {name: column for name, column in found.items() if name in taken or len(column.categories) > 1}
     for one in said:
         missing = [name for name in found if name not in one["header"]]
         if missing:

@@ -37,7 +37,8 @@ def facts_of(task: TaskSpec, source: str) -> dict[str, Any]:
         source: Of the node, such as ``csv:PATH``.
 
     Returns:
-        Plain data: ``classes``; ``columns`` and ``header`` of a table, else None; ``shape`` of an example.
+        Plain data: ``classes``; ``columns`` and ``header`` of a table, else None, and its columns that are
+        ``constant`` at this node; ``shape`` of an example.
 
     Raises:
         UserError: The source can't be read.
@@ -45,9 +46,11 @@ def facts_of(task: TaskSpec, source: str) -> dict[str, Any]:
     found = _read(task, source, Learnt({}))
     columns = None if found.features is None else found.features.plain()
     dropped = [] if found.features is None else list(found.features.dropped)
+    constant = () if found.features is None else found.features.constant
     return {
         "classes": list(found.names),
         "columns": columns,
+        "constant": [column.plain() for column in constant],
         "header": dropped + [column["name"] for column in columns or []],
         "shape": list(found.inputs.shape[1:]),
     }

@@ -54,11 +54,15 @@ class FederationDisplay(FederationWatcher):
             self._progress.update(row)
 
     def end(self, child: Child) -> None:
-        """Close the bar, and say why clients were trained one by one, if they were."""
+        """Close the bar; say why clients were trained one by one, if they were, and what else is noted."""
         self._close()
         outcome = child.outcome
-        if outcome is not None and outcome.obstacle:
+        if outcome is None:
+            return
+        if outcome.obstacle:
             self.say(f"clients were trained one by one: {outcome.obstacle}")
+        for note in outcome.notes:
+            self.say(note)
 
     def say(self, text: str) -> None:
         """Print a sentence above the progress bar."""

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from lossworks_federated.server.personal_tests import (
     personal_tests,
     write_personal_tests,
 )
-from lossworks_federated.server.screening import REASONS, Received
+from lossworks_federated.server.screening import REASONS, Received, last_line
 from lossworks_federated.shared_setup import SharedSetup
 from lossworks_federated.spec_parts import TaskSpec
 from lossworks_federated.specs import FederationSpec, StrategySpec
@@ -112,6 +112,7 @@ class FederationOutcome:
         metrics: The last round's.
         clients: Figures and examples of each client's last test, by partition.
         obstacle: Why clients were trained one by one, if they were.
+        notes: What else a person should know, in sentences.
     """
 
     status: str
@@ -120,6 +121,7 @@ class FederationOutcome:
     metrics: dict[str, float]
     clients: dict[str, dict[str, float]]
     obstacle: str | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> "FederationOutcome":
@@ -190,6 +192,7 @@ class RoundLoop(ABC):
         self._timeout = spec.deadline_s or _HOUR
         self._best = BestModel(files.best)
         self._flights: Flights | None = None
+        self._notes: dict[str, str] = {}  # by what they are about, so that each is said once
 
     @abstractmethod
     def held_out(self, model: Member) -> dict[str, float]:
@@ -237,7 +240,8 @@ class RoundLoop(ABC):
             raise
         finally:
             write_tensors(self._files.model, model)
-            outcome = FederationOutcome(status, done, reason, metrics, self._clients(), self.obstacle)
+            notes = tuple(self._notes.values())
+            outcome = FederationOutcome(status, done, reason, metrics, self._clients(), self.obstacle, notes)
             outcome.write(self._files.outcome)
         return outcome
 
@@ -257,6 +261,7 @@ class RoundLoop(ABC):
         self.strategy.restore(groups["strategy"])
         self._grid.down, self._grid.up = totals["down"], totals["up"]
         self._grid.now = totals.get("now", 0.0)  # older states know of no virtual time
+        self._notes = totals.get("notes", {})  # nor of these
         if self._flights is not None:
             self._flights.restore(groups, totals["flights"])
         return done, groups["model"]
@@ -308,6 +313,7 @@ class RoundLoop(ABC):
         self.strategy.present = self._grid.present()
         arrays = array_record(model)
         asked = list(self._outer.configure_train(server_round, arrays, ConfigRecord(), self._grid))
+        self._note_exploration()
         self._spend(server_round)
         replies = self._grid.send_and_receive(asked, timeout=self._timeout, first=self._first)
         trained = time.perf_counter()
@@ -334,12 +340,36 @@ class RoundLoop(ABC):
 
     def _measured(self, server_round: int, model: Member, new: Member) -> dict[str, float]:
         received = self.strategy.received
-        self._outer.aggregate_evaluate(server_round, self._tests(server_round, new, {}))
+        replies = self._tests(server_round, new, {})
+        self._outer.aggregate_evaluate(server_round, replies)
+        self._note_failed_tests(server_round, replies)
         found = self.held_out(new) | drift(received, model, new)
         found |= spread(self.strategy.tested, *self.compared)
         if self._spec.measure.terms and self._flights is None:  # all start from w⁰
             found |= self.terms(received, new)
         return found
+
+    def _note_failed_tests(self, server_round: int, replies: Sequence[Message]) -> None:
+        """Say of the first round with clients that could not test the model how many, and why."""
+        failed = [reply for reply in replies if reply.has_error()]
+        if failed:
+            self._notes.setdefault(
+                "tests",
+                f"round {server_round}: {len(failed)} of {len(replies)} clients could not test the model, "
+                f"and count in no figure of clients; the first says {last_line(failed[0].error.reason)!r}",
+            )
+
+    def _note_exploration(self) -> None:
+        """Say which explorers are left out, if the strategy explores."""
+        found = self.strategy.explored
+        if found is None or not found.refused:
+            return
+        left_out, usable = sum(map(len, found.refused.values())), len(found.partitions)
+        without = "" if usable else "; without any, clients train without guidance"
+        self._notes["exploration"] = (
+            f"exploration: the replies of {left_out} of {left_out + usable} explorers are left out "
+            f"({found.described()}){without}"
+        )
 
     def _personalised(self, server_round: int, model: Member, epochs: int) -> dict[str, float]:
         """Let clients fine-tune the last model and test it, write what each had of it, and return it all."""
@@ -362,6 +392,7 @@ class RoundLoop(ABC):
     def _save(self, server_round: int, model: Member) -> None:
         groups = {"model": model, "strategy": self.strategy.state()}
         totals: dict[str, Any] = {"down": self._grid.down, "up": self._grid.up, "now": self._grid.now}
+        totals["notes"] = self._notes
         if self._flights is not None:
             groups |= self._flights.tensors()
             totals["flights"] = self._flights.record()

@@ -214,6 +214,7 @@ class Federated(Entry, Strategy):
     origin: Member
     plan: StrategyPlan
     received: Received
+    explored: Received | None
     tested: dict[int, OwnTest]
     drawn: Any
     partition_of: Any
@@ -246,6 +247,7 @@ class Reproducible(FlowerFedAvg):
         received: The last round's replies.
         tested: By partition, each client's last test.
         present: Which clients can be asked, bool (M,); all if None.
+        explored: What came of an exploration before the first round; None without one.
     """
 
     plan: StrategyPlan
@@ -257,6 +259,7 @@ class Reproducible(FlowerFedAvg):
         super().__init__(**arguments)
         self.origin: Member = {}
         self.received: Received = Received.nothing()
+        self.explored: Received | None = None
         self.tested: dict[int, OwnTest] = {}
         self.clients = 0
         self.present: np.ndarray | None = None
@@ -417,7 +420,8 @@ class Reproducible(FlowerFedAvg):
         replies = grid.send_and_receive(
             self._messages(content, chosen, MessageType.TRAIN), timeout=self.plan.deadline_s
         )
-        return screen(self._known(replies), self.asked, self.origin, [], self.plan.guard)
+        self.explored = screen(self._known(replies), self.asked, self.origin, [], self.plan.guard)
+        return self.explored
 
     def _check_and_log_replies(
         self, replies: Iterable[Message], is_train: bool, validate: bool = True

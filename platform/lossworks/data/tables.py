@@ -168,10 +168,12 @@ class Features:
     Attributes:
         columns: How each is read.
         dropped: Names of those that are left out, with the reason.
+        constant: Those of them that are the same in all rows here, and may be others elsewhere.
     """
 
     columns: tuple[Column, ...]
     dropped: Mapping[str, str] = field(default_factory=dict)
+    constant: tuple[Column, ...] = ()
 
     @classmethod
     def of(cls, cells: Cells, others: Sequence[str], wanted: Mapping[str, Kind]) -> Self:
@@ -187,7 +189,7 @@ class Features:
         """
         for name in wanted:
             cells.column(name, "data.columns")
-        found, dropped = [], {}
+        found, dropped, constant = [], {}, []
         for name, texts in cells.columns.items():
             if name in others:
                 continue
@@ -199,11 +201,12 @@ class Features:
                 column = _told(cells, name, texts, wanted.get(name))
                 if name not in wanted and len(column.categories) == 1 and not column.gaps:
                     dropped[name] = "is the same in all rows"
+                    constant.append(column)
                 else:
                     found.append(column)
         if not found:
             raise UserError(f"{cells.source}: has no feature beside {', '.join(others)}")
-        return cls(tuple(found), dropped)
+        return cls(tuple(found), dropped, tuple(constant))
 
     @classmethod
     def of_plain(cls, values: Sequence[Mapping[str, Any]]) -> Self:
