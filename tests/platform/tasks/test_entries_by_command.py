@@ -21,7 +21,10 @@ SMALL = [
     *("evaluation.every=2", "evaluation.sequences=40", "checkpoint.every=2"),
 ]
 # A removal of norms has to come to its end.
-FURTHER = {"ln-removal": ["steps=40", "evaluation.every=40", "checkpoint.every=40"]}
+FURTHER = {
+    "ln-removal": ["steps=40", "evaluation.every=40", "checkpoint.every=40"],
+    "barm": ["methods=[{name: barm, starts: [1]}]"],
+}
 SMALL_TEXT = [
     *("batch_size=4", "data.vocab_size=300", "data.sequence_length=16", "data.held_out_fraction=0.1"),
     *("model.layers=1", "model.width=16", "model.heads=2"),
@@ -45,6 +48,17 @@ def trained(text, tmp_path_factory):
         return run_in_folder(spec.model_dump(mode="json")).path
 
 
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    """The folder of a run of a small segmenter, by which an adaptation begins."""
+    spec = read_train_spec(
+        str(ROOT / "jobs/specs/walls.yaml"), [*SMALL, "data.source=vessels:8", "data.side=32"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOSSWORKS_HOME", str(tmp_path_factory.mktemp("home")))
+        return run_in_folder(spec.model_dump(mode="json")).path
+
+
 def test_every_entry_has_a_command():
     """So that nothing in the catalogue can only be had from Python."""
     assert [slug for slug, words in EXAMPLES.items() if not words] == []
@@ -52,16 +66,21 @@ def test_every_entry_has_a_command():
 
 
 @pytest.mark.parametrize("slug", TRAININGS)
-def test_the_command_of_an_entry_trains_with_it(slug, text, trained, tmp_path, monkeypatch):
+def test_the_command_of_an_entry_trains_with_it(slug, text, trained, segmenter, tmp_path, monkeypatch):
     """From its spec, with few steps; the entry is what the run has, and the run finishes."""
     monkeypatch.chdir(ROOT)
     file, *overrides = EXAMPLES[slug][2:]
-    if any(text.startswith("start=") or "other-tokens" in file for text in overrides):
+    if "adapt" in file:
+        overrides = [text.replace("=RUN", f"={segmenter}") for text in overrides]
+    elif any(text.startswith("start=") or "other-tokens" in file for text in overrides):
         overrides = [text.replace("=RUN", f"={trained}") for text in overrides]
     else:
         overrides = [text.replace("=RUN", "=start") for text in overrides]  # the only model that is here
     spec = read_train_spec(file, [*overrides, *SMALL, *FURTHER.get(slug, [])])
-    if spec.start is not None:
+    if hasattr(spec.data, "patch"):
+        kind = spec.data.source.partition(":")[0]
+        spec = settled(spec.override([f"data.source={kind}:24", "data.side=32"]))
+    elif spec.start is not None:
         spec = settled(spec.override(["batch_size=4", "data.sequence_length=64"]))
     elif hasattr(spec.data, "corpus"):
         spec = settled(spec.override([*SMALL_TEXT, f"data.corpus=text:{text}"]))

@@ -9,7 +9,7 @@ from torch import Tensor
 from lossworks.catalogue.declaration import Paper, choice, number, numbers
 from lossworks.data.batch import Batch
 from lossworks.errors import UserError
-from lossworks.losses.maps import MapLoss, Maps
+from lossworks.losses.maps import MapLoss, Maps, pixel_means
 
 _LEAST = 1e-10  # of an expected share, whose logarithm is taken
 _PRIORS = "priors"
@@ -58,6 +58,7 @@ class SourceFree(MapLoss):
         2022,
     )
     flags = ("label-free",)
+    example = "lossworks train jobs/specs/adapt.yaml start=RUN loss={slug}"
 
     prior: tuple[float, ...] | None = numbers(
         None,
@@ -79,7 +80,7 @@ class SourceFree(MapLoss):
         """See :meth:`MapLoss.images`."""
         log_p = maps.log_probabilities
         entropy = -(log_p.exp() * log_p * self._per_class("class_weights", log_p)).sum(1)
-        return maps.mean(entropy) + self.prior_weight * self._divergence(maps)
+        return pixel_means(entropy, maps.valid) + self.prior_weight * self._divergence(maps)
 
     def given(self, batch: Batch) -> dict[str, Tensor]:
         """See :meth:`MapLoss.given`; with the expected shares of each image, where the batch holds them."""
