@@ -162,7 +162,7 @@ def test_lines_are_those_of_scikit_image():
         theirs = morphology.skeletonize(mask)
         around = ndimage.binary_dilation(theirs, CROSS, 2) & mask
         assert betti_numbers(lines)[1] == betti_numbers(theirs)[1] == betti_numbers(mask)[1]
-        assert (tube & around).sum() > 0.95 * (tube | around).sum()
+        assert (tube & around).sum() > 0.9 * (tube | around).sum()
 
 
 def test_the_tube_of_a_bar():
