@@ -63,9 +63,9 @@ class MasksSpec(Spec):
     side: int = Field(96, ge=32, le=2048, description="of drawn images: pixels a side")
     labels: Literal["accurate", "noisy", "weak"] = Field(
         "accurate",
-        description="masks of drawn training images: accurate; noisy (edges moved by about a "
-        "pixel, parts broken out, spots added); weak (pixels of the blurred image go to the nearer of the "
-        "mean colours of object and background). Held-out masks are always accurate",
+        description="masks of drawn training images: accurate; noisy (edges moved by about "
+        "0.8 pixels, parts broken out, spots added); weak (pixels of the blurred image go to the nearer of "
+        "the mean colours of object and background). Held-out masks are always accurate",
     )
     domain: Domain = Field(
         "source",

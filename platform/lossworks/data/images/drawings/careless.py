@@ -11,11 +11,11 @@ _APART = 60  # pixels of a mask's border for each part that breaks out
 def noisy_mask(stream: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     """Return a mask (side, side) as somebody would draw it in a hurry.
 
-    Edges are moved smoothly by about a pixel (one deviation), discs of 1.5 to 3 pixels break out of
+    Edges are moved smoothly by about 0.8 pixels (one deviation), discs of 1.5 to 3 pixels break out of
     objects, and a third as many spots are added, of the class of some object.
     """
     side = len(mask)
-    where = np.clip(np.rint(bent(stream, side, 1.0, 3.0)).astype(np.int64), 0, side - 1)
+    where = np.clip(np.rint(bent(stream, side, 0.8, 3.0)).astype(np.int64), 0, side - 1)
     found: np.ndarray = mask[tuple(where)]
     border = int((mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum())
     objects = np.argwhere(found > 0)

@@ -30,7 +30,7 @@ def grow_vessels(stream: np.random.Generator, side: int) -> Vessels:
     distance, nearest = ndimage.distance_transform_edt(radii == 0, return_indices=True)
     around = radii[tuple(nearest)]
     mask = distance <= np.maximum(around - 0.5, 0)
-    depth = np.clip(around / (side / 40), 0.6, 1) * mask
+    depth = np.clip(around / (side / 40), 0.5, 1) * mask
     return Vessels(mask.astype(np.int64), depth)
 
 
@@ -39,10 +39,10 @@ def paint_vessels(stream: np.random.Generator, vessels: Vessels) -> np.ndarray:
     side = vessels.mask.shape[0]
     ground = np.array([stream.uniform(0.65, 0.85), stream.uniform(0.35, 0.5), stream.uniform(0.15, 0.3)])
     clouds = 1 + 0.10 * smooth_noise(stream, side, side / 10) + 0.04 * smooth_noise(stream, side, side / 40)
-    shade = stream.uniform(0.5, 0.7) * ndimage.gaussian_filter(vessels.depth, 0.4)
+    shade = stream.uniform(0.35, 0.6) * ndimage.gaussian_filter(vessels.depth, 0.4)
     dark = np.array([0.55, 1.0, 0.9])  # red stays brightest
     image = coloured(clouds, ground) * (1 - dark[:, None, None] * shade)
-    return grained(stream, lit(stream, image, 0.5), 0.03)
+    return grained(stream, lit(stream, image, 0.5), 0.06)
 
 
 def _grow_tree(stream: np.random.Generator, radii: np.ndarray) -> None:

@@ -37,12 +37,14 @@ def lay_bricks(stream: np.random.Generator, side: int) -> Wall:
 def paint_wall(stream: np.random.Generator, wall: Wall) -> np.ndarray:
     """Return an image (3, side, side) of a wall, float32 in [0, 1].
 
-    Bricks differ in colour and are rough; here and there dirt of the bricks' colour covers mortar, so that it
-    looks broken and isn't.
+    Bricks differ in colour and are rough, and mortar is lighter than they are, by little or much. Here and
+    there dirt of the bricks' colour covers mortar, so that it looks broken and isn't, and bricks are chipped,
+    so that they look like mortar and aren't.
     """
     side = wall.mask.shape[0]
     brick = np.array([stream.uniform(0.45, 0.75), stream.uniform(0.2, 0.4), stream.uniform(0.12, 0.28)])
-    mortar = stream.uniform(0.55, 0.8) + stream.uniform(-0.04, 0.04, 3)
+    lime = stream.uniform(0.55, 0.8) + stream.uniform(-0.04, 0.04, 3)
+    mortar = brick + stream.uniform(0.4, 1.0) * (lime - brick)
     _, numbers = np.unique(wall.bricks, return_inverse=True)
     numbers = numbers.reshape(side, side)
     tints = (
@@ -52,10 +54,10 @@ def paint_wall(stream: np.random.Generator, wall: Wall) -> np.ndarray:
     )
     rough = 1 + 0.10 * smooth_noise(stream, side, 0.8) + 0.06 * smooth_noise(stream, side, side / 20)
     stones = brick[:, None, None] * np.moveaxis(tints[numbers], -1, 0) * rough
-    dirt = np.clip(2 * (smooth_noise(stream, side, side / 40) - 1.5), 0, 1)
-    share = wall.mask * (1 - 0.85 * dirt)
+    dirt, chips = (np.clip(3 * (smooth_noise(stream, side, side / 48) - least), 0, 1) for least in (1.1, 1.8))
+    share = np.where(wall.mask > 0, 1 - dirt, 0.8 * chips)
     joints = coloured(1 + 0.08 * smooth_noise(stream, side, 1.0), mortar)
-    return grained(stream, lit(stream, share * joints + (1 - share) * stones, 0.35), 0.03)
+    return grained(stream, lit(stream, share * joints + (1 - share) * stones, 0.35), 0.07)
 
 
 def _tilted(stream: np.random.Generator, where: np.ndarray, side: int) -> np.ndarray:
