@@ -17,3 +17,13 @@ def test_it_stands_beside_the_models_figures():
     assert shown["held-out accuracy"].startswith("0.9000 (the classes' shares alone: 0.")
     assert "learnt of the inputs" not in shown
     assert nothing["learnt of the inputs"].startswith("nothing: accuracy, ")
+
+
+def test_what_companions_took_is_said_in_words():
+    spec = parse_train_spec(tiny(data={"source": "wine"}))
+    row = {"companions/seconds": 56.92, "companions/bytes": 28.0 * 2**20, "eval/accuracy": 0.9}
+
+    shown = dict(figures(spec, row, None))
+
+    assert shown["companions"] == "56.9 s and 28 MiB on each worker"
+    assert not any("/" in name for name in shown)

@@ -75,7 +75,9 @@ def figures(spec: RunSpec, metrics: dict[str, float], simplest: Simplest | None)
         lines.append(("learnt of the inputs", f"nothing: {worse} no better than {simplest.title}"))
     named = {name for _, name, _ in known}
     others = [name for name in metrics if name.startswith("eval/") and name not in named]
-    further = [name for name in metrics if not name.startswith(("train/", "eval/", "time/", "telemetry/"))]
+    apart = ("train/", "eval/", "time/", "telemetry/", "companions/")
+    further = [name for name in metrics if not name.startswith(apart)]
+    lines += _companions(metrics)
     return lines + [(name.removeprefix("eval/"), f"{metrics[name]:.4g}") for name in (*others, *further)]
 
 
@@ -90,6 +92,14 @@ def _no_better(
         if (metrics[name] > beside[name] if yardsticks[name] == "max" else metrics[name] < beside[name])
     ]
     return "" if better else ", ".join(name.removeprefix("eval/") for name in both)
+
+
+def _companions(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return what a run's companions, such as a teacher, took of each worker."""
+    if "companions/seconds" not in metrics:
+        return []
+    mib = metrics["companions/bytes"] / 2**20
+    return [("companions", f"{metrics['companions/seconds']:.1f} s and {mib:,.0f} MiB on each worker")]
 
 
 def _memory(head_memory: dict[str, float]) -> list[tuple[str, str]]:
