@@ -153,7 +153,7 @@ def test_every_object_has_a_tube(mask):
 
 
 def test_lines_are_those_of_scikit_image():
-    """But for corners, which it thins further: they have as many holes, and nearly the same tubes."""
+    """But for corners, which it thins further, and ends: as many holes, and nearly the same tubes."""
     morphology = pytest.importorskip("skimage.morphology")
     noise = np.random.default_rng(0).standard_normal((3, 60, 70))
     masks = np.stack([ndimage.gaussian_filter(one, width + 1) > 0 for width, one in enumerate(noise)])
@@ -162,7 +162,7 @@ def test_lines_are_those_of_scikit_image():
         theirs = morphology.skeletonize(mask)
         around = ndimage.binary_dilation(theirs, CROSS, 2) & mask
         assert betti_numbers(lines)[1] == betti_numbers(theirs)[1] == betti_numbers(mask)[1]
-        assert (tube & around).sum() > 0.9 * (tube | around).sum()
+        assert (tube & around).sum() > 0.8 * (tube | around).sum()
 
 
 def test_the_tube_of_a_bar():
