@@ -6,11 +6,13 @@ Shapes: B images, K classes of which the first is the background, H by W pixels.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from lossworks.adapters.torch_private import shapes_alone, without_values
 from lossworks.data.batch import Batch
 from lossworks.errors import UserError
 from lossworks.head.core.valid_rows import check_range
@@ -52,6 +54,20 @@ class Maps:
     def cross_entropy(self) -> Tensor:
         """Mean cross-entropy of the pixels that count, in nats, shape (B,)."""
         return pixel_means(-(self.targets * self.log_probabilities).sum(1), self.valid)
+
+
+def seen(values: Tensor) -> NDArray[Any] | None:
+    """Return the numbers of a tensor on the CPU, without a gradient; None where only shapes are known.
+
+    Raises:
+        UserError: torch compiles: what is found on the CPU would be no part of what it makes.
+    """
+    if torch.compiler.is_compiling():
+        raise UserError("this loss looks at values on the CPU: compile the model without it")
+    if shapes_alone() or without_values(values):
+        return None
+    found: NDArray[Any] = values.detach().cpu().numpy()
+    return found
 
 
 def pixel_means(values: Tensor, valid: Tensor) -> Tensor:

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossworks.adapters.torch_private import without_values
 from lossworks.catalogue.declaration import Paper, number, switch
 from lossworks.entries.losses.maps.overlaps import BACKGROUND, dice_of_maps, smoothing_of_maps
-from lossworks.losses.maps import MapLoss, Maps
+from lossworks.losses.maps import MapLoss, Maps, seen
 from lossworks.metrics.betti_matching import MatchedBars, betti_matching
 
 
@@ -50,21 +49,20 @@ class BettiMatching(MapLoss):
         overlap = dice_of_maps(maps, self.smoothing, background=self.background)
         return overlap + self.alpha * self._bars(maps).mean(1) if self.alpha else overlap
 
-    @torch.compiler.disable
     def _bars(self, maps: Maps) -> Tensor:
         """Return the loss of the bars of each image and class, (B, C)."""
         p, y = maps.probabilities[:, 1:], maps.targets[:, 1:]
         if self.frame:
             p, y = (F.pad(one, (1, 1, 1, 1), value=1.0) for one in (p, y))
-        if without_values(p):
+        values, masks = seen(p.flatten(0, 1)), seen(y.flatten(0, 1))
+        if values is None or masks is None:
             return p.flatten(2).sum(2)
-        seen = zip(*(one.detach().flatten(0, 1).cpu().numpy() for one in (p, y)), strict=True)
-        pairs = zip(p.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1), strict=True)
-        found = [self._of_bars(*pair, *both) for pair, both in zip(pairs, seen, strict=True)]
+        ours, theirs = (one.flatten(0, 1).flatten(1) for one in (p, y))
+        found = [self._of_bars(ours[i], theirs[i], values[i], masks[i]) for i in range(len(ours))]
         return torch.stack(found).reshape(p.shape[:2])
 
-    def _of_bars(self, p: Tensor, y: Tensor, seen: NDArray[Any], mask: NDArray[Any]) -> Tensor:
-        bars = betti_matching(seen, mask, connectivity=8 if self.diagonal else 4)
+    def _of_bars(self, p: Tensor, y: Tensor, values: NDArray[Any], mask: NDArray[Any]) -> Tensor:
+        bars = betti_matching(values, mask, connectivity=8 if self.diagonal else 4)
         return lengths_and_differences(p, y, bars)
 
 

@@ -8,10 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lossworks.adapters.torch_private import without_values
 from lossworks.catalogue.declaration import Paper, number
 from lossworks.entries.losses.maps.overlaps import dice_of_maps, smoothing_of_maps
-from lossworks.losses.maps import MapLoss, Maps
+from lossworks.losses.maps import MapLoss, Maps, seen
 
 _AROUND = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))  # clockwise from above
 
@@ -96,8 +95,7 @@ class SkeletonRecall(MapLoss):
     def images(self, maps: Maps) -> Tensor:
         """See :meth:`MapLoss.images`."""
         p, y = maps.probabilities[:, 1:], maps.targets[:, 1:]
-        tube: Tensor = _tubes_of(maps.targets)
-        parts = y * tube[:, None]
+        parts = y * _tubes_of(maps.targets)[:, None]
         found, there = ((x * parts).flatten(2).sum(2) for x in (p, torch.ones_like(p)))
         missed = (1 - (found + self.smoothing) / (there + self.smoothing)).mean(1)
         total = maps.cross_entropy + self.recall_weight * missed
@@ -106,10 +104,8 @@ class SkeletonRecall(MapLoss):
         return total + self.dice_weight * dice_of_maps(maps, self.smoothing, background=True)
 
 
-@torch.compiler.disable
 def _tubes_of(targets: Tensor) -> Tensor:
     """Return the tubes of masks (B, K, H, W), of the likeliest class where they are soft, shape (B, H, W)."""
-    masks: Tensor = targets.argmax(1) > 0
-    if not without_values(masks):
-        masks = torch.from_numpy(tubes(masks.cpu().numpy()))
-    return masks.to(targets)
+    masks = targets.argmax(1) > 0
+    known = seen(masks)
+    return (masks if known is None else torch.from_numpy(tubes(known))).to(targets)
