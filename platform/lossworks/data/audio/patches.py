@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lossworks.data.audio.separation import Song, ideal_mask, softened
-from lossworks.data.audio.singing import sing
+from lossworks.data.audio.separation import ideal_mask, softened
+from lossworks.data.audio.songs import Song
 from lossworks.data.audio.spectra import FrontEnd
 
 
@@ -19,19 +19,6 @@ class Patches(NamedTuple):
 
     inputs: np.ndarray
     targets: np.ndarray
-
-
-def draw_songs(count: int, seconds: float, rate: int, seed: int) -> list[Song]:
-    """Return songs of a voice over chords, each a function of seed and number; see :func:`sing`.
-
-    Args:
-        count: How many.
-        seconds: Of each.
-        rate: Samples a second.
-        seed: Of all.
-    """
-    streams = (np.random.default_rng([seed, number]) for number in range(count))
-    return [Song(*sing(stream, max(1, round(seconds * rate)), rate)) for stream in streams]
 
 
 def magnitudes_of(samples: np.ndarray, front: FrontEnd) -> np.ndarray:

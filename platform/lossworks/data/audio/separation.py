@@ -5,10 +5,10 @@ Network Trained by Ideal Binary Mask and Cross Entropy*, Neural Computing and Ap
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from lossworks.data.audio.songs import Song
 from lossworks.data.audio.spectra import FrontEnd
 
 TAPS = 512
@@ -18,24 +18,6 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(11))
 """Of masks, from 0 to 0.5: those that the paper tries."""
 
 _MOST = 100.0  # dB; above it is rounding, and below it silence
-
-
-class Song(NamedTuple):
-    """A mixture and its two parts, float64 (n,) each.
-
-    Attributes:
-        voice: What is to be found.
-        accompaniment: The rest.
-    """
-
-    voice: np.ndarray
-    accompaniment: np.ndarray
-
-    @property
-    def mixture(self) -> np.ndarray:
-        """The sum of both."""
-        found: np.ndarray = self.voice + self.accompaniment
-        return found
 
 
 def ideal_mask(voice: np.ndarray, accompaniment: np.ndarray) -> np.ndarray:

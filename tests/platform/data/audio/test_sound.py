@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import wavfile
 
-from lossworks.data.audio.patches import cut_patches, draw_songs, magnitudes_of, middles, patches_of
+from lossworks.data.audio.patches import cut_patches, magnitudes_of, middles, patches_of
 from lossworks.data.audio.separation import (
     THRESHOLDS,
-    Song,
     gnsdr,
     ideal_mask,
     kept,
@@ -22,6 +21,7 @@ from lossworks.data.audio.separation import (
     softened,
     swept,
 )
+from lossworks.data.audio.songs import Song, draw_songs, read_songs
 from lossworks.data.audio.spectra import FrontEnd
 from lossworks.data.audio.wav_files import read_wav, resampled, write_wav
 from lossworks.errors import UserError
@@ -240,3 +240,34 @@ def test_files_that_are_damaged_or_no_sound_are_refused_by_name(tmp_path):
         read_wav(tmp_path / "b.wav")
     with pytest.raises(UserError, match="is no file"):
         read_wav(tmp_path)
+
+
+def test_songs_are_read_in_pairs(tmp_path):
+    """By name and at one rate; what has no partner, or another length, is refused by name."""
+    songs = draw_songs(3, 0.2, 16000, 0)
+    for part in ("voice", "accompaniment"):
+        (tmp_path / part).mkdir()
+        for number, song in enumerate(songs):
+            write_wav(tmp_path / part / f"{number}.wav", getattr(song, part), 16000)
+    own, slow = read_songs(tmp_path, 16000), read_songs(tmp_path, 8000)
+
+    assert own.names == ["0", "1", "2"]
+    assert own.notes == ()
+    for song, found in zip(songs, own.songs, strict=True):
+        assert found.mixture == pytest.approx(song.mixture, abs=1e-5)
+    assert len(slow.notes) == 6
+    assert len(slow.songs[0].voice) == 1600
+    write_wav(tmp_path / "voice/1.wav", songs[1].voice[:-5], 16000)
+    with pytest.raises(
+        UserError, match=r"voice/1.wav: has 3195 samples at 16000 a second; its accomp.* 3200"
+    ):
+        read_songs(tmp_path, 16000)
+    (tmp_path / "voice/1.wav").unlink()
+    with pytest.raises(UserError, match=r"accompaniment/1.wav: there is no .*voice/1.wav; names must be"):
+        read_songs(tmp_path, 16000)
+    (tmp_path / "voice/0.wav").unlink()
+    (tmp_path / "voice/2.wav").unlink()
+    with pytest.raises(UserError, match=r"voice: holds no WAV files"):
+        read_songs(tmp_path, 16000)
+    with pytest.raises(UserError, match=r"images/voice: no such folder"):
+        read_songs(tmp_path / "images", 16000)
