@@ -13,7 +13,7 @@ from lossworks.tracking import Journal
 from lossworks.tracking.journal import read_all
 from lossworks.training.checkpoints.checkpoint import CheckpointStore
 from lossworks.training.loop import Job, train
-from lossworks.training.weights.start import settled
+from lossworks.training.weights.start import learnt_of_start, settled
 
 VOCABULARY = 300
 
@@ -78,12 +78,12 @@ def run_in_folder(values: dict[str, Any], run_id: str = "run") -> RunFolder:
     """Train in this process and leave a run's folder in the home folder, as a driver does; no text."""
     spec = settled(parse_train_spec(values))
     folder = RunFolder.create(spec, run_id)
-    learnt = task_of(spec).prepare(spec).learnt
+    learnt = task_of(spec).prepare(spec, None, learnt_of_start(spec)).learnt
     if learnt is not None:
         learnt.write(folder.learnt)
     with Journal.open(folder.journal) as journal:
         store = CheckpointStore(folder.checkpoints, keep=spec.checkpoint.keep)
-        outcome = train(Job(spec, None, store, journal.write, results=folder.results))
+        outcome = train(Job(spec, None, store, journal.write, results=folder.results, learnt=learnt))
     outcome.write(folder.outcome_file)
     return folder
 
