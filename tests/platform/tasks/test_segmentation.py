@@ -140,7 +140,7 @@ def test_a_trained_model_adapts_to_a_folder_without_masks(trained, tmp_path):
     found = last_evaluation(adapted)
     assert np.isfinite(found["eval/loss"])
     assert "eval/dice" not in found
-    with pytest.raises(UserError, match="loss.name=ce-dice reads masks; what reads none: sfda"):
+    with pytest.raises(UserError, match=r"loss.name=ce-dice reads masks; what reads none: sfda"):
         run_in_folder({**values, "loss": "ce-dice"}, "wrong")
     (tmp_path / "priors.csv").write_text("\n".join(rows[:-1]))
     with pytest.raises(UserError, match="has no row for image 7"):
