@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -207,3 +208,29 @@ def test_recall_alone_is_best_where_all_is_foreground():
     assert alone[0] == pytest.approx(alone[1])
     assert alone[0] > 1000  # the cross-entropy of the background
     assert create("skeleton-recall")(sure(mask), targets).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_soft_skeleton_s_gradient_is_that_of_pooling():
+    """Where no two values are equal; and of finite differences."""
+
+    def pooled(x, iterations):
+        def eroded(x):
+            return -torch.maximum(F.max_pool2d(-x, (3, 1), 1, (1, 0)), F.max_pool2d(-x, (1, 3), 1, (0, 1)))
+
+        def rest(x):
+            return F.relu(x - F.max_pool2d(eroded(x), 3, 1, 1))
+
+        found = rest(x)
+        for _ in range(iterations):
+            x = eroded(x)
+            found = found + F.relu(rest(x) - found * rest(x))
+        return found
+
+    x = torch.rand(1, 2, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    upstream = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    torch.testing.assert_close(
+        *(torch.autograd.grad((f(x, 3) * upstream).sum(), x) for f in (soft_skeleton, pooled))
+    )
+    assert torch.autograd.gradcheck(lambda x: soft_skeleton(x, 2), (x,), fast_mode=True)

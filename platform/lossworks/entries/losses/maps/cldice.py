@@ -1,14 +1,17 @@
 """Soft-clDice: Dice of a mask, and of its centre lines, found by pooling."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lossworks.catalogue.declaration import Paper, integer, number
 from lossworks.entries.losses.maps.overlaps import BACKGROUND, dice_of_maps, smoothing_of_maps
 from lossworks.losses.maps import MapLoss, Maps
 
-_ALONG, _ACROSS = (3, 1), (1, 3)
+_DOWN, _ACROSS = 2, 3  # axes of maps (B, C, H, W)
 
 
 def soft_skeleton(maps: Tensor, iterations: int) -> Tensor:
@@ -31,25 +34,52 @@ def soft_skeleton(maps: Tensor, iterations: int) -> Tensor:
 
 def _eroded(maps: Tensor) -> Tensor:
     """Return the least of a pixel and its four neighbours."""
-    return -torch.maximum(_greatest(-maps, _ALONG), _greatest(-maps, _ACROSS))
+    return -torch.maximum(_greatest(-maps, _DOWN), _greatest(-maps, _ACROSS))
 
 
 def _dilated(maps: Tensor) -> Tensor:
     """Return the greatest of a pixel and its eight neighbours."""
-    return _greatest(_greatest(maps, _ALONG), _ACROSS)
+    return _greatest(_greatest(maps, _DOWN), _ACROSS)
 
 
-def _greatest(maps: Tensor, window: tuple[int, int]) -> Tensor:
-    """Return the greatest value in a window of three pixels around each."""
-    padding = (window[0] // 2, window[1] // 2)
-    if maps.requires_grad:
-        return F.max_pool2d(maps, window, 1, padding)
-    # Twenty times as fast on a CPU, and its gradient slower.
-    axis = 2 if padding[0] else 3
-    around = F.pad(maps, (padding[1], padding[1], padding[0], padding[0]), value=-torch.inf)
-    size = maps.shape[axis]
-    first, *others = (around.narrow(axis, start, size) for start in range(3))
-    return torch.maximum(torch.maximum(first, others[0]), others[1])
+def _greatest(maps: Tensor, axis: int) -> Tensor:
+    """Return the greatest of a value and the ones before and behind it along an axis, shape alike."""
+    found: Tensor = _Greatest.apply(maps, axis)
+    return found
+
+
+class _Greatest(torch.autograd.Function):
+    """See :func:`_greatest`: faster than pooling on a CPU. Of equal ones the first has the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, axis: int) -> Tensor:
+        before, own, behind = _beside(maps, axis)
+        found = torch.maximum(torch.maximum(before, own), behind)
+        ctx.save_for_backward(maps, found)
+        ctx.axis = axis
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        maps, found = ctx.saved_tensors
+        before, own, _ = _beside(maps, ctx.axis)
+        first = before == found
+        second = ~first & (own == found)
+        spread = F.pad(torch.zeros_like(slope), _around(ctx.axis))
+        for place, chosen in enumerate((first, second, ~(first | second))):
+            spread.narrow(ctx.axis, place, slope.shape[ctx.axis]).add_(slope * chosen)
+        return spread.narrow(ctx.axis, 1, slope.shape[ctx.axis]), None
+
+
+def _around(axis: int) -> tuple[int, int, int, int]:
+    return (0, 0, 1, 1) if axis == _DOWN else (1, 1, 0, 0)
+
+
+def _beside(maps: Tensor, axis: int) -> list[Tensor]:
+    """Return the values before each place along an axis, at it, and behind it; -∞ beyond the map."""
+    around = F.pad(maps, _around(axis), value=-torch.inf)
+    return [around.narrow(axis, place, maps.shape[axis]) for place in range(3)]
 
 
 class ClDice(MapLoss):
