@@ -106,6 +106,6 @@ class SkeletonRecall(MapLoss):
 
 def _tubes_of(targets: Tensor) -> Tensor:
     """Return the tubes of masks (B, K, H, W), of the likeliest class where they are soft, shape (B, H, W)."""
-    masks = targets.argmax(1) > 0
+    masks = targets[:, 0] < targets[:, 1:].amax(1)  # which is faster than the argmax
     known = seen(masks)
     return (masks if known is None else torch.from_numpy(tubes(known))).to(targets)
