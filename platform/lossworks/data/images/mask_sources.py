@@ -17,6 +17,7 @@ from lossworks.data.images.picture_files import (
     code_of_name,
     codes_of,
     name_of_code,
+    of_channels,
     read_codes,
     read_picture,
 )
@@ -88,11 +89,12 @@ def read_masks(spec: MasksSpec, learnt: Learnt | None = None) -> ReadMasks:
         raw = _folder(existing_folder(name), links=spec.follow_links)
     else:
         raw = _npz(existing_file(name)) if kind == "npz" else _hugging_face(name, spec)
-    names = dict(raw.named) or _told(raw, spec.ignore, learnt)
+    held = [np.unique(codes) for codes in raw.codes]
+    names = dict(raw.named) or _told(raw.places, held, spec.ignore, learnt)
     if spec.ignore is not None:
         names.setdefault(spec.ignore, None)
     known = None if learnt is None else tuple(map(str, learnt.fact("classes")))
-    _require_known(raw, names, known if spec.classes is None and not spec.foreground else None)
+    _require_known(raw.places, held, names, known if spec.classes is None and not spec.foreground else None)
     kept = list(dict.fromkeys(one for one in names.values() if one is not None))
     numbers = {code: IGNORE_INDEX if one is None else kept.index(one) for code, one in names.items()}
     masks = [_numbered(codes, numbers) for codes in raw.codes]
@@ -118,16 +120,17 @@ def _unlabelled(path: Path, learnt: Learnt | None, *, links: bool) -> ReadMasks:
     return ReadMasks(images, masks, keys, tuple(map(str, learnt.fact("classes"))), (*files.notes, *notes))
 
 
-def _told(raw: _Raw, ignore: int | None, learnt: Learnt | None) -> dict[int, str | None]:
+def _told(
+    places: Sequence[str], held: Sequence[np.ndarray], ignore: int | None, learnt: Learnt | None
+) -> dict[int, str | None]:
     """Return names of all codes that masks hold, where nobody has named them."""
-    held = [np.unique(codes) for codes in raw.codes]
     values = sorted({int(code) for codes in held for code in codes})
     if values != [0, 255]:
         values = [code for code in values if code != ignore]
     if len(values) > _MOST:
         most = max(range(len(held)), key=lambda at: len(held[at]))
         raise UserError(
-            f"{raw.places[most]}: holds {len(held[most])} different values, and all masks {len(values)}; "
+            f"{places[most]}: holds {len(held[most])} different values, and all masks {len(values)}; "
             f"more than {_MOST} are classes only where {_NAMED[0]} or {_NAMED[1]} beside images/ names them"
         )
     own = () if learnt is None else tuple(learnt.fact("classes"))
@@ -135,14 +138,19 @@ def _told(raw: _Raw, ignore: int | None, learnt: Learnt | None) -> dict[int, str
     return {code: BINARY[code > 0] if binary else name_of_code(code) for code in values}
 
 
-def _require_known(raw: _Raw, names: Mapping[int, str | None], own: tuple[str, ...] | None) -> None:
+def _require_known(
+    places: Sequence[str],
+    held: Sequence[np.ndarray],
+    names: Mapping[int, str | None],
+    own: tuple[str, ...] | None,
+) -> None:
     """Refuse masks with codes that have no name, or with names that a model doesn't know.
 
     Raises:
         UserError: Naming file and value.
     """
-    for place, codes in zip(raw.places, raw.codes, strict=True):
-        for code in map(int, np.unique(codes)):
+    for place, codes in zip(places, held, strict=True):
+        for code in map(int, codes):
             name = names.get(code)
             if code not in names or (own is not None and name is not None and name not in own):
                 there = own or [
@@ -150,14 +158,15 @@ def _require_known(raw: _Raw, names: Mapping[int, str | None], own: tuple[str, .
                 ]
                 raise UserError(
                     f"{place}: holds {name_of_code(code)}, which is no class; there are "
-                    f"{', '.join(list(there)[:20])}"
+                    f"{', '.join(list(there)[:20])}; {' or '.join(_NAMED)} beside images/ can name values"
                 )
 
 
 def _numbered(codes: np.ndarray, numbers: Mapping[int, int]) -> np.ndarray:
-    held, places = np.unique(codes, return_inverse=True)
-    found = np.array([numbers[int(code)] for code in held], dtype=np.int16)
-    return found[places].reshape(codes.shape)
+    """Return the numbers of codes, all of which have one."""
+    known = sorted(numbers)
+    found = np.array([numbers[code] for code in known], dtype=np.int16)
+    return found[np.searchsorted(np.array(known), codes)]
 
 
 def _alike(raw: _Raw, learnt: Learnt | None) -> tuple[list[np.ndarray], list[str]]:
@@ -174,17 +183,13 @@ def _alike(raw: _Raw, learnt: Learnt | None) -> tuple[list[np.ndarray], list[str
         for what in sorted({picture.note for picture in raw.pictures if picture.note})
         if (count := sum(picture.note == what for picture in raw.pictures))
     ]
-    for key, image in zip(raw.keys, images, strict=True):
-        if len(image) not in (1, wanted) or (len(image) == 1 and wanted not in (1, 3)):
-            whose = f"those of {learnt.source}" if learnt is not None else "others"
-            raise UserError(f"image {key}: has {len(image)} channels; {whose} have {wanted}")
+    whose = f"those of {learnt.source}" if learnt is not None else "others"
+    full = [
+        of_channels(image, wanted, f"image {key}", whose) for key, image in zip(raw.keys, images, strict=True)
+    ]
     grey = sum(len(image) < wanted for image in images)
     if grey:
         notes.append(f"{grey} grey images are read as images of three colours")
-    full = [
-        image if len(image) == wanted else np.broadcast_to(image, (wanted, *image.shape[1:]))
-        for image in images
-    ]
     return full, notes
 
 

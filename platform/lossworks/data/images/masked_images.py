@@ -1,6 +1,7 @@
 """Images with a class for each pixel in memory, read by row or by visit."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lossworks.data.batch import IGNORE_INDEX
 from lossworks.data.images.augmentation import changed, levels
+from lossworks.data.images.picture_files import of_channels, read_picture
 from lossworks.data.standardise import Standardisation
 from lossworks.specs.tasks.segmentation import AugmentationSpec
 
@@ -97,6 +99,22 @@ class MaskedImages:
             stream = np.random.default_rng([self.visiting.seed, row, _VISIT])
             image, mask = changed(image, mask, self.visiting.augment, self.visiting.patch, stream)
         return scaled_image(image, self.scale), mask
+
+
+def read_input(path: Path, channels: int, scale: Standardisation | None, whose: str) -> np.ndarray:
+    """Return the image of a file as a model reads it, float32 (C, H, W).
+
+    Args:
+        path: A picture, or an array in an NPY file.
+        channels: That the model takes, C.
+        scale: The model's, if it has one.
+        whose: What messages call the model's images, such as ``those of run 7``.
+
+    Raises:
+        UserError: It can't be read, or has other channels.
+    """
+    image = of_channels(read_picture(path, str(path)).image, channels, str(path), whose)
+    return scaled_image(levels(image), scale)
 
 
 def scaled_image(image: np.ndarray, scale: Standardisation | None) -> np.ndarray:

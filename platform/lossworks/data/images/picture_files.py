@@ -144,6 +144,25 @@ def channels_first(array: np.ndarray, where: str, size: tuple[int, int] | None =
     return narrow
 
 
+def of_channels(image: np.ndarray, wanted: int, where: str, whose: str) -> np.ndarray:
+    """Return an image (C, H, W) with so many channels: grey becomes three colours alike, without a copy.
+
+    Args:
+        image: Any numbers.
+        wanted: Channels.
+        where: What messages call the image.
+        whose: Who has so many, in words such as ``those of run 7``.
+
+    Raises:
+        UserError: It has other channels.
+    """
+    if len(image) == wanted:
+        return image
+    if (len(image), wanted) != (1, 3):
+        raise UserError(f"{where}: has {len(image)} channels; {whose} have {wanted}")
+    return np.broadcast_to(image, (wanted, *image.shape[1:]))
+
+
 @contextmanager
 def _opened(source: "Path | Image", where: str) -> Iterator["Image"]:
     try:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lossworks.data.images.mask_sources import read_masks
+from lossworks.data.images.masked_images import read_input
 from lossworks.data.images.masks import load_masks
 from lossworks.data.images.picture_files import channels_first, code_of_name, name_of_code, read_picture
 from lossworks.errors import UserError
@@ -184,6 +185,34 @@ def test_names_of_classes_are_lines(folder):
     (folder / "classes.txt").write_text("ground\nwall\n")
     with pytest.raises(UserError, match=r"masks/0.png: holds 2, which is no class; there are 0 ground, 1"):
         read(folder)
+
+
+def test_a_model_s_classes_are_known_by_name(folder):
+    """Of whatever values; a class that it has not is refused with the file that holds it."""
+    learnt = load(folder).learnt.of("run 7")
+    (folder / "classes.json").write_text('{"2": "0", "0": "2", "1": "1"}')
+    known = load_masks(MasksSpec(source=f"folder:{folder}"), 0, learnt)
+    assert known.names == ("0", "1", "2")
+    for part in (known.train, known.held_out):
+        for key, mask in zip(part.keys, part.masks, strict=True):
+            assert (mask == 2 - MASKS[int(key)]).all()
+    (folder / "classes.json").unlink()
+    save(folder / "masks/4.png", MASKS[4] + 5)
+    with pytest.raises(UserError, match=r"masks/4.png: holds 5, which is no class; there are 0, 1, 2"):
+        load_masks(MasksSpec(source=f"folder:{folder}"), 0, learnt)
+
+
+def test_one_image_is_read_as_in_training(folder):
+    data = load(folder)
+    for at, key in enumerate(data.held_out.keys):
+        found = read_input(folder / f"images/{key}.png", 3, data.standardisation, "those of run 7")
+        assert (found == data.held_out.batch(np.array([at]))["inputs"][0].numpy()).all()
+    save(folder / "a.png", PIXELS[0, ..., 0])
+    grey = read_input(folder / "a.png", 3, None, "those of run 7")
+    assert grey.shape == (3, 12, 10)
+    assert grey[2] == pytest.approx(PIXELS[0, ..., 0] / 255)
+    with pytest.raises(UserError, match=r"images/0.png: has 3 channels; those of run 7 have 1"):
+        read_input(folder / "images/0.png", 1, None, "those of run 7")
 
 
 def test_images_below_folders_and_files_that_are_none(folder):
