@@ -177,6 +177,7 @@ def _opened(source: "Path | Image", where: str) -> Iterator["Image"]:
         # Cameras store how they were held, and what shows the picture turns it.
         turned = ImageOps.exif_transpose(image)
         turned.load()
+        turned.format = image.format
         yield turned
 
 
@@ -187,8 +188,8 @@ def _deep(image: "Image") -> bool:
 def _picture(image: "Image") -> Picture:
     if _deep(image):
         array = np.asarray(image)
-        # Pillow widens some files of sixteen bits to thirty-two.
-        narrow = array.dtype.kind in "iu" and array.min() >= 0 and array.max() < _COLOUR
+        # PNG has no more than sixteen bits, which some versions of Pillow widen to thirty-two.
+        narrow = array.dtype.itemsize == 2 or image.format == "PNG"
         return Picture(channels_first(array.astype(np.uint16) if narrow else array, "image"))
     alpha = "alpha" if "A" in image.getbands() or "transparency" in image.info else ""
     grey = image.mode in ("1", "L", "LA", "La")

@@ -115,6 +115,23 @@ def test_grey_alpha_and_sixteen_bits(tmp_path):
     assert 0.9 < inputs.max() <= 1
 
 
+def test_levels_of_more_than_sixteen_bits_stay_as_they_are(tmp_path):
+    """Whichever there are in a file; sixteen bits are told by the format, in either order of bytes."""
+    whole = STREAM.integers(0, 90_000, (5, 6)).astype(np.int32)
+    for array in (whole, whole // 2, whole / 7):
+        save(tmp_path / "a.tif", array.astype(np.float32) if array.dtype.kind == "f" else array)
+        found = read_picture(tmp_path / "a.tif", "a").image
+        assert found.dtype == np.float32
+        assert found[0] == pytest.approx(array)
+    deep = (whole % 65536).astype(">u2")
+    save(tmp_path / "b.tif", Image.frombuffer("I;16B", (6, 5), deep.tobytes(), "raw", "I;16B", 0, 1))
+    save(tmp_path / "b.png", deep.astype(np.uint16))
+    for name in ("b.tif", "b.png"):
+        found = read_picture(tmp_path / name, name).image
+        assert found.dtype == np.uint16
+        assert (found[0] == deep).all()
+
+
 def test_cameras_that_were_held_upright(folder):
     """An image is turned as its note on the camera says, and so is no mask that has none."""
     exif = Image.Exif()
