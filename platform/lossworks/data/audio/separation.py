@@ -17,6 +17,7 @@ TAPS = 512
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(11))
 """Of masks, from 0 to 0.5: those that the paper tries."""
 
+_RIDGE = 1e-11  # of a filter, in the energy of the reference
 _MOST = 100.0  # dB; above it is rounding, and below it silence
 
 
@@ -74,6 +75,8 @@ def sdr(reference: np.ndarray, estimate: np.ndarray, taps: int = TAPS) -> float:
     Raises:
         ValueError: The reference is silent, or the lengths differ.
     """
+    from scipy.linalg import solve
+
     if reference.shape != estimate.shape or not reference.any():
         raise ValueError(
             f"reference {reference.shape} must sound and be as long as estimate {estimate.shape}"
@@ -81,8 +84,9 @@ def sdr(reference: np.ndarray, estimate: np.ndarray, taps: int = TAPS) -> float:
     taps = min(taps, len(reference))
     own, cross = _correlations(reference, reference, taps), _correlations(reference, estimate, taps)
     gram = own[np.abs(np.subtract.outer(np.arange(taps), np.arange(taps)))]
-    # A tone is the same at all delays but two, and there is more than one best filter.
-    best = np.linalg.lstsq(gram, cross, rcond=1e-12)[0]
+    # Two delays of a tone give all others: of the many best filters a small ridge takes the shortest. What is
+    # left is taken exactly for the filter that was found.
+    best = solve(gram + _RIDGE * own[0] * np.eye(taps), cross, assume_a="pos")
     explained = float(best @ gram @ best)
     rest = float(estimate @ estimate - 2 * best @ cross) + explained
     ratio = max(explained, 0.0) / max(rest, 1e-300)
