@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lossworks.data.images.drawings.drawn import draw_masked
 from lossworks.data.images.masks import load_masks
@@ -33,6 +35,23 @@ def test_drawn_images_are_a_function_of_the_seed(kind):
         other = draw_masked(kind, number, 64, seed)
         assert (other[0] != image).any()
         assert (other[1] != mask).any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    side=st.integers(32, 130),
+    number=st.integers(0, 10**6),
+    domain=st.sampled_from(["source", "target"]),
+    labels=st.sampled_from(["accurate", "noisy", "weak"]),
+)
+def test_images_of_any_side_and_number_can_be_drawn(kind, side, number, domain, labels):
+    image, mask = draw_masked(kind, number, side, 0, domain=domain, labels=labels)
+
+    assert image.shape[1:] == mask.shape == (side, side)
+    assert np.isfinite(image).all()
+    assert (image.min() >= 0) & (image.max() <= 1)
+    assert set(np.unique(mask)) <= set(range(KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
