@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from lossworks.adapters.torch_private import drops_at_random, keeps_statistics
+from lossworks.cohort.plain_layers import backward_all, forward_all, plain_layers
 from lossworks.errors import UserError
-from lossworks.models import Classifier, HeadedModel
+from lossworks.models import HeadedModel
 
 Member = dict[str, Tensor]
 """One member's parameters or buffers by name, shape (…)."""
@@ -58,63 +59,6 @@ class _FeaturesAndLogits(nn.Module):
         return hidden, self.model.head().logits(hidden)
 
 
-Layers = list[tuple[str, nn.Module]]
-"""Names and layers of a perceptron, in order; the head is the last."""
-
-_OF_PERCEPTRONS = (nn.Flatten, nn.Linear, nn.ReLU)
-
-
-def _perceptron(model: HeadedModel) -> Layers | None:
-    """Return the layers of a model that is a perceptron and nothing else, else None."""
-    if not isinstance(model, Classifier):
-        return None
-    found: Layers = []
-    for index, block in enumerate(model.layers):
-        if not isinstance(block, nn.Sequential) or any(type(part) not in _OF_PERCEPTRONS for part in block):
-            return None
-        found += [(f"layers.{index}.{place}", part) for place, part in enumerate(block)]
-    return [*found, ("classifier", model.classifier)]
-
-
-def _products(layers: Layers, params: Stack, inputs: Tensor) -> list[Tensor]:
-    """Return what each layer of perceptrons reads, and behind it the logits; a layer is a batched product."""
-    x = inputs
-    read = []
-    for name, layer in layers:
-        read.append(x)
-        if isinstance(layer, nn.Flatten):
-            x = x.flatten(2)
-        elif isinstance(layer, nn.ReLU):
-            x = x.relu_()  # nobody looks at what a layer gave before it
-        else:
-            x = torch.baddbmm(params[f"{name}.bias"][:, None], x, params[f"{name}.weight"].transpose(1, 2))
-    return [*read, x]
-
-
-def _slopes(
-    layers: Layers, params: Stack, read: Sequence[Tensor], slope: Tensor, of_hidden: Tensor | None
-) -> Stack:
-    """Return the gradients of perceptrons' parameters from those of their logits and features.
-
-    Autograd would give the same, at twice the cost of a step of small models.
-    """
-    found: Stack = {}
-    for place in range(len(layers) - 1, -1, -1):
-        name, layer = layers[place]
-        if isinstance(layer, nn.Flatten):
-            continue  # of vectors but for the first, which nothing is before
-        if isinstance(layer, nn.ReLU):
-            slope = torch.ops.aten.threshold_backward(slope, read[place + 1], 0)
-            continue
-        found[f"{name}.weight"] = torch.bmm(slope.transpose(1, 2), read[place])
-        found[f"{name}.bias"] = slope.sum(1)
-        if place > 1:
-            slope = torch.bmm(slope, params[f"{name}.weight"])
-        if of_hidden is not None:
-            slope, of_hidden = slope + of_hidden, None
-    return found
-
-
 StackedObjective = Callable[[Tensor, Tensor], Tensor]
 """Called with features (M, B, D) and logits (M, B, K); gives one number a member, (M,)."""
 
@@ -122,9 +66,10 @@ StackedObjective = Callable[[Tensor, Tensor], Tensor]
 class StackedModel:
     """A model as a function of stacked parameters.
 
-    Perceptrons are batched matrix products, which take a third of the time of ``torch.func.vmap``; other
-    models go through that. Those whose forward it can't take, or that draw random numbers in training, which
-    would differ from those of a member on its own, are called member by member; ``reason`` then says why.
+    Perceptrons and plain convolutional networks are batched products, see
+    :mod:`lossworks.cohort.plain_layers`; other models go through ``torch.func.vmap``. Those whose forward it
+    can't take, or that draw random numbers in training, which would differ from those of a member on its own,
+    are called member by member; ``reason`` then says why.
 
     Args:
         model: Gives the architecture; its own parameters are not touched.
@@ -136,12 +81,12 @@ class StackedModel:
     def __init__(self, model: HeadedModel) -> None:
         self._call = _FeaturesAndLogits(model)
         self.reason = self._obstacle(model)
-        self._layers = _perceptron(model)
+        self._layers = plain_layers(model)
 
     def __call__(self, params: Stack, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (M, B, D) and logits (M, B, K) of inputs (M, B, …), differentiable."""
         if self.reason is None and self._layers is not None:
-            *_, hidden, logits = _products(self._layers, params, inputs)
+            hidden, logits, _ = forward_all(self._layers, params, inputs)
             return hidden, logits
         if self.reason is None:
             return vmap(self._one)(params, inputs)
@@ -162,14 +107,14 @@ class StackedModel:
             whole = objective(*self(leaves, inputs)).sum()
             return list(torch.autograd.grad(whole, list(leaves.values())))
         with torch.no_grad():
-            *read, logits = _products(self._layers, params, inputs)
-        hidden, logits = (value.detach().requires_grad_() for value in (read[-1], logits))
+            hidden, logits, kept = forward_all(self._layers, params, inputs)
+        hidden, logits = (value.detach().requires_grad_() for value in (hidden, logits))
         whole = objective(hidden, logits).sum()
         slope, of_hidden = torch.autograd.grad(whole, (logits, hidden), allow_unused=True)
         with torch.no_grad():
             if slope is None:
                 slope = torch.zeros_like(logits)
-            found = _slopes(self._layers, params, read, slope, of_hidden)
+            found = backward_all(self._layers, params, kept, slope, of_hidden)
         return [found[name] for name in params]
 
     def _one(self, params: Member, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from lossworks.cohort import (
 from lossworks.data.examples import Examples
 from lossworks.errors import UserError
 from lossworks.losses import create
-from lossworks.models import build_classifier
+from lossworks.models import Classifier, build_classifier
 from lossworks.specs import ClassifierModelSpec
 
 SIZES = (7, 23, 1, 16, 8)
@@ -233,15 +233,29 @@ def test_the_hooks_of_a_rule():
     assert shrunk.norm() < plain.norm() / 2
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((6,), {"layers": 1}),
+        ((6,), {"layers": 3}),
+        ((6,), {"layers": 0}),
+        ((1, 40), {"kind": "cnn", "layers": 2}),
+        ((3, 11), {"kind": "cnn", "layers": 3}),
+        ((2, 5), {"kind": "cnn", "layers": 1}),
+        ((1, 9, 8), {"kind": "cnn", "layers": 1}),
+        ((2, 17, 9), {"kind": "cnn", "layers": 3}),
+    ],
+)
 @pytest.mark.parametrize("looks_at", ["logits", "both"])
-def test_gradients_of_perceptrons_are_autograds(layers, looks_at):
-    """They are written by hand, for what a loss and a rule make of logits and features."""
-    network = model_of(layers=layers)
+def test_gradients_by_hand_are_autograds(shape, changes, looks_at):
+    """For what a loss and a rule make of logits and features; strides of one and two, odd sides."""
+    network = model_of(shape, **changes)
     by_hand, by_autograd = StackedModel(network), StackedModel(network)
+    assert by_hand._layers is not None
     by_autograd._layers = None
     params = {name: value + 0.1 * torch.randn_like(value) for name, value in start(network).items()}
-    inputs = torch.randn(len(SIZES), 9, 6, dtype=torch.float64)
+    inputs = torch.randn(len(SIZES), 9, *shape, dtype=torch.float64)
+    before = inputs.clone()
 
     def objective(hidden, logits):
         of_features = hidden.pow(3).sum((1, 2)) if looks_at == "both" else 0.0
@@ -249,6 +263,28 @@ def test_gradients_of_perceptrons_are_autograds(layers, looks_at):
 
     pairs = zip(*(m.gradients(params, inputs, objective) for m in (by_hand, by_autograd)), strict=True)
     assert all(torch.allclose(ours, theirs, atol=1e-12) for ours, theirs in pairs)
+    called = zip(*(m(params, inputs) for m in (by_hand, by_autograd)), strict=True)
+    assert all(torch.allclose(ours, theirs, atol=1e-12) for ours, theirs in called)
+    assert torch.equal(inputs, before)
+
+
+def test_other_convolutions_are_not_taken_for_plain_ones():
+    """Groups, dilation, padding that reflects, and layers of other kinds, go through vmap."""
+    convolutions = [
+        nn.Conv1d(2, 8, 3, groups=2),
+        nn.Conv1d(2, 8, 3, dilation=2),
+        nn.Conv1d(2, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv1d(2, 8, 3, padding="same"),
+        nn.Conv1d(2, 8, 3, bias=False),
+    ]
+    others = [nn.Sequential(layer, nn.ReLU()) for layer in convolutions]
+    others += [nn.Sequential(nn.Conv1d(2, 8, 3), nn.GELU()), nn.Conv1d(2, 8, 3)]
+    for block in others:
+        network = Classifier([block], 8, CLASSES, 0.0)
+        assert StackedModel(network)._layers is None
+        params, inputs = start(network), torch.randn(len(SIZES), 3, 2, 12)
+        _, logits = StackedModel(network)(params, inputs)
+        assert torch.allclose(logits[1], network.logits(inputs[1]), atol=1e-5)
 
 
 @given(
