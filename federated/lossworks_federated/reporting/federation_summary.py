@@ -32,6 +32,7 @@ class FederationDisplay(FederationWatcher):
     def __init__(self, rounds: int, console: Console | None = None) -> None:
         self._rounds, self._console = rounds, console or Console()
         self._progress: TrainProgress | None = None
+        self._said: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -54,18 +55,21 @@ class FederationDisplay(FederationWatcher):
             self._progress.update(row)
 
     def end(self, child: Child) -> None:
-        """Close the bar; say why clients were trained one by one, if they were, and what else is noted."""
+        """Close the bar; say why clients were not trained all at once, and what else is noted."""
         self._close()
         outcome = child.outcome
         if outcome is None:
             return
         if outcome.obstacle:
-            self.say(f"clients were trained one by one: {outcome.obstacle}")
+            self.say(f"clients were not trained all at once: {outcome.obstacle}")
         for note in outcome.notes:
             self.say(note)
 
     def say(self, text: str) -> None:
-        """Print a sentence above the progress bar."""
+        """Print a sentence above the progress bar, once however many strategies and seeds it holds for."""
+        if text in self._said:
+            return
+        self._said.add(text)
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _close(self) -> None:

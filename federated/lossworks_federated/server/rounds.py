@@ -111,7 +111,7 @@ class FederationOutcome:
         reason: Why it failed.
         metrics: The last round's.
         clients: Figures and examples of each client's last test, by partition.
-        obstacle: Why clients were trained one by one, if they were.
+        obstacle: Why clients were not trained all at once, if they weren't.
         notes: What else a person should know, in sentences.
     """
 
@@ -163,7 +163,7 @@ class RoundLoop(ABC):
         learnt: What nodes with data of their own have agreed on, as JSON.
 
     Attributes:
-        obstacle: Why clients are trained one by one, if they are.
+        obstacle: Why clients are not trained all at once, if they aren't.
         compared: The figure in which clients are compared, as they report it, and which is better.
     """
 

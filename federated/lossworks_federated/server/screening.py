@@ -8,7 +8,7 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from lossworks.cohort import Member, Stack
+from lossworks.cohort import Member, Stack, all_finite
 from lossworks_federated.records import METRICS, MODEL, member_from, shapes_of, unlike
 from lossworks_federated.spec_parts import GuardSpec
 
@@ -219,11 +219,7 @@ def _stacked(replies: Sequence[Message], which: str, like: Member) -> Stack:
 
 def _finite(stack: Stack) -> Tensor:
     """Return which members are finite, bool (m,)."""
-    # The largest magnitude is one pass, and NaN or infinite where anything is.
-    largest = [
-        torch.linalg.vector_norm(value.reshape(len(value), -1), torch.inf, dim=1) for value in stack.values()
-    ]
-    return torch.stack(largest).isfinite().all(0)
+    return torch.stack([all_finite(value) for value in stack.values()]).all(0)
 
 
 def _guarded(updates: Stack, keep: Tensor, guard: GuardSpec) -> dict[str, Tensor]:

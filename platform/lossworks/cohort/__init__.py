@@ -5,7 +5,7 @@ from lossworks.cohort.learners import Learner, MemberLearner, StackedLearner
 from lossworks.cohort.optimizers import AdamW, AdamWSettings, Optimizer, ScheduledAdamW, Sgd
 from lossworks.cohort.rules import LocalRule, Seen
 from lossworks.cohort.stacked import Member, Stack, StackedModel, member_of, repeat, stack
-from lossworks.cohort.training import TrainedMembers
+from lossworks.cohort.training import TrainedMembers, all_finite
 
 __all__ = [
     "AdamW",
@@ -23,6 +23,7 @@ __all__ = [
     "StackedLearner",
     "StackedModel",
     "TrainedMembers",
+    "all_finite",
     "member_of",
     "plan_batches",
     "repeat",

@@ -214,7 +214,7 @@ class MemberLearner(Learner):
         self, model: HeadedModel, task: Task, rows: ExampleRows, loss: RowLosses | None = None
     ) -> None:
         self.task, self.rows, self._loss = task, rows, loss
-        self.reason = f"task={task.slug} is trained a client on each core"
+        self.reason = f"those of task={task.slug} with models of this size are trained one on each core"
         self._cores = usable_cpus()
         # A call puts parameters into a model for as long as it takes, so each that goes on needs its own.
         self._model, self._free = model, SimpleQueue[HeadedModel]()

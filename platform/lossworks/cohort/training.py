@@ -55,6 +55,13 @@ def move(leaves: Stack, gradients: Sequence[Tensor], optimizer: Optimizer, rule:
         leaf.add_(rule.update(name, optimizer.step(name, leaf, rule.gradient(name, gradient, leaf))))
 
 
+def all_finite(stacked: Tensor) -> Tensor:
+    """Return which members of a stack (M, …) hold finite numbers alone, bool (M,)."""
+    # Both are NaN or infinite where anything is; norms by rows take twenty times as long.
+    flat = stacked.reshape(len(stacked), -1)
+    return flat.amax(1).isfinite() & flat.amin(1).isfinite()
+
+
 def ended(now: Stack, batches: Batches, losses: Tensor) -> TrainedMembers:
     """Return members that have trained, in the order they were given in.
 
@@ -65,7 +72,7 @@ def ended(now: Stack, batches: Batches, losses: Tensor) -> TrainedMembers:
     """
     finite = losses.isfinite()
     for value in now.values():
-        finite &= torch.linalg.vector_norm(value.detach().flatten(1), torch.inf, dim=1).isfinite()
+        finite &= all_finite(value.detach())
     back = batches.members.argsort()
     if torch.equal(back, torch.arange(len(back))):  # mostly: members of equal sizes stay where they are
         return TrainedMembers({n: v.detach() for n, v in now.items()}, batches.steps, losses, finite)

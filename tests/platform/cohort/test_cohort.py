@@ -15,6 +15,7 @@ from lossworks.cohort import (
     Sgd,
     StackedLearner,
     StackedModel,
+    all_finite,
     member_of,
     plan_batches,
     repeat,
@@ -192,6 +193,14 @@ def test_a_member_that_diverges_disturbs_no_other():
     for index in (0, 2, 3, 4):
         for name, value in member_of(calm.params, index).items():
             assert torch.equal(member_of(wild.params, index)[name], value)
+
+
+def test_one_number_makes_a_member_not_finite():
+    for shape in ((), (1,), (5,), (3, 70)):
+        for wrong in (float("nan"), float("inf"), -float("inf")):
+            values = torch.full((4, *shape), 3e38)
+            values[2].view(-1)[-1] = wrong
+            assert all_finite(values).tolist() == [True, True, False, True]
 
 
 def test_the_hooks_of_a_rule():
