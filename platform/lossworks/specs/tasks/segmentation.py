@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lossworks.specs.base import Spec
 
-DRAWN_MASKS = ("walls", "vessels", "shapes", "voices")
+DRAWN_MASKS = ("walls", "vessels", "shapes", "tinted", "voices")
 """Kinds of images that are drawn with their masks."""
 
 _FORMS = ", ".join([*(f"{kind}:N" for kind in DRAWN_MASKS), "folder:PATH", "npz:PATH"]) + " or hf:NAME"
@@ -55,8 +55,9 @@ class MasksSpec(Spec):
     source: str = Field(
         "walls:200",
         description="walls:N (brick walls, whose mortar is to be found), vessels:N (branching vessels), "
-        "shapes:N (discs, squares, triangles and stars, a class each), voices:N (spectrograms of singing "
-        "over chords, where the voice is the louder part), all N drawn from the seed; folder:PATH (images/ "
+        "shapes:N (discs, squares, triangles and stars, a class each), tinted:N (the same, a hue for each "
+        "class), voices:N (spectrograms of singing over chords, where the voice is the louder part), all N "
+        "drawn from the seed; folder:PATH (images/ "
         "and masks/ with files of equal names: PNG, JPEG, TIFF or NPY), npz:PATH (x (N, H, W), (N, C, H, W) "
         "or (N, H, W, C), and y (N, H, W)) or hf:NAME (the datasets library; needs a network)",
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from lossworks.data.images.drawings.brush import out_of_domain
 from lossworks.data.images.drawings.careless import noisy_mask, weak_mask
-from lossworks.data.images.drawings.shapes import SHAPES, paint_shapes, place_shapes
+from lossworks.data.images.drawings.shapes import SHAPES, paint_shapes, place_shapes, tint_shapes
 from lossworks.data.images.drawings.vessels import grow_vessels, paint_vessels
 from lossworks.data.images.drawings.voices import draw_voice
 from lossworks.data.images.drawings.walls import lay_bricks, paint_wall
@@ -28,6 +28,7 @@ _KINDS = {
     "walls": _Kind(lay_bricks, paint_wall, lambda wall: wall.mask, ("brick", "mortar")),
     "vessels": _Kind(grow_vessels, paint_vessels, lambda vessels: vessels.mask, ("background", "vessel")),
     "shapes": _Kind(place_shapes, paint_shapes, lambda scene: scene.mask, SHAPES),
+    "tinted": _Kind(place_shapes, tint_shapes, lambda scene: scene.mask, SHAPES),
     "voices": _Kind(draw_voice, lambda _, song: song[0], lambda song: song[1], ("accompaniment", "voice")),
 }
 

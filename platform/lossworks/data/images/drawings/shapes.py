@@ -47,6 +47,18 @@ def paint_shapes(stream: np.random.Generator, scene: Scene) -> np.ndarray:
     return grained(stream, lit(stream, image, 0.3), 0.03)
 
 
+def tint_shapes(stream: np.random.Generator, scene: Scene) -> np.ndarray:
+    """Return an image (3, side, side), float32 in [0, 1]: a hue for each class, on grey."""
+    side = len(scene.mask)
+    hues = np.arange(len(SHAPES)) / (len(SHAPES) - 1)
+    channels = 0.5 + 0.35 * np.cos(2 * np.pi * (hues[:, None] - np.arange(3) / 3))
+    channels[0] = stream.uniform(0.3, 0.7)
+    bright = 1 + 0.25 * stream.standard_normal(int(scene.objects.max()) + 1)
+    image = np.moveaxis(channels[scene.mask], -1, 0) * bright[scene.objects]
+    image = image * (1 + 0.15 * smooth_noise(stream, side, side / 12))
+    return grained(stream, lit(stream, image, 0.3), 0.06)
+
+
 def _another(stream: np.random.Generator, ground: np.ndarray) -> np.ndarray:
     """Return a colour (3,) that differs from the ground's."""
     while True:
