@@ -17,9 +17,9 @@ from lossworks.catalogue.declaration import Declaration
 from lossworks.catalogue.registry import declaration, declarations
 from lossworks.data import Order, VisitOrder
 from lossworks.data.batch import IGNORE_INDEX, Batch
-from lossworks.data.images.augmentation import levels
+from lossworks.data.images.masked_images import read_input
 from lossworks.data.images.masks import load_masks
-from lossworks.data.images.picture_files import PICTURES, read_picture
+from lossworks.data.images.picture_files import PICTURES
 from lossworks.data.learnt import Learnt
 from lossworks.data.order import spaced
 from lossworks.data.standardise import Standardisation
@@ -216,17 +216,15 @@ class SegmentationTask(Task):
         A mask is a PNG of classes by number, named like its image.
         """
         found = load_segmenter(folder)
-        masks, notes = {}, []
+        masks = {}
         for path in _pictures(file):
-            picture = read_picture(path, str(path))
-            notes += [f"{path.name}: {picture.note} is left out"] if picture.note else []
-            image = _of_channels(levels(picture.image), found.channels, path)
+            image = read_input(path, found.channels, None, "the model's")
             masks[path.name] = found.masks(image[None])[0].astype(np.uint16)
         columns: dict[str, Sequence[Any]] = {"image": list(masks)}
         for number, name in enumerate(found.names):
             columns[f"share of {name}"] = [float((mask == number).mean()) for mask in masks.values()]
         files = {f"masks/{Path(name).stem}.png": partial(_as_png, mask) for name, mask in masks.items()}
-        return Predictions(columns, notes=notes, files=files)
+        return Predictions(columns, files=files)
 
     @classmethod
     def draw(cls, axes: "Axes", pictured: Mapping[str, Any]) -> bool:
@@ -313,19 +311,6 @@ def _pictures(file: Path) -> list[Path]:
     if not found:
         raise UserError(f"{folder}: holds no pictures; they end in {', '.join(PICTURES)}")
     return found
-
-
-def _of_channels(image: np.ndarray, channels: int, path: Path) -> np.ndarray:
-    """Return an image (C, H, W) with the channels that a model reads; grey is read as three colours.
-
-    Raises:
-        UserError: It has other channels.
-    """
-    if len(image) == 1 and channels == 3:
-        return np.repeat(image, 3, 0)
-    if len(image) != channels:
-        raise UserError(f"{path}: has {len(image)} channels; the model reads {channels}")
-    return image
 
 
 def _as_png(mask: np.ndarray) -> bytes:

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from lossworks.benchmarks.segmentation.boundary_matrices import plain_matching
 from lossworks.errors import UserError
 from lossworks.metrics import betti_matching_error
 from lossworks.metrics.betti_matching import betti_matching, framed
 from lossworks.metrics.betti_numbers import betti_numbers
-from lossworks_testing.boundary_matrices import matching
 
 masks = st.tuples(st.integers(1, 9), st.integers(1, 9)).flatmap(
     lambda shape: st.tuples(*[arrays(np.bool_, shape)] * 2)
@@ -167,7 +167,7 @@ def small_maps(draw):
 @settings(max_examples=100, deadline=None)
 def test_it_is_the_plain_reduction_of_boundary_matrices(maps, connectivity):
     """Every bar, by the pixels of its birth and death, and every match."""
-    assert as_lists(betti_matching(*maps, connectivity=connectivity)) == matching(*maps, connectivity)
+    assert as_lists(betti_matching(*maps, connectivity=connectivity)) == plain_matching(*maps, connectivity)
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_it_is_the_plain_reduction_of_boundary_matrices(maps, connectivity):
 @settings(max_examples=1000, deadline=None)
 def test_it_is_the_plain_reduction_on_a_thousand_images(maps, connectivity):
     """The same, of more."""
-    assert as_lists(betti_matching(*maps, connectivity=connectivity)) == matching(*maps, connectivity)
+    assert as_lists(betti_matching(*maps, connectivity=connectivity)) == plain_matching(*maps, connectivity)
 
 
 def test_what_is_refused():

@@ -17,7 +17,7 @@ from lossworks.errors import RunError, require_one
 from lossworks.specs import Spec
 from lossworks.specs.tasks.segmenter import SegmenterSpec
 
-_WORKER = "lossworks.benchmarks.segmentation_worker"
+_WORKER = "lossworks.benchmarks.segmentation.maps_worker"
 _MATCHED = "betti-matching"
 
 

@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
+from lossworks.benchmarks.segmentation.boundary_matrices import plain_matching
 from lossworks.benchmarks.worker import median_seconds, peak_growth
 from lossworks.data.images.drawings.drawn import draw_masked
 from lossworks.losses import create
 from lossworks.losses.interface import Loss
+from lossworks.metrics.betti_matching import betti_matching
 from lossworks.models.segmentation import Segmenter, build_segmenter
 from lossworks.specs.tasks.segmenter import SegmenterSpec
 
 _BESIDE = "ce-dice"
 _CHANNELS, _CLASSES = 3, 2
+_PLAIN = 64  # pixels a side up to which boundary matrices are reduced as well
 
 
 def _model(case: dict[str, Any]) -> Segmenter:
@@ -51,6 +55,23 @@ def _step(model: Segmenter, loss: Loss, inputs: Tensor, targets: Tensor) -> Call
     return step
 
 
+def measure_matching(case: dict[str, Any]) -> list[tuple[str, float, str]]:
+    """Return the seconds of the matching of a map's bars with a mask's, and how many times faster that is."""
+    mask = _masks(1, case["side"], case["seed"])[0].astype(np.float64)
+    stream = np.random.default_rng(case["seed"])
+    noise = stream.random(mask.shape)
+    smooth = ndimage.gaussian_filter(mask + 0.3 * stream.standard_normal(mask.shape), 1.0)
+    first = noise if case["map"] == "noise" else smooth
+    betti_matching(first, mask)
+    (seconds,) = median_seconds((lambda: betti_matching(first, mask),), case["repeats"], "cpu")
+    figures = [("matching", 1000 * seconds, "ms")]
+    if case["side"] <= _PLAIN:
+        began = time.perf_counter()
+        plain_matching(first, mask, 4)
+        figures.append(("faster than the plain reduction", (time.perf_counter() - began) / seconds, "x"))
+    return figures
+
+
 def measure_image(case: dict[str, Any]) -> list[tuple[str, float, str]]:
     """Return the seconds and the memory that the classes of a large image take."""
     model = _model(case).eval()
@@ -68,7 +89,7 @@ def main() -> None:
     """Measure the case in the first argument."""
     case = json.loads(sys.argv[1])
     torch.set_num_threads(case["threads"])
-    measures = {"step": measure_step, "image": measure_image}
+    measures = {"step": measure_step, "matching": measure_matching, "image": measure_image}
     print(json.dumps({"figures": measures[case["what"]](case)}), flush=True)
 
 

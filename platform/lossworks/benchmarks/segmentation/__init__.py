@@ -1,0 +1,1 @@
+"""What ``lossworks bench segmentation`` measures: losses of maps, matching of bars, and large images."""
