@@ -201,6 +201,11 @@ class FederationSpec(Spec):
                 f"model.dropout={self.model.dropout}: must be 0, since what is dropped would depend on who "
                 "else is trained in the same process"
             )
+        if self.clients_per_round is not None and self.clients_per_round > self.split.clients:
+            raise ValueError(
+                f"clients_per_round={self.clients_per_round}: there are only split.clients="
+                f"{self.split.clients} to draw from; leave it out to ask all"
+            )
         if self.min_replies > min(self.clients_per_round or self.split.clients, self.split.clients):
             raise ValueError(f"min_replies={self.min_replies}: more than the clients of a round")
         if self.faults.straggle and self.engine != "cohort" and self.deadline_s is None:

@@ -534,6 +534,7 @@ def test_the_command_prints_a_table(
         (["loss=eisl"], "can't train"),
         (["faults.straggle=0.5", "engine=flower"], "deadline_s"),
         (["min_replies=7"], "more than the clients"),
+        (["clients_per_round=7"], "there are only split.clients=6 to draw from"),
         (["strategies=[scaffold]", "local.momentum=0.5"], "scaffold needs"),
         (["split=natural"], "data.owner"),
         (["seeds=[1,1]"], "same seed twice"),
