@@ -23,6 +23,7 @@ _FIELDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("data", "source"): ("csv:", "parquet:", "npz:", "imagefolder:"),
     ("data", "tokenizer"): ("",),
     ("model", "source"): ("hf:",),
+    ("of",): ("hf:",),  # of a companion, whose name stands above it
 }
 
 
@@ -51,7 +52,7 @@ def named_files(values: Mapping[str, Any], above: tuple[str, ...] = ()) -> Itera
         if isinstance(value, Mapping):
             yield from named_files(value, keys)
         elif isinstance(value, str):
-            for prefix in _FIELDS.get(keys[-2:], ()):
+            for prefix in _FIELDS.get(keys[-2:], _FIELDS.get(keys[-1:], ())):
                 if value.startswith(prefix):
                     yield NamedFile(keys, prefix, Path(value.removeprefix(prefix)).expanduser())
 

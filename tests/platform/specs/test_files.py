@@ -1,6 +1,9 @@
 """Paths in specs: other processes have other working folders, so what a run keeps is absolute."""
 
-from lossworks.specs.files import located
+import pytest
+
+from lossworks.errors import UserError
+from lossworks.specs.files import located, require_files
 from lossworks.tasks import parse_train_spec
 from lossworks_testing.offered import Distillation, offer
 
@@ -32,6 +35,13 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch):
     assert found.start == str(tmp_path / "model")
     assert [role.of for role in found.roles.values()] == [str(tmp_path / "model"), "start", "a-run"]
     assert located(found) is found
+
+
+def test_a_companion_that_is_not_there_is_refused_before_anything_starts():
+    """A checkpoint of transformers; whether there is a run of a name is looked up elsewhere."""
+    values = {"loss": [{"name": "distillation"}], "roles": {"teacher": "hf:/nowhere"}}
+    with pytest.raises(UserError, match=r"roles\.teacher\.of=hf:/nowhere: no such file or folder"):
+        require_files(parse_train_spec(values))
 
 
 def test_what_is_no_path_stays():
