@@ -119,7 +119,7 @@ def test_an_export_measures_and_predicts_as_the_run_did(trained, tmp_path):
 def test_an_image_of_other_channels_is_refused_by_name(trained, tmp_path):
     np.save(tmp_path / "five.npy", np.zeros((5, 20, 20), dtype=np.float32))
 
-    with pytest.raises(UserError, match=r"five.npy: has 5 channels; the model reads 3"):
+    with pytest.raises(UserError, match=r"five.npy: has 5 channels; the model's have 3"):
         predict_file(str(trained.path), tmp_path / "five.npy")
 
 
