@@ -32,7 +32,7 @@ class BettiMatchingError(Analysis):
         2023,
         "section 3",
     )
-    example = "lossworks train jobs/specs/walls.yaml analyses=[map-cases, {slug}]"
+    example = "lossworks train jobs/specs/walls.yaml analyses=[{slug}]"
     yardsticks: ClassVar[Mapping[str, Mode]] = {
         "eval/b0_matching_error": "min",
         "eval/b1_matching_error": "min",
