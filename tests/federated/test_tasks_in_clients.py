@@ -1,4 +1,4 @@
-"""What a task trains, clients train: language models by owner, regressions, adapters alone."""
+"""What a task trains, clients train: language models by owner, regressions, segmenters, adapters alone."""
 
 import json
 from pathlib import Path
@@ -226,6 +226,25 @@ def test_a_regression_is_federated(tmp_path):
     _, outcome = run(spec, tmp_path)
     assert outcome.metrics["server/r2"] > 0
     assert outcome.metrics["clients/rmse_worst10"] == pytest.approx(outcome.metrics["clients/rmse_max"])
+
+
+def test_a_segmenter_is_federated(tmp_path):
+    """Its clients are compared by their overlap, and the global model is a segmenter's run."""
+    spec = FederationSpec.parse(
+        {
+            "task": "segmentation",
+            "rounds": 4,
+            "strategies": ["fedavg"],
+            "data": {"source": "walls:32", "side": 32},
+            "split": {"kind": "iid", "clients": 3},
+            "model": {"levels": 1, "width": 4, "groups": 2},
+            "local": {"epochs": 2, "batch_size": 4, "lr": 0.05},
+        }
+    )
+    _, outcome = run(spec, tmp_path)
+
+    assert outcome.metrics["server/dice"] > 0.4
+    assert 0 <= outcome.metrics["server/b0_error"]
 
 
 def test_members_are_measured_alike_by_both_learners():
