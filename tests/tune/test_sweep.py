@@ -138,7 +138,7 @@ def test_the_command_refuses_in_one_line(at_home, tmp_path, capsys):
     assert "wilcoxon (was 0.1, now 0.0)" in error
     other = tmp_path / "other"
     other.mkdir()
-    (other / "spec.yaml").write_text("task: classification\n")
+    (other / "spec.yaml").write_text("kind: training\ntask: classification\n")
     assert main(["tune", "--resume", str(other)]) == 2
     assert "describes a training, which `lossworks train` runs and resumes" in capsys.readouterr().err
 
