@@ -12,6 +12,7 @@ from lossworks.entries.methods.rho_pnn import budgets, switched
 from lossworks.errors import UserError
 from lossworks.losses import create
 from lossworks.metrics.cubes import ergas, spectral_angle
+from lossworks_testing.training import run_training
 
 
 def bands(*shape, seed=0):
@@ -132,3 +133,32 @@ def test_arrays_that_do_not_belong_together_are_refused(change, named):
 
     with pytest.raises(UserError, match=named):
         cube_of(arrays, "a.npz")
+
+
+def test_a_run_ends_when_all_bands_are_done_and_goes_on_where_it_stood(tmp_path):
+    """Its last figures stand at the last step, too, where whoever compares runs looks for them."""
+    values = {
+        "task": "pansharpening",
+        "steps": 60,
+        "batch_size": 1,
+        "workers": 1,
+        "sharding": "none",
+        "data": {"source": "scene:32", "bands": 3},
+        "model": {"features": [4, 4]},
+        "methods": [{"name": "rho-pnn", "eta": 1, "switching": "constant"}],
+        "optimizer": {"lr": 0.001},
+        "evaluation": {"every": 60},
+        "checkpoint": {"every": 2},
+        "tracking": {"model": False},
+    }
+    whole = run_training(values, None, str(tmp_path / "whole"))
+    run_training(values, None, str(tmp_path / "parts"), stop_after=5)
+    rest = run_training(values, None, str(tmp_path / "parts"))
+
+    assert whole["status"] == "finished"
+    assert whole["step"] < 60
+    assert whole["rows"][-1][0] == 60
+    assert whole["metrics"]["rho/bands_done"] == 3
+    for name in ("rho/ergas", "rho/sam", "rho/spread", "eval/spectral"):
+        assert rest["metrics"][name] == whole["metrics"][name]
+    assert np.isfinite(whole["metrics"]["rho/ergas"])

@@ -216,3 +216,23 @@ def test_priors_come_with_each_visit():
 
     share = (batch["targets"][0] == 1).float().mean()
     torch.testing.assert_close(batch["priors"][:, 1], share.expand(2))
+
+
+def test_classes_that_arrive_in_steps_go_on_where_they_stood(tmp_path):
+    """In the second step, with the previous model and the head that has begun."""
+    values = drawn(
+        steps=6,
+        data={"source": "tinted:16", "side": 32, "classes": ["background", "disc", "square"]},
+        model={"kind": "incremental-unet", "steps": [1, 1], "levels": 1, "width": 4, "groups": 2},
+        methods=[{"name": "barm", "starts": [2]}],
+        loss="cross-entropy",
+        checkpoint={"every": 2},
+    )
+    whole = run_training(values, None, str(tmp_path / "whole"))
+    run_training(values, None, str(tmp_path / "parts"), stop_after=4)
+
+    rest = run_training(values, None, str(tmp_path / "parts"))
+
+    curves = [[row["train/loss"] for _, row in run["rows"] if "train/loss" in row] for run in (whole, rest)]
+    assert curves[1] == curves[0][4:]
+    assert rest["metrics"]["eval/loss"] == whole["metrics"]["eval/loss"]

@@ -46,7 +46,7 @@ class MapCases(Analysis):
     slug = "map-cases"
     formula = "Dice of each image: 2 Σ p y / Σ (p + y) over the classes but the first"
     paper = Paper(
-        "TopoMortar: A dataset to evaluate image segmentation methods focused on topology accuracy",
+        "TopoMortar: A Dataset to Evaluate Image Segmentation Methods Focused on Topology Accuracy",
         "Valverde, Koga, Otsuka, Dahl",
         2025,
         "the pictures of errors",

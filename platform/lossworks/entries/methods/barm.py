@@ -156,12 +156,13 @@ class Barm(Method):
         """See :meth:`Method.fit_to`."""
         del task
         cast("IncrementalUNet", model).step.fill_(0)
+        self._kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     def start(self, task: Task, model: nn.Module) -> None:
         """See :meth:`Method.start`."""
         del task
         self._model = cast("IncrementalUNet", getattr(model, "module", model))
-        if self._kept:
+        if int(self._model.step):  # it goes on in a later step
             self._previous = self._companion(self._kept)
 
     def _companion(self, state: Mapping[str, Tensor]) -> IncrementalUNet:
@@ -288,9 +289,7 @@ class Barm(Method):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """See :meth:`Method.load_state`."""
-        self._kept = dict(state)
-        if self._model is not None and state:
-            self._previous = self._companion(self._kept)
+        self._kept = {name: value.clone() for name, value in state.items()}
 
 
 def one_hot(targets: Tensor, logits: Tensor) -> Tensor:

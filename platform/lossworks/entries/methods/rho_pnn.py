@@ -113,8 +113,9 @@ class RhoPnn(Method):
         super().__init__(**values)
         self._cube: Cube | None = None
         self._model: HeadedModel | None = None
-        # Band, steps in it, steps with the spatial loss on, whether it is on, β (0 until it is found), L0.
-        self._at = torch.zeros(6, dtype=torch.float64)
+        # Band, steps in it, steps with the spatial loss on, whether it is on, β (0 until it is found), L0,
+        # whether weights are averaged yet.
+        self._at = torch.zeros(7, dtype=torch.float64)
         self._averaged: dict[str, Tensor] = {}
         self._sharp = torch.zeros(0)
         self._steps = np.zeros(0, dtype=np.int64)
@@ -127,14 +128,17 @@ class RhoPnn(Method):
         if spec.workers != 1:
             raise UserError(f"methods: {self.slug} tunes one band at a time: workers=1, not {spec.workers}")
 
+    def fit_to(self, task: Task, model: HeadedModel) -> None:
+        """See :meth:`Method.fit_to`."""
+        self._sharp = torch.from_numpy(cast("Cube", task.train).smooth).clone()
+        self._averaged = {name: value.detach().clone() for name, value in model.named_parameters()}
+        self._begin(0)
+
     def start(self, task: Task, model: nn.Module) -> None:
         """See :meth:`Method.start`."""
         self._cube = cast("Cube", task.train)
         self._model = cast("HeadedModel", getattr(model, "module", model))
         self._steps = budgets(self._cube.bands, task.spec_of_run.steps, self.eta)
-        if not len(self._sharp):
-            self._sharp = torch.from_numpy(self._cube.smooth).clone()
-            self._begin(0)
 
     @property
     def ended(self) -> bool:
@@ -144,8 +148,8 @@ class RhoPnn(Method):
     def _begin(self, band: int) -> None:
         """Begin a band: nothing is carried over from the last one but the weights and β."""
         beta = self._at[4] if self.switching == "hysteresis" else torch.tensor(self.beta)
-        self._at = torch.tensor([band, 0, 0, self.switching == "constant", beta, 0.0], dtype=torch.float64)
-        self._averaged = {}
+        on_at_once = self.switching == "constant"
+        self._at = torch.tensor([band, 0, 0, on_at_once, float(beta), 0, 0], dtype=torch.float64)
 
     def batch(self, batch: Batch, step: int) -> Batch:
         """See :meth:`Method.batch`; the band whose turn it is."""
@@ -213,17 +217,17 @@ class RhoPnn(Method):
 
     def _average_weights(self) -> None:
         own = dict(cast("HeadedModel", self._model).named_parameters())
-        if not self._averaged:
-            self._averaged = {name: value.detach().clone() for name, value in own.items()}
+        share = 1 - self.average if self._at[6] else 1.0  # the first of a band are taken as they are
+        self._at[6] = 1
         for name, value in self._averaged.items():
-            value.lerp_(own[name].detach(), 1 - self.average)
+            value.lerp_(own[name].detach(), share)
 
     def _sharpened(self, band: int) -> Tensor:
         """Return a band (H, W) as the averaged weights sharpen it, or the newest where there are none."""
         inputs = cast("Cube", self._cube).batch(np.array([band]))["inputs"]
         model = cast("HeadedModel", self._model)
         inputs = inputs.to(next(model.parameters()).device)
-        if not self._averaged:
+        if not self._at[6]:
             return model.hidden(inputs)[0, ..., 0].cpu()
         state = {**model.state_dict(), **self._averaged}
         found: Tensor = torch.func.functional_call(_Hidden(model), _prefixed(state), (inputs,))
@@ -258,8 +262,6 @@ class RhoPnn(Method):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """See :meth:`Method.load_state`."""
-        if not state:
-            return
         self._at, self._sharp = state["at"].clone(), state["sharp"].clone()
         self._averaged = {
             name.removeprefix("averaged."): value.clone()
