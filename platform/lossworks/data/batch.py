@@ -43,6 +43,7 @@ NAMES: dict[str, TensorName] = {
     "priors": TensorName("(B, K)", "shares of the classes that each image is expected to have"),
     "pan": TensorName("(B, H, W)", "panchromatic image of the scene that a band shows, floating point"),
     "sharp": TensorName("(B, H, W)", "the sharp band, NaN where it is not known"),
+    "voice": TensorName("(B, J)", "magnitudes of a song's voice, those of a patch scaled to [0, 1]"),
     "weight": TensorName("(B, …)", "factor of each element's loss, floating point", (0, 0.0)),
     "numbers": TensorName("(B,)", "which row of its data a row is, int64"),
     "segments": TensorName("(B, …)", "which bag or step an element belongs to, int64"),

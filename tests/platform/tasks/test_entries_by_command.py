@@ -80,6 +80,8 @@ def test_the_command_of_an_entry_trains_with_it(slug, text, trained, segmenter, 
     if hasattr(spec.data, "patch"):
         kind = spec.data.source.partition(":")[0]
         spec = settled(spec.override([f"data.source={kind}:24", "data.side=32"]))
+    elif hasattr(spec.data, "patch_hop"):
+        spec = settled(spec.override(["data.source=songs:4", "data.seconds=1"]))
     elif spec.start is not None:
         spec = settled(spec.override(["batch_size=4", "data.sequence_length=64"]))
     elif hasattr(spec.data, "corpus"):
