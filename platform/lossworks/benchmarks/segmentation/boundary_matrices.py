@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Cells = tuple[dict[int, int], list[list[int]], list[list[list[int]]]]
+LatticeCells = tuple[dict[int, int], list[list[int]], list[list[list[int]]]]
 """The rank of each pixel, and by dimension the pixel that each cell enters with, and its boundary."""
 
 
-def boundary_cells(values: NDArray[Any], connectivity: int) -> Cells:
+def boundary_cells(values: NDArray[Any], connectivity: int) -> LatticeCells:
     """Return for each cell its place and its boundary, as lists of indices, by dimension.
 
     Args:
