@@ -1,0 +1,1 @@
+"""Tasks whose answers are images: a class or a value for each pixel."""
