@@ -20,7 +20,8 @@ _FIELDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("data", "forget"): ("pairs:",),
     ("data", "retain"): ("pairs:",),
     ("data", "chat_template"): ("",),
-    ("data", "source"): ("csv:", "parquet:", "npz:", "imagefolder:"),
+    ("data", "priors"): ("csv:",),
+    ("data", "source"): ("csv:", "parquet:", "npz:", "imagefolder:", "folder:"),
     ("data", "tokenizer"): ("",),
     ("model", "source"): ("hf:",),
     ("of",): ("hf:",),  # of a companion, whose name stands above it

@@ -37,6 +37,23 @@ def test_local_paths_become_absolute(tmp_path, monkeypatch):
     assert located(found) is found
 
 
+def test_paths_of_images_sounds_and_cubes_become_absolute(tmp_path, monkeypatch):
+    """Workers have other working folders."""
+    monkeypatch.chdir(tmp_path)
+    sources = {
+        "segmentation": {"source": "folder:mine", "priors": "csv:shares.csv"},
+        "separation": {"source": "folder:mine"},
+        "pansharpening": {"source": "npz:mine"},
+    }
+    for task, data in sources.items():
+        found = located(parse_train_spec({"task": task, "data": data}))
+
+        assert found.data.source == f"{data['source'].partition(':')[0]}:{tmp_path / 'mine'}"
+    values = {"task": "segmentation", "data": sources["segmentation"], "loss": "sfda"}
+    assert located(parse_train_spec(values)).data.priors == f"csv:{tmp_path / 'shares.csv'}"
+    assert parse_train_spec({**values, "data": {"priors": "exact"}}).data.priors == "exact"
+
+
 def test_a_companion_that_is_not_there_is_refused_before_anything_starts():
     """A checkpoint of transformers; whether there is a run of a name is looked up elsewhere."""
     values = {"loss": [{"name": "distillation"}], "roles": {"teacher": "hf:/nowhere"}}

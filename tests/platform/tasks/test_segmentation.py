@@ -132,7 +132,7 @@ def test_a_trained_model_adapts_to_a_folder_without_masks(trained, tmp_path):
         Image.fromarray(pixels).save(images / f"{number}.png")
         rows.append(f"{number},0.8,0.2")
     (tmp_path / "priors.csv").write_text("\n".join(rows))
-    data = {"source": f"folder:{images}", "unlabelled": True, "priors": str(tmp_path / "priors.csv")}
+    data = {"source": f"folder:{images}", "unlabelled": True, "priors": f"csv:{tmp_path / 'priors.csv'}"}
     values = drawn(start=str(trained.path), loss="sfda", data=data)
 
     adapted = run_in_folder(values, "adapted")

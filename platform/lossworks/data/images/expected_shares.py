@@ -29,15 +29,15 @@ def read_priors(path: Path, keys: Sequence[str], names: Sequence[str]) -> np.nda
     columns = list(rows[0]) if rows else []
     for name in ("image", *names):
         if name not in columns:
-            raise UserError(f"data.priors={path}: has no column {name}; it has {', '.join(columns)}")
+            raise UserError(f"data.priors=csv:{path}: has no column {name}; it has {', '.join(columns)}")
     by_image = {str(row["image"]): row for row in rows}
     for key in keys:
         if key not in by_image:
-            raise UserError(f"data.priors={path}: has no row for image {key}")
+            raise UserError(f"data.priors=csv:{path}: has no row for image {key}")
     shares = np.array([[_share(by_image[key][name], key, name, path) for name in names] for key in keys])
     for key, total in zip(keys, shares.sum(1), strict=True):
         if total == 0:
-            raise UserError(f"data.priors={path}: the shares of image {key} are all 0")
+            raise UserError(f"data.priors=csv:{path}: the shares of image {key} are all 0")
     found: np.ndarray = (shares / shares.sum(1, keepdims=True)).astype(np.float32)
     return found
 
@@ -48,5 +48,7 @@ def _share(text: str | None, key: str, name: str, path: Path) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise UserError(f"data.priors={path}: {name}={text} of image {key} must be a number of at least 0")
+        raise UserError(
+            f"data.priors=csv:{path}: {name}={text} of image {key} must be a number of at least 0"
+        )
     return value

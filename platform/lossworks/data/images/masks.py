@@ -149,7 +149,7 @@ def _priors(source: str, train: ReadMasks) -> np.ndarray:
     if source == "exact":
         counts = [np.bincount(mask[mask >= 0], minlength=len(train.names)) for mask in train.masks]
         return np.array([count / max(1, count.sum()) for count in counts], dtype=np.float32)
-    return read_priors(existing_file(source), train.keys, train.names)
+    return read_priors(existing_file(source.removeprefix("csv:")), train.keys, train.names)
 
 
 def _require_two(train: ReadMasks) -> None:

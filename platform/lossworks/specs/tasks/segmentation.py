@@ -114,8 +114,8 @@ class MasksSpec(Spec):
     priors: str | None = Field(
         None,
         min_length=1,
-        description="shares of the classes that each training image is expected to have, for sfda: a CSV "
-        "file with a column image (names without endings) and one for each class, or exact: its mask's own",
+        description="shares of the classes that each training image is expected to have, for sfda: csv:PATH, "
+        "with a column image (names without endings) and one for each class, or exact: its mask's own",
     )
     input: str = Field("image", min_length=1, description="column of an hf data set with the image")
     label: str = Field("mask", min_length=1, description="column of an hf data set with the mask")
@@ -135,6 +135,13 @@ class MasksSpec(Spec):
     def looks(self) -> tuple[Domain, Domain]:
         """The domains of drawn training images and of drawn held-out ones."""
         return self.domain, self.held_out_domain or self.domain
+
+    @field_validator("priors")
+    @classmethod
+    def _are_known(cls, value: str | None) -> str | None:
+        if value in (None, "exact") or (value.startswith("csv:") and len(value) > 4):
+            return value
+        raise ValueError("must be exact or csv:PATH")
 
     @field_validator("source")
     @classmethod
