@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lossworks.catalogue.entry import Settings
 from lossworks.errors import UserError
 from lossworks.specs import RunSpec
-from lossworks.tasks.interface import Mode, Sums, Task
+from lossworks.tasks.interface import ExampleRows, Mode, Sums, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +50,24 @@ class Probe:
     over: Sums
     held_out: np.ndarray
     model: nn.Module
+
+
+@dataclass(frozen=True)
+class NumberedRows:
+    """Rows of data whose batches say which rows they hold, for what is measured of each by itself.
+
+    Attributes:
+        data: The rows.
+    """
+
+    data: ExampleRows
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return the batch of rows (B,), and their ``numbers`` (B,), int64."""
+        return {**self.data.batch(rows), "numbers": torch.from_numpy(np.ascontiguousarray(rows))}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.errors import UserError
 from lossworks.models import Outputs
 from lossworks.specs import MasksSpec, RunSpec
-from lossworks.tasks.analyses import Analysis, Curve, Finding, Probe
-from lossworks.tasks.interface import ExampleRows, Mode, Task
+from lossworks.tasks.analyses import Analysis, Curve, Finding, NumberedRows, Probe
+from lossworks.tasks.interface import Mode, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ class MapCases(Analysis):
         if not cast("MasksSpec", probe.task.spec_of_run.data).labelled:  # type: ignore[attr-defined]
             return Finding({}, notes=["there are no masks to compare with"])
         rows = probe.held_out
-        numbered = _Numbered(probe.task.held_out)
+        numbered = NumberedRows(probe.task.held_out)
         found = probe.over(_Dice(len(probe.task.held_out)), numbered, rows)
         dice, counted = found.reshape(2, -1)[:, rows].numpy()
         known = rows[counted > 0]
@@ -180,19 +180,6 @@ def _mark(component: np.ndarray, place: tuple[slice, ...]) -> tuple[int, Ring]:
     """Return the size of a component, and x, y and radius of a ring around it."""
     y, x = (float(axis.mean()) + side.start for axis, side in zip(component.nonzero(), place, strict=True))
     return int(component.sum()), (x, y, 3 + max(component.shape) / 2)
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    """Rows of data whose batches say which rows they hold."""
-
-    data: ExampleRows
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        return {**self.data.batch(rows), "numbers": torch.from_numpy(np.ascontiguousarray(rows))}
 
 
 @dataclass(frozen=True)

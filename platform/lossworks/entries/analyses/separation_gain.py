@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, integer
 from lossworks.data.audio.patches import middles
 from lossworks.data.audio.separation import THRESHOLDS, gnsdr, ideal_mask, separated, swept
 from lossworks.data.batch import Batch
-from lossworks.data.examples import Examples
 from lossworks.errors import UserError
 from lossworks.models import Outputs
 from lossworks.specs import RunSpec
-from lossworks.tasks.analyses import Analysis, Curve, Finding, Probe
+from lossworks.tasks.analyses import Analysis, Curve, Finding, NumberedRows, Probe
 from lossworks.tasks.interface import Mode, Task
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ class SeparationGain(Analysis):
         frames, front, songs = task.run.data.frames, task.front, task.songs[: self.songs]
         rows, lengths = task.whole(), [front.spectra(song.mixture).shape[1] for song in task.songs]
         chosen = np.arange(sum(lengths[: len(songs)]))
-        table = probe.over(_Middles(len(chosen), frames), _Placed(rows), chosen)
+        table = probe.over(_Middles(len(chosen), frames), NumberedRows(rows), chosen)
         p = middles(table.reshape(len(chosen), 1, -1).numpy())
         parts = np.split(p, np.cumsum(lengths[: len(songs)])[:-1], axis=1)
         by_threshold = swept(songs, parts, front, self.taps)
@@ -100,19 +98,6 @@ class SeparationGain(Analysis):
             axes.set(xlabel="threshold θ of the mask", ylabel="GNSDR, dB")
             axes.legend()
         return figure
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """Rows of data whose batches say which rows they hold."""
-
-    data: Examples
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        return {**self.data.batch(rows), "numbers": torch.from_numpy(np.ascontiguousarray(rows))}
 
 
 @dataclass(frozen=True)
