@@ -79,6 +79,9 @@ class RhoPnn(Method):
     was. From then on a moving average of the weights gives the sharpened band, which the run keeps as
     ``sharp``.
 
+    Use it for one image at hand, since nothing is learnt for others: on drawn scenes its ERGAS was a sixth
+    below that of cubic interpolation, and a constant weight of the spatial loss was worse than interpolation.
+
     ``switching=constant`` keeps the spatial loss on at β0 from the start, for comparison.
     """
 

@@ -58,6 +58,9 @@ class BASNetHybrid(MapLoss):
     one's. An ignored pixel is 0 in both maps, like what lies around them, and has no SSIM of its own. The
     released code pads with zeros (``padding=zero``), which makes borders more alike than they are, and has no
     e, so that an empty mask rightly predicted is 0/0.
+
+    Use it for objects with sharp borders, with ``model.kind=predict-refine``. On drawn shapes it was ahead of
+    binary cross-entropy alone by less than five seeds can tell.
     """
 
     slug = "basnet-hybrid"

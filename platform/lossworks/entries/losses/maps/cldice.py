@@ -90,6 +90,10 @@ class ClDice(MapLoss):
     another loss than as a whole; ours doesn't. The original code always takes ten iterations; here k is what
     is asked for, and should be half the width of the widest structure, less one. An ignored pixel is
     background in both maps.
+
+    Use it for thin structures whose connectedness counts more than their width: on drawn walls it had fewer
+    wrong components than CE+Dice with accurate masks, was not told apart from it with noisy ones, and lost
+    Dice with both.
     """
 
     slug = "cldice"

@@ -76,6 +76,10 @@ class SkeletonRecall(MapLoss):
     augmentation; they are found on the CPU, at each step. The recall never stands alone, since it is 1 where
     all is foreground: the original adds it to cross-entropy and Dice (``dice_weight=1``), TopoMortar to
     cross-entropy.
+
+    Use it where thin structures must stay connected and masks are noisy: on drawn walls it left a third of the
+    wrong components and two thirds of the wrong holes of CE+Dice less, and 0.06 of Dice; with accurate masks
+    it lost no Dice. Not where the area counts.
     """
 
     slug = "skeleton-recall"
