@@ -24,8 +24,8 @@ class BettiMatching(MapLoss):
     steps beside it. An ignored pixel is 0 in both maps. The frame has the value 1; the released code gives it
     the largest value of each map.
 
-    Use it late in training and with accurate masks: there it halved the wrong holes of drawn walls at the cost
-    of 0.008 of Dice. With noisy masks it learns their topology, and was no better than CE+Dice.
+    Use it late in training and with accurate masks: there it halved the wrong holes of drawn walls, and cost
+    0.008 of Dice. With noisy masks it learns their topology, and was no better than CE+Dice.
     """
 
     slug = "betti-matching"
