@@ -257,8 +257,12 @@ def _names(path: Path) -> dict[int, str | None]:
         text = there[0].read_text(encoding="utf-8-sig")
         found = _names_in_lines(text) if there[0].suffix == ".txt" else _names_in_json(text, there[0])
     names = [name for name in found.values() if name is not None]
-    if len(names) < 2 or "" in names:
-        raise UserError(f"{there[0]}: names {len(names)} classes; two with a name each are the least")
+    for code, name in found.items():
+        if name == "":
+            raise UserError(f"{there[0]}: the class of {name_of_code(code)} has no name; each needs one")
+    if len(names) < 2:
+        given = f"names one class, {names[0]}" if names else "names no class"
+        raise UserError(f"{there[0]}: {given}; at least two classes are needed, each with a name")
     return found
 
 

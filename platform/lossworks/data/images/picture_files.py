@@ -125,11 +125,13 @@ def channels_first(array: np.ndarray, where: str, size: tuple[int, int] | None =
     """Return an image (H, W), (C, H, W) or (H, W, C) as (C, H, W): 8 and 16 bits stay, others are float32.
 
     Raises:
-        UserError: It has other axes, or holds something else than finite real numbers.
+        UserError: It has other axes or no pixels, or holds something else than finite real numbers.
     """
     if array.dtype.kind not in "biuf":
         raise UserError(f"{where}: holds {array.dtype}; real numbers are needed")
-    if array.ndim not in (2, 3) or not array.size:
+    if not array.size:
+        raise UserError(f"{where}: is {array.shape}, so it has no pixels; each side must be at least 1")
+    if array.ndim not in (2, 3):
         raise UserError(f"{where}: is {array.shape}; an image is (H, W), (C, H, W) or (H, W, C)")
     if array.ndim == 2:
         array = array[None]

@@ -313,6 +313,7 @@ DAMAGED = [
     (lambda at: (at / "images/2.png").write_text("text"), r"images/2.png, as an image: can't be read"),
     (instead("images/2.npy", np.where(MASKS[2] > 1, np.nan, 1.0)), r"images/2.npy: holds NaN, infinity"),
     (instead("images/2.npy", np.zeros(12)), r"images/2.npy: is \(12,\); an image is \(H, W\)"),
+    (instead("images/2.npy", np.zeros((0, 35))), r"images/2.npy: is \(0, 35\), so it has no pixels"),
     (instead("images/2.npy", np.zeros((5, 12, 10))), r"image 0: has 3 channels; others have 5"),
     (instead("masks/2.npy", MASKS[2] + 0.5), r"masks/2.npy: holds \d.5; a mask holds whole numbers from 0"),
     (lambda at: pickled(at / "images/2.npy"), r"images/2.npy and 2.png: have the same name"),
@@ -332,7 +333,15 @@ DAMAGED = [
         lambda at: (at / "classes.json").write_text('{"red": "wall", "0": "ground"}'),
         r"classes.json: 'red' is no value from 0 to 65535 and no colour",
     ),
-    (lambda at: (at / "classes.txt").write_text("ground\n"), r"classes.txt: names 1 classes; two"),
+    (
+        lambda at: (at / "classes.txt").write_text("ground\n"),
+        r"names one class, ground; at least two",
+    ),
+    (lambda at: (at / "classes.txt").write_text(""), r"classes.txt: names no class; at least two"),
+    (
+        lambda at: (at / "classes.txt").write_text("ground\n\nwall"),
+        r"the class of 1 has no name",
+    ),
     (both, r"has both classes.txt and classes.json"),
 ]
 
