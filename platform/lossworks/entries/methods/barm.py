@@ -89,6 +89,10 @@ class Barm(Method):
     Their means are over the pixels of a micro-batch. In training δ is not cut at 0 and at the end it is, as
     in the released code; ``clamp_residual`` cuts it always. The released triplet term is 0/0 where a crop has
     no background. With ``residual``, ``detach_old`` and ``distil`` off it is plain fine-tuning.
+
+    Use it where old images may not be kept and the old classes are well learnt: on drawn shapes fine-tuning
+    forgot all of them, while BARM kept an IoU of 0.97 in one seed and of 0.22 to 0.29 in four, and found the
+    new class 0.15 worse.
     """
 
     slug = "barm"
