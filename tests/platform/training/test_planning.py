@@ -68,6 +68,11 @@ RANKS = {
     "fsdp in parts": {"sharding": "fsdp", "micro_batch_size": 2, "activation_checkpointing": True},
     "split head": {"sharding": {"kind": "fsdp", "vocab_parallel": True}, "model": {"tied": False}},
 }
+STEPS = {
+    "data": {"source": "tinted:16", "side": 32, "classes": ["background", "disc", "square"]},
+    "model": {"kind": "incremental-unet", "steps": [1, 1], "levels": 2, "width": 4},
+    "methods": [{"name": "barm", "starts": [2]}],
+}
 MODEL = {"layers": 3, "width": 64, "heads": 4}
 
 
@@ -137,6 +142,14 @@ def test_ranks_take_what_was_planned(words, tokens, tmp_path):
         planned = rehearse(spec).peak_bytes
         print(f"{name}: planned {planned / 2**20:.2f} MiB, measured {[m / 2**20 for m in found]} MiB")
         assert planned == pytest.approx(max(found), rel=0.1), name
+
+
+@pytest.mark.parametrize("changes", [{"model": {"levels": 2, "width": 4}}, STEPS], ids=["masks", "steps"])
+def test_masks_are_planned(changes):
+    """Neither yardsticks of masks nor a model of an earlier step need values."""
+    spec = {"task": "segmentation", "loss": "cross-entropy", "data": {"source": "walls:16", "side": 32}}
+    found = rehearse(parse_train_spec({**_COMMON, **spec, "batch_size": 4, **changes}))
+    assert found.peak[WEIGHTS] >= 4 * found.parameters > 0
 
 
 def test_a_checkpoint_takes_what_was_planned(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lossworks.adapters.torch_private import shapes_alone
 from lossworks.catalogue.declaration import Paper, number, numbers, switch
 from lossworks.data.batch import IGNORE_INDEX, Batch
 from lossworks.errors import UserError
@@ -213,8 +214,7 @@ class Barm(Method):
     def _later(self, found: StepOutputs, batch: Batch, valid: Tensor) -> Tensor:
         """Return the weighted terms of a later step."""
         targets, delta = batch["targets"], found.heads[-1][..., 0]
-        with torch.no_grad():
-            before = StepOutputs.of(cast("IncrementalUNet", self._previous).read(batch["inputs"]))
+        before = self._earlier(found, batch)
         background, new = ((targets == 0).to(delta), (valid & (targets > 0)).to(delta))
         total = self._cross_entropy(found, before, targets, valid)
         if self.residual:
@@ -226,6 +226,14 @@ class Barm(Method):
             total = total + self.heads * torch.stack(told).sum()
             total = total + self.features * feature_distance(found.ears, before.ears, background)
         return total
+
+    @torch.no_grad()
+    def _earlier(self, found: StepOutputs, batch: Batch) -> StepOutputs:
+        """Return what the previous model says; in a plan, which starts no method, tensors of its shapes."""
+        if shapes_alone():
+            ears, heads = ([one.detach() for one in part[:-1]] for part in (found.ears, found.heads))
+            return StepOutputs(ears, heads)
+        return StepOutputs.of(cast("IncrementalUNet", self._previous).read(batch["inputs"]))
 
     def _cross_entropy(
         self, found: StepOutputs, before: StepOutputs, targets: Tensor, valid: Tensor
