@@ -174,16 +174,17 @@ class Task(ABC):
         return cls(spec, learnt)
 
     @classmethod
-    def open_blank(cls, spec: RunSpec) -> "Task":
+    def open_blank(cls, spec: RunSpec, learnt: Learnt | None = None) -> "Task":
         """Return the task of a spec for its shapes alone; data are read only if the spec doesn't say them.
 
         Args:
             spec: The run.
+            learnt: What the model has learnt that it starts from.
 
         Raises:
             UserError: The data that are read can't be used.
         """
-        return cls.open(spec, None)
+        return cls.open(spec, None, learnt)
 
     def build_companion(self, model: Mapping[str, Any], *, empty: bool = False) -> HeadedModel:
         """Return the untrained model of a companion.

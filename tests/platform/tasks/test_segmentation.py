@@ -12,6 +12,7 @@ from lossworks.entries.analyses.map_cases import mistakes
 from lossworks.errors import UserError
 from lossworks.tasks import parse_train_spec
 from lossworks.tasks.registry import task_of
+from lossworks.training.planning.rehearsal import rehearse
 from lossworks.training.weights.export import evaluate_folder, export_run, predict_file
 from lossworks_testing.ranks import run_ranks
 from lossworks_testing.training import last_evaluation, losses, run_in_folder, run_training
@@ -134,6 +135,8 @@ def test_a_trained_model_adapts_to_a_folder_without_masks(trained, tmp_path):
     (tmp_path / "priors.csv").write_text("\n".join(rows))
     data = {"source": f"folder:{images}", "unlabelled": True, "priors": f"csv:{tmp_path / 'priors.csv'}"}
     values = drawn(start=str(trained.path), loss="sfda", data=data)
+
+    assert rehearse(parse_train_spec(values)).parameters > 0  # a plan knows the classes of its start, too
 
     adapted = run_in_folder(values, "adapted")
 

@@ -81,8 +81,9 @@ class TokensTask(Task):
         return cls(spec, cls.read(spec, learnt) if folder is None else cls.opened(spec, folder))
 
     @classmethod
-    def open_blank(cls, spec: RunSpec) -> Self:
+    def open_blank(cls, spec: RunSpec, learnt: Learnt | None = None) -> Self:
         """See :meth:`Task.open_blank`; no text is read: the spec or its tokenizer says the vocabulary."""
+        del learnt
         data = with_tokenizer(_run(spec).data, _run(spec).model)
         vocab_size = data.vocab_size
         if data.tokenizer is not None:

@@ -15,6 +15,7 @@ from lossworks.tasks.registry import task_of
 from lossworks.training.measure.micro_batch_size import sizes_of, with_rows
 from lossworks.training.planning.rehearsal import Rehearsal, rehearse
 from lossworks.training.planning.sizes import size_in_words
+from lossworks.training.weights.start import learnt_of_start
 
 # Fields that make a run smaller, each as overrides that only some specs can take.
 _CHANGES: dict[str, tuple[str, ...]] = {
@@ -182,7 +183,7 @@ def _settled(spec: RunSpec, room: Room, base: int | None) -> tuple[RunSpec, Rehe
     """
     if spec.micro_batch_size != "auto":
         return spec, rehearse(spec), ()
-    share = task_of(spec).open_blank(spec).order().largest_share(spec.workers)
+    share = task_of(spec).open_blank(spec, learnt_of_start(spec)).order().largest_share(spec.workers)
     for rows in reversed(sizes_of(spec, share)):
         tried = with_rows(spec, rows)
         found = rehearse(tried)

@@ -30,7 +30,7 @@ from lossworks.training.measure.memory import EXCHANGE, TensorMemory
 from lossworks.training.optimizer import Optimizers, build_optimizers
 from lossworks.training.roles import Roles
 from lossworks.training.weights.adapters import equip
-from lossworks.training.weights.start import companion_models
+from lossworks.training.weights.start import companion_models, learnt_of_start
 
 WEIGHTS, GRADIENTS, MOMENTS = "weights", "gradients", "optimiser state"
 ACTIVATIONS, HEAD, COMPANIONS = "activations", "head", "companions"
@@ -81,7 +81,7 @@ def rehearse(spec: RunSpec) -> Rehearsal:
             in a way that can't be answered without them.
     """
     spec = spec.model_copy(update={"compile": False})
-    task = task_of(spec).open_blank(spec)
+    task = task_of(spec).open_blank(spec, learnt_of_start(spec))
     companions = companion_models(spec)  # read before tensors have no values any more
     alone = spec.workers == 1 and spec.sharding.kind != "fsdp"
     try:
