@@ -65,6 +65,24 @@ SPECS: dict[str, dict[str, Any]] = {
         "data": {"corpus": "facts:20", "vocab_size": 300, "sequence_length": 48},
         "model": {"layers": 1, "width": 16, "heads": 2},
     },
+    "segmentation": {
+        "task": "segmentation",
+        "data": {"source": "walls:24", "side": 32, "augment": {"flip": True}},
+        "model": {"levels": 1, "width": 4, "groups": 2},
+        "loss": "ce-dice",
+        "batch_size": 8,
+    },
+    "separation": {
+        "task": "separation",
+        "data": {"source": "songs:4", "seconds": 1.0, "window": 64, "fft": 64, "hop": 32},
+        "model": {"maps": 2, "hidden": 64, "kernel": 4},
+    },
+    "pansharpening": {
+        "task": "pansharpening",
+        "data": {"source": "scene:32", "bands": 4},
+        "model": {"features": [4, 4]},
+        "batch_size": 4,
+    },
     "sentences": {
         "task": "sentences",
         "data": {"sentences": 20, "copies": 20},
