@@ -65,8 +65,8 @@ class Catalogue:
         if slug in every:
             raise UserError(f"{slug}: is no {what}; `lossworks {every[slug].section} {slug}` says what it is")
         names = [*known, *self.refused]
-        guess = None if nearest(slug, names) else nearest(slug, every)
-        if guess is not None:
+        guess = nearest(slug, [*names, *every])  # of all, since another section may have one more alike
+        if guess is not None and guess in every and guess not in names:
             raise UserError(
                 f"{slug}: no such {what}; did you mean {guess}, one of the {every[guess].section}?"
             )

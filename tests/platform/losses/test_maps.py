@@ -133,7 +133,8 @@ def test_soft_targets_take_the_place_of_hard_ones(slug):
     hard = torch.nn.functional.one_hot(y.clamp(min=0), 3).movedim(-1, 1).double()
 
     torch.testing.assert_close(loss(z, y, soft_targets=hard), loss(z, y))
-    assert not torch.allclose(loss(z, y, soft_targets=soft)[0], loss(z, y)[0])
+    reads_none = "label-free" in loss.flags
+    assert torch.allclose(loss(z, y, soft_targets=soft)[0], loss(z, y)[0]) == reads_none
     assert torch.autograd.gradcheck(lambda z: loss(z, y, soft_targets=soft), (z,), fast_mode=True)
     assert torch.autograd.gradcheck(lambda z: loss(z, y), (z,), fast_mode=True)
 

@@ -140,6 +140,7 @@ class PanCorrelation(_BandLoss):
     slug = "pan-correlation"
     formula = "mean of 1 − |ρ(ŷ, P)| in boxes of side 2·⌈R/2⌉"
     requires = ("pan",)
+    invariances = ("shift", "scale")
     flags = ("beside",)
 
     side: int | None = integer(None, "pixels of a box; unset, 2·⌈R/2⌉", ge=2, le=64, optional=True)
