@@ -27,8 +27,7 @@ def require_small(spec: RunSpec) -> None:
     """
     if spec.activation_checkpointing:
         raise ValueError("activation_checkpointing=true is for language models")
-    if spec.sharding.vocab_parallel:
-        raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
+    require_whole_head(spec)
     model = getattr(spec, "model", None)
     has_matrices = isinstance(model, ClassifierModelSpec) and model.kind == "mlp" and model.layers > 0
     if spec.optimizer.kind == "muon" and not has_matrices:
@@ -36,6 +35,16 @@ def require_small(spec: RunSpec) -> None:
             "optimizer.kind=muon moves the matrices between inputs and head, which of these models only "
             "model.kind=mlp has, with model.layers at least 1; use optimizer.kind=adamw"
         )
+
+
+def require_whole_head(spec: RunSpec) -> None:
+    """Refuse a head that is split over the workers, which pays only for a large one.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    if spec.sharding.vocab_parallel:
+        raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
 
 
 def require_whole_bags(spec: RunSpec, bag_size: int) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -16,7 +15,7 @@ from lossworks.data.audio.patches import cut_patches, magnitudes_of, middles
 from lossworks.data.audio.separation import ideal_mask, separated
 from lossworks.data.audio.songs import Song, draw_songs, read_songs
 from lossworks.data.audio.spectra import FrontEnd
-from lossworks.data.audio.wav_files import read_wav
+from lossworks.data.audio.wav_files import as_wav, read_wav
 from lossworks.data.batch import Batch
 from lossworks.data.example_sources import existing_folder
 from lossworks.data.examples import Examples
@@ -29,6 +28,7 @@ from lossworks.models.folders import CONFIG, fill_model, read_config, write_mode
 from lossworks.models.operations import count_step_flops
 from lossworks.specs import AnalysisSpec, LossSpec, RunSpec
 from lossworks.specs.tasks.separation import MaskNetSpec, SongsSpec
+from lossworks.tasks.examples import require_whole_head
 from lossworks.tasks.interface import Mode, Predictions, Simplest, Task, as_sums
 
 _FORMAT = "lossworks-mask-net"
@@ -49,8 +49,7 @@ class SeparationSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.sharding.vocab_parallel:
-            raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
+        require_whole_head(self)
         SeparationTask.require_entries(self)
         return self
 
@@ -93,7 +92,7 @@ class SeparationTask(Task):
     def __init__(self, spec: SeparationSpec, learnt: Learnt | None = None) -> None:
         super().__init__(spec, learnt)
         self.run, data = spec, spec.data
-        self.front = FrontEnd(data.rate, data.window, data.fft, data.hop)
+        self.front = _front_of(data)
         songs, self.notes = _songs(data, spec.seed)
         if len(songs) < 2:
             raise UserError(f"data.source={data.source}: holds {len(songs)} song; two are the least")
@@ -176,7 +175,7 @@ class SeparationTask(Task):
             raise UserError(f"{folder}: is no exported model of voices")
         data = SongsSpec.parse(config["data"], source=str(folder))
         spec = MaskNetSpec.parse(config["model"], source=str(folder))
-        front = FrontEnd(data.rate, data.window, data.fft, data.hop)
+        front = _front_of(data)
         model = build_mask_net(spec, frames=data.frames, bins=front.bins, seed=0)
         fill_model(model, folder)
         sound = read_wav(file, data.rate)
@@ -189,7 +188,7 @@ class SeparationTask(Task):
             "loudness": [float(np.sqrt(np.square(part).mean())) for part in parts.values()],
         }
         files: dict[str, Callable[[], bytes]] = {
-            name: partial(_as_wav, part, data.rate) for name, part in parts.items()
+            name: partial(as_wav, part, data.rate) for name, part in parts.items()
         }
         return Predictions(columns, notes=sound.notes, files=files)
 
@@ -205,7 +204,7 @@ class SeparationTask(Task):
         """Write weights, and how sound becomes spectra; see :meth:`Task.save`."""
         del learnt
         own = cast("SeparationSpec", spec)
-        front = FrontEnd(own.data.rate, own.data.window, own.data.fft, own.data.hop)
+        front = _front_of(own.data)
         config = {
             "format": _FORMAT,
             "format_version": 1,
@@ -232,18 +231,13 @@ def voice_probabilities(model: MaskNet, samples: np.ndarray, front: FrontEnd, fr
     return middles(found.reshape(len(patches), frames, -1).numpy())
 
 
+def _front_of(data: SongsSpec) -> FrontEnd:
+    return FrontEnd(data.rate, data.window, data.fft, data.hop)
+
+
 def _songs(data: SongsSpec, seed: int) -> tuple[list[Song], tuple[str, ...]]:
     kind, _, name = data.source.partition(":")
     if kind == "songs":
         return draw_songs(int(name), data.seconds, data.rate, seed), ()
     found = read_songs(existing_folder(name), data.rate)
     return found.songs, found.notes
-
-
-def _as_wav(samples: np.ndarray, rate: int) -> bytes:
-    """Return samples (n,) as the content of a WAV file of 32-bit real numbers."""
-    from scipy.io import wavfile
-
-    file = BytesIO()
-    wavfile.write(file, rate, samples.astype(np.float32))
-    return file.getvalue()

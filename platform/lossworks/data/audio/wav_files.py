@@ -70,12 +70,17 @@ def resampled(samples: np.ndarray, own: int, wanted: int) -> np.ndarray:
 
 
 def write_wav(path: Path, samples: np.ndarray, rate: int) -> None:
-    """Write samples (n,) as a WAV file of 32-bit real numbers, which no loud place can leave."""
+    """Write samples (n,) as a WAV file; see :func:`as_wav`."""
+    write_atomically(path, as_wav(samples, rate))
+
+
+def as_wav(samples: np.ndarray, rate: int) -> bytes:
+    """Return samples (n,) as the content of a WAV file of 32-bit real numbers: nothing is too loud for it."""
     from scipy.io import wavfile
 
     file = io.BytesIO()
     wavfile.write(file, rate, samples.astype(np.float32))
-    write_atomically(path, file.getvalue())
+    return file.getvalue()
 
 
 def _levels(data: np.ndarray) -> np.ndarray:

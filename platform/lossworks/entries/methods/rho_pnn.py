@@ -233,19 +233,20 @@ class RhoPnn(Method):
         if not self._at[6]:
             return model.hidden(inputs)[0, ..., 0].cpu()
         state = {**model.state_dict(), **self._averaged}
-        found: Tensor = torch.func.functional_call(_Hidden(model), _prefixed(state), (inputs,))
+        arguments = ({"inputs": inputs}, lambda outputs, _: outputs.hidden)
+        found: Tensor = torch.func.functional_call(model, state, arguments)
         return found[0, ..., 0].cpu()
 
     def finish(self, trained: Trained) -> Finding:
         """Return what the sharpened cube is worth beside interpolation, and how its bands differ."""
-        cube, task = cast("Cube", self._cube), trained.task
+        del trained
+        cube = cast("Cube", self._cube)
         ratios = _spectral_ratios(self._sharp, cube)
         finding = {
             "rho/worst_spectral": float(ratios.max()),
             "rho/spread": float(ratios.std(unbiased=False)),
             "rho/bands_done": float(self._at[0]),
         }
-        del task
         if cube.truth is not None:
             truth, smooth = torch.from_numpy(cube.truth), torch.from_numpy(cube.smooth)
             finding |= {"rho/ergas": ergas(self._sharp, truth, cube.ratio)}
@@ -271,21 +272,6 @@ class RhoPnn(Method):
             for name, value in state.items()
             if name.startswith("averaged.")
         }
-
-
-class _Hidden(nn.Module):
-    """A model whose call gives its features."""
-
-    def __init__(self, model: HeadedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.model.hidden(inputs)
-
-
-def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"model.{name}": value for name, value in state.items()}
 
 
 @torch.no_grad()

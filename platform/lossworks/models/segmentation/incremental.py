@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lossworks.errors import UserError
 from lossworks.models.interface import Head, Outputs
-from lossworks.models.segmentation.segmenter import Segmenter
+from lossworks.models.segmentation.segmenter import Segmenter, hanging_on
 from lossworks.models.segmentation.unet import Pyramid
 from lossworks.specs.tasks.segmenter import SegmenterSpec
 
@@ -122,13 +122,9 @@ class IncrementalUNet(Segmenter):
         known = torch.cat((found.background(begun)[..., None], found.classes()), -1)
         logits = functional.pad(known, (0, len(self.identity) - known.shape[-1]), value=_ABSENT)
         if self.training and begun < len(self.ears):
-            logits = logits + self._unread(begun)
+            later = (*self.ears[begun:], *self.heads[begun:])
+            logits = logits + hanging_on(p for module in later for p in module.parameters())
         return Outputs(logits, self.head(), dense=logits, sides=sides)
-
-    def _unread(self, begun: int) -> Tensor:
-        """Return 0, which hangs on the heads of later steps: DDP waits for a gradient of every parameter."""
-        later = [*self.ears[begun:], *self.heads[begun:]]
-        return torch.stack([0.0 * p.sum() for module in later for p in module.parameters()]).sum()
 
     def head(self) -> Head:
         """Return an identity: the features are the logits, since a minimum is in the background's."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lossworks.models.interface import Head, Outputs
-from lossworks.models.segmentation.segmenter import Segmenter
+from lossworks.models.segmentation.segmenter import Segmenter, hanging_on
 from lossworks.models.segmentation.unet import Pyramid
 from lossworks.specs.tasks.segmenter import SegmenterSpec
 
@@ -46,14 +46,10 @@ class PredictRefine(Segmenter):
         return Outputs(torch.cat((refined, levels[0]), -1), self._joined(), sides=sides)
 
     def _joined(self) -> Head:
-        """Return the head, which hangs on all side heads: DDP waits for a gradient of every parameter.
-
-        A loss that reads no sides would leave those of the coarser levels without one.
-        """
+        """Return the head, which hangs on all side heads: a loss that reads no sides would leave some out."""
         head = self.head()
-        unread = [0.0 * parameter.sum() for one in self.side_heads[1:] for parameter in one.parameters()]
-        bias = head.bias if head.bias is None else head.bias + torch.stack(unread).sum()
-        return Head(head.weight, bias)
+        coarser = hanging_on(self.side_heads[1:].parameters())
+        return Head(head.weight, head.bias if head.bias is None else head.bias + coarser)
 
     def head(self) -> Head:
         """Return the heads of residual and coarse map side by side, (K, 2·D)."""

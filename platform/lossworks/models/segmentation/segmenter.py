@@ -4,6 +4,7 @@ Shapes: B images of C channels and sides H, W; D features of a pixel; K classes.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from torch import Tensor
 from lossworks.models.interface import HeadedModel, Outputs
 from lossworks.models.segmentation.windows import blended
 from lossworks.specs.tasks.segmenter import SegmenterSpec
+
+
+def hanging_on(parameters: Iterable[Tensor]) -> Tensor:
+    """Return 0, which hangs on parameters that nothing else reads: DDP waits for a gradient of every one."""
+    return torch.stack([0.0 * parameter.sum() for parameter in parameters]).sum()
 
 
 class Segmenter(HeadedModel):

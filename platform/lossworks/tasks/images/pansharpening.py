@@ -23,6 +23,7 @@ from lossworks.models.operations import count_step_flops
 from lossworks.models.segmentation.pansharpener import Pansharpener, build_pansharpener
 from lossworks.specs import LossSpec, RunSpec
 from lossworks.specs.tasks.pansharpening import CubeSpec, PansharpenerSpec
+from lossworks.tasks.examples import require_whole_head
 from lossworks.tasks.interface import Mode, Predictions, Simplest, Task, as_sums
 
 _FORMAT = "lossworks-pansharpener"
@@ -38,8 +39,7 @@ class PansharpeningSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.sharding.vocab_parallel:
-            raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
+        require_whole_head(self)
         PansharpeningTask.require_entries(self)
         return self
 
@@ -82,9 +82,6 @@ class PansharpeningTask(Task):
         self.cube: Cube = load_cube(spec.data, spec.seed)
         self.train = self.held_out = self.cube
         self._spectral, self._spatial = (create(name, reduction="none") for name in _MEASURES)
-        self._smooth = self._spectral(
-            torch.from_numpy(self.cube.smooth), torch.from_numpy(self.cube.bands)
-        ).double()
 
     @property
     def data_bytes(self) -> int:
@@ -128,9 +125,8 @@ class PansharpeningTask(Task):
     def simplest(self) -> Simplest:
         """Return what cubic interpolation gets, which looks at no panchromatic image."""
         rows = self.cube.batch(np.arange(len(self.cube)))
-        outputs = Outputs(
-            rows["inputs"][:, :1].movedim(1, -1), None, dense=rows["inputs"][:, :1].movedim(1, -1)
-        )
+        smooth = rows["inputs"][:, :1].movedim(1, -1)
+        outputs = Outputs(smooth, None, dense=smooth)
         return Simplest("cubic interpolation", self.figures(self.measure(outputs, rows, torch.zeros(1)))[0])
 
     def flops_per_unit(self, model: HeadedModel) -> float:

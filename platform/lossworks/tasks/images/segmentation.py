@@ -30,6 +30,7 @@ from lossworks.models import HeadedModel, Outputs
 from lossworks.models.operations import count_step_flops
 from lossworks.models.segmentation import Segmenter, build_segmenter, load_segmenter, save_segmenter
 from lossworks.specs import AnalysisSpec, LossSpec, MasksSpec, RunSpec, SegmenterSpec
+from lossworks.tasks.examples import require_whole_head
 from lossworks.tasks.interface import Mode, Predictions, Prepared, Say, Simplest, Task
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ class SegmentationSpec(RunSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.sharding.vocab_parallel:
-            raise ValueError("sharding.vocab_parallel=true is for the large heads of language models")
+        require_whole_head(self)
         if self.optimizer.kind == "muon":
             raise ValueError(
                 "optimizer.kind=muon moves matrices, and these models are made of convolutions: use "
@@ -176,13 +176,12 @@ class SegmentationTask(Task):
         """Return the yardsticks, and the overlap of every class; none of what needs masks without any."""
         if not self.run.data.labelled:
             return {}, {}
-        pixels, maps = (
-            sums[: -_of_maps(len(self.data.names))],
-            MapSums(sums[-_of_maps(len(self.data.names)) :]),
-        )
+        size = _of_maps(len(self.data.names))
+        pixels, maps = sums[:-size], MapSums(sums[-size:])
         found = ClassSums(pixels).metrics()
         figures = {**maps.metrics(), **{name: found[name] for name in ("cross_entropy", "ece", "accuracy")}}
-        by_class = {name: maps.by_class()[name] for name in ("dice", "iou")}
+        every = maps.by_class()
+        by_class = {name: every[name] for name in ("dice", "iou")}
         return {f"eval/{name}": value for name, value in figures.items()}, {
             "classes": [*self.data.names],
             **{name: [None if math.isnan(v) else v for v in values] for name, values in by_class.items()},
