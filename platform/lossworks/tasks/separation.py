@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
-from lossworks.data.audio.patches import cut_patches, magnitudes_of, middles
-from lossworks.data.audio.separation import ideal_mask, separated
+from lossworks.data.audio.patches import cut_patches, magnitudes_of, middles, patches_of
+from lossworks.data.audio.separation import separated
 from lossworks.data.audio.songs import Song, draw_songs, read_songs
 from lossworks.data.audio.spectra import FrontEnd
 from lossworks.data.audio.wav_files import as_wav, read_wav
@@ -104,24 +104,14 @@ class SeparationTask(Task):
 
     def _patches(self, songs: Sequence[Song], hop: int) -> Examples:
         """Return the patches of songs, with the mask and the voice's magnitudes of each."""
-        frames, parts = self.run.data.frames, []
-        for song in songs:
-            voice = self.front.spectra(song.voice)
-            mask = ideal_mask(voice, self.front.spectra(song.accompaniment))
-            values = (magnitudes_of(song.mixture, self.front), mask, np.abs(voice) * mask)
-            parts.append([cut_patches(one, frames, hop) for one in values])
-        inputs, masks, voices = (
-            np.concatenate(column).astype(np.float32) for column in zip(*parts, strict=True)
-        )
-        voices = voices.reshape(len(voices), -1)
-        most = voices.max(1, keepdims=True)
-        voices = (voices / np.where(most > 0, most, 1)).astype(np.float32)
-        labels = torch.from_numpy(masks.reshape(len(masks), -1))
-        return Examples(torch.from_numpy(inputs), labels, further={"voice": torch.from_numpy(voices)})
+        # The mask is hard: the loss softens it.
+        found = patches_of(songs, self.front, self.run.data.frames, hop, softness=0.0)
+        inputs, labels, voice = (torch.from_numpy(array) for array in found)
+        return Examples(inputs, labels.flatten(1), further={"voice": voice.flatten(1)})
 
-    def whole(self) -> Examples:
-        """Return a patch for each frame of the held-out songs, one song after the other."""
-        return self._patches(self.songs, 1)
+    def whole(self, songs: int) -> Examples:
+        """Return a patch for each frame of the first held-out songs, one song after the other."""
+        return self._patches(self.songs[:songs], 1)
 
     @property
     def data_bytes(self) -> int:

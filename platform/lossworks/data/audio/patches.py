@@ -1,5 +1,6 @@
 """Patches of a few frames of a song's spectra, which a small network reads, and what it says of them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +16,13 @@ class Patches(NamedTuple):
     Attributes:
         inputs: Magnitudes on the scale of each song's mean, float32 (N, frames, F).
         targets: Probabilities that a bin is the voice's, float32 (N, frames, F).
+        voice: Magnitudes that the ideal mask leaves of the voice, from 0 to the patch's largest, 1; float32
+            (N, frames, F).
     """
 
     inputs: np.ndarray
     targets: np.ndarray
+    voice: np.ndarray
 
 
 def magnitudes_of(samples: np.ndarray, front: FrontEnd) -> np.ndarray:
@@ -57,7 +61,7 @@ def middles(patches: np.ndarray) -> np.ndarray:
 
 
 def patches_of(
-    songs: list[Song], front: FrontEnd, frames: int = 9, hop: int = 8, softness: float = 0.02
+    songs: Sequence[Song], front: FrontEnd, frames: int = 9, hop: int = 8, softness: float = 0.02
 ) -> Patches:
     """Return patches of songs' mixtures with softened ideal masks, those of a song one after the other.
 
@@ -68,9 +72,12 @@ def patches_of(
         hop: From one patch to the next.
         softness: See :func:`softened`.
     """
-    inputs, targets = [], []
+    parts = []
     for song in songs:
-        mask = softened(ideal_mask(front.spectra(song.voice), front.spectra(song.accompaniment)), softness)
-        inputs.append(cut_patches(magnitudes_of(song.mixture, front), frames, hop).astype(np.float32))
-        targets.append(cut_patches(mask, frames, hop))
-    return Patches(np.concatenate(inputs), np.concatenate(targets))
+        voice = front.spectra(song.voice)
+        mask = ideal_mask(voice, front.spectra(song.accompaniment))
+        values = (magnitudes_of(song.mixture, front), softened(mask, softness), np.abs(voice) * mask)
+        parts.append([cut_patches(one, frames, hop).astype(np.float32) for one in values])
+    inputs, targets, voices = (np.concatenate(column) for column in zip(*parts, strict=True))
+    most = voices.max((1, 2), keepdims=True)
+    return Patches(inputs, targets, (voices / np.where(most > 0, most, 1)).astype(np.float32))

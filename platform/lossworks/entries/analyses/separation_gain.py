@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from lossworks.catalogue.declaration import Paper, integer
-from lossworks.data.audio.patches import middles
 from lossworks.data.audio.separation import THRESHOLDS, gnsdr, ideal_mask, separated, swept
 from lossworks.data.batch import Batch
 from lossworks.errors import UserError
@@ -56,11 +55,11 @@ class SeparationGain(Analysis):
         """See :meth:`Analysis.measure`."""
         task = cast("SeparationTask", probe.task)
         frames, front, songs = task.run.data.frames, task.front, task.songs[: self.songs]
-        rows, lengths = task.whole(), [front.spectra(song.mixture).shape[1] for song in task.songs]
-        chosen = np.arange(sum(lengths[: len(songs)]))
+        rows = task.whole(self.songs)
+        chosen = np.arange(len(rows))
         table = probe.over(_Middles(len(chosen), frames), NumberedRows(rows), chosen)
-        p = middles(table.reshape(len(chosen), 1, -1).numpy())
-        parts = np.split(p, np.cumsum(lengths[: len(songs)])[:-1], axis=1)
+        ends = np.cumsum([front.spectra(song.mixture).shape[1] for song in songs])[:-1]
+        parts = np.split(table.reshape(len(chosen), -1).numpy().T, ends, axis=1)
         by_threshold = swept(songs, parts, front, self.taps)
         best = max(THRESHOLDS, key=lambda threshold: by_threshold[threshold][0])
         masks = [ideal_mask(front.spectra(s.voice), front.spectra(s.accompaniment)) for s in songs]
